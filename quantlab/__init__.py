@@ -1,0 +1,35 @@
+"""quantlab: a Jupyter-first workbench for GGUF quantization."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; a module is imported when one of its names is first asked for
+_NAMES = {
+    "open": "quantlab.files.model",
+    "convert": "quantlab.transform.convert",
+    "quantize": "quantlab.transform.quantize",
+    "sizes": "quantlab.transform.plan",
+    "perplexity": "quantlab.evaluate.perplexity",
+    "compare": "quantlab.evaluate.perplexity",
+}
+_MODULES = {
+    "quants": "quantlab.quants",
+    "tables": "quantlab.study.tables",
+    "plots": "quantlab.study.plots",
+}
+
+__all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604 - the names are resolved by __getattr__
+
+
+def __getattr__(name: str):
+    """Import the module that owns `name` and return the object (PEP 562)."""
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'quantlab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""How good is it: the forward pass, perplexity and divergence."""

@@ -1,0 +1,1 @@
+"""What is on disk: lazy tensors in, streamed tensors out."""

@@ -1,0 +1,1 @@
+"""Which bits: sensitivity, recipes, tables and plots."""

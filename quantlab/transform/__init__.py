@@ -1,0 +1,1 @@
+"""File to file: convert, choose types, plan, quantize."""
