@@ -1,0 +1,66 @@
+"""GGUF files in several shards: `NAME-00001-of-00003.gguf` and the keys `split.no`, `split.count`, `split.tensors.count`."""
+
+import re
+from pathlib import Path
+
+from quantlab.files.gguf_file import Header, read_header
+
+__all__ = ["shard_headers", "shard_path"]
+
+MAX_SHARDS = 1000
+
+
+def shard_path(path: Path, number: int, count: int) -> Path:
+    """Return the name of shard `number` (from 1) of `count`, given the name of any one of them.
+
+    Raises
+    ------
+    ValueError
+        If `path` does not end in `-NNNNN-of-NNNNN.gguf`.
+
+    Examples
+    --------
+    >>> shard_path(Path("m-00001-of-00003.gguf"), 2, 3).name
+    'm-00002-of-00003.gguf'
+    """
+    match = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", path.name)
+    if match is None:
+        raise ValueError(
+            f"{path}: split.count={count}, need a name that ends in -00001-of-{count:05d}.gguf. "
+            f"Give the shards the names they were published with."
+        )
+    return path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
+
+
+def shard_headers(header: Header) -> list[Header]:
+    """Return the headers of all shards that `header` belongs to, in order; of one file, just itself.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a shard is missing.
+    ValueError
+        If a shard has another number than its name says, or tensors are missing or there twice.
+    """
+    count = int(header.metadata.get("split.count", 1))
+    if count <= 1:
+        return [header]
+    if count > MAX_SHARDS:
+        raise ValueError(f"{header.path}: split.count={count}, need at most {MAX_SHARDS}. The file is damaged.")
+    paths = [shard_path(header.path, number, count) for number in range(1, count + 1)]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: this shard of {count} is missing. Download it beside the others.")
+    headers = [read_header(path) for path in paths]
+    for index, shard in enumerate(headers):
+        if shard.metadata.get("split.no") != index or shard.metadata.get("split.count") != count:
+            number = shard.metadata.get("split.no")
+            raise ValueError(f"{shard.path}: split.no={number}, need {index} of {count}. Download the shards again.")
+    names = [tensor.name for shard in headers for tensor in shard.tensors]
+    expected = int(headers[0].metadata.get("split.tensors.count", len(names)))
+    if len(set(names)) != len(names) or len(names) != expected:
+        raise ValueError(
+            f"{header.path}: {len(set(names))} different tensors in {len(names)} entries, "
+            f"split.tensors.count={expected}. Download the shards again."
+        )
+    return headers

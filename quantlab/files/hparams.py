@@ -1,0 +1,117 @@
+"""Hyper-parameters of a model, from GGUF metadata."""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Hparams", "RopeScaling"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the context length of the training.
+
+    `type` is `linear`, `yarn` or `longrope`; `factor` stretches, `orig_ctx` is the context length before it (0: not given),
+    `attn_factor` multiplies the magnitude. Llama 3's scheme is no entry here: its factors are the tensor `rope_freqs.weight`.
+    """
+
+    type: str
+    factor: float
+    orig_ctx: int
+    attn_factor: float
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """Hyper-parameters under llama.cpp's names.
+
+    Attributes
+    ----------
+    n_ctx : int
+        Context length of the training, in tokens.
+    n_rot : int
+        Dimensions of a head that are rotated.
+    n_expert : int
+        Experts per layer; 0 in a dense model.
+    rope_scaling : RopeScaling or None
+    tied_embeddings : bool
+        Whether the output layer is the token embedding.
+    """
+
+    arch: str
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_rot: int
+    rms_eps: float
+    rope_base: float
+    rope_scaling: RopeScaling | None
+    n_expert: int
+    tied_embeddings: bool
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata") -> "Hparams":
+        """Read the hyper-parameters out of GGUF metadata.
+
+        Parameters
+        ----------
+        metadata : mapping
+            As `read_header` returns it.
+        tensors : container of str
+            Names of the tensors that there are.
+        source : str
+            What the error text starts with.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing, is no single number, or out of range.
+        """
+        arch = metadata.get("general.architecture")
+        if not isinstance(arch, str):
+            raise ValueError(f"{source}: general.architecture={arch!r}, need a name. This is no language model's file.")
+
+        def number(key: str, default: Any = None) -> Any:
+            value = metadata.get(f"{arch}.{key}", default)
+            if not isinstance(value, np.generic | int | float) or isinstance(value, bool):
+                raise ValueError(f"{source}: {arch}.{key}={value!r}, need one number. Convert the checkpoint again.")
+            return value.item() if isinstance(value, np.generic) else value
+
+        n_embd, n_head = number("embedding_length"), number("attention.head_count")
+        if min(n_embd, n_head, number("block_count"), number("attention.head_count_kv", n_head)) < 1 or n_embd % 2:
+            raise ValueError(f"{source}: n_embd={n_embd}, n_head={n_head}: need positive numbers. Convert again.")
+        head_dim = number("attention.key_length", n_embd // n_head)
+        return cls(
+            arch=arch,
+            n_vocab=number("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+            n_ctx=number("context_length"),
+            n_embd=n_embd,
+            n_ff=number("feed_forward_length"),
+            n_layer=number("block_count"),
+            n_head=n_head,
+            n_head_kv=number("attention.head_count_kv", n_head),
+            head_dim=head_dim,
+            n_rot=number("rope.dimension_count", head_dim),
+            rms_eps=number("attention.layer_norm_rms_epsilon"),
+            rope_base=number("rope.freq_base", 10000.0),
+            rope_scaling=_rope_scaling(metadata, number),
+            n_expert=number("expert_count", 0),
+            tied_embeddings="output.weight" not in tensors,
+        )
+
+
+def _rope_scaling(metadata: Mapping[str, Any], number: Any) -> RopeScaling | None:
+    arch = metadata["general.architecture"]
+    kind = metadata.get(f"{arch}.rope.scaling.type", "linear" if f"{arch}.rope.scale_linear" in metadata else "none")
+    if kind == "none":
+        return None
+    factor = number("rope.scaling.factor", number("rope.scale_linear", 1.0))
+    orig_ctx = number("rope.scaling.original_context_length", 0)
+    return RopeScaling(kind, factor, orig_ctx, number("rope.scaling.attn_factor", 1.0))

@@ -1,0 +1,71 @@
+"""Write a file beside its final name and rename it when it is whole."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["check_output", "replacing"]
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Refuse an output that exists or whose folder does not, before any work is done.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` exists and `overwrite` is false.
+    FileNotFoundError
+        If the folder of `path` does not exist.
+    IsADirectoryError
+        If `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, need the name of a file. Name the output file.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists already. Choose another name or pass --overwrite.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: folder {path.parent} does not exist. Create it first.")
+    return path
+
+
+@contextmanager
+def replacing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
+
+    Parameters
+    ----------
+    path : str or Path
+        Final name of the output.
+    overwrite : bool
+        Whether a file of that name may be replaced.
+
+    Raises
+    ------
+    FileExistsError, FileNotFoundError, IsADirectoryError
+        As `check_output`, before the block is entered.
+    OSError
+        If the disk fills up inside the block.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> final = Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with replacing(final) as part:
+    ...     _ = part.write_text("whole")
+    >>> final.read_text()
+    'whole'
+    """
+    path = check_output(path, overwrite=overwrite)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"{path}: no space left on the disk. Free some space or choose another folder.") from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)

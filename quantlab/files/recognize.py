@@ -1,0 +1,38 @@
+"""Say what a file is by its first bytes."""
+
+import struct
+
+__all__ = ["looks_like"]
+
+_STARTS = [
+    (b"PK\x03\x04", "This looks like a torch file; run quantlab convert first."),
+    (b"\x80\x02", "This looks like an old torch file; run quantlab convert first."),
+    (b"version https://git-lfs", "This is a Git LFS pointer, not the file itself; run git lfs pull."),
+    (b"\x1f\x8b", "This is a gzip archive; unpack it first."),
+    (b"tjgg", "This is a GGJT file of 2023; convert the checkpoint again."),
+    (b"lmgg", "This is a GGML file of 2023; convert the checkpoint again."),
+    (b"fmgg", "This is a GGMF file of 2023; convert the checkpoint again."),
+    (b"FUGG", "This is a GGUF file with its bytes swapped; download it again."),
+]
+
+
+def looks_like(start: bytes) -> str:
+    """Return one sentence, with a remedy, on what a file that begins with `start` (64 bytes will do) probably is.
+
+    Examples
+    --------
+    >>> looks_like(b"PK\\x03\\x04....")
+    'This looks like a torch file; run quantlab convert first.'
+    """
+    for prefix, sentence in _STARTS:
+        if start.startswith(prefix):
+            return sentence
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "This is a web page, not a model; download the file itself."
+    if start[:1] == b"{":
+        return "This looks like JSON; name the model's folder or its weights."
+    if len(start) >= 9 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < 1 << 30:
+        return "This looks like a safetensors file; run quantlab convert first."
+    if not start:
+        return "The file is empty; download it again."
+    return "This is no model file that quantlab knows."
