@@ -1,0 +1,78 @@
+# From a checkout to a result. `make table` needs Python 3.11 or newer and nothing else; the first target sets up .venv.
+PYTHON ?= python3
+MODEL  ?= tiny
+SHAPE  ?= llama-7b
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# nothing of the caller's Python may stand in front of what .venv holds
+unexport PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE := 1
+
+.PHONY: help table test lab bench scale pictures check-long lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
+
+table: $(VENV)/.lab  ## the size/ppl table of MODEL=tiny or smollm2: printed, and as notebook, HTML, CSV and figures in data/runs/
+	@if [ "$(MODEL)" = smollm2 ]; then $(BIN)/quantlab fetch smollm2; fi
+	@$(BIN)/quantlab notebook size_ppl_table -p model "$(MODEL)"
+
+test: $(VENV)/.test  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+bench: $(VENV)/.test  ## the kernels beside ggml's and the evaluator beside the machine's own peak
+	$(BIN)/python tests/bench_kernels.py
+	$(BIN)/python tests/bench_evaluator.py
+
+scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b through the real convert and quantize paths
+	$(BIN)/python tests/scale.py $(SHAPE)
+
+pictures: $(VENV)/.lab  ## the notebooks' pictures for readers on the web
+	$(BIN)/quantlab notebook --pictures
+
+check-long: $(VENV)/.test  ## what takes long: the slow tests, and SmolLM2's table
+	$(BIN)/python -m pytest
+	$(MAKE) table MODEL=smollm2
+
+lint: $(VENV)/.test  ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and results
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis data/runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ── the environment: a stamp per extra, so that a second run installs nothing ────────────────────────────────────────
+
+$(VENV)/.python:
+	@command -v $(PYTHON) > /dev/null || { echo "quantlab needs Python 3.11 or newer, $(PYTHON) is not there. Install it, or name another: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "quantlab needs Python 3.11 or newer, $(PYTHON) is older. Install one and name it, for instance: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "$(PYTHON) lacks the modules venv and ensurepip. Install them (Debian, Ubuntu: apt install python3-venv) or name another: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Setting up $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing quantlab with what the notebooks need"
+	@$(PIP) install -c constraints.txt -e '.[lab]'
+	@touch $@
+
+# ggml's own libraries are the judges of some tests; where they have no wheel, those tests are skipped
+$(VENV)/.test: $(VENV)/.lab
+	@echo "Installing what the tests need"
+	@$(PIP) install -c constraints.txt -e '.[lab,test]'
+	@for judge in libggml-python xllamacpp; do \
+	    $(PIP) install -c constraints.txt --only-binary $$judge $$judge 2> /dev/null \
+	        || echo "No wheel of $$judge for this platform: the tests against it will be skipped"; \
+	done
+	@touch $@

