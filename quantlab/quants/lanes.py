@@ -1,0 +1,503 @@
+"""Sixteen numbers side by side: the numba types in which the quantizers are written.
+
+A *lanes* value holds 16 float32, 16 int32 or 16 booleans (a mask). Arithmetic on it reads like arithmetic on one number,
+is done on all 16 at once, and rounds each of them exactly as the scalar operation would: no reordering, no fused
+multiply-add. So a kernel that gives every lane a block of its own computes what the scalar C loop computes, and LLVM
+lowers it to AVX-512, AVX2, SSE or NEON, whichever the machine has.
+
+Every function here also runs as plain Python over ``np.ndarray[16]``: with ``NUMBA_DISABLE_JIT=1`` a kernel gives the
+same bytes, slowly.
+
+    values          floats  lanes(np.float32(1))    ints  lanes(3)    masks  a < b
+    operators       + - * / and comparisons on floats; + - * & | ^ << >> and comparisons on ints; & | ^ ~ on masks;
+                    a plain number on either side stands for 16 equal ones
+    functions       select minimum maximum absolute sqrt any_lane all_lanes total
+    conversions     to_float to_int nearest_int bits from_bits to_half from_half
+    memory          load store gather scatter transpose
+"""
+
+import operator
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import lower_builtin, models, register_model
+
+WIDTH = 16
+ROUNDER = np.float32(12582912)  # 1.5 * 2**23: adding it rounds a small float to a whole number, half to even
+
+
+class Lanes(types.Type):
+    """The numba type of 16 numbers of one kind."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
+
+
+FLOATS, INTS, MASK = Lanes(types.float32), Lanes(types.int32), Lanes(types.boolean)
+_ELEMENTS = {FLOATS: ir.FloatType(), INTS: ir.IntType(32), MASK: ir.IntType(1)}
+_INT32 = ir.IntType(32)
+
+
+def _vector(lanes_type):
+    return ir.VectorType(_ELEMENTS[lanes_type], WIDTH)
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes_type):
+        super().__init__(manager, lanes_type, _vector(lanes_type))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a Python function or operator is taught to numba
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _teach(function, typing, lower):
+    """Let jitted code call `function`: `typing(*types)` gives a signature or None, `lower` builds its LLVM code."""
+
+    class Template(AbstractTemplate):
+        key = function
+
+        def generic(self, args, kws):
+            return None if kws else typing(*args)
+
+    infer_global(function, types.Function(Template))
+    lower_builtin(function, types.VarArg(types.Any))(lower)
+
+
+def _teach_operator(symbol, operands, result, lower):
+    """Let jitted code apply a binary operator to lanes of one kind, or to lanes and a plain number."""
+
+    @infer_global(symbol)
+    class _Operator(AbstractTemplate):
+        def generic(self, args, kws):
+            if len(args) == 2 and operands in args:
+                accepted = [_operand(arg, operands) for arg in args]
+                if None not in accepted:
+                    return signature(result, *accepted)
+
+    def build(context, builder, sig, args):
+        return lower(builder, *[_widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)])
+
+    for pair in ((operands, operands), (operands, operands.dtype), (operands.dtype, operands)):
+        lower_builtin(symbol, *pair)(build)
+
+
+def _operand(given, wanted):
+    """The type as which an operand enters an operation on `wanted` lanes; None if it cannot."""
+    plain = {FLOATS: types.Number, INTS: types.Integer, MASK: types.Boolean}[wanted]
+    return wanted if given == wanted else wanted.dtype if isinstance(given, plain) else None
+
+
+def _widen(builder, value, kind):
+    """Repeat a plain number 16 times; lanes pass."""
+    if isinstance(kind, Lanes):
+        return value
+    if kind == types.boolean:
+        value = builder.trunc(value, ir.IntType(1))
+    vector = ir.VectorType(value.type, WIDTH)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, value, _INT32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, WIDTH), [0] * WIDTH))
+
+
+def _kind(*args):
+    """The lanes type that plain numbers and lanes have in common."""
+    for wanted in (FLOATS, INTS, MASK):
+        if wanted in args:
+            return wanted if all(_operand(arg, wanted) for arg in args) else None
+    for wanted, plain in ((MASK, types.Boolean), (INTS, types.Integer), (FLOATS, types.Float)):
+        if all(isinstance(arg, plain) for arg in args):
+            return wanted
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+# ---------------------------------------------------------------------------------------------------------------------
+
+for _symbol, _float, _int in (
+    (operator.add, "fadd", "add"),
+    (operator.sub, "fsub", "sub"),
+    (operator.mul, "fmul", "mul"),
+    (operator.truediv, "fdiv", None),
+    (operator.and_, None, "and_"),
+    (operator.or_, None, "or_"),
+    (operator.xor, None, "xor"),
+    (operator.lshift, None, "shl"),
+    (operator.rshift, None, "ashr"),
+):
+    if _float:
+        _teach_operator(_symbol, FLOATS, FLOATS, lambda b, x, y, name=_float: getattr(b, name)(x, y))
+    if _int:
+        _teach_operator(_symbol, INTS, INTS, lambda b, x, y, name=_int: getattr(b, name)(x, y))
+    if _int in ("and_", "or_", "xor"):
+        _teach_operator(_symbol, MASK, MASK, lambda b, x, y, name=_int: getattr(b, name)(x, y))
+
+for _symbol, _sign in (
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+    (operator.ne, "!="),
+):
+    _compare = "fcmp_unordered" if _sign == "!=" else "fcmp_ordered"  # as in C, NaN != NaN alone holds
+    _teach_operator(_symbol, FLOATS, MASK, lambda b, x, y, name=_compare, sign=_sign: getattr(b, name)(sign, x, y))
+    _teach_operator(_symbol, INTS, MASK, lambda b, x, y, sign=_sign: b.icmp_signed(sign, x, y))
+
+
+def _teach_unary(symbol, operands, lower):
+    @infer_global(symbol)
+    class _Unary(AbstractTemplate):
+        def generic(self, args, kws):
+            return signature(operands, operands) if args == (operands,) else None
+
+    lower_builtin(symbol, operands)(lambda context, builder, sig, args: lower(builder, args[0]))
+
+
+_teach_unary(operator.neg, FLOATS, lambda b, x: b.fneg(x))
+_teach_unary(operator.neg, INTS, lambda b, x: b.neg(x))
+_teach_unary(operator.invert, MASK, lambda b, x: b.not_(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lanes(x):
+    """Repeat a number 16 times: an int gives ints, a bool a mask, anything else floats."""
+    kind = np.bool_ if isinstance(x, (bool, np.bool_)) else np.int32 if isinstance(x, (int, np.integer)) else np.float32
+    return np.full(WIDTH, x, kind)
+
+
+def _lanes_typing(x):
+    kind = _kind(x)
+    return kind and signature(kind, kind.dtype)
+
+
+_teach(lanes, _lanes_typing, lambda context, builder, sig, args: _widen(builder, args[0], sig.args[0]))
+
+
+def select(mask, a, b):
+    """Take `a` where the mask holds and `b` elsewhere, as C's ``mask ? a : b``."""
+    return np.where(mask, a, b)
+
+
+def _select_typing(mask, a, b):
+    kind = _kind(a, b)
+    return signature(kind, MASK, _operand(a, kind), _operand(b, kind)) if kind and mask == MASK else None
+
+
+def _select_lower(context, builder, sig, args):
+    mask, a, b = [_widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)]
+    return builder.select(mask, a, b)
+
+
+_teach(select, _select_typing, _select_lower)
+
+
+def minimum(a, b):
+    """Return ``a < b ? a : b``: `b` when they are equal or one is NaN, as C's MIN does."""
+    return np.where(a < b, a, b)
+
+
+def maximum(a, b):
+    """Return ``a > b ? a : b``: `b` when they are equal or one is NaN, as C's MAX does."""
+    return np.where(a > b, a, b)
+
+
+def _pair_typing(a, b):
+    kind = _kind(a, b)
+    return signature(kind, _operand(a, kind), _operand(b, kind)) if kind in (FLOATS, INTS) else None
+
+
+def _choose_lower(sign):
+    def lower(context, builder, sig, args):
+        a, b = [_widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)]
+        compare = builder.fcmp_ordered if sig.return_type == FLOATS else builder.icmp_signed
+        return builder.select(compare(sign, a, b), a, b)
+
+    return lower
+
+
+_teach(minimum, _pair_typing, _choose_lower("<"))
+_teach(maximum, _pair_typing, _choose_lower(">"))
+
+
+def absolute(v):
+    """Clear the sign of floats."""
+    return np.abs(v)
+
+
+def sqrt(v):
+    """Return the square roots of floats, correctly rounded."""
+    return np.sqrt(v)
+
+
+def _call_lower(intrinsic):
+    def lower(context, builder, sig, args):
+        vector = args[0].type
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector]), intrinsic)
+        return builder.call(function, args)
+
+    return lower
+
+
+def _from_to(source, result):
+    return lambda v: signature(result, source) if v == source else None
+
+
+_teach(absolute, _from_to(FLOATS, FLOATS), _call_lower("llvm.fabs.v16f32"))
+_teach(sqrt, _from_to(FLOATS, FLOATS), _call_lower("llvm.sqrt.v16f32"))
+
+
+def any_lane(mask):
+    """Tell whether the mask holds anywhere."""
+    return bool(np.any(mask))
+
+
+def all_lanes(mask):
+    """Tell whether the mask holds everywhere."""
+    return bool(np.all(mask))
+
+
+def _mask_lower(sign, pattern):
+    def lower(context, builder, sig, args):
+        word = builder.bitcast(args[0], ir.IntType(WIDTH))
+        return builder.icmp_unsigned(sign, word, ir.Constant(word.type, pattern))
+
+    return lower
+
+
+_teach(any_lane, _from_to(MASK, types.boolean), _mask_lower("!=", 0))
+_teach(all_lanes, _from_to(MASK, types.boolean), _mask_lower("==", 2**WIDTH - 1))
+
+
+def total(v):
+    """Add the 16 ints."""
+    return int(np.sum(v, dtype=np.int32))
+
+
+def _total_lower(context, builder, sig, args):
+    shape = ir.FunctionType(_INT32, [_vector(INTS)])
+    reduce = cgutils.get_or_insert_function(builder.module, shape, "llvm.vector.reduce.add.v16i32")
+    return builder.call(reduce, args)
+
+
+_teach(total, _from_to(INTS, types.int32), _total_lower)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_float(v):
+    """Convert ints to floats, as C's implicit conversion does."""
+    return v.astype(np.float32)
+
+
+def to_int(v):
+    """Convert floats below 2**31 in magnitude to ints, dropping the fraction, as a C cast does."""
+    return v.astype(np.int32)
+
+
+def bits(v):
+    """Return the 32 bits of floats as ints."""
+    return v.view(np.int32)
+
+
+def from_bits(v):
+    """Return the floats that have the given 32 bits."""
+    return v.view(np.float32)
+
+
+_teach(to_float, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.sitofp(args[0], _vector(FLOATS)))
+_teach(to_int, _from_to(FLOATS, INTS), lambda c, b, sig, args: b.fptosi(args[0], _vector(INTS)))
+_teach(bits, _from_to(FLOATS, INTS), lambda c, b, sig, args: b.bitcast(args[0], _vector(INTS)))
+_teach(from_bits, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.bitcast(args[0], _vector(FLOATS)))
+
+
+@njit(cache=True, error_model="numpy")
+def nearest_int(v):
+    """Round floats to the nearest int, half to even.
+
+    Beyond ±4194303, where C's function of this name asserts, the result wraps as it does there; NaN gives 0.
+    """
+    return (bits(v + ROUNDER) & 0x007FFFFF) - 0x00400000
+
+
+@njit(cache=True, error_model="numpy")
+def to_half(v):
+    """Return the float16 bits of floats, rounded half to even, as ints; too large gives infinity."""
+    magnitude = bits(v) & 0x7FFFFFFF
+    rebiased = magnitude - (112 << 23)
+    normal = (rebiased + 0xFFF + ((rebiased >> 13) & 1)) >> 13
+    # Below 2**-14 half floats are multiples of 2**-24: so are floats in [0.5, 1), and adding 0.5 does the rounding.
+    tiny = bits(from_bits(magnitude) + np.float32(0.5)) - 0x3F000000
+    finite = minimum(select(magnitude < (113 << 23), tiny, normal), 0x7C00)
+    return select(magnitude > 0x7F800000, 0x7E00, finite) | ((bits(v) >> 16) & 0x8000)
+
+
+@njit(cache=True, error_model="numpy")
+def from_half(h):
+    """Return the floats whose float16 bits are given as ints."""
+    shifted = (h & 0x7FFF) << 13
+    finite = bits(from_bits(shifted) * np.float32(2.0**112))  # exact, subnormal numbers included
+    special = shifted | 0x7F800000
+    return from_bits(select((h & 0x7C00) == 0x7C00, special, finite) | ((h & 0x8000) << 16))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: flat arrays of float32, int32, uint8 or int8; bytes are widened to ints and cut back to their low 8 bits
+# ---------------------------------------------------------------------------------------------------------------------
+
+_LOADED = {types.float32: FLOATS, types.int32: INTS, types.uint8: INTS, types.int8: INTS}
+
+
+def load(array, i):
+    """Read ``array[i : i + 16]``."""
+    return gather(array, i, 1)
+
+
+def gather(array, i, step):
+    """Read the 16 elements ``array[i + step * lane]``."""
+    values = array[i : i + step * (WIDTH - 1) + 1 : step]
+    return values.astype(np.float32 if array.dtype == np.float32 else np.int32)
+
+
+def store(array, i, v):
+    """Write 16 elements to ``array[i : i + 16]``."""
+    scatter(array, i, 1, v)
+
+
+def scatter(array, i, step, v):
+    """Write 16 elements to ``array[i + step * lane]``."""
+    array[i : i + step * (WIDTH - 1) + 1 : step] = v.astype(array.dtype)
+
+
+def transpose(source, rows, i, target, j):
+    """Read 16 floats from each of 16 rows and write them column by column.
+
+    ``target[j + 16 * column + row] = source[rows[row] + i + column]``
+    """
+    columns = np.stack([source[row + i : row + i + WIDTH] for row in rows])
+    target[j : j + WIDTH * WIDTH] = columns.T.reshape(-1)
+
+
+def _is_flat(array, dtypes):
+    return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C" and array.dtype in dtypes
+
+
+def _read_typing(array, *where):
+    known = _is_flat(array, _LOADED) and all(isinstance(arg, types.Integer) for arg in where)
+    return signature(_LOADED[array.dtype], array, *[types.intp] * len(where)) if known else None
+
+
+def _write_typing(array, *where_and_lanes):
+    where, lanes_type = where_and_lanes[:-1], where_and_lanes[-1]
+    known = _is_flat(array, _LOADED) and _LOADED[array.dtype] == lanes_type
+    known = known and all(isinstance(arg, types.Integer) for arg in where)
+    return signature(types.none, array, *[types.intp] * len(where), lanes_type) if known else None
+
+
+def _pointer(context, builder, array_type, array, i, result):
+    """The address of `array[i]`, seen as a pointer to `result`."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [i]), result.as_pointer())
+
+
+def _item(array_type):
+    """The LLVM type of an element and its size in bytes, which is all the alignment that NumPy promises."""
+    size = array_type.dtype.bitwidth // 8
+    return (ir.FloatType() if array_type.dtype == types.float32 else ir.IntType(8 * size)), size
+
+
+def _widen_bytes(builder, value, array_type):
+    if array_type.dtype == types.uint8:
+        return builder.zext(value, _vector(INTS))
+    return builder.sext(value, _vector(INTS)) if array_type.dtype == types.int8 else value
+
+
+def _load_lower(context, builder, sig, args):
+    item, size = _item(sig.args[0])
+    vector = ir.VectorType(item, WIDTH)
+    pointer = _pointer(context, builder, sig.args[0], args[0], args[1], vector)
+    return _widen_bytes(builder, builder.load(pointer, align=size), sig.args[0])
+
+
+def _store_lower(context, builder, sig, args):
+    item, size = _item(sig.args[0])
+    vector = ir.VectorType(item, WIDTH)
+    value = args[2] if args[2].type == vector else builder.trunc(args[2], vector)
+    builder.store(value, _pointer(context, builder, sig.args[0], args[0], args[1], vector), align=size)
+    return context.get_dummy_value()
+
+
+def _each_lane(context, builder, sig, args):
+    """Yield lane number and address of the elements ``array[i + step * lane]``."""
+    item, _ = _item(sig.args[0])
+    for lane in range(WIDTH):
+        i = builder.add(args[1], builder.mul(args[2], ir.Constant(args[2].type, lane)))
+        yield _INT32(lane), _pointer(context, builder, sig.args[0], args[0], i, item)
+
+
+def _gather_lower(context, builder, sig, args):
+    value = ir.Constant(ir.VectorType(_item(sig.args[0])[0], WIDTH), ir.Undefined)
+    for lane, pointer in _each_lane(context, builder, sig, args):
+        value = builder.insert_element(value, builder.load(pointer), lane)
+    return _widen_bytes(builder, value, sig.args[0])
+
+
+def _scatter_lower(context, builder, sig, args):
+    item, _ = _item(sig.args[0])
+    for lane, pointer in _each_lane(context, builder, sig, args):
+        element = builder.extract_element(args[3], lane)
+        builder.store(element if element.type == item else builder.trunc(element, item), pointer)
+    return context.get_dummy_value()
+
+
+_teach(load, _read_typing, _load_lower)
+_teach(gather, _read_typing, _gather_lower)
+_teach(store, _write_typing, _store_lower)
+_teach(scatter, _write_typing, _scatter_lower)
+
+
+def _transpose_typing(source, rows, i, target, j):
+    known = _is_flat(source, [types.float32]) and _is_flat(target, [types.float32]) and _is_flat(rows, [types.int64])
+    return signature(types.none, source, rows, types.intp, target, types.intp) if known else None
+
+
+def _transpose_lower(context, builder, sig, args):
+    """Load 16 rows, then exchange halves in four rounds: lane bit and row bit trade places, one pair at a time."""
+    source, rows, i, target, j = args
+    block = []
+    for row in range(WIDTH):
+        start = _pointer(context, builder, sig.args[1], rows, ir.Constant(j.type, row), ir.IntType(64))
+        start = builder.add(builder.load(start), i)
+        block.append(builder.load(_pointer(context, builder, sig.args[0], source, start, _vector(FLOATS)), align=4))
+    for distance in (8, 4, 2, 1):
+        low = [lane if not lane & distance else lane - distance + WIDTH for lane in range(WIDTH)]
+        high = [lane + distance if not lane & distance else lane + WIDTH for lane in range(WIDTH)]
+        for row in [row for row in range(WIDTH) if not row & distance]:
+            a, b = block[row], block[row + distance]
+            block[row] = _shuffle(builder, a, b, low)
+            block[row + distance] = _shuffle(builder, a, b, high)
+    for column, value in enumerate(block):
+        place = builder.add(j, ir.Constant(j.type, column * WIDTH))
+        builder.store(value, _pointer(context, builder, sig.args[3], target, place, _vector(FLOATS)), align=4)
+    return context.get_dummy_value()
+
+
+def _shuffle(builder, a, b, order):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, WIDTH), order))
+
+
+_teach(transpose, _transpose_typing, _transpose_lower)
