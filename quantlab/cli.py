@@ -116,5 +116,17 @@ def fetch(name: Annotated[str, typer.Argument(help="What to fetch: smollm2.")]) 
     typer.echo(str(fetch(name)))
 
 
+@app.command()
+def sizes(
+    shape: Annotated[str, typer.Argument(metavar="SHAPE|FILE", help="A bundled shape (yi-34b), a GGUF file or a checkpoint.")],
+    rules: Rules = "current",
+    json: JsonPath = None,
+) -> None:
+    """Print the exact size of every ftype, without any weights."""
+    from quantlab.transform.plan import sizes
+
+    report(sizes(shape, rules=rules), json)
+
+
 if __name__ == "__main__":
     main()
