@@ -1,0 +1,253 @@
+"""Models on disk, opened lazily: `open` gives a `Model` with hyper-parameters, metadata, vocabulary and lazy tensors."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pandas as pd
+
+from quantlab.files.byte_range import ByteRange
+from quantlab.files.gguf_file import Header, read_header, row_nbytes
+from quantlab.files.gguf_shards import shard_headers
+from quantlab.files.hparams import Hparams
+from quantlab.files.vocab import Vocab
+
+__all__ = ["PLAIN_DTYPES", "LazyTensor", "Model", "open"]
+
+# ggml types whose rows are plain numbers; rows of every other type are uint8 blocks
+PLAIN_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+PLAIN_DTYPES |= {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read from disk when its values are asked for.
+
+    Attributes
+    ----------
+    name : str
+        GGUF name, such as `blk.0.attn_q.weight`.
+    shape : tuple of int
+        NumPy order: rows last but one, `n_per_row` last.
+    qtype : str
+        ggml type, such as `"Q4_K"`.
+    read_rows : callable
+        `read_rows(start, stop)` gives rows of the tensor seen as (nrows, n_per_row), as `rows` returns them.
+    offset : int or None
+        Position of the data in its file; None where the data is made from other data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: str
+    read_rows: Callable[[int, int], np.ndarray]
+    offset: int | None = None
+
+    @property
+    def nrows(self) -> int:
+        """Number of rows of `shape[-1]` weights."""
+        return prod(self.shape[:-1])
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.nrows * row_nbytes(self.name, self.qtype, self.shape[-1])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read rows `start:stop` of the tensor seen as (nrows, n_per_row).
+
+        Returns
+        -------
+        np.ndarray [shape=(stop - start, n_per_row), dtype=float32, float16, bfloat16] or [shape=(stop - start, row_bytes), dtype=uint8]
+            Numbers for plain types, blocks for quantized ones.
+
+        Raises
+        ------
+        ValueError
+            If the rows do not exist, or the file ends before them.
+        """
+        if not 0 <= start <= stop <= self.nrows:
+            raise ValueError(f"{self.name}: rows {start}:{stop}, need a range within 0:{self.nrows}.")
+        return self.read_rows(start, stop)
+
+    def load(self) -> np.ndarray:
+        """Read the whole tensor: numbers in `shape`, or uint8 blocks [shape=(*lead, row_bytes)]."""
+        rows = self.read_rows(0, self.nrows)
+        return rows.reshape(*self.shape[:-1], rows.shape[-1])
+
+    def floats(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read rows `start:stop` as float32; the whole tensor in `shape` when no range is given.
+
+        Returns
+        -------
+        np.ndarray [shape=(stop - start, n_per_row) or `shape`, dtype=float32]
+        """
+        whole = start == 0 and stop is None
+        stop = self.nrows if stop is None else stop
+        rows = self.rows(start, stop)
+        if self.qtype not in PLAIN_DTYPES:
+            from quantlab import quants  # numba; only quantized tensors need it
+
+            rows = quants.dequantize(rows, self.qtype, (stop - start, self.shape[-1]))
+        rows = rows.astype(np.float32, copy=False)
+        return rows.reshape(self.shape) if whole else rows
+
+
+class Model:
+    """A model on disk; nothing but its header is in memory.
+
+    Parameters
+    ----------
+    path : Path
+        The file or folder that was opened.
+    metadata : dict
+        GGUF metadata in file order, values typed as `read_header` returns them.
+    tensors : iterable of LazyTensor
+        In file order.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], tensors: list[LazyTensor]):
+        self.path, self.metadata = path, metadata
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+
+    @cached_property
+    def hparams(self) -> Hparams:
+        """Hyper-parameters from the metadata."""
+        return Hparams.from_metadata(self.metadata, self._tensors, source=str(self.path))
+
+    @cached_property
+    def vocab(self) -> Vocab:
+        """Vocabulary: text to token ids and back."""
+        return Vocab.from_metadata(self.metadata, source=str(self.path))
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in file order."""
+        return list(self._tensors)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor by name, in file order."""
+        return {tensor.name: tensor.shape for tensor in self}
+
+    @cached_property
+    def tensors(self) -> pd.DataFrame:
+        """Table of the tensors: name, shape, qtype, n_weights, bytes, bpw (bits per weight), offset."""
+        rows = [(t.name, t.shape, t.qtype, t.n_weights, t.nbytes, 8 * t.nbytes / t.n_weights, t.offset) for t in self]
+        return pd.DataFrame(rows, columns=["name", "shape", "qtype", "n_weights", "bytes", "bpw", "offset"])
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights of all tensors."""
+        return sum(tensor.n_weights for tensor in self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors' data."""
+        return sum(tensor.nbytes for tensor in self)
+
+    @property
+    def qtypes(self) -> Counter:
+        """Number of tensors of each type."""
+        return Counter(tensor.qtype for tensor in self)
+
+    @property
+    def ftype(self) -> int | None:
+        """Mixture number that the file gives (`general.file_type`), or None."""
+        number = self.metadata.get("general.file_type")
+        return None if number is None else int(number)
+
+    def tensor(self, name: str) -> LazyTensor:
+        """Return the tensor called `name`.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        """
+        if name not in self._tensors:
+            raise KeyError(f"{self.path}: no tensor is called {name}. See its .names.")
+        return self._tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[LazyTensor]:
+        return iter(self._tensors.values())
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        types = ", ".join(f"{count} {qtype}" for qtype, count in self.qtypes.items())
+        return f"Model({self.path.name}: {self.n_weights} weights, {self.nbytes} bytes; tensors: {types})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.tensors.to_html(max_rows=12, index=False)}"
+
+
+def open(path: str | Path) -> Model:
+    """Open a GGUF file (or the shards that it belongs to) or a checkpoint, lazily.
+
+    A checkpoint opens as the GGUF file that it would be converted to: GGUF names, GGUF metadata, rows of q and k
+    in GGUF's order.
+
+    Parameters
+    ----------
+    path : str or Path
+        A GGUF file, any one shard of a sharded one, a checkpoint folder, or a single checkpoint file.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at `path`, or a shard is missing.
+    ValueError
+        If the file is damaged or of a kind that is not read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from quantlab.files.gguf_file import TensorSpec, write_gguf
+    >>> path = Path(tempfile.mkdtemp()) / "a.gguf"
+    >>> x = np.ones((2, 32), np.float32)
+    >>> _ = write_gguf(path, {"general.architecture": "llama"}, [TensorSpec("x", x.shape, "F32")], [x])
+    >>> open(path).tensor("x").load().sum()
+    np.float32(64.0)
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        from quantlab.files.checkpoint import open_checkpoint  # imports this module
+
+        return open_checkpoint(path)
+    headers = shard_headers(read_header(path))
+    metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
+    return Model(path, metadata, [tensor for header in headers for tensor in _lazy_tensors(header)])
+
+
+def _lazy_tensors(header: Header) -> Iterator[LazyTensor]:
+    for info in header.tensors:
+        stored = ByteRange(header.path, info.offset, info.nbytes)
+        row_bytes = row_nbytes(info.name, info.qtype, info.shape[-1])
+        read = partial(_read_stored, stored, row_bytes, PLAIN_DTYPES.get(info.qtype, np.uint8))
+        yield LazyTensor(info.name, info.shape, info.qtype, read, info.offset)
+
+
+def _read_stored(stored: ByteRange, row_bytes: int, dtype: type, start: int, stop: int) -> np.ndarray:
+    """Read rows as they are stored."""
+    raw = stored.read(start * row_bytes, stop * row_bytes)
+    return raw.view(dtype).reshape(stop - start, -1)

@@ -1,0 +1,86 @@
+"""How a byte-level BPE vocabulary cuts text into words before merging, by the name that GGUF gives it.
+
+GGUF's `tokenizer.ggml.pre` names a cut; the names and the cuts are llama.cpp's (`llama-vocab.cpp`), the regular
+expressions those of the models' own tokenizer files.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["PreTokenizer", "pre_tokenizer"]
+
+# parts of the expressions
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+"
+_CAPITALS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_PATH_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
+_QWEN2 = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}|{_SIGNS}|{_SPACES}"
+_TEKKEN = rf"{_CASED}|{_CAPITALS}|\p{{N}}|{_PATH_SIGNS}|{_SPACES}"
+_GPT4O = rf"{_CASED}{_CONTRACTION}?|{_CAPITALS}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_PATH_SIGNS}|{_SPACES}"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """The expressions are applied one after the other; what one matches, and what lies between, is a piece for the next.
+
+    `ignore_merges`: a piece that is a token stays whole, whatever the merges say. `add_bos`: the default where the
+    metadata does not say.
+    """
+
+    regexes: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_BY_CUT = {
+    PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True): (
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
+    ),
+    PreTokenizer((_LLAMA3,)): "dbrx smaug-bpe chatglm-bpe",
+    PreTokenizer((_LLAMA3,), ignore_merges=True): "glm4 glm5",
+    PreTokenizer((_QWEN2,)): (
+        "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 hunyuan solar-open megrez grok-2"
+    ),
+    PreTokenizer((_GPT2,)): "gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4",
+    PreTokenizer((r"\p{N}", _GPT2)): "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
+    PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")): "falcon",
+    PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")): "default",
+    PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True): "tekken",
+    PreTokenizer((_GPT4O,)): "gpt-4o llama4 kanana2 talkie minimax-m2",
+    PreTokenizer(
+        (
+            r"\p{N}{1,3}",
+            "[一-龥぀-ゟ゠-ヿ]+",
+            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+            rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+        )
+    ): "deepseek-v3 hunyuan-dense joyai-llm hy_v4",
+}
+_BY_NAME = {name: cut for cut, names in _BY_CUT.items() for name in names.split()}
+
+
+def pre_tokenizer(name: str, *, source: str = "vocabulary") -> PreTokenizer:
+    """Return the cut called `name`; `source` starts the error text.
+
+    Raises
+    ------
+    ValueError
+        If the name is not known.
+
+    Examples
+    --------
+    >>> pre_tokenizer("smollm").regexes[0]
+    '\\\\p{N}'
+    """
+    if name not in _BY_NAME:
+        raise ValueError(
+            f"{source}: tokenizer.ggml.pre={name!r}, need one of {' '.join(sorted(_BY_NAME))}. "
+            f"Use llama.cpp for this model's text."
+        )
+    return _BY_NAME[name]

@@ -1,0 +1,337 @@
+"""Vocabularies: text to token ids and back, from a GGUF file's metadata.
+
+Two kinds: `spm` (SentencePiece BPE with byte fallback; `tokenizer.ggml.model` is `llama`) and `bpe` (byte-level BPE; `gpt2`).
+The owners of the formats do the work, sentencepiece and tokenizers; around them llama.cpp's rules for special tokens,
+the leading space and BOS/EOS hold.
+
+Source: `llama-vocab.cpp` of llama.cpp for the rules; sentencepiece_model.proto for the model's encoding.
+"""
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from quantlab.files.pretokenizers import pre_tokenizer
+
+__all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Vocab"]
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+
+# tokens that llama.cpp treats as control tokens whatever their type says: they end a generation or fill in the middle
+_ALWAYS_CONTROL = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> "
+    "_<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ "
+    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> "
+    "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> "
+    "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|> "
+    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split()
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Vocab:
+    """A vocabulary and its rules.
+
+    Attributes
+    ----------
+    kind : str
+        `"spm"` or `"bpe"`.
+    tokens : tuple of str
+        Text of every token as GGUF holds it.
+    types : np.ndarray [shape=(n_vocab,), dtype=int32]
+        1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+    scores : np.ndarray [shape=(n_vocab,), dtype=float32]
+        Merge priorities of an spm vocabulary; zeros otherwise.
+    merges : tuple of str
+        `"left right"` in order of priority, of a bpe vocabulary.
+    pre : str
+        Name of the pre-tokenizer of a bpe vocabulary.
+    bos_id, eos_id, unk_id : int or None
+    add_bos, add_eos : bool
+        Whether `encode` puts these tokens around a text.
+    add_space_prefix : bool
+        Whether a text starts as if a space stood before it.
+    """
+
+    kind: str
+    tokens: tuple[str, ...]
+    types: np.ndarray
+    scores: np.ndarray
+    merges: tuple[str, ...]
+    pre: str
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], *, source: str = "metadata") -> "Vocab":
+        """Build the vocabulary that GGUF metadata describes.
+
+        Parameters
+        ----------
+        metadata : mapping
+            As `read_header` returns it.
+        source : str
+            What the error text starts with.
+
+        Raises
+        ------
+        ValueError
+            If there is no vocabulary, or it contradicts itself, or is of a kind that is not read.
+        """
+        model = metadata.get("tokenizer.ggml.model")
+        if model not in ("llama", "gpt2"):
+            raise ValueError(f"{source}: tokenizer.ggml.model={model!r}, need 'llama' or 'gpt2'. Use llama.cpp for its text.")
+        spm = model == "llama"
+        tokens = _strings(metadata, "tokenizer.ggml.tokens", source)
+        tokens = tuple(token or f"[EMPTY_{i}]" for i, token in enumerate(tokens))
+        n_vocab = len(tokens)
+        if not n_vocab or len(set(tokens)) != n_vocab:
+            raise ValueError(f"{source}: tokenizer.ggml.tokens has {n_vocab} tokens, need different ones. Convert again.")
+        pre = metadata.get("tokenizer.ggml.pre", "default")
+        cut = None if spm else pre_tokenizer(pre, source=source)
+
+        def token_id(name: str, default: int | None) -> int | None:
+            value = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+            return int(value) if isinstance(value, np.generic | int) and 0 <= value < n_vocab else default
+
+        def flag(name: str, default: bool) -> bool:
+            return bool(metadata.get(f"tokenizer.ggml.{name}", default))
+
+        return cls(
+            kind="spm" if spm else "bpe",
+            tokens=tokens,
+            types=_numbers(metadata, "tokenizer.ggml.token_type", n_vocab, np.int32, NORMAL, source),
+            scores=_numbers(metadata, "tokenizer.ggml.scores", n_vocab, np.float32, 0, source),
+            merges=() if spm else tuple(dict.fromkeys(_strings(metadata, "tokenizer.ggml.merges", source))),
+            pre=pre,
+            bos_id=token_id("bos", 1 if spm else None),
+            eos_id=token_id("eos", 2 if spm else None),
+            unk_id=token_id("unknown", 0 if spm else None),
+            add_bos=flag("add_bos_token", True if spm else cut.add_bos),
+            add_eos=flag("add_eos_token", False),
+            add_space_prefix=flag("add_space_prefix", spm),
+        )
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides how a text is encoded."""
+        rules = (self.kind, self.pre, self.bos_id, self.eos_id, self.add_bos, self.add_eos, self.add_space_prefix)
+        sha = hashlib.sha256(repr((rules, self.tokens, self.merges)).encode("utf-8", "surrogateescape"))
+        sha.update(self.types.tobytes() + self.scores.tobytes())
+        return sha.hexdigest()
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> np.ndarray:
+        """Turn text into token ids.
+
+        Parameters
+        ----------
+        text : str
+        add_special : bool
+            Whether BOS and EOS are added where the vocabulary asks for them.
+        parse_special : bool
+            Whether the text of a control token stands for the token; otherwise it is text like any other.
+
+        Returns
+        -------
+        np.ndarray [shape=(n_tokens,), dtype=int32]
+
+        Raises
+        ------
+        ValueError
+            If the text holds half a surrogate pair, or BOS or EOS is asked for and not there.
+
+        Examples
+        --------
+        >>> tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁"]
+        >>> keys = {"model": "llama", "tokens": tokens, "scores": np.array([0, 0, 0, -3, -4, -1, -2], np.float32)}
+        >>> keys["token_type"] = np.array([2, 3, 3, 1, 1, 1, 1], np.int32)
+        >>> vocab = Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+        >>> vocab.encode("ab b").tolist()
+        [1, 6, 5, 6, 4]
+        """
+        half = re.search("[\ud800-\udfff]", text)
+        if half is not None:
+            raise ValueError(f"text: character {half.start()} is {half[0]!r}, half a surrogate pair. Decode the text as UTF-8.")
+        ids: list[int] = []
+        if add_special and self.add_bos:
+            ids.append(self._required(self.bos_id, "bos"))
+        after_special = True
+        for fragment in self._fragments(text, parse_special):
+            if isinstance(fragment, int):
+                ids.append(fragment)
+            else:
+                ids += self._encode_plain(" " + fragment if self.add_space_prefix and after_special else fragment)
+            after_special = isinstance(fragment, int)
+        if add_special and self.add_eos:
+            ids.append(self._required(self.eos_id, "eos"))
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Turn token ids into text; control tokens are left out unless `special`.
+
+        Bytes that do not form a character come out as U+FFFD.
+        """
+        ids = [int(i) for i in ids]
+        raw = b"".join(self._pieces[i] for i in ids if special or self._kinds[i] not in (CONTROL, UNKNOWN))
+        text = raw.decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.add_space_prefix else text
+
+    def _required(self, token_id: int | None, name: str) -> int:
+        if token_id is None:
+            raise ValueError(f"vocabulary: add_{name} is set and {name}_id is not. Pass add_special=False.")
+        return token_id
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """Token types after llama.cpp's corrections."""
+        pairs = zip(self.types.tolist(), self.tokens, strict=True)
+        return [CONTROL if token in _ALWAYS_CONTROL else kind for kind, token in pairs]
+
+    @cached_property
+    def _special(self) -> dict[bool, list[tuple[str, int]]]:
+        """By `parse_special`: tokens that are looked for in a text before anything else, longest (in bytes) first."""
+        wanted = {False: (USER_DEFINED,), True: (USER_DEFINED, CONTROL, UNKNOWN)}
+        order = sorted(range(self.n_vocab), key=lambda i: -len(self.tokens[i].encode("utf-8", "surrogateescape")))
+        return {key: [(self.tokens[i], i) for i in order if self._kinds[i] in kinds] for key, kinds in wanted.items()}
+
+    def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
+        """Cut text at special tokens, one token after the other, so that longer ones win."""
+        fragments: list[str | int] = [text] if text else []
+        for token, token_id in self._special[parse_special]:
+            if token not in text:
+                continue
+            cut: list[str | int] = []
+            for fragment in fragments:
+                if isinstance(fragment, int):
+                    cut.append(fragment)
+                    continue
+                parts = fragment.split(token)
+                cut += [item for part in parts for item in (part, token_id) if item != ""][:-1]
+            fragments = cut
+        return fragments
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if self.kind == "spm":
+            return self._processor.encode(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _processor(self) -> Any:
+        """A sentencepiece processor with this vocabulary."""
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_proto=_sentencepiece_proto(self))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """A tokenizer of the tokenizers library with this vocabulary; special tokens are cut out before it."""
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+        cut = pre_tokenizer(self.pre)
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        merges = [_split_merge(merge, ids) for merge in self.merges]
+        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=cut.ignore_merges))
+        steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in cut.regexes]
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        return tokenizer
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        """Bytes that each token stands for."""
+        return [self._piece(token, kind) for token, kind in zip(self.tokens, self._kinds, strict=True)]
+
+    def _piece(self, token: str, kind: int) -> bytes:
+        if kind == BYTE:
+            return bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else b""
+        if kind == UNUSED:
+            return b""
+        if kind != NORMAL:
+            return token.encode("utf-8", "surrogateescape")
+        if self.kind == "spm":
+            return token.replace("▁", " ").encode("utf-8", "surrogateescape")
+        if all(char in _BYTE_OF_CHAR for char in token):
+            return bytes(_BYTE_OF_CHAR[char] for char in token)
+        return token.encode("utf-8", "surrogateescape")
+
+
+def _byte_of_char() -> dict[str, int]:
+    """Return GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
+    value = metadata.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{source}: {key} is missing or no list of strings. Convert the checkpoint again.")
+    return value
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, count: int, dtype: type, default: int, source: str) -> np.ndarray:
+    value = metadata.get(key)
+    if value is None:
+        return np.full(count, default, dtype)
+    if not isinstance(value, np.ndarray) or len(value) < count or not np.isfinite(value).all():
+        raise ValueError(f"{source}: {key} needs {count} finite numbers. Convert the checkpoint again.")
+    return value[:count].astype(dtype)
+
+
+def _split_merge(merge: str, ids: Mapping[str, int]) -> tuple[str, str]:
+    """Split `"left right"` at the first space after the first character and check that both and their sum are tokens."""
+    cut = merge.find(" ", 1)
+    left, right = merge[:cut], merge[cut + 1 :]
+    if cut < 0 or not {left, right, left + right} <= ids.keys():
+        raise ValueError(f"vocabulary: merge {merge!r} names tokens that are not there. Convert the checkpoint again.")
+    return left, right
+
+
+def _sentencepiece_proto(vocab: Vocab) -> bytes:
+    """Encode the vocabulary as a sentencepiece model (protocol buffers): pieces, then the trainer's and normalizer's settings.
+
+    Every token takes part in merges, as in llama.cpp, apart from the unknown token and bytes. The text comes with its
+    leading space in place, so the normalizer adds none.
+    """
+    parts = []
+    unknown = vocab.unk_id if vocab.unk_id is not None else 0
+    for i, (token, score) in enumerate(zip(vocab.tokens, vocab.scores.tolist(), strict=True)):
+        byte = vocab.types[i] == BYTE and re.fullmatch("<0x[0-9A-F]{2}>", token)
+        kind = UNKNOWN if i == unknown else BYTE if byte else NORMAL
+        raw = token.encode("utf-8", "replace")
+        parts.append(_field(1, _field(1, raw) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])))
+    n_bytes = sum(1 for token in vocab.tokens if re.fullmatch("<0x[0-9A-F]{2}>", token))
+    bpe, byte_fallback = b"\x18\x02", b"\x98\x02" + bytes([n_bytes == 256])
+    parts.append(_field(2, bpe + byte_fallback + b"\xc0\x02" + _varint(unknown)))
+    parts.append(_field(3, _field(1, b"identity") + b"\x18\x00\x20\x00\x28\x01"))  # no dummy prefix, keep and escape spaces
+    return b"".join(parts)
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
