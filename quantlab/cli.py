@@ -1,7 +1,8 @@
 """The command line: `quantlab WORD …`, each word a few lines over one public function.
 
-A word imports what it needs inside its body, so that `quantlab --help` starts at once. It checks nothing itself: the public
-function raises a built-in exception with a whole sentence, and `main` prints that sentence as one line and exits with 1.
+A word imports what it needs inside its body, so that `quantlab --help` starts at once. It checks nothing itself: the
+public function raises a built-in exception with a whole sentence, and `main` prints that sentence as one line and exits
+with 1.
 """
 
 import errno
@@ -47,10 +48,12 @@ JsonPath = Annotated[
         "--json",
         metavar="FILE|-",
         callback=_check_json,
-        help="Write the result as JSON too; with - standard output carries JSON alone, the table goes to standard error.",
+        help="Write the result as JSON too; - gives JSON alone on standard output, the table on standard error.",
     ),
 ]
-Rules = Annotated[str, typer.Option("--rules", metavar="current|2023-12", help="llama.cpp's mixture rules of that time.")]
+Rules = Annotated[
+    str, typer.Option("--rules", metavar="current|2023-12", help="llama.cpp's mixture rules of that time.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
@@ -118,7 +121,9 @@ def fetch(name: Annotated[str, typer.Argument(help="What to fetch: smollm2.")]) 
 
 @app.command()
 def sizes(
-    shape: Annotated[str, typer.Argument(metavar="SHAPE|FILE", help="A bundled shape (yi-34b), a GGUF file or a checkpoint.")],
+    shape: Annotated[
+        str, typer.Argument(metavar="SHAPE|FILE", help="A bundled shape (yi-34b), a GGUF file or a checkpoint.")
+    ],
     rules: Rules = "current",
     json: JsonPath = None,
 ) -> None:
@@ -126,6 +131,26 @@ def sizes(
     from quantlab.transform.plan import sizes
 
     report(sizes(shape, rules=rules), json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def notebook(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="The notebook's name, without .ipynb.")],
+) -> None:
+    """Run a notebook: quantlab notebook NAME [-p KEY VALUE]…
+
+    The keys are in the notebook's second cell; the results go to data/runs/, outside a checkout to ./quantlab-runs/.
+    """
+    from quantlab.study import notebooks
+
+    flags, keys, values = ctx.args[::3], ctx.args[1::3], ctx.args[2::3]
+    if len(ctx.args) % 3 or any(flag != "-p" for flag in flags):
+        raise typer.BadParameter("parameters are given as -p KEY VALUE", param_hint="-p")
+    folder = notebooks.run(name, dict(zip(keys, values, strict=True)))
+    for table in sorted(folder.glob("*.txt")):
+        typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"In {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 if __name__ == "__main__":

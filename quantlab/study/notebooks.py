@@ -1,0 +1,119 @@
+"""Run a bundled notebook with parameters: a thin wrapper over papermill that checks the parameters first.
+
+What a run leaves lies in one folder: the executed notebook, an HTML copy, and what the notebook itself writes to `out`.
+"""
+
+import ast
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantlab.files.bundled import notebooks_dir, runs_dir
+
+
+def names() -> list[str]:
+    """The bundled notebooks' names, sorted."""
+    return sorted(path.stem for path in notebooks_dir().glob("*.ipynb"))
+
+
+def results(out: str | Path, name: str) -> Path:
+    """The folder for a notebook's results: `out`, or the notebook's own below the runs folder; made if missing."""
+    folder = Path(out) if str(out) else runs_dir() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
+    """Run a bundled notebook and return the folder of its results.
+
+    Parameters
+    ----------
+    name : str
+        A name of `names()`.
+    parameters : mapping
+        Values for the notebook's parameters. A string is read as the type that the notebook declares: `8` for an int,
+        `Q4_K_M,Q2_K` for a list. `out` names the folder of the results.
+
+    Returns
+    -------
+    Path
+        Folder with `<name>.ipynb`, `<name>.html` and the notebook's own files. Its name is the notebook's and the given
+        values, `size_ppl_table-smollm2`, below the runs folder, unless `out` is given.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such notebook.
+    ValueError
+        If a parameter is unknown or its value has another type, or a cell of the notebook fails.
+    ImportError
+        If papermill is not installed.
+    """
+    if name not in names():
+        raise FileNotFoundError(f"{name}: no such notebook. There are: {', '.join(names())}")
+    try:
+        import papermill
+    except ImportError:
+        raise ImportError(f"{name}: needs papermill. Install it with pip install 'gguf-quantlab[lab]'.") from None
+    given = dict(parameters or {})
+    source = notebooks_dir() / f"{name}.ipynb"
+    values = _checked(name, given, papermill.inspect_notebook(source))
+    folder = results(values.get("out", ""), _folder_name(name, given))
+    executed = folder / f"{name}.ipynb"
+    try:
+        papermill.execute_notebook(
+            source, executed, {**values, "out": str(folder)}, kernel_name="python3", progress_bar=sys.stderr.isatty()
+        )
+    except papermill.PapermillExecutionError as error:
+        raise ValueError(
+            f"{name}: cell {error.exec_count} failed with {error.ename}: {error.evalue} See {executed}"
+        ) from None
+    _write_html(executed)
+    return folder
+
+
+def _folder_name(name: str, given: Mapping[str, Any]) -> str:
+    """The notebook's name and the given values, as far as a file name can carry them."""
+    values = [re.sub(r"[^\w.,]+", "-", str(value)).strip("-.") for key, value in given.items() if key != "out"]
+    return "-".join([name, *values])[:100]
+
+
+def _checked(name: str, given: Mapping[str, Any], declared: Mapping[str, Mapping]) -> dict[str, Any]:
+    """The given values as the types that the notebook declares."""
+    values = {}
+    for key, value in given.items():
+        if key not in declared:
+            near = difflib.get_close_matches(key, declared, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{name}: parameter={key}, must be one of: {', '.join(declared)}.{hint}")
+        kind = declared[key]["inferred_type_name"]
+        values[key] = _read(value, kind, f"{name}: {key}={value}, must be {kind}.") if isinstance(value, str) else value
+    return values
+
+
+def _read(text: str, kind: str, complaint: str) -> Any:
+    """Read a string as a value of the declared type."""
+    if kind == "str":
+        return text
+    if kind.startswith("list[") and not text.startswith("["):
+        inner = kind[len("list[") : -1]
+        return [_read(part.strip(), inner, complaint) for part in text.split(",") if part.strip()]
+    try:
+        value = ast.literal_eval(text.capitalize() if kind == "bool" else text)
+    except (ValueError, SyntaxError):
+        raise ValueError(complaint) from None
+    wanted = {"int": int, "float": (int, float), "bool": bool}.get(kind, list)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(complaint)
+    return value
+
+
+def _write_html(executed: Path) -> None:
+    """Write the HTML copy of an executed notebook beside it."""
+    from nbconvert import HTMLExporter
+
+    html, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
+    executed.with_suffix(".html").write_text(html, encoding="utf-8")
