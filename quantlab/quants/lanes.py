@@ -11,7 +11,7 @@ same bytes, slowly.
     values          floats  lanes(np.float32(1))    ints  lanes(3)    masks  a < b
     operators       + - * / and comparisons on floats; + - * & | ^ << >> and comparisons on ints; & | ^ ~ on masks;
                     a plain number on either side stands for 16 equal ones
-    functions       select minimum maximum absolute sqrt any_lane all_lanes total
+    functions       select minimum maximum absolute sqrt any_lane all_lanes lane_bits total lowest highest
     conversions     to_float to_int nearest_int bits from_bits to_half from_half
     memory          load store gather scatter transpose
 """
@@ -24,6 +24,9 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
+
+kernel = njit(cache=True, error_model="numpy")  # how every function over lanes is compiled
+parallel_kernel = njit(cache=True, error_model="numpy", parallel=True)
 
 WIDTH = 16
 ROUNDER = np.float32(12582912)  # 1.5 * 2**23: adding it rounds a small float to a whole number, half to even
@@ -280,18 +283,45 @@ _teach(any_lane, _from_to(MASK, types.boolean), _mask_lower("!=", 0))
 _teach(all_lanes, _from_to(MASK, types.boolean), _mask_lower("==", 2**WIDTH - 1))
 
 
+def lane_bits(mask):
+    """Return an int whose bit `i` tells whether the mask holds in lane `i`."""
+    return int(np.packbits(mask, bitorder="little").view(np.uint16)[0])
+
+
+def _lane_bits_lower(context, builder, sig, args):
+    return builder.zext(builder.bitcast(args[0], ir.IntType(WIDTH)), _INT32)
+
+
+_teach(lane_bits, _from_to(MASK, types.int32), _lane_bits_lower)
+
+
 def total(v):
     """Add the 16 ints."""
     return int(np.sum(v, dtype=np.int32))
 
 
-def _total_lower(context, builder, sig, args):
-    shape = ir.FunctionType(_INT32, [_vector(INTS)])
-    reduce = cgutils.get_or_insert_function(builder.module, shape, "llvm.vector.reduce.add.v16i32")
-    return builder.call(reduce, args)
+def lowest(v):
+    """Return the smallest of the 16 ints."""
+    return int(np.min(v))
 
 
-_teach(total, _from_to(INTS, types.int32), _total_lower)
+def highest(v):
+    """Return the largest of the 16 ints."""
+    return int(np.max(v))
+
+
+def _reduce_lower(operation):
+    def lower(context, builder, sig, args):
+        shape = ir.FunctionType(_INT32, [_vector(INTS)])
+        name = f"llvm.vector.reduce.{operation}.v16i32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, shape, name), args)
+
+    return lower
+
+
+_teach(total, _from_to(INTS, types.int32), _reduce_lower("add"))
+_teach(lowest, _from_to(INTS, types.int32), _reduce_lower("smin"))
+_teach(highest, _from_to(INTS, types.int32), _reduce_lower("smax"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +355,7 @@ _teach(bits, _from_to(FLOATS, INTS), lambda c, b, sig, args: b.bitcast(args[0], 
 _teach(from_bits, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.bitcast(args[0], _vector(FLOATS)))
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def nearest_int(v):
     """Round floats to the nearest int, half to even.
 
@@ -334,7 +364,7 @@ def nearest_int(v):
     return (bits(v + ROUNDER) & 0x007FFFFF) - 0x00400000
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def to_half(v):
     """Return the float16 bits of floats, rounded half to even, as ints; too large gives infinity."""
     magnitude = bits(v) & 0x7FFFFFFF
@@ -346,7 +376,7 @@ def to_half(v):
     return select(magnitude > 0x7F800000, 0x7E00, finite) | ((bits(v) >> 16) & 0x8000)
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def from_half(h):
     """Return the floats whose float16 bits are given as ints."""
     shifted = (h & 0x7FFF) << 13
