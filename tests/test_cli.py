@@ -1,0 +1,143 @@
+"""What every word of the command line shares: help, errors, exit status, --json."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import quantlab
+from quantlab import cli
+
+
+def quantlab_command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "quantlab.cli", *arguments], capture_output=True, text=True, **options)
+
+
+def test_help_names_the_words_and_is_fast():
+    best = min(timed_help() for _ in range(3))
+    assert best < 0.5
+
+
+def timed_help() -> float:
+    start = time.perf_counter()
+    done = quantlab_command("--help")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0
+    for word in ("convert", "quantize", "perplexity", "compare", "sizes", "table", "fetch", "notebook"):
+        assert f"\n  {word} " in done.stdout
+    return seconds
+
+
+def test_version():
+    assert quantlab_command("--version").stdout == f"quantlab {quantlab.__version__}\n"
+
+
+@pytest.mark.parametrize("word", sorted(command.callback.__name__ for command in cli.app.registered_commands))
+def test_every_word_has_help(word):
+    done = quantlab_command(word, "--help")
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+    assert len(done.stdout.splitlines()) > 4
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["sizes"], ["sizes", "llama-7b", "--nonsense"], ["fetch", "a", "b"]]
+)
+def test_wrong_usage_exits_with_2(arguments):
+    done = quantlab_command(*arguments)
+    assert done.returncode == 2
+    assert "Error:" in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_error_is_one_line_and_exits_with_1():
+    done = quantlab_command("sizes", "no-such-shape")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("quantlab: no-such-shape: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result as every public function returns one."""
+
+    def __str__(self) -> str:
+        return "the table"
+
+    def to_json(self) -> str:
+        return '{"schema": 1}'
+
+
+@pytest.fixture
+def word():
+    """A command line with one word, which reports a result."""
+    app = typer.Typer()
+
+    @app.command()
+    def word(json: cli.JsonPath = None):
+        cli.report(Result(), json)
+
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
+def test_report_prints_the_table(word):
+    assert word().stdout == "the table\n"
+
+
+def test_json_goes_beside_the_table_into_a_file(word, tmp_path):
+    target = tmp_path / "a.json"
+    target.write_text("an older report")
+    assert word("--json", str(target)).stdout == "the table\n"
+    assert json.loads(target.read_text()) == {"schema": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_alone_on_standard_output(word):
+    done = word("--json", "-")
+    assert json.loads(done.stdout) == {"schema": 1}
+    assert done.stderr == "the table\n"
+
+
+def test_a_json_path_that_cannot_be_written_is_refused_at_once(tmp_path):
+    for path, rule in [(tmp_path, "folder"), (tmp_path / "no" / "a.json", "folder")]:
+        done = quantlab_command("sizes", "llama-7b", "--json", str(path))
+        assert done.returncode == 1
+        assert rule in done.stderr
+        assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a: b=1, must be 2.\n  Do this."), "a: b=1, must be 2. Do this."),
+        (FileNotFoundError(2, "No such file or directory", "x.gguf"), "x.gguf: No such file or directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_an_error_becomes_one_line(error, line):
+    assert cli._line(error) == line
+
+
+def test_interrupt_is_clean(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "quantlab: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [["x"], ["-p", "a"], ["-q", "a", "b"], ["-p", "a", "b", "c"]])
+def test_notebook_parameters_come_in_triples(arguments):
+    done = quantlab_command("notebook", "size_ppl_table", *arguments)
+    assert done.returncode == 2
+    assert "-p KEY VALUE" in done.stderr
