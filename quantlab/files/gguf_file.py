@@ -31,7 +31,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from quantlab.files.recognize import looks_like
 
-__all__ = ["Header", "TensorInfo", "TensorSpec", "read_header", "row_nbytes", "write_gguf"]
+__all__ = ["Header", "TensorInfo", "TensorSpec", "pack_header", "read_header", "row_nbytes", "write_gguf"]
 
 ALIGNMENT = 32
 MAX_HEADER = 64 << 20  # bytes; a vocabulary of 262 k tokens with its merges takes 12 MB
@@ -354,7 +354,7 @@ def write_gguf(
         with open(path_or_file, "wb", buffering=1 << 20) as file:
             return write_gguf(file, metadata, specs, data, progress=progress)
     alignment = int(metadata.get("general.alignment", ALIGNMENT))
-    header = _pack_header(metadata, specs, alignment)
+    header = pack_header(metadata, specs)
     path_or_file.write(header)
     written, items = len(header), iter(data)
     for spec in specs:
@@ -379,7 +379,9 @@ def _write_block(file: BinaryIO, block: np.ndarray, progress: Callable[[int], An
     return raw.nbytes
 
 
-def _pack_header(metadata: dict[str, Any], specs: Sequence[TensorSpec], alignment: int) -> bytes:
+def pack_header(metadata: dict[str, Any], specs: Sequence[TensorSpec]) -> bytes:
+    """Return everything that stands before the tensor data: metadata, tensor table, zeros up to the alignment."""
+    alignment = int(metadata.get("general.alignment", ALIGNMENT))
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(specs), len(metadata))]
     for key, value in metadata.items():
         parts += [_pack_string(key), _pack_value(value, key)]
