@@ -1,0 +1,796 @@
+"""The k-quants: Q2_K Q3_K Q4_K Q5_K Q6_K, and Q8_K for activations. Super-blocks of 256 weights.
+
+An encoder takes rows ``x`` (float32, C order) and fills ``out`` (uint8, one row of blocks per row); ``encode_*_imatrix``
+also takes the importance of each column. A decoder turns such bytes back into float32. Since blocks never cross the end
+of a row, all of them work on the array as one sequence of super-blocks.
+
+Encoders handle 16 super-blocks at a time, one in each lane, in three steps: *search* scale and minimum of every
+sub-block, *quantize the scales* of the super-block, then, with what the scales have become, *pack* the levels, for which
+the 16 super-blocks are gone through one after another. Bytes equal those of ggml-quants.c.
+
+Source: ggml-quants.c of llama.cpp, commit 0c1e57098.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from quantlab.quants.lanes import (
+    absolute,
+    any_lane,
+    bits,
+    from_bits,
+    from_half,
+    gather,
+    kernel,
+    lanes,
+    load,
+    maximum,
+    minimum,
+    nearest_int,
+    parallel_kernel,
+    scatter,
+    select,
+    sqrt,
+    store,
+    to_float,
+    to_half,
+    total,
+    transpose,
+)
+from quantlab.quants.search import (
+    GROUP_MAX_EPS,
+    ONE,
+    ZERO,
+    largest,
+    make_q3_quants,
+    make_qkx_quants,
+    make_qp_quants,
+    make_qx_quants,
+)
+
+QK_K = 256  # weights of a super-block
+SPAN = 128  # super-blocks that one task of a parallel loop handles: 32 Ki weights
+TWO = np.float32(2)
+
+
+class Workspace(NamedTuple):
+    """Arrays of one task. Columns of 16 lanes, a super-block in each; scales have a column for each sub-block."""
+
+    rows: np.ndarray  # int64 (16,): where each super-block starts
+    x: np.ndarray  # float32 (256 * 16,): the weights
+    w: np.ndarray  # float32 (256 * 16,): weights of their errors
+    sum_w: np.ndarray  # float32 (16 * 16,): the same, summed over each sub-block
+    tried: np.ndarray  # float32 (32 * 16,): levels of a sub-block while a search goes on
+    levels: np.ndarray  # uint8 (256 * 16,): levels that the search ends with
+    scale: np.ndarray  # float32 (16 * 16,): the scale that the search found
+    low: np.ndarray  # float32 (16 * 16,): and the minimum, its sign changed
+    ls: np.ndarray  # uint8 (16 * 16,): the scale, quantized
+    lm: np.ndarray  # uint8 (16 * 16,): the minimum, quantized
+    d: np.ndarray  # float32 (16 * 16,): the scale that a decoder will see
+    m: np.ndarray  # float32 (16 * 16,): the minimum that a decoder will see
+    head: np.ndarray  # uint8 (16 * 32,): 32 bytes for each super-block: its scales, packed
+
+
+@kernel
+def _workspace():
+    sub_blocks, weights = 16 * 16, QK_K * 16
+    return Workspace(
+        np.empty(16, np.int64),
+        np.empty(weights, np.float32),
+        np.empty(weights, np.float32),
+        np.empty(sub_blocks, np.float32),
+        np.empty(32 * 16, np.float32),
+        np.empty(weights, np.uint8),
+        np.empty(sub_blocks, np.float32),
+        np.empty(sub_blocks, np.float32),
+        np.empty(sub_blocks, np.uint8),
+        np.empty(sub_blocks, np.uint8),
+        np.empty(sub_blocks, np.float32),
+        np.empty(sub_blocks, np.float32),
+        np.empty(32 * 16, np.uint8),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps that several types share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _read_columns(source, first, n, per_row, target, rows):
+    """Put 16 super-blocks of weights side by side; beyond the last one, repeat it.
+
+    `per_row` is the number of super-blocks after which `source` starts anew.
+    """
+    for lane in range(16):
+        rows[lane] = min(first + lane, n - 1) % per_row * QK_K
+    for i in range(0, QK_K, 16):
+        transpose(source, rows, i, target, 16 * i)
+
+
+@kernel
+def _weigh(ws, importance, first, n, factor, size):
+    """Set the error weights ``importance * sqrt(sigma2 + x * x)``, and their sums over sub-blocks of `size` weights."""
+    _read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
+    sum_x2 = lanes(ZERO)
+    for i in range(0, 16 * QK_K, 16):
+        v = load(ws.x, i)
+        sum_x2 = sum_x2 + v * v
+    sigma2 = factor * sum_x2 / np.float32(QK_K)
+    for j in range(QK_K // size):
+        sum_w = lanes(ZERO)
+        for i in range(16 * size * j, 16 * size * (j + 1), 16):
+            v = load(ws.x, i)
+            weight = load(ws.w, i) * sqrt(sigma2 + v * v)
+            store(ws.w, i, weight)
+            sum_w = sum_w + weight
+        store(ws.sum_w, 16 * j, sum_w)
+
+
+@kernel
+def _largest_positive(scales, n):
+    """Return the largest of the first `n` columns, 0 if none is positive."""
+    peak = lanes(ZERO)
+    for j in range(0, 16 * n, 16):
+        v = load(scales, j)
+        peak = select(v > peak, v, peak)
+    return peak
+
+
+@kernel
+def _put_half(ws, at, half):
+    """Write float16 bits into the heads."""
+    scatter(ws.head, at, 32, half)
+    scatter(ws.head, at + 1, 32, half >> 8)
+
+
+@kernel
+def _signed_byte(v):
+    """Return what an int becomes when it is stored as int8."""
+    return ((v & 0xFF) ^ 0x80) - 0x80
+
+
+@kernel
+def _offset_levels(x, at, ws, k, i, size, nmax):
+    """Return the levels of 16 weights of super-block `k`, from weight `i` on, where ``x ≈ d * l - m``."""
+    d = ws.d[i // size * 16 + k]
+    if d == 0:  # C leaves what the search found
+        return gather(ws.levels, 16 * i + k, 16)
+    return maximum(0, minimum(nmax, nearest_int((load(x, at + i) + ws.m[i // size * 16 + k]) / d)))
+
+
+@kernel
+def _signed_levels(x, at, ws, k, i, nmax):
+    """Return the levels, made positive, of 16 weights of super-block `k`, from weight `i` on, where ``x ≈ d * l``."""
+    d = ws.d[i + k]
+    if d == 0:
+        return gather(ws.levels, 16 * i + k, 16)
+    return maximum(-nmax, minimum(nmax - 1, nearest_int(load(x, at + i) / d))) + nmax
+
+
+@kernel
+def _half_at(data, at):
+    """Read a float16 into all lanes."""
+    return from_half(lanes(np.int32(data[at]) | (np.int32(data[at + 1]) << 8)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q2_K: 16 sub-blocks of 16 weights, x = d * sc * l - dmin * m
+#
+#   byte     0              16         80     82                             84 bytes
+#            scales u8[16]  qs u8[64]  d f16  dmin f16
+#
+#   scales   low four bits sc, high four bits m
+#   qs       byte 32 h + i holds, two bits each, weights i, i + 32, i + 64, i + 96 of half h of the super-block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _search_q2_k(ws, rmin, rdelta, nstep, use_mad):
+    for j in range(16):
+        scale, low = make_qkx_quants(ws.x, 256 * j, ws.w, ws.tried, ws.levels, 16, 3, rmin, rdelta, nstep, use_mad)
+        store(ws.scale, 16 * j, scale)
+        store(ws.low, 16 * j, low)
+
+
+@kernel
+def _quantize_scales_q2_k(ws):
+    """Quantize scales and minima to four bits by the largest of them."""
+    top = np.float32(15)
+    max_scale, max_low = _largest_positive(ws.scale, 16), _largest_positive(ws.low, 16)
+    for j in range(0, 16 * 16, 16):
+        ls, lm = nearest_int(top / max_scale * load(ws.scale, j)), nearest_int(top / max_low * load(ws.low, j))
+        store(ws.ls, j, select(max_scale > ZERO, ls, 0))
+        store(ws.lm, j, select(max_low > ZERO, lm, 0))
+    return max_scale / top, max_low / top
+
+
+@kernel
+def _pack_scales_q2_k(ws, scale, low):
+    d, dmin = to_half(scale), to_half(low)
+    _put_half(ws, 16, d)
+    _put_half(ws, 18, dmin)
+    for j in range(16):
+        packed = (load(ws.ls, 16 * j) | (load(ws.lm, 16 * j) << 4)) & 0xFF
+        scatter(ws.head, j, 32, packed)
+        store(ws.d, 16 * j, from_half(d) * to_float(packed & 15))
+        store(ws.m, 16 * j, from_half(dmin) * to_float(packed >> 4))
+
+
+@kernel
+def _pack_q2_k(x, ws, first, n, out):
+    for k in range(min(16, n - first)):
+        at, block = (first + k) * QK_K, (first + k) * 84
+        store(out, block, load(ws.head, 32 * k))
+        for half in range(2):
+            for i in range(128 * half, 128 * half + 32, 16):
+                packed = lanes(0)
+                for part in range(4):
+                    packed = packed | (_offset_levels(x, at, ws, k, i + 32 * part, 16, 3) << (2 * part))
+                store(out, block + 16 + i - 96 * half, packed)
+        for byte in range(4):
+            out[block + 80 + byte] = ws.head[32 * k + 16 + byte]
+
+
+@kernel
+def _span_q2_k(x, importance, out, start, n):
+    ws = _workspace()
+    for first in range(start, min(start + SPAN, n), 16):
+        _read_columns(x, first, n, n, ws.x, ws.rows)
+        if importance is None:
+            for i in range(0, 16 * QK_K, 16):
+                store(ws.w, i, absolute(load(ws.x, i)))
+            _search_q2_k(ws, np.float32(-0.5), np.float32(0.1), 15, True)
+            scale, low = _quantize_scales_q2_k(ws)
+        else:
+            _weigh(ws, importance, first, n, ONE, 16)
+            _search_q2_k(ws, np.float32(-0.9), np.float32(0.05), 36, False)
+            scale = make_qp_quants(ws.scale, ws.sum_w, ws.ls, 16, 15)
+            low = make_qp_quants(ws.low, ws.sum_w, ws.lm, 16, 15)
+        _pack_scales_q2_k(ws, scale, low)
+        _pack_q2_k(x, ws, first, n, out)
+
+
+@parallel_kernel
+def _encode_q2_k(x, importance, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span_q2_k(x, importance, out, span * SPAN, n)
+
+
+def encode_q2_k(x, out):
+    """Quantize rows to Q2_K."""
+    _encode_q2_k(x, None, out)
+
+
+def encode_q2_k_imatrix(x, weights, out):
+    """Quantize rows to Q2_K, errors weighted by the importance of their columns."""
+    _encode_q2_k(x, weights, out)
+
+
+@kernel
+def _decode_span_q2_k(data, out, start, stop):
+    for k in range(start, stop):
+        at, block = k * QK_K, k * 84
+        d, dmin = _half_at(data, block + 80), _half_at(data, block + 82)
+        for half in range(2):
+            for part in range(4):
+                for i in range(0, 32, 16):
+                    sc = np.int32(data[block + 8 * half + 2 * part + i // 16])
+                    l = (load(data, block + 16 + 32 * half + i) >> (2 * part)) & 3
+                    v = d * np.float32(sc & 15) * to_float(l) - dmin * np.float32(sc >> 4)
+                    store(out, at + 128 * half + 32 * part + i, v)
+
+
+@parallel_kernel
+def decode_q2_k(data, out):
+    """Turn Q2_K blocks back into float32."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span_q2_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q3_K: 16 sub-blocks of 16 weights, x = d * (sc - 32) * (l - 4)
+#
+#   byte     0             32         96              108                    110 bytes
+#            hmask u8[32]  qs u8[64]  scales u8[12]   d f16
+#
+#   hmask    bit p of byte i is the third bit of weight 32 p + i
+#   qs       the two low bits, as in Q2_K
+#   scales   bytes 0-7: low four bits of sc 0-7, and of sc 8-15 above them; byte 8 + i: the two high bits of
+#            sc i, i + 4, i + 8, i + 12
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _quantize_scales_q3_k(ws):
+    """Quantize the scales to six bits by the one of largest magnitude."""
+    max_scale, _ = largest(ws.scale, 0, 16)
+    iscale = np.float32(-32) / max_scale
+    for j in range(0, 16 * 16, 16):
+        l = maximum(-32, minimum(31, _signed_byte(nearest_int(iscale * load(ws.scale, j))))) + 32
+        store(ws.ls, j, select(max_scale != ZERO, l, 0))
+    return select(max_scale != ZERO, ONE / iscale, ZERO)
+
+
+@kernel
+def _pack_scales_q3_k(ws, scale):
+    half = to_half(scale)
+    _put_half(ws, 12, half)
+    d = from_half(half)
+    for j in range(0, 16 * 16, 16):
+        store(ws.d, j, d * to_float(load(ws.ls, j) - 32))
+    for j in range(8):
+        scatter(ws.head, j, 32, (load(ws.ls, 16 * j) & 15) | ((load(ws.ls, 16 * j + 128) & 15) << 4))
+    for j in range(4):
+        packed = lanes(0)
+        for part in range(4):
+            packed = packed | ((load(ws.ls, 16 * j + 64 * part) >> 4) << (2 * part))
+        scatter(ws.head, 8 + j, 32, packed)
+
+
+@kernel
+def _pack_q3_k(x, ws, first, n, out):
+    for k in range(min(16, n - first)):
+        at, block = (first + k) * QK_K, (first + k) * 110
+        for i in range(0, 32, 16):
+            mask = lanes(0)
+            for half in range(2):
+                packed = lanes(0)
+                for part in range(4):
+                    l = _signed_levels(x, at, ws, k, 128 * half + 32 * part + i, 4)
+                    packed = packed | ((l & 3) << (2 * part))
+                    mask = mask | ((l >> 2) << (4 * half + part))
+                store(out, block + 32 + 32 * half + i, packed)
+            store(out, block + i, mask)
+        for byte in range(14):
+            out[block + 96 + byte] = ws.head[32 * k + byte]
+
+
+@kernel
+def _span_q3_k(x, importance, out, start, n):
+    ws = _workspace()
+    for first in range(start, min(start + SPAN, n), 16):
+        _read_columns(x, first, n, n, ws.x, ws.rows)
+        if importance is None:
+            for j in range(16):
+                store(ws.scale, 16 * j, make_q3_quants(ws.x, 256 * j, ws.tried, ws.levels, 16, 4))
+            scale = _quantize_scales_q3_k(ws)
+        else:
+            _weigh(ws, importance, first, n, TWO, 16)
+            for j in range(16):
+                store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.levels, 16, 4))
+            scale = make_qx_quants(ws.scale, 0, ws.sum_w, ws.ls, 16, 32)
+        _pack_scales_q3_k(ws, scale)
+        _pack_q3_k(x, ws, first, n, out)
+
+
+@parallel_kernel
+def _encode_q3_k(x, importance, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span_q3_k(x, importance, out, span * SPAN, n)
+
+
+def encode_q3_k(x, out):
+    """Quantize rows to Q3_K."""
+    _encode_q3_k(x, None, out)
+
+
+def encode_q3_k_imatrix(x, weights, out):
+    """Quantize rows to Q3_K, errors weighted by the importance of their columns."""
+    _encode_q3_k(x, weights, out)
+
+
+@kernel
+def _decode_span_q3_k(data, out, start, stop):
+    for k in range(start, stop):
+        at, block = k * QK_K, k * 110
+        d = _half_at(data, block + 108)
+        for j in range(16):
+            low = np.int32(data[block + 96 + j % 8]) >> (j // 8 * 4)
+            high = np.int32(data[block + 104 + j % 4]) >> (j // 4 * 2)
+            sc = (low & 15) | ((high & 3) << 4)
+            part, i = j // 2, j % 2 * 16
+            l = (load(data, block + 32 + part // 4 * 32 + i) >> (part % 4 * 2)) & 3
+            l = l + (((load(data, block + i) >> part) & 1) << 2) - 4
+            store(out, at + 16 * j, d * np.float32(sc - 32) * to_float(l))
+
+
+@parallel_kernel
+def decode_q3_k(data, out):
+    """Turn Q3_K blocks back into float32."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span_q3_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q4_K and Q5_K: 8 sub-blocks of 32 weights, x = d * sc * l - dmin * m
+#
+#   byte     0      2         4              16                              Q4_K, 144 bytes
+#            d f16  dmin f16  scales u8[12]  qs u8[128]
+#   byte     0      2         4              16         48                   Q5_K, 176 bytes
+#            d f16  dmin f16  scales u8[12]  qh u8[32]  qs u8[128]
+#
+#   scales   bytes 0-3 and 4-7: sc and m of sub-blocks 0-3, six bits, and above them the two high bits of sub-blocks 4-7;
+#            bytes 8-11: the four low bits of sub-blocks 4-7, sc below m
+#   qs       byte 32 p + i holds weight i of sub-block 2 p in its low four bits and of sub-block 2 p + 1 in the high ones
+#   qh       bit j of byte i is the fifth bit of weight i of sub-block j
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _search_q45_k(ws, nmax, rmin, rdelta, nstep):
+    for j in range(8):
+        scale, low = make_qkx_quants(ws.x, 512 * j, ws.w, ws.tried, ws.levels, 32, nmax, rmin, rdelta, nstep, False)
+        store(ws.scale, 16 * j, scale)
+        store(ws.low, 16 * j, low)
+
+
+@kernel
+def _fit_q45_k(ws, nmax, rmin, nstep):
+    """Search without an importance matrix; return scale and minimum of the super-blocks."""
+    for j in range(0, 16 * QK_K, 512):
+        sum_x2 = lanes(ZERO)
+        for i in range(j, j + 512, 16):
+            v = load(ws.x, i)
+            sum_x2 = sum_x2 + v * v
+        av_x = sqrt(sum_x2 / np.float32(32))
+        for i in range(j, j + 512, 16):
+            store(ws.w, i, av_x + absolute(load(ws.x, i)))
+    _search_q45_k(ws, nmax, rmin, np.float32(0.1), nstep)
+    top = np.float32(63)
+    max_scale, max_low = _largest_positive(ws.scale, 8), _largest_positive(ws.low, 8)
+    inv_scale = select(max_scale > ZERO, top / max_scale, ZERO)
+    inv_low = select(max_low > ZERO, top / max_low, ZERO)
+    for j in range(0, 8 * 16, 16):
+        store(ws.ls, j, minimum(63, nearest_int(inv_scale * load(ws.scale, j)) & 0xFF))
+        store(ws.lm, j, minimum(63, nearest_int(inv_low * load(ws.low, j)) & 0xFF))
+    return max_scale / top, max_low / top
+
+
+@kernel
+def _fit_q45_k_weighted(ws, importance, first, n, nmax):
+    """Search with an importance matrix; return scale and minimum of the super-blocks."""
+    _weigh(ws, importance, first, n, TWO, 32)
+    _search_q45_k(ws, nmax, np.float32(-0.9), np.float32(0.05), 36)
+    scale = make_qp_quants(ws.scale, ws.sum_w, ws.ls, 8, 63)
+    low = make_qp_quants(ws.low, ws.sum_w, ws.lm, 8, 63)
+    return scale, low
+
+
+@kernel
+def _pack_scales_q45_k(ws, scale, low, most):
+    """Lay out the first 16 bytes of the blocks; quantized scales are limited to `most` before."""
+    _put_half(ws, 0, to_half(scale))
+    _put_half(ws, 2, to_half(low))
+    d, dmin = from_half(to_half(scale)), from_half(to_half(low))
+    for j in range(4):
+        ls, lm = minimum(most, load(ws.ls, 16 * j)), minimum(most, load(ws.lm, 16 * j))
+        ls_4, lm_4 = minimum(most, load(ws.ls, 16 * j + 64)), minimum(most, load(ws.lm, 16 * j + 64))
+        ls, lm = ls | (ls_4 >> 4 << 6), lm | (lm_4 >> 4 << 6)
+        scatter(ws.head, 4 + j, 32, ls)
+        scatter(ws.head, 8 + j, 32, lm)
+        scatter(ws.head, 12 + j, 32, (ls_4 & 15) | ((lm_4 & 15) << 4))
+        store(ws.d, 16 * j, d * to_float(ls & 63))
+        store(ws.m, 16 * j, dmin * to_float(lm & 63))
+        store(ws.d, 16 * j + 64, d * to_float((ls_4 & 15) | ((ls & 0xC0) >> 2)))
+        store(ws.m, 16 * j + 64, dmin * to_float((lm_4 & 15) | ((lm & 0xC0) >> 2)))
+
+
+@kernel
+def _pack_q4_k(x, ws, first, n, out):
+    for k in range(min(16, n - first)):
+        at, block = (first + k) * QK_K, (first + k) * 144
+        store(out, block, load(ws.head, 32 * k))
+        for part in range(4):
+            for i in range(64 * part, 64 * part + 32, 16):
+                low, high = _offset_levels(x, at, ws, k, i, 32, 15), _offset_levels(x, at, ws, k, i + 32, 32, 15)
+                store(out, block + 16 + i - 32 * part, low | (high << 4))
+
+
+@kernel
+def _span_q4_k(x, importance, out, start, n):
+    ws = _workspace()
+    for first in range(start, min(start + SPAN, n), 16):
+        _read_columns(x, first, n, n, ws.x, ws.rows)
+        if importance is None:
+            scale, low = _fit_q45_k(ws, 15, np.float32(-1), 20)
+        else:
+            scale, low = _fit_q45_k_weighted(ws, importance, first, n, 15)
+        _pack_scales_q45_k(ws, scale, low, 255)
+        _pack_q4_k(x, ws, first, n, out)
+
+
+@parallel_kernel
+def _encode_q4_k(x, importance, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span_q4_k(x, importance, out, span * SPAN, n)
+
+
+def encode_q4_k(x, out):
+    """Quantize rows to Q4_K."""
+    _encode_q4_k(x, None, out)
+
+
+def encode_q4_k_imatrix(x, weights, out):
+    """Quantize rows to Q4_K, errors weighted by the importance of their columns."""
+    _encode_q4_k(x, weights, out)
+
+
+@kernel
+def _scale_and_min(data, at, j):
+    """Read the six-bit sc and m of sub-block `j` from the scales at `at`."""
+    if j < 4:
+        return np.int32(data[at + j]) & 63, np.int32(data[at + j + 4]) & 63
+    low = np.int32(data[at + j + 4])
+    sc = (low & 15) | (np.int32(data[at + j - 4]) >> 6 << 4)
+    return sc, (low >> 4) | (np.int32(data[at + j]) >> 6 << 4)
+
+
+@kernel
+def _decode_span_q4_k(data, out, start, stop):
+    for k in range(start, stop):
+        at, block = k * QK_K, k * 144
+        d, dmin = _half_at(data, block), _half_at(data, block + 2)
+        for j in range(8):
+            sc, m = _scale_and_min(data, block + 4, j)
+            scale, low = d * np.float32(sc), dmin * np.float32(m)
+            for i in range(0, 32, 16):
+                l = (load(data, block + 16 + j // 2 * 32 + i) >> (j % 2 * 4)) & 15
+                store(out, at + 32 * j + i, scale * to_float(l) - low)
+
+
+@parallel_kernel
+def decode_q4_k(data, out):
+    """Turn Q4_K blocks back into float32."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span_q4_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+
+
+@kernel
+def _pack_q5_k(x, ws, first, n, out):
+    for k in range(min(16, n - first)):
+        at, block = (first + k) * QK_K, (first + k) * 176
+        store(out, block, load(ws.head, 32 * k))
+        for i in range(0, 32, 16):
+            fifth = lanes(0)
+            for part in range(4):
+                low = _offset_levels(x, at, ws, k, 64 * part + i, 32, 31)
+                high = _offset_levels(x, at, ws, k, 64 * part + 32 + i, 32, 31)
+                store(out, block + 48 + 32 * part + i, (low & 15) | ((high & 15) << 4))
+                fifth = fifth | (low >> 4 << (2 * part)) | (high >> 4 << (2 * part + 1))
+            store(out, block + 16 + i, fifth)
+
+
+@kernel
+def _span_q5_k(x, importance, out, start, n):
+    ws = _workspace()
+    for first in range(start, min(start + SPAN, n), 16):
+        _read_columns(x, first, n, n, ws.x, ws.rows)
+        if importance is None:
+            scale, low = _fit_q45_k(ws, 31, np.float32(-0.5), 15)
+        else:
+            scale, low = _fit_q45_k_weighted(ws, importance, first, n, 31)
+        _pack_scales_q45_k(ws, scale, low, 63)
+        _pack_q5_k(x, ws, first, n, out)
+
+
+@parallel_kernel
+def _encode_q5_k(x, importance, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span_q5_k(x, importance, out, span * SPAN, n)
+
+
+def encode_q5_k(x, out):
+    """Quantize rows to Q5_K."""
+    _encode_q5_k(x, None, out)
+
+
+def encode_q5_k_imatrix(x, weights, out):
+    """Quantize rows to Q5_K, errors weighted by the importance of their columns."""
+    _encode_q5_k(x, weights, out)
+
+
+@kernel
+def _decode_span_q5_k(data, out, start, stop):
+    for k in range(start, stop):
+        at, block = k * QK_K, k * 176
+        d, dmin = _half_at(data, block), _half_at(data, block + 2)
+        for j in range(8):
+            sc, m = _scale_and_min(data, block + 4, j)
+            scale, low = d * np.float32(sc), dmin * np.float32(m)
+            for i in range(0, 32, 16):
+                l = (load(data, block + 48 + j // 2 * 32 + i) >> (j % 2 * 4)) & 15
+                l = l | (((load(data, block + 16 + i) >> j) & 1) << 4)
+                store(out, at + 32 * j + i, scale * to_float(l) - low)
+
+
+@parallel_kernel
+def decode_q5_k(data, out):
+    """Turn Q5_K blocks back into float32."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span_q5_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q6_K: 16 sub-blocks of 16 weights, x = d * sc * (l - 32)
+#
+#   byte     0           128        192            208                       210 bytes
+#            ql u8[128]  qh u8[64]  scales i8[16]  d f16
+#
+#   ql       bytes 64 h + i and 64 h + 32 + i hold the low four bits of weights i and i + 32 of half h of the super-block,
+#            and above them those of weights i + 64 and i + 96
+#   qh       the two high bits, laid out as qs of Q2_K
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _quantize_scales_q6_k(ws):
+    """Quantize the scales to eight bits by the one of largest magnitude, and lay them out."""
+    max_scale, magnitude = largest(ws.scale, 0, 16)
+    zero = magnitude < GROUP_MAX_EPS
+    iscale = np.float32(-128) / max_scale
+    half = select(zero, 0, to_half(ONE / iscale))
+    _put_half(ws, 16, half)
+    d = from_half(half)
+    for j in range(16):
+        l = select(zero, 0, _signed_byte(minimum(127, nearest_int(iscale * load(ws.scale, 16 * j)))))
+        scatter(ws.head, j, 32, l)
+        store(ws.d, 16 * j, d * to_float(l))
+    if any_lane(zero):  # C clears these blocks, levels of the search and all
+        for i in range(0, 16 * QK_K, 16):
+            store(ws.levels, i, select(zero, 0, load(ws.levels, i)))
+
+
+@kernel
+def _pack_q6_k(x, ws, first, n, out):
+    for k in range(min(16, n - first)):
+        at, block = (first + k) * QK_K, (first + k) * 210
+        for half in range(2):
+            for i in range(0, 32, 16):
+                l1 = _signed_levels(x, at, ws, k, 128 * half + i, 32)
+                l2 = _signed_levels(x, at, ws, k, 128 * half + 32 + i, 32)
+                l3 = _signed_levels(x, at, ws, k, 128 * half + 64 + i, 32)
+                l4 = _signed_levels(x, at, ws, k, 128 * half + 96 + i, 32)
+                store(out, block + 64 * half + i, (l1 & 15) | ((l3 & 15) << 4))
+                store(out, block + 64 * half + 32 + i, (l2 & 15) | ((l4 & 15) << 4))
+                high = (l1 >> 4) | (l2 >> 4 << 2) | (l3 >> 4 << 4) | (l4 >> 4 << 6)
+                store(out, block + 128 + 32 * half + i, high)
+        store(out, block + 192, load(ws.head, 32 * k))
+        for byte in range(2):
+            out[block + 208 + byte] = ws.head[32 * k + 16 + byte]
+
+
+@kernel
+def _span_q6_k(x, importance, out, start, n):
+    ws = _workspace()
+    for first in range(start, min(start + SPAN, n), 16):
+        _read_columns(x, first, n, n, ws.x, ws.rows)
+        if importance is None:
+            for i in range(0, 16 * QK_K, 16):
+                v = load(ws.x, i)
+                store(ws.w, i, v * v)
+        else:
+            _read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
+        for j in range(16):
+            store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.levels, 16, 32))
+        _quantize_scales_q6_k(ws)
+        _pack_q6_k(x, ws, first, n, out)
+
+
+@parallel_kernel
+def _encode_q6_k(x, importance, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span_q6_k(x, importance, out, span * SPAN, n)
+
+
+def encode_q6_k(x, out):
+    """Quantize rows to Q6_K."""
+    _encode_q6_k(x, None, out)
+
+
+def encode_q6_k_imatrix(x, weights, out):
+    """Quantize rows to Q6_K, errors weighted by the importance of their columns."""
+    _encode_q6_k(x, weights, out)
+
+
+@kernel
+def _decode_span_q6_k(data, out, start, stop):
+    for k in range(start, stop):
+        at, block = k * QK_K, k * 210
+        d = _half_at(data, block + 208)
+        for j in range(16):
+            half, part, i = j // 8, j % 8 // 2, j % 2 * 16
+            sc = (np.int32(data[block + 192 + j]) ^ 0x80) - 0x80
+            l = (load(data, block + 64 * half + part % 2 * 32 + i) >> (part // 2 * 4)) & 15
+            l = l | (((load(data, block + 128 + 32 * half + i) >> (2 * part)) & 3) << 4)
+            store(out, at + 16 * j, d * np.float32(sc) * to_float(l - 32))
+
+
+@parallel_kernel
+def decode_q6_k(data, out):
+    """Turn Q6_K blocks back into float32."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span_q6_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q8_K, which llama.cpp uses for activations: x = d * q
+#
+#   byte     0      4           260                                          292 bytes
+#            d f32  qs i8[256]  bsums i16[16]: sums of 16 neighbouring q
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _span_q8_k(x, out, start, n):
+    ws = _workspace()
+    for first in range(start, min(start + SPAN, n), 16):
+        _read_columns(x, first, n, n, ws.x, ws.rows)
+        peak, magnitude = largest(ws.x, 0, QK_K)
+        iscale = np.float32(-127) / peak
+        store(ws.scale, 0, select(magnitude > ZERO, iscale, ZERO))
+        d = bits(select(magnitude > ZERO, ONE / iscale, ZERO))
+        for byte in range(4):
+            scatter(ws.head, byte, 32, d >> (8 * byte))
+        for k in range(min(16, n - first)):
+            at, block = (first + k) * QK_K, (first + k) * 292
+            for byte in range(4):
+                out[block + byte] = ws.head[32 * k + byte]
+            for j in range(16):
+                q = _signed_byte(minimum(127, nearest_int(load(x, at + 16 * j) * ws.scale[k])))
+                store(out, block + 4 + 16 * j, q)
+                bsum = total(q)
+                out[block + 260 + 2 * j] = bsum & 0xFF
+                out[block + 261 + 2 * j] = (bsum >> 8) & 0xFF
+
+
+@parallel_kernel
+def encode_q8_k(x, out):
+    """Quantize rows to Q8_K."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span_q8_k(x, out, span * SPAN, n)
+
+
+@kernel
+def _decode_span_q8_k(data, out, start, stop):
+    for k in range(start, stop):
+        at, block = k * QK_K, k * 292
+        word = np.int32(0)
+        for byte in range(4):
+            word |= np.int32(data[block + byte]) << np.int32(8 * byte)
+        d = from_bits(lanes(word))
+        for i in range(0, QK_K, 16):
+            store(out, at + i, d * to_float(_signed_byte(load(data, block + 4 + i))))
+
+
+@parallel_kernel
+def decode_q8_k(data, out):
+    """Turn Q8_K blocks back into float32."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span_q8_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
