@@ -133,6 +133,29 @@ def sizes(
     report(sizes(shape, rules=rules), json)
 
 
+@app.command()
+def table(
+    model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    text: Annotated[
+        str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled or a text file.")
+    ] = "primer",
+    ftypes: Annotated[str, typer.Option("--ftypes", metavar="A,B,…", help="The rows; all of llama.cpp's table.")] = "",
+    rules: Rules = "current",
+    n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk.")] = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", help="Chunks at most; the whole text.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")] = None,
+    json: JsonPath = None,
+) -> None:
+    """Print the size/ppl table: for every ftype its size and what it costs in perplexity."""
+    from quantlab.study import tables
+
+    names = [name for name in ftypes.split(",") if name] or tables.FTYPES
+    report(
+        tables.size_ppl(model, text, ftypes=names, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory),
+        json,
+    )
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def notebook(
     ctx: typer.Context,

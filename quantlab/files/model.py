@@ -1,4 +1,4 @@
-"""Models on disk, opened lazily: `open` gives a `Model` with hyper-parameters, metadata, vocabulary and lazy tensors."""
+"""Models on disk, opened lazily: hyper-parameters, metadata, vocabulary and tensors that are read when asked for."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -8,21 +8,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pandas as pd
 
-from quantlab.files.byte_range import ByteRange
+from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange
+from quantlab.files.bundled import model_path
 from quantlab.files.gguf_file import Header, read_header, row_nbytes
 from quantlab.files.gguf_shards import shard_headers
 from quantlab.files.hparams import Hparams
 from quantlab.files.vocab import Vocab
 
-__all__ = ["PLAIN_DTYPES", "LazyTensor", "Model", "open"]
-
-# ggml types whose rows are plain numbers; rows of every other type are uint8 blocks
-PLAIN_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-PLAIN_DTYPES |= {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+__all__ = ["LazyTensor", "Model", "open"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ class LazyTensor:
 
         Returns
         -------
-        np.ndarray [shape=(stop - start, n_per_row), dtype=float32, float16, bfloat16] or [shape=(stop - start, row_bytes), dtype=uint8]
-            Numbers for plain types, blocks for quantized ones.
+        np.ndarray [shape=(stop - start, n_per_row), dtype=float32, float16 or bfloat16]
+            For plain types; for quantized ones their blocks [shape=(stop - start, row_bytes), dtype=uint8].
 
         Raises
         ------
@@ -206,7 +202,8 @@ def open(path: str | Path) -> Model:
     Parameters
     ----------
     path : str or Path
-        A GGUF file, any one shard of a sharded one, a checkpoint folder, or a single checkpoint file.
+        A GGUF file, any one shard of a sharded one, a checkpoint folder, a single checkpoint file, or the name of a
+        bundled or fetched model ("tiny", "smollm2").
 
     Returns
     -------
@@ -229,7 +226,7 @@ def open(path: str | Path) -> Model:
     >>> open(path).tensor("x").load().sum()
     np.float32(64.0)
     """
-    path = Path(path)
+    path = model_path(path)
     if path.is_dir() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         from quantlab.files.checkpoint import open_checkpoint  # imports this module
 

@@ -1,0 +1,318 @@
+"""Records → DataFrames: the size/ppl table, and published figures beside exact and measured ones."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from quantlab.evaluate.budget import SHARE_OF_PEAK, peak
+from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.perplexity import Comparison, compare
+from quantlab.files.bundled import data_dir, shape, shapes
+from quantlab.files.model import Model
+from quantlab.files.model import open as open_model
+from quantlab.quants import block_size
+from quantlab.transform.mixture import find_ftype, is_quantizable
+from quantlab.transform.plan import SizeTable, sizes
+
+# the rows of llama.cpp's table, widest first
+FTYPES = "F32 F16 Q8_0 Q6_K Q5_1 Q5_K_M Q5_K_S Q5_0 Q4_1 Q4_K_M Q4_K_S Q4_0 Q3_K_L Q3_K_M Q3_K_S Q2_K COPY".split()
+_UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}
+_LARGE = 10**9  # weights; a model from here on is measured on 16 chunks unless more are asked for
+_LARGE_CHUNKS = 16
+
+
+# ── published figures ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def published(model: str | None = None, rules: str | None = None) -> pd.DataFrame:
+    """Read the published perplexities and sizes, each row with its protocol and source.
+
+    Parameters
+    ----------
+    model : str, optional
+        Only this model's rows, by the name in its shape: `LLaMA-7B`.
+    rules : str, optional
+        Only rows of this rule set, and rows whose source does not say.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns of `data/published.csv`; `size` is text, with the digits that were published.
+    """
+    frame = pd.read_csv(data_dir() / "published.csv", dtype={"size": str, "rules": str}, keep_default_na=True)
+    if model is not None:
+        frame = frame[frame["model"] == model]
+    if rules is not None:
+        frame = frame[frame["rules"].isna() | (frame["rules"] == rules)]
+    return frame.reset_index(drop=True)
+
+
+def beside_published(table: SizeTable) -> pd.DataFrame:
+    """Put exact sizes beside the published ones of the same model and rule set.
+
+    Parameters
+    ----------
+    table : SizeTable
+        `sizes("llama-7b", rules="2023-12")`, for instance.
+
+    Returns
+    -------
+    pd.DataFrame
+        `ftype`, `exact` and `published` (both in `unit`), `agrees` (whether the exact size rounds to the published
+        one), `published is` (what the published figure is where it does not agree), `source`.
+    """
+    exact = table.to_frame().set_index("ftype")["bytes"]
+    found = published(table.model, table.rules)
+    found = found[found["size"].notna() & found["ftype"].isin(exact.index)].copy()
+    found["exact"] = [exact[row.ftype] / _UNITS[row.size_unit] for row in found.itertuples()]
+    digits = found["size"].str.partition(".")[2].str.len()
+    rounded = [f"{value:.{n}f}" for value, n in zip(found["exact"], digits, strict=True)]
+    found["agrees"] = found["size"] == rounded
+    found["published is"] = [
+        "" if row.agrees else _other_rounding(row.exact, float(row.size)) for row in found.itertuples()
+    ]
+    found = found.rename(columns={"size": "published", "size_unit": "unit"})
+    order = [ftype for ftype in exact.index if ftype in set(found["ftype"])]
+    found = found.sort_values("ftype", key=lambda column: column.map(order.index), kind="stable")
+    return found[["ftype", "exact", "published", "unit", "agrees", "published is", "source"]].reset_index(drop=True)
+
+
+def _other_rounding(exact: float, figure: float) -> str:
+    """Name the rounding that turns an exact size into a published figure, if there is one."""
+    if round(exact, 1) == figure:
+        return "one decimal, padded with a zero"
+    if math.ceil(exact) == figure:
+        return "rounded up to a whole number"
+    return "another size"
+
+
+def _published_delta_ppl(model: str, rules: str) -> dict[str, float]:
+    """Published perplexity above F16's, by ftype; nothing where the model is none of the published ones."""
+    found = published(model, rules)
+    base = found.loc[(found["ftype"] == "F16") & found["ppl"].notna(), "ppl"]
+    if base.empty:
+        return {}
+    delta = found["delta_ppl"].fillna(found["ppl"] - base.iloc[0])
+    return {ftype: value for ftype, value in zip(found["ftype"], delta, strict=True) if not math.isnan(value)}
+
+
+def _published_name(model: Model) -> str:
+    """The published model that this is, by name and shape; empty for any other."""
+    name = str(model.metadata.get("general.name") or model.path.stem)
+    for candidate in map(shape, shapes()):
+        keys = ("n_vocab", "n_embd", "n_ff", "n_layer", "n_head", "n_head_kv")
+        same_shape = all(getattr(model.hparams, key) == candidate[key] for key in keys)
+        if same_shape and _plain(name) == _plain(candidate["name"]):
+            return candidate["name"]
+    return ""
+
+
+def _plain(name: str) -> str:
+    """A model's name without what its spellings differ in."""
+    return re.sub(r"\b(v1|hf)\b|[^a-z0-9]", "", name.lower())
+
+
+# ── the size/ppl table ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class SizePpl:
+    """What each ftype costs: the size/ppl table of one model.
+
+    Attributes
+    ----------
+    model : str
+        The model's name.
+    protocol : dict
+        How it was measured; of a model that is not there, what its sizes rest on.
+    rows : tuple of dict
+        `ftype`, `bytes`, `bpw`, then `ppl`, `ppl_se`, `delta_ppl` (above the base), `delta_ppl_se`, all None where
+        nothing was measured, and `published_delta_ppl` (above F16), None where the model is none of the published ones.
+    notes : tuple of str
+        What a reader must know about these rows.
+    """
+
+    model: str
+    protocol: dict
+    rows: tuple[dict, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Whether the perplexities are there."""
+        return any(row["ppl"] is not None for row in self.rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the rows as a table, numbers as they are."""
+        frame = pd.DataFrame(self.rows)
+        numbers = frame.columns.drop("ftype")
+        return frame.astype(dict.fromkeys(numbers.drop("bytes"), float))
+
+    def to_json(self) -> str:
+        """Return the table as JSON: schema, protocol, rows, notes; sizes in bytes."""
+        rows = [{"variant": row["ftype"], **row} for row in self.rows]
+        protocol = {"model": self.model, **self.protocol}
+        return json.dumps({"schema": 1, "protocol": protocol, "rows": rows, "notes": self.notes}, indent=1)
+
+    def shown(self) -> pd.DataFrame:
+        """Return the rows as text, for people: sizes in MiB or GiB, errors beside their numbers."""
+        unit = "GiB" if max(row["bytes"] for row in self.rows) > 4 * _UNITS["GiB"] else "MiB"
+        frame = pd.DataFrame(
+            {
+                "ftype": row["ftype"],
+                unit: f"{row['bytes'] / _UNITS[unit]:.2f}",
+                "bpw": f"{row['bpw']:.2f}",
+                "ppl": _with_error(row["ppl"], row["ppl_se"]),
+                "Δppl": _with_error(row["delta_ppl"], row["delta_ppl_se"], sign="+"),
+                "published Δppl": _with_error(row["published_delta_ppl"], None, sign="+"),
+            }
+            for row in self.rows
+        )
+        return frame if frame["published Δppl"].any() else frame.drop(columns="published Δppl")
+
+    def __str__(self) -> str:
+        return "\n".join([self._title(), "", self.shown().to_string(index=False), "", *self.notes])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{note}</p>" for note in self.notes)
+        return f"<p><b>{self._title()}</b></p>{self.shown().to_html(index=False)}{notes}"
+
+    def _title(self) -> str:
+        if not self.measured:
+            return f"{self.model}: sizes, rules {self.protocol['rules']}"
+        said = self.protocol
+        return f"{self.model}: {said['text']}, {said['chunks']} chunks of {said['n_ctx']} tokens, rules {said['rules']}"
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def size_ppl(
+    model: str | Path,
+    text: str | Path = "primer",
+    *,
+    ftypes: Sequence[str] = tuple(FTYPES),
+    rules: str = "current",
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    memory: str | int | None = None,
+) -> SizePpl:
+    """Make the size/ppl table of a model: the size of every ftype, and what it costs in perplexity.
+
+    Parameters
+    ----------
+    model : str or Path
+        A bundled or fetched model's name, a GGUF file or a checkpoint folder; or a bundled shape's name (`llama-7b`),
+        whose weights are not there: then the perplexities stay empty, and a note says how to fill them.
+    text : str or Path
+        A bundled text's name or a file.
+    ftypes : sequence of str
+        The rows; COPY is the model as it is.
+    rules : str
+        "current" or "2023-12".
+    n_ctx : int
+        Tokens per chunk.
+    chunks : int, optional
+        How many chunks are measured; by default the whole text, and 16 chunks of models of 10⁹ weights and more.
+    memory : str or int, optional
+        Memory to stay within, such as `8GiB`.
+
+    Returns
+    -------
+    SizePpl
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is neither a model nor a shape of that name, or no such text.
+    ValueError
+        If a ftype or rule set is unknown, or the text is too short.
+    """
+    names = [find_ftype(ftype).name for ftype in ftypes]
+    if str(model) in shapes():
+        return _sizes_alone(sizes(model, rules=rules), names, chunks or _LARGE_CHUNKS, n_ctx)
+    opened = open_model(model)
+    if chunks is None and opened.n_weights >= _LARGE:
+        chunks = _LARGE_CHUNKS
+    variants = [name for name in names if name != "COPY"]
+    comparison = compare(opened, variants, text, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory)
+    return _measured(opened, comparison, names, rules)
+
+
+def _sizes_alone(table: SizeTable, names: Sequence[str], chunks: int, n_ctx: int) -> SizePpl:
+    """The table of a model whose weights are not there."""
+    found = {row.ftype: row for row in table.rows}
+    delta = _published_delta_ppl(table.model, table.rules)
+    there = [found[name] for name in names if name in found]
+    rows = [_row(row.ftype, row.bytes, row.bpw, published_delta=delta.get(row.ftype)) for row in there]
+    hours = _estimated_hours(table.n_weights, chunks * n_ctx, len(rows) + 1)
+    note = (
+        f"{table.model} is not here, its perplexities are empty. "
+        f"With its weights in FOLDER: quantlab table FOLDER --rules {table.rules} --chunks {chunks} -c {n_ctx}; "
+        f"about {hours:.1f} hours on this machine for these {len(rows)} rows."
+    )
+    return SizePpl(table.model, {"rules": table.rules}, tuple(rows), (note,))
+
+
+def _estimated_hours(n_weights: int, n_tokens: int, n_variants: int) -> float:
+    """Hours that a measurement takes here: its multiplications at the speed that a pass reaches on this machine."""
+    with Workers() as workers:
+        per_second = SHARE_OF_PEAK * peak(workers)
+    return 2 * n_weights * n_tokens * n_variants / per_second / 3600
+
+
+def _measured(model: Model, comparison: Comparison, names: Sequence[str], rules: str) -> SizePpl:
+    """The table of a model that was measured; the base is the row COPY."""
+    base, *variants = comparison.rows
+    by_ftype = {"COPY": base} | dict(zip((name for name in names if name != "COPY"), variants, strict=True))
+    published_delta = _published_delta_ppl(_published_name(model), rules)
+    rows = []
+    for ftype in names:
+        measured = (by_ftype[ftype][key] for key in ("bytes", "bpw", "ppl", "ppl_se", "delta_ppl", "delta_ppl_se"))
+        rows.append(_row(ftype, *measured, published_delta.get(ftype)))
+    notes = [*_note_on_the_base(model), *_note_on_fallbacks(model)]
+    return SizePpl(base["variant"], asdict(comparison.protocol), tuple(rows), tuple(notes))
+
+
+def _row(ftype, n_bytes, bpw, ppl=None, ppl_se=None, delta=None, delta_se=None, published_delta=None) -> dict:
+    numbers = {"bpw": bpw, "ppl": ppl, "ppl_se": ppl_se, "delta_ppl": delta, "delta_ppl_se": delta_se}
+    numbers["published_delta_ppl"] = published_delta
+    return {"ftype": ftype, "bytes": int(n_bytes)} | {k: None if v is None else float(v) for k, v in numbers.items()}
+
+
+def _note_on_the_base(model: Model) -> list[str]:
+    """Say so if the base is quantized itself, and what that means."""
+    weights = Counter()
+    for tensor in model:
+        weights[tensor.qtype] += tensor.n_weights
+    packed = [qtype for qtype, _ in weights.most_common() if block_size(qtype) > 1]
+    if not packed:
+        return []
+    most = packed[0]
+    return [
+        f"The base is already quantized (its types: {', '.join(packed)}): Δppl counts from there, not from the "
+        f"original weights. The {most} row says little about {most}: packing again what was unpacked from {most} gives "
+        f"back nearly the same numbers."
+    ]
+
+
+def _note_on_fallbacks(model: Model) -> list[str]:
+    """Say so if rows are not a whole number of super-blocks, which makes files larger and k-quants less themselves."""
+    short = sorted({t.shape[-1] for t in model if is_quantizable(t.name, t.shape) and t.shape[-1] % 256})
+    if not short:
+        return []
+    share = sum(t.n_weights for t in model if t.shape[-1] in short and len(t.shape) > 1) / model.n_weights
+    lengths = " and ".join(map(str, short))
+    return [
+        f"Rows of {lengths} weights are no multiple of 256: {share:.0%} of the weights fall back from k-quants to "
+        f"legacy types, so these files are larger than their names say."
+    ]
