@@ -1,0 +1,103 @@
+"""Dense products, and the threads that they run on: the one place to replace when another engine is to do them.
+
+Work is cut into blocks of rows. Each block is done by one thread from start to end: BLAS single-threaded, compiled loops
+without the GIL. No two thread pools compete for the cores, and the result does not depend on the number of threads.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numba import get_num_threads
+from threadpoolctl import ThreadpoolController
+
+from quantlab.evaluate.activations import ROUNDED_TO, round_rows
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One or several weight matrices over the same input, stacked into one product.
+
+    Attributes
+    ----------
+    weight : np.ndarray [shape=(n_out, n_in), dtype=float32]
+        The stacked rows.
+    parts : tuple of (slice, str)
+        Rows and ggml type of each matrix.
+    """
+
+    weight: np.ndarray
+    parts: tuple[tuple[slice, str], ...]
+
+
+def product(x: np.ndarray, matrix: Matrix, out: np.ndarray, rounded: np.ndarray | None) -> None:
+    """Compute out = x · weightᵀ.
+
+    Parameters
+    ----------
+    x : np.ndarray [shape=(nrows, n_in), dtype=float32]
+    matrix : Matrix
+    out : np.ndarray [shape=(nrows, n_out), dtype=float32]
+    rounded : np.ndarray [shape=x.shape, dtype=float32] or None
+        Scratch space for activations rounded as ggml's CPU product does; None leaves them as they are.
+    """
+    if rounded is None:
+        np.matmul(x, matrix.weight.T, out=out)
+        return
+    done = None
+    for rows, qtype in _merged(matrix.parts):
+        if ROUNDED_TO[qtype] != done:
+            operand, done = round_rows(x, qtype, rounded), ROUNDED_TO[qtype]
+        np.matmul(operand, matrix.weight[rows].T, out=out[:, rows])
+
+
+def _merged(parts: Iterable[tuple[slice, str]]) -> list[tuple[slice, str]]:
+    """Neighbouring parts whose inputs are rounded alike as one."""
+    merged: list[tuple[slice, str]] = []
+    for rows, qtype in parts:
+        if merged and ROUNDED_TO[merged[-1][1]] == ROUNDED_TO[qtype]:
+            merged[-1] = (slice(merged[-1][0].start, rows.stop), qtype)
+        else:
+            merged.append((rows, qtype))
+    return merged
+
+
+class Workers:
+    """Threads that share out blocks of rows, each with BLAS to itself and scratch space that is allocated once.
+
+    Use as a context manager. The number of threads is numba's (`NUMBA_NUM_THREADS`, `numba.set_num_threads`).
+    """
+
+    def __init__(self):
+        self.n_threads = get_num_threads()
+        self._own = threading.local()
+
+    def __enter__(self) -> "Workers":
+        self._blas = ThreadpoolController().limit(limits=1, user_api="blas")
+        self._blas.__enter__()
+        self._pool = ThreadPoolExecutor(self.n_threads)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._blas.__exit__(*exc)
+
+    def map(self, task: Callable, items: Iterable) -> list:
+        """Call task(item) for every item, shared out among the threads; the first error is raised."""
+        return list(self._pool.map(task, items))
+
+    def scratch(self, name: str, *shape: int) -> np.ndarray:
+        """Return this thread's float32 array of `shape` for `name`, uninitialized; the last one of the name is given up."""
+        size = int(np.prod(shape))
+        flat = getattr(self._own, name, None)
+        if flat is None or flat.size < size:
+            flat = np.empty(size, np.float32)
+            setattr(self._own, name, flat)
+        return flat[:size].reshape(shape)
+
+
+def blocks(n: int, size: int) -> list[slice]:
+    """Cut range(n) into slices of `size`, the last one shorter."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

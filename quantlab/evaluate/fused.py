@@ -1,0 +1,190 @@
+"""The element-wise work of the forward pass, each step fused into one loop over rows.
+
+Every function is compiled without the GIL and works on the rows it is given; `dense.Workers` runs it on several blocks of rows
+at once. Sums may be reordered here (unlike in quantlab.quants, no byte depends on them).
+"""
+
+import numpy as np
+from numba import njit
+
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+_LOG2E = np.float32(1.44269504)
+_LN2_HIGH = np.float32(0.693359375)  # ln 2 = high + low, high exact in few bits
+_LN2_LOW = np.float32(-2.12194440e-4)
+_C2, _C3, _C4 = np.float32(0.49999994), np.float32(0.16666666), np.float32(0.041665795)
+_C5, _C6 = np.float32(0.0083334519), np.float32(0.0013981999)
+_ONE, _ZERO, _HALF = np.float32(1), np.float32(0), np.float32(0.5)
+_LOWEST = np.float32(-87.0)  # exp of it is still a normal number
+_HIGHEST = np.float32(88.0)
+
+
+@njit(inline="always", fastmath=_FAST)
+def exp32(x):
+    """e^x in float32 to 2 ulp, in operations that the compiler can do on 8 or 16 numbers at once."""
+    x = min(max(x, _LOWEST), _HIGHEST)
+    n = np.floor(x * _LOG2E + _HALF)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    poly = _ONE + r + r * r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6))))
+    return poly * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(inline="always", fastmath=_FAST)
+def row_max(x):
+    """The greatest of a row."""
+    top = x[0]
+    for i in range(x.shape[0]):
+        top = max(top, x[i])
+    return top
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def rms_norm(x, weight, eps, out):
+    """out = x / sqrt(mean(x²) + eps) · weight, row by row; `out` may be `x`."""
+    n = x.shape[1]
+    for r in range(x.shape[0]):
+        total = _ZERO
+        for i in range(n):
+            total += x[r, i] * x[r, i]
+        scale = np.float32(1.0 / np.sqrt(total / np.float32(n) + eps))
+        for i in range(n):
+            out[r, i] = x[r, i] * scale * weight[i]
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def head_norm(x, weight, eps):
+    """Normalize every head in place: x [rows, heads, head_dim], weight [head_dim]."""
+    for r in range(x.shape[0]):
+        rms_norm(x[r], weight, eps, x[r])
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def add(x, y):
+    """x += y, row by row; `y` may be one row for all."""
+    for r in range(x.shape[0]):
+        row = y[r if y.shape[0] > 1 else 0]
+        for i in range(x.shape[1]):
+            x[r, i] += row[i]
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def rope_pairs(x, cos, sin):
+    """Rotate neighbours (0, 1), (2, 3), … of every head in place: x [rows, heads, head_dim], cos and sin [rows, n_rot / 2]."""
+    for r in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            for i in range(cos.shape[1]):
+                a, b = x[r, h, 2 * i], x[r, h, 2 * i + 1]
+                x[r, h, 2 * i] = a * cos[r, i] - b * sin[r, i]
+                x[r, h, 2 * i + 1] = a * sin[r, i] + b * cos[r, i]
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def rope_halves(x, cos, sin):
+    """Rotate (i, i + n_rot / 2) of every head in place: the other order of the same rotation ("neox")."""
+    half = cos.shape[1]
+    for r in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            for i in range(half):
+                a, b = x[r, h, i], x[r, h, i + half]
+                x[r, h, i] = a * cos[r, i] - b * sin[r, i]
+                x[r, h, i + half] = a * sin[r, i] + b * cos[r, i]
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def gather_queries(q, scale, out):
+    """out[(row, head), :] = q[row, head, :] · scale."""
+    heads = q.shape[1]
+    for r in range(q.shape[0]):
+        for h in range(heads):
+            for i in range(q.shape[2]):
+                out[r * heads + h, i] = q[r, h, i] * scale
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def causal_softmax(scores, first, heads):
+    """Softmax of each row over the keys that it may see: row s belongs to position first + s // heads."""
+    for s in range(scores.shape[0]):
+        seen = first + s // heads + 1
+        row = scores[s]
+        top = row_max(row[:seen])
+        total = _ZERO
+        for i in range(seen):
+            row[i] = exp32(row[i] - top)
+            total += row[i]
+        scale = _ONE / total
+        for i in range(seen):
+            row[i] *= scale
+        row[seen:] = _ZERO
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def silu_mul(gate_up, out):
+    """out = silu(gate) · up, where gate and up are the halves of each row."""
+    n = out.shape[1]
+    for r in range(out.shape[0]):
+        for i in range(n):
+            gate = gate_up[r, i]
+            out[r, i] = gate / (_ONE + exp32(-gate)) * gate_up[r, n + i]
+
+
+TOP = 10  # how many of a row's greatest logits are remembered
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _top(row, values, indices):
+    """Find the TOP greatest of a row and where they are, greatest first; of equal ones the first comes first."""
+    values[:] = np.float32(-np.inf)
+    indices[:] = 0
+    for start in range(0, row.shape[0], 256):
+        stop = min(start + 256, row.shape[0])
+        if not row_max(row[start:stop]) > values[TOP - 1]:
+            continue
+        for i in range(start, stop):
+            if row[i] > values[TOP - 1]:
+                j = TOP - 1
+                while j > 0 and values[j - 1] < row[i]:
+                    values[j], indices[j] = values[j - 1], indices[j - 1]
+                    j -= 1
+                values[j], indices[j] = row[i], i
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _divergence(base, base_max, other, other_max):
+    """Sums over a row: Σ e^(base - max), Σ e^(other - max), Σ e^(base - max) · (base - other)."""
+    base_sum, other_sum, weighted = 0.0, 0.0, 0.0
+    for start in range(0, base.shape[0], 1024):  # float32 within a piece, float64 across pieces
+        b, o, w = _ZERO, _ZERO, _ZERO
+        for i in range(start, min(start + 1024, base.shape[0])):
+            e = exp32(base[i] - base_max)
+            b += e
+            o += exp32(other[i] - other_max)
+            w += e * (base[i] - other[i])
+        base_sum += b
+        other_sum += o
+        weighted += w
+    return base_sum, other_sum, weighted
+
+
+@njit(nogil=True, cache=True)
+def score(base, other, targets, nll, kld, same_top, top5, top10, correct):
+    """Score rows of logits of a variant against those of its base (which may be the same array).
+
+    base, other : float32 [rows, n_vocab]; targets : int32 [rows]; the rest are results [rows].
+    """
+    base_values, base_indices = np.empty(TOP, np.float32), np.empty(TOP, np.int64)
+    values, indices = np.empty(TOP, np.float32), np.empty(TOP, np.int64)
+    for r in range(base.shape[0]):
+        _top(base[r], base_values, base_indices)
+        _top(other[r], values, indices)
+        base_sum, other_sum, weighted = _divergence(base[r], base_values[0], other[r], values[0])
+        log_z, base_log_z = values[0] + np.log(other_sum), base_values[0] + np.log(base_sum)
+        nll[r] = log_z - other[r, targets[r]]
+        kld[r] = weighted / base_sum + (log_z - base_log_z)
+        same_top[r] = indices[0] == base_indices[0]
+        correct[r] = indices[0] == targets[r]
+        top5[r], top10[r] = 0, 0
+        for i in range(TOP):
+            for j in range(TOP):
+                if indices[i] == base_indices[j]:
+                    top10[r] += 1
+                    if i < 5 and j < 5:
+                        top5[r] += 1

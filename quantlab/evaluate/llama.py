@@ -1,0 +1,282 @@
+"""The forward pass of a Llama, one layer at a time over as many chunks as are at hand.
+
+    x ─ norm ─ q,k,v ─ rope ─ attention ─ attn_output ─ + x ─ norm ─ gate,up ─ silu·mul ─ ffn_down ─ + x
+
+Architectures that differ only in their knobs (rotary positions, biases, q/k norms, tied embeddings, head counts) share it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, floor, log, pi
+
+import numpy as np
+
+from quantlab.evaluate import fused
+from quantlab.evaluate.activations import round_f16
+from quantlab.evaluate.dense import Matrix, Workers, blocks, product
+
+# architecture -> how its q and k pair up the dimensions that are rotated
+ROPE = {"llama": fused.rope_pairs, "qwen2": fused.rope_halves, "qwen3": fused.rope_halves}
+
+MODES = ("float", "ggml-cpu")
+ROWS = 512  # rows of activations that a thread takes at a time
+QUERIES = 128  # positions of one chunk that attention takes at a time
+
+_TENSORS = {"attn_norm.weight", "ffn_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight"}
+_TENSORS |= {f"{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+_TENSORS |= {f"{name}.bias" for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+_OUTER = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer as the forward pass takes them; a field is None where the model has no such tensor."""
+
+    attn_norm: np.ndarray
+    qkv: Matrix
+    qkv_bias: np.ndarray | None
+    q_norm: np.ndarray | None
+    k_norm: np.ndarray | None
+    attn_output: Matrix
+    attn_output_bias: np.ndarray | None
+    ffn_norm: np.ndarray
+    gate_up: Matrix
+    ffn_down: Matrix
+
+
+def check_model(model) -> None:
+    """Raise ValueError unless the forward pass computes this model completely.
+
+    Raises
+    ------
+    ValueError
+        If the architecture, its rope scaling or one of its tensors is not known here, or a tensor is missing.
+    """
+    hparams = model.hparams
+    if hparams.arch not in ROPE or hparams.n_expert:
+        arch = hparams.arch + (f" with {hparams.n_expert} experts" if hparams.n_expert else "")
+        raise ValueError(f"{model.path}: architecture={arch}, must be one of {', '.join(ROPE)} (dense). Evaluate it in llama.cpp.")
+    if hparams.rope_scaling and hparams.rope_scaling.type not in ("linear", "yarn"):
+        raise ValueError(f"{model.path}: rope scaling={hparams.rope_scaling.type}, must be linear or yarn. Evaluate it in llama.cpp.")
+    for name in model.names:
+        if name not in _OUTER and name.split(".", 2)[-1] not in _TENSORS:
+            raise ValueError(f"{model.path}: {name} has no place in a {hparams.arch}. Evaluate it in llama.cpp.")
+    needed = {"attn_norm.weight", "ffn_norm.weight"} | {name for name in _TENSORS if "norm" not in name and name.endswith("weight")}
+    for name in ["token_embd.weight", "output_norm.weight"] + [f"blk.{i}.{n}" for i in range(hparams.n_layer) for n in sorted(needed)]:
+        if name not in model:
+            raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")
+
+
+def layer_shapes(model, index: int) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of layer `index`."""
+    return {tensor.name: tensor.shape for tensor in model if tensor.name.startswith(f"blk.{index}.")}
+
+
+def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory: np.ndarray) -> Layer:
+    """Read the weights of one layer into `memory`.
+
+    Parameters
+    ----------
+    model : Model
+    index : int
+    read : callable
+        `read(name, out)` fills `out` with the tensor's values and returns the ggml type that they come from.
+    memory : np.ndarray [shape=(weights of the layer or more,), dtype=float32]
+
+    Returns
+    -------
+    Layer
+        Made of views of `memory`.
+    """
+    used = 0
+
+    def stack(*kinds: str, suffix: str = "weight") -> Matrix | None:
+        """Read tensors of the layer one below the other."""
+        nonlocal used
+        names = [f"blk.{index}.{kind}.{suffix}" for kind in kinds]
+        if any(name not in model for name in names):
+            return None
+        shapes = [model.tensor(name).shape for name in names]
+        nrows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
+        whole = memory[used : used + nrows * int(np.prod(columns, initial=1))].reshape(nrows, *columns)
+        used += whole.size
+        parts, start = [], 0
+        for name, shape in zip(names, shapes, strict=True):
+            rows = slice(start, start + shape[0])
+            parts.append((rows, read(name, whole[rows])))
+            start = rows.stop
+        return Matrix(whole, tuple(parts))
+
+    def vector(*kinds: str, suffix: str = "weight") -> np.ndarray | None:
+        found = stack(*kinds, suffix=suffix)
+        return None if found is None else found.weight
+
+    return Layer(
+        attn_norm=vector("attn_norm"),
+        qkv=stack("attn_q", "attn_k", "attn_v"),
+        qkv_bias=vector("attn_q", "attn_k", "attn_v", suffix="bias"),
+        q_norm=vector("attn_q_norm"),
+        k_norm=vector("attn_k_norm"),
+        attn_output=stack("attn_output"),
+        attn_output_bias=vector("attn_output", suffix="bias"),
+        ffn_norm=vector("ffn_norm"),
+        gate_up=stack("ffn_gate", "ffn_up"),
+        ffn_down=stack("ffn_down"),
+    )
+
+
+def rope_angles(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the rotation of each position.
+
+    Parameters
+    ----------
+    hparams : Hparams
+    n_ctx : int
+        Positions 0 … n_ctx - 1.
+    factors : np.ndarray [shape=(n_rot // 2,), dtype=float32] or None
+        `rope_freqs.weight`: what Llama 3's scaling divides each frequency by.
+
+    Returns
+    -------
+    cos, sin : np.ndarray [shape=(n_ctx, n_rot // 2), dtype=float32]
+        Including the magnitude that YaRN gives them.
+
+    Source: Peng et al. 2023, "YaRN", and `rope_yarn` in ggml-cpu/ops.cpp of llama.cpp.
+    """
+    n_rot, scaling, magnitude = hparams.n_rot, hparams.rope_scaling, 1.0
+    pair = np.arange(n_rot // 2, dtype=np.float64)
+    frequency = hparams.rope_base ** (-2 * pair / n_rot)
+    if factors is not None:
+        frequency /= factors
+    if scaling is not None:
+        magnitude = scaling.attn_factor
+        stretched = frequency / scaling.factor
+        kept = np.zeros_like(pair)  # share of each frequency that is not stretched
+        if scaling.type == "yarn":
+            magnitude *= 1 + 0.1 * log(scaling.factor)
+            low, high = _yarn_range(n_rot, scaling.orig_ctx or hparams.n_ctx, hparams.rope_base)
+            kept = 1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)
+        frequency = stretched * (1 - kept) + frequency * kept
+    angle = np.arange(n_ctx)[:, None] * frequency
+    return (np.cos(angle) * magnitude).astype(np.float32), (np.sin(angle) * magnitude).astype(np.float32)
+
+
+def _yarn_range(n_rot: int, orig_ctx: int, base: float) -> tuple[int, int]:
+    """First and last pair of the ramp: those that turn 32 times and once within the original context."""
+    low, high = (n_rot * log(orig_ctx / (turns * 2 * pi)) / (2 * log(base)) for turns in (32, 1))
+    return max(0, floor(low)), min(n_rot - 1, ceil(high))
+
+
+class Llama:
+    """The forward pass for one shape of model.
+
+    Parameters
+    ----------
+    hparams : Hparams
+    n_ctx : int
+        Tokens of a chunk.
+    mode : str
+        `float`: activations stay float32. `ggml-cpu`: they are rounded before each product as ggml's CPU code does, and k
+        and v are kept in float16.
+    workers : Workers
+    rope_factors : np.ndarray or None
+        See `rope_angles`.
+    """
+
+    def __init__(self, hparams, n_ctx: int, mode: str, workers: Workers, rope_factors: np.ndarray | None = None):
+        self.hparams, self.n_ctx, self.workers = hparams, n_ctx, workers
+        self.as_ggml = mode == "ggml-cpu"
+        self.rope = ROPE[hparams.arch]
+        self.cos, self.sin = rope_angles(hparams, n_ctx, rope_factors)
+        self.eps = np.float32(hparams.rms_eps)
+        self.n_q, self.n_kv = hparams.n_head * hparams.head_dim, hparams.n_head_kv * hparams.head_dim
+
+    def forward(self, layer: Layer, x: np.ndarray, qkv: np.ndarray) -> None:
+        """Apply one layer in place.
+
+        Parameters
+        ----------
+        layer : Layer
+        x : np.ndarray [shape=(n_chunks * n_ctx, n_embd), dtype=float32, C-contiguous]
+            Hidden states of whole chunks, one after the other.
+        qkv : np.ndarray [shape=(n_chunks * n_ctx, `qkv_width`), dtype=float32]
+            Scratch space.
+        """
+        by_rows = blocks(len(x), ROWS)
+        self.workers.map(lambda rows: self._project(layer, x, qkv, rows), by_rows)
+        queries = [(chunk, part) for chunk in blocks(len(x), self.n_ctx) for part in blocks(self.n_ctx, QUERIES)[::-1]]
+        pieces = [(*piece, head) for piece in queries for head in range(self.hparams.n_head_kv)]
+        attended = qkv[:, self.n_q + 2 * self.n_kv :]
+        self.workers.map(lambda piece: self._attend(qkv, attended, *piece), pieces)
+        self.workers.map(lambda rows: self._mix(layer, x, attended, rows), by_rows)
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of the scratch space of `forward`: q, k, v and what attention makes of them."""
+        return 2 * self.n_q + 2 * self.n_kv
+
+    def product(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
+        """Compute out = x · weightᵀ in this pass's mode; every product with weights goes through here."""
+        product(x, matrix, out, self.workers.scratch("rounded", *x.shape) if self.as_ggml else None)
+
+    def _project(self, layer: Layer, x: np.ndarray, qkv: np.ndarray, rows: slice) -> None:
+        """Norm, q, k, v and their rotation for a block of rows."""
+        hparams, n_q, n_kv = self.hparams, self.n_q, self.n_kv
+        x, out = x[rows], qkv[rows, : n_q + 2 * n_kv]
+        normed = self.workers.scratch("normed", *x.shape)
+        fused.rms_norm(x, layer.attn_norm, self.eps, normed)
+        self.product(normed, layer.qkv, out)
+        if layer.qkv_bias is not None:
+            fused.add(out, layer.qkv_bias[None])
+        q = heads(out[:, :n_q], hparams.head_dim)
+        k = heads(out[:, n_q : n_q + n_kv], hparams.head_dim)
+        if layer.q_norm is not None:
+            fused.head_norm(q, layer.q_norm, self.eps)
+            fused.head_norm(k, layer.k_norm, self.eps)
+        position = np.arange(rows.start, rows.stop) % self.n_ctx
+        cos, sin = self.cos[position], self.sin[position]
+        self.rope(q, cos, sin)
+        self.rope(k, cos, sin)
+        if self.as_ggml:
+            round_f16(out[:, n_q:], out[:, n_q:])
+
+    def _attend(self, qkv: np.ndarray, out: np.ndarray, chunk: slice, part: slice, head: int) -> None:
+        """Attention of the positions `part` of one chunk, for the query heads that share one k and v head."""
+        dim, n_q, n_kv = self.hparams.head_dim, self.n_q, self.n_kv
+        group = self.hparams.n_head // self.hparams.n_head_kv
+        rows = slice(chunk.start + part.start, chunk.start + part.stop)
+        seen = slice(chunk.start, rows.stop)
+        mine = slice(head * group * dim, (head + 1) * group * dim)
+        k = qkv[seen, n_q + head * dim : n_q + (head + 1) * dim]
+        v = qkv[seen, n_q + n_kv + head * dim : n_q + n_kv + (head + 1) * dim]
+        q = self.workers.scratch("q", (rows.stop - rows.start) * group, dim)
+        scores = self.workers.scratch("scores", len(q), len(k))
+        fused.gather_queries(heads(qkv[rows, mine], dim), np.float32(dim**-0.5), q)
+        np.matmul(q, k.T, out=scores)
+        fused.causal_softmax(scores, part.start, group)
+        np.matmul(scores, v, out=q)
+        heads(out[rows, mine], dim)[:] = q.reshape(-1, group, dim)
+
+    def _mix(self, layer: Layer, x: np.ndarray, attended: np.ndarray, rows: slice) -> None:
+        """Everything after attention for a block of rows."""
+        x, n_ff = x[rows], layer.ffn_down.weight.shape[1]
+        change = self.workers.scratch("change", *x.shape)
+        normed = self.workers.scratch("normed", *x.shape)
+        gate_up = self.workers.scratch("gate_up", len(x), 2 * n_ff)
+        inner = self.workers.scratch("inner", len(x), n_ff)
+        self.product(attended[rows], layer.attn_output, change)
+        if layer.attn_output_bias is not None:
+            fused.add(change, layer.attn_output_bias[None])
+        fused.add(x, change)
+        fused.rms_norm(x, layer.ffn_norm, self.eps, normed)
+        self.product(normed, layer.gate_up, gate_up)
+        fused.silu_mul(gate_up, inner)
+        self.product(inner, layer.ffn_down, change)
+        fused.add(x, change)
+
+
+def heads(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """View rows [nrows, n_heads * head_dim] as [nrows, n_heads, head_dim]."""
+    return np.lib.stride_tricks.as_strided(
+        rows, (len(rows), rows.shape[1] // head_dim, head_dim), (rows.strides[0], head_dim * rows.itemsize, rows.itemsize)
+    )

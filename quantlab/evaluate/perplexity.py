@@ -1,0 +1,267 @@
+"""Perplexity of a model, and of variants side by side with the base they come from."""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from quantlab.evaluate import metrics
+from quantlab.evaluate.budget import fit
+from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.llama import MODES, check_model
+from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same
+from quantlab.evaluate.sweep import Sweep
+from quantlab.evaluate.variants import Variant, as_is, resolve
+from quantlab.files.bundled import model_path, read_text
+from quantlab.files.imatrix_file import read_imatrix
+from quantlab.files.model import Model
+from quantlab.files.model import open as open_model
+
+_SHOWN = ["variant", "bpw", "ppl", "ppl_se", "ln_ratio", "ln_ratio_se", "kld_mean", "kld_se", "dp_rms", "same_top_p"]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A protocol, a row of figures per variant, and the figures after each chunk.
+
+    Attributes
+    ----------
+    protocol : Protocol
+    rows : tuple of dict
+        Bytes, bits per weight, nats and fractions under the names of DESIGN's JSON.
+    running_rows : tuple of dict
+        The main figures of each variant over the first chunk, the first two, and so on.
+    """
+
+    protocol: Protocol
+    rows: tuple[dict, ...]
+    running_rows: tuple[dict, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the rows as a table."""
+        return pd.DataFrame(self.rows)
+
+    @property
+    def running(self) -> pd.DataFrame:
+        """The figures after each chunk, as a table."""
+        return pd.DataFrame(self.running_rows)
+
+    def to_json(self) -> str:
+        """Return protocol and rows as JSON; what is not a number is null."""
+        document = {"schema": 1, "protocol": asdict(self.protocol), "rows": self.rows, "running": self.running_rows}
+        return json.dumps(_without_nan(document))
+
+    def _shown(self) -> pd.DataFrame:
+        frame = self.to_frame()
+        return frame[[column for column in _SHOWN if column in frame]]
+
+    def __str__(self) -> str:
+        p = self.protocol
+        head = f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}, BOS {p.bos}"
+        return f"{head}\n{self._shown().to_string(index=False, float_format='{:.6g}'.format)}"
+
+    def _repr_html_(self) -> str:
+        return self._shown().to_html(index=False, float_format="{:.6g}".format)
+
+
+@dataclass(frozen=True, repr=False)
+class Perplexity(_Result):
+    """The perplexity of one model."""
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity."""
+        return self.rows[0]["ppl"]
+
+    @property
+    def ppl_se(self) -> float:
+        """Its standard error, tokens taken as independent."""
+        return self.rows[0]["ppl_se"]
+
+    __repr__ = _Result.__str__
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(_Result):
+    """A base model (the first row) and its variants, measured side by side."""
+
+    def join(self, other: "Comparison") -> "Comparison":
+        """Return the rows of both; the base appears once.
+
+        Raises
+        ------
+        ValueError
+            If the two were measured by different protocols, or against different bases.
+        """
+        require_same([self.protocol, other.protocol])
+        if self.rows[0] != other.rows[0]:
+            raise ValueError(f"base={self.rows[0]['variant']} and base={other.rows[0]['variant']}, must be the same. Compare with one base.")
+        base = other.rows[0]["variant"]
+        running = tuple(row for row in other.running_rows if row["variant"] != base)
+        return Comparison(self.protocol, self.rows + other.rows[1:], self.running_rows + running)
+
+    __repr__ = _Result.__str__
+
+
+def _without_nan(value):
+    """Replace NaN by None, in place of what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def perplexity(
+    model,
+    text="primer",
+    *,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    protocol: str = "llama.cpp",
+    mode: str = "float",
+    memory: str | int | None = None,
+    scratch: str | Path | None = None,
+    progress: bool = True,
+) -> Perplexity:
+    """Measure the perplexity of a model on a text.
+
+    Parameters
+    ----------
+    model : str, Path or Model
+        A GGUF file, a checkpoint folder, a bundled model's name, or an opened model.
+    text : str, Path or Text
+        A file, a bundled text's name, or a name that `datasets` loads.
+    n_ctx : int
+        Tokens per window.
+    chunks : int, optional
+        Windows at most; default: the whole text.
+    protocol : str
+        `llama.cpp`: the second half of each window is scored. `full`: every token but the first of each window.
+    mode : str
+        `float`: activations in float32. `ggml-cpu`: rounded as ggml's CPU products do, for llama-perplexity's own numbers.
+    memory : str or int, optional
+        Memory to stay within, such as `8GiB`; default: three quarters of the machine's.
+    scratch : str or Path, optional
+        Folder that keeps the hidden states after every layer, so that the same call resumes what was stopped; deleted
+        when the run is done.
+    progress : bool
+        Say what the run will take, and show a progress bar.
+
+    Returns
+    -------
+    Perplexity
+
+    Raises
+    ------
+    FileNotFoundError
+        If model or text is not there.
+    ValueError
+        If the architecture is not known here, the text is too short, the memory too small, or an option out of range.
+    """
+    opened = _open(model)
+    variants = [as_is(opened, _name(model, opened))]
+    record, scores, _ = _measure(variants, text, n_ctx, chunks, protocol, mode, "none", memory, scratch, progress)
+    row = {"variant": variants[0].name, "bytes": variants[0].nbytes, "bpw": variants[0].bpw} | metrics.perplexity_row(scores[0])
+    running = ({"variant": variants[0].name} | row for row in metrics.running(scores[0], scores[0]))
+    kept = ("variant", "chunk", "ppl", "ppl_se")
+    return Perplexity(record, (row,), tuple({key: row[key] for key in kept} for row in running))
+
+
+def compare(
+    base,
+    variants: Sequence,
+    text="primer",
+    *,
+    imatrix=None,
+    rules: str = "current",
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    protocol: str = "llama.cpp",
+    mode: str = "float",
+    memory: str | int | None = None,
+    scratch: str | Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Measure variants of a model side by side with the model itself, in one pass over its weights.
+
+    Parameters
+    ----------
+    base : str, Path or Model
+        As for `perplexity`.
+    variants : sequence of str, Path or Recipe
+        GGUF files, ftypes (`Q4_K_M`), recipes; a string may give a name: `NAME=SPEC`. Ftypes and recipes are quantized in
+        memory, layer by layer, to the bytes that `quantize` would write.
+    imatrix : str, Path or ImportanceMatrix, optional
+        Importance matrix for ftypes and recipes.
+    rules : str
+        Rule set of ftypes: `current` or `2023-12`.
+    text, n_ctx, chunks, protocol, mode, memory, scratch, progress
+        As for `perplexity`.
+
+    Returns
+    -------
+    Comparison
+        The base's row first.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As for `perplexity`; and if a variant is not of the same model as the base.
+    """
+    if isinstance(variants, str | Path):
+        variants = [variants]
+    opened = _open(base)
+    matrix = read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix
+    found = [as_is(opened, _name(base, opened)), *resolve(opened, variants, rules=rules, imatrix=matrix)]
+    record, scores, found = _measure(found, text, n_ctx, chunks, protocol, mode, rules, memory, scratch, progress)
+    rows, running = [], []
+    for variant, score in zip(found, scores, strict=True):
+        rows.append({"variant": variant.name, "bytes": variant.nbytes, "bpw": variant.bpw} | metrics.comparison_row(score, scores[0]))
+        running += [{"variant": variant.name} | row for row in metrics.running(score, scores[0])]
+    return Comparison(record, tuple(rows), tuple(running))
+
+
+def _open(model) -> Model:
+    return model if isinstance(model, Model) else open_model(model_path(model))
+
+
+def _name(model, opened: Model) -> str:
+    """What the user called the model, or the stem of its file."""
+    return opened.path.stem if opened.path.is_file() else opened.path.name
+
+
+def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules, memory, scratch, progress):
+    """Score every token of every variant."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
+    base = variants[0].model
+    for variant in variants:
+        check_model(variant.model)
+    windows, record = cut(read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules)
+    scratch = None if scratch is None else Path(scratch)
+    key = _key(variants, windows, record)
+    with Workers() as workers:
+        budget = fit(variants, windows, workers, memory, scratch)
+        if progress:
+            tqdm.write(f"{len(variants)} × {windows.tokens.size} tokens: {budget}", file=sys.stderr)
+        total = windows.tokens.size * len(variants)
+        bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
+        with tqdm(total=total, unit="tokens", bar_format=bar_format, disable=not progress) as bar:
+            return record, Sweep(variants, windows, mode, budget, workers, key, bar).run(), variants
+
+
+def _key(variants: list[Variant], windows: Windows, record: Protocol) -> str:
+    """What hidden states on disk belong to."""
+    parts = [asdict(record), windows.tokens.tolist()]
+    for variant in variants:
+        stat = variant.model.path.stat()
+        matrix = {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in variant.imatrix.items()}
+        parts.append([str(variant.model.path), stat.st_size, stat.st_mtime_ns, variant.types, matrix])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

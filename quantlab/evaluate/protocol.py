@@ -1,0 +1,156 @@
+"""How a text becomes scored tokens, and the record that every result carries of it."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import numpy as np
+
+import quantlab
+from quantlab.files.bundled import Text
+from quantlab.files.vocab import Vocab
+
+# name -> what it scores
+PROTOCOLS = {
+    "llama.cpp": "the second half of each window, first token replaced by BOS where the vocabulary wants one",
+    "full": "every token but the first of each window, BOS once at the start of the text where the vocabulary wants one",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What was measured and how. Results are comparable only if all of it but `versions` is the same.
+
+    Attributes
+    ----------
+    name, mode, rules : str
+    text, text_sha256 : str
+        Name and digest of the text.
+    n_tokens : int
+        Tokens of the whole text.
+    tokens_sha256 : str
+        Digest of the token ids of the evaluated chunks, int32 little-endian.
+    tokenizer : str
+        Digest of the vocabulary.
+    n_ctx, chunks : int
+        Tokens per window, and windows evaluated.
+    bos : str
+        `first of each chunk`, `first of the text` or `none`.
+    versions : dict
+        Package → version.
+    """
+
+    name: str
+    mode: str
+    rules: str
+    text: str
+    text_sha256: str
+    n_tokens: int
+    tokens_sha256: str
+    tokenizer: str
+    n_ctx: int
+    chunks: int
+    bos: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The chunks of a text as they are evaluated.
+
+    Attributes
+    ----------
+    tokens : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32]
+    targets : np.ndarray [shape=(n_chunks, n_scored), dtype=int32]
+        The tokens to be predicted.
+    first : int
+        Position whose logits predict the first target; the others follow without a gap.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    first: int
+
+    @property
+    def scored(self) -> slice:
+        """Positions within a chunk whose logits are scored."""
+        return slice(self.first, self.first + self.targets.shape[1])
+
+
+def cut(text: Text, vocab: Vocab, *, n_ctx: int, chunks: int | None, name: str, mode: str, rules: str) -> tuple[Windows, Protocol]:
+    """Cut a text into windows by a named protocol.
+
+    Parameters
+    ----------
+    text : Text
+    vocab : Vocab
+    n_ctx : int
+        Tokens per window.
+    chunks : int or None
+        Windows to evaluate at most; None takes all.
+    name : str
+        A name from `PROTOCOLS`.
+    mode, rules : str
+        Recorded.
+
+    Returns
+    -------
+    Windows, Protocol
+
+    Raises
+    ------
+    ValueError
+        If the protocol is not known, `n_ctx` or `chunks` is out of range, the vocabulary ends texts with a token of its own, or the
+        text is shorter than two windows.
+
+    Source: llama-perplexity of llama.cpp (`llama.cpp`); the evaluation of GPTQ and its successors (`full`).
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol={name}, must be one of {', '.join(PROTOCOLS)}.")
+    if n_ctx < 4:
+        raise ValueError(f"n_ctx={n_ctx}, must be at least 4. 512 is customary.")
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"chunks={chunks}, must be at least 1. Leave it out to evaluate the whole text.")
+    if vocab.add_eos:
+        raise ValueError(f"{text.name}: the vocabulary ends every text with EOS, which has no place in the middle of one.")
+    tokens = vocab.encode(text.text)
+    if len(tokens) < 2 * n_ctx:
+        raise ValueError(f"{text.name}: n_tokens={len(tokens)}, must be at least 2 * n_ctx = {2 * n_ctx}. Give a longer text or a smaller n_ctx.")
+    n_chunks = min(len(tokens) // n_ctx, chunks or len(tokens))
+    original = tokens[: n_chunks * n_ctx].reshape(n_chunks, n_ctx)
+    evaluated, bos, first = original.copy(), "first of the text" if vocab.add_bos else "none", 0
+    if name == "llama.cpp":
+        first = n_ctx // 2
+        if vocab.add_bos:
+            evaluated[:, 0] = vocab.bos_id
+            bos = "first of each chunk"
+    record = Protocol(
+        name=name,
+        mode=mode,
+        rules=rules,
+        text=text.name,
+        text_sha256=text.sha256,
+        n_tokens=len(tokens),
+        tokens_sha256=hashlib.sha256(original.astype("<i4").tobytes()).hexdigest(),
+        tokenizer=vocab.digest,
+        n_ctx=n_ctx,
+        chunks=n_chunks,
+        bos=bos,
+        versions={"quantlab": quantlab.__version__, **{name: version(name) for name in ("numpy", "numba")}},
+    )
+    return Windows(evaluated, original[:, first + 1 :].copy(), first), record
+
+
+def require_same(protocols: list[Protocol]) -> None:
+    """Refuse to put results side by side that were measured differently.
+
+    Raises
+    ------
+    ValueError
+        Naming the first field that differs.
+    """
+    first, *others = ({**asdict(protocol), "versions": None} for protocol in protocols)
+    for other in others:
+        for field, value in first.items():
+            if other[field] != value:
+                raise ValueError(f"protocol: {field}={value} and {field}={other[field]}, must be the same. Measure both alike.")

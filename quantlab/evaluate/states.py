@@ -1,0 +1,97 @@
+"""Hidden states between two layers: in memory, or in files where they outlive the process."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+
+class HiddenStates:
+    """One array [n_chunks, n_ctx, n_embd] of float32 per variant, read and written chunk by chunk.
+
+    Without a folder the arrays are in memory and `write` replaces what `read` gave. With one they are in two files: a layer
+    reads from one and writes to the other, and `advance` makes the written one current, so that a process that is
+    killed within a layer finds the layer's input whole.
+
+    Parameters
+    ----------
+    n_variants, n_chunks, n_ctx, n_embd : int
+    folder : Path or None
+        Created if missing.
+    key : str
+        What the states belong to; a folder with the states of another key is refused.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds the states of another run.
+    """
+
+    def __init__(self, n_variants: int, n_chunks: int, n_ctx: int, n_embd: int, folder: Path | None = None, key: str = ""):
+        self.shape = (n_variants, n_chunks, n_ctx, n_embd)
+        self.layer, self._files = -1, []  # -1: not even the embeddings are there
+        self._folder, self._key, self._array = folder, key, None
+        if folder is None:
+            self._array = np.empty(self.shape, np.float32)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._progress.exists():
+            found = json.loads(self._progress.read_text())
+            if found["key"] != key:
+                raise ValueError(f"{folder}: holds the states of another run. Give another scratch folder, or delete it.")
+            self.layer = found["layer"]
+        flags = os.O_RDWR | os.O_CREAT
+        self._files = [os.open(folder / f"states-{parity}.f32", flags, 0o600) for parity in (0, 1)]
+
+    @property
+    def _progress(self) -> Path:
+        return self._folder / "progress.json"
+
+    def _place(self, variant: int, chunks: slice) -> tuple[int, tuple[int, ...]]:
+        """Byte offset and shape of some chunks of a variant."""
+        _, n_chunks, n_ctx, n_embd = self.shape
+        return 4 * (variant * n_chunks + chunks.start) * n_ctx * n_embd, (chunks.stop - chunks.start, n_ctx, n_embd)
+
+    def read(self, variant: int, chunks: slice) -> np.ndarray:
+        """Return [chunks, n_ctx, n_embd] after the current layer: a view where the states are in memory, else a copy."""
+        if self._array is not None:
+            return self._array[variant, chunks]
+        offset, shape = self._place(variant, chunks)
+        x = np.empty(shape, np.float32)
+        read = 0
+        while read < x.nbytes:
+            count = os.preadv(self._files[self.layer % 2], [memoryview(x).cast("B")[read:]], offset + read)
+            if count == 0:
+                raise OSError(f"{self._folder}: the file of hidden states is too short. Delete the folder and start again.")
+            read += count
+        return x
+
+    def write(self, variant: int, chunks: slice, x: np.ndarray) -> None:
+        """Put down [chunks, n_ctx, n_embd] as the next layer's input."""
+        if self._array is not None:
+            if not np.shares_memory(self._array, x):
+                self._array[variant, chunks] = x
+            return
+        offset, written = self._place(variant, chunks)[0], 0
+        while written < x.nbytes:
+            view = memoryview(x).cast("B")[written:]
+            written += os.pwrite(self._files[(self.layer + 1) % 2], view, offset + written)
+
+    def advance(self) -> None:
+        """Make what was written since the last call current."""
+        if self._folder is not None:
+            os.fsync(self._files[(self.layer + 1) % 2])
+            draft = self._progress.with_suffix(".new")
+            draft.write_text(json.dumps({"key": self._key, "layer": self.layer + 1}))
+            os.replace(draft, self._progress)
+        self.layer += 1
+
+    def close(self, *, delete: bool = False) -> None:
+        """Close the files, and delete the folder if asked to."""
+        for file in self._files:
+            os.close(file)
+        self._files = []
+        if delete and self._folder is not None:
+            shutil.rmtree(self._folder)

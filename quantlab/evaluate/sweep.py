@@ -1,0 +1,134 @@
+"""One pass over the base model that evaluates all variants: layer after layer, each layer's weights read once.
+
+    embeddings → layer 0: every variant, every chunk → … → last layer → logits of the scored positions → token scores
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from quantlab.evaluate import fused
+from quantlab.evaluate.budget import Budget
+from quantlab.evaluate.dense import Matrix, Workers, blocks
+from quantlab.evaluate.llama import Llama, layer_shapes, load_layer
+from quantlab.evaluate.metrics import TokenScores
+from quantlab.evaluate.protocol import Windows
+from quantlab.evaluate.states import HiddenStates
+from quantlab.evaluate.variants import Variant, Weights
+
+
+class Sweep:
+    """The pass over `variants`, the first of which is the base that the others are measured against.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+    windows : Windows
+    mode : str
+    budget : Budget
+        How much is done at once.
+    workers : Workers
+    key : str
+        What the hidden states in `budget.scratch` belong to.
+    bar : tqdm
+        Counts tokens of all variants.
+    """
+
+    def __init__(self, variants: Sequence[Variant], windows: Windows, mode: str, budget: Budget, workers: Workers, key: str, bar: tqdm):
+        base = variants[0].model
+        self.variants, self.windows, self.budget, self.workers, self.bar = variants, windows, budget, workers, bar
+        self.base, self.hparams = base, base.hparams
+        self.weights = Weights(base, variants)
+        factors = base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in base else None
+        self.llama = Llama(base.hparams, windows.tokens.shape[1], mode, workers, factors)
+        self.states = HiddenStates(len(variants), *windows.tokens.shape, base.hparams.n_embd, budget.scratch, key)
+        self._share = windows.tokens.size / (self.hparams.n_layer + 1)  # of the bar that one layer of one variant is worth
+
+    def run(self) -> list[TokenScores]:
+        """Do the whole pass, from where the hidden states on disk leave off."""
+        if self.states.layer < 0:
+            self._embed()
+        self.bar.update(self._share * self.states.layer * len(self.variants))
+        n_weights = max(sum(int(np.prod(s)) for s in layer_shapes(self.base, i).values()) for i in range(self.hparams.n_layer))
+        memory = np.empty(n_weights, np.float32)
+        for index in range(self.states.layer, self.hparams.n_layer):
+            self._layer(index, memory)
+        del memory
+        scores = self._score()
+        self.states.close(delete=self.budget.scratch is not None)
+        return scores
+
+    def _batches(self) -> list[slice]:
+        """The chunks, as many at a time as the budget allows."""
+        return blocks(len(self.windows.tokens), self.budget.chunks_at_once)
+
+    def _embed(self) -> None:
+        """Look up the embeddings of all tokens, for each variant."""
+        used, place = np.unique(self.windows.tokens, return_inverse=True)
+        place = place.reshape(self.windows.tokens.shape)
+        for i, variant in enumerate(self.variants):
+            table = self.weights.rows(variant, "token_embd.weight", used)
+            for chunks in self._batches():
+                self.states.write(i, chunks, table[place[chunks]])
+        self.states.advance()
+
+    def _layer(self, index: int, memory: np.ndarray) -> None:
+        """Apply layer `index` of every variant to every chunk."""
+        n_ctx = self.windows.tokens.shape[1]
+        qkv = np.empty((self.budget.chunks_at_once * n_ctx, self.llama.qkv_width), np.float32)
+        for i, variant in enumerate(self.variants):
+            layer = load_layer(variant.model, index, lambda name, out, v=variant: self.weights.fill(v, name, out), memory)
+            for chunks in self._batches():
+                x = self.states.read(i, chunks)
+                rows = x.reshape(-1, self.hparams.n_embd)
+                self.llama.forward(layer, rows, qkv[: len(rows)])
+                self.states.write(i, chunks, x)
+                self.bar.update(self._share * len(x) / len(self.windows.tokens))
+        self.weights.forget()
+        self.states.advance()
+
+    def _score(self) -> list[TokenScores]:
+        """Compute the scored logits block by block, the base's beside those of as many variants as fit."""
+        scores = [TokenScores.empty(*self.windows.targets.shape) for _ in self.variants]
+        base = self._output(0)
+        for group in blocks(len(self.variants) - 1, self.budget.outputs_at_once) or [slice(0, 0)]:
+            members = [0] * (group.start == 0) + list(range(1, len(self.variants)))[group]
+            outputs = {i: self._output(i) if i else base for i in members}
+            scored = range(self.windows.scored.start, self.windows.scored.stop)
+            pieces = [(chunk, rows) for chunk in range(len(self.windows.tokens)) for rows in blocks(len(scored), self.budget.logit_rows)]
+            self.workers.map(lambda piece, o=outputs: self._score_piece(base, o, scores, *piece), pieces)
+            self.bar.update(self._share * len(members))
+            del outputs
+        return scores
+
+    def _output(self, i: int) -> tuple[np.ndarray, Matrix]:
+        """Output norm and output matrix of a variant."""
+        variant = self.variants[i]
+        name = "output.weight" if "output.weight" in variant.model else "token_embd.weight"
+        norm, matrix = (np.empty(variant.model.tensor(n).shape, np.float32) for n in ("output_norm.weight", name))
+        self.weights.fill(variant, "output_norm.weight", norm)
+        qtype = self.weights.fill(variant, name, matrix)
+        self.weights.forget()
+        return norm, Matrix(matrix, ((slice(0, len(matrix)), qtype),))
+
+    def _logits(self, i: int, output: tuple[np.ndarray, Matrix], chunk: int, rows: slice, name: str) -> np.ndarray:
+        """Logits of some scored positions of a chunk, in this thread's space called `name`."""
+        first = self.windows.first
+        x = self.states.read(i, slice(chunk, chunk + 1))[0, first + rows.start : first + rows.stop]
+        normed = self.workers.scratch("normed", *x.shape)
+        logits = self.workers.scratch(name, len(x), len(output[1].weight))
+        fused.rms_norm(x, output[0], self.llama.eps, normed)
+        self.llama.product(normed, output[1], logits)
+        return logits
+
+    def _score_piece(self, base, outputs: dict, scores: Sequence[TokenScores], chunk: int, rows: slice) -> None:
+        """Score a few positions of one chunk for the base and a group of variants."""
+        expected = self._logits(0, base, chunk, rows, "base_logits")
+        targets = self.windows.targets[chunk, rows]
+        for i, output in outputs.items():
+            logits = expected if i == 0 else self._logits(i, output, chunk, rows, "logits")
+            s = scores[i]
+            results = (part[chunk, rows] for part in (s.nll, s.kld, s.same_top, s.top5, s.top10, s.correct))
+            fused.score(expected, logits, targets, *results)

@@ -1,0 +1,206 @@
+"""What is compared: a base model and its variants, each a file of its own or made from the base's weights in memory."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from quantlab import quants
+from quantlab.files.model import Model
+from quantlab.files.model import open as open_model
+from quantlab.transform.mixture import Recipe, choose_types
+from quantlab.transform.plan import tensor_bytes
+
+_ROWS = 8192  # rows of the embedding matrix that are read at a time
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to evaluate: which type each tensor has, and where its values come from.
+
+    Attributes
+    ----------
+    name : str
+    model : Model
+        The file that holds its tensors; for a variant made in memory, the base.
+    types : dict[str, str]
+        Tensor name → ggml type.
+    imatrix : Mapping[str, np.ndarray]
+        Tensor name → weights per column; empty without an importance matrix.
+    """
+
+    name: str
+    model: Model
+    types: dict[str, str]
+    imatrix: Mapping[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor_bytes(tensor.shape, self.types[tensor.name]) for tensor in self.model)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors."""
+        return 8 * self.nbytes / self.model.n_weights
+
+
+def as_is(model: Model, name: str | None = None) -> Variant:
+    """Return a model as the variant that it is."""
+    return Variant(name or model.path.stem, model, {tensor.name: tensor.qtype for tensor in model}, {})
+
+
+def resolve(base: Model, specs: Sequence, *, rules: str = "current", imatrix=None) -> list[Variant]:
+    """Find out what each variant is.
+
+    Parameters
+    ----------
+    base : Model
+    specs : sequence of str, Path or Recipe
+        A GGUF file, a recipe (object or file), a ftype; a string may name it: `NAME=SPEC`.
+    rules : str
+        Rule set for ftypes.
+    imatrix : ImportanceMatrix or None
+        Used for ftypes and recipes.
+
+    Returns
+    -------
+    list of Variant
+        Names made unique by `#2`, `#3`, ….
+
+    Raises
+    ------
+    ValueError
+        If a spec is no ftype, or a file is of another model.
+    FileNotFoundError
+        If a file is missing.
+    """
+    weights = {} if imatrix is None else imatrix.entries
+    found = []
+    for spec in specs:
+        label, spec = _split_label(spec)
+        variant = _resolve_one(base, spec, rules, weights)
+        found.append(replace(variant, name=label or variant.name))
+    seen: Counter = Counter()
+    for i, variant in enumerate(found):
+        seen[variant.name] += 1
+        if seen[variant.name] > 1:
+            found[i] = replace(variant, name=f"{variant.name}#{seen[variant.name]}")
+    return found
+
+
+def _split_label(spec):
+    """`NAME=SPEC` → (NAME, SPEC); anything else has no label."""
+    if isinstance(spec, str) and "=" in spec and not Path(spec).exists():
+        label, spec = spec.split("=", 1)
+        return label, spec
+    return None, spec
+
+
+def _resolve_one(base: Model, spec, rules: str, imatrix: Mapping[str, np.ndarray]) -> Variant:
+    mark = "+imatrix" if imatrix else ""
+    if isinstance(spec, Recipe):
+        return _from_recipe(base, "recipe" + mark, spec, imatrix)
+    path = Path(spec)
+    if path.is_dir() or path.suffix.lower() == ".gguf":
+        return _from_file(base, path)
+    if path.is_file():
+        return _from_recipe(base, path.stem + mark, Recipe.load(path), imatrix)
+    source = {tensor.name: tensor.qtype for tensor in base}
+    choices = choose_types(base.hparams, base.shapes, spec, rules=rules, imatrix=bool(imatrix), source=source)
+    return Variant(str(spec).upper() + mark, base, {name: choice.qtype for name, choice in choices.items()}, imatrix)
+
+
+def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, np.ndarray]) -> Variant:
+    """A recipe's types; tensors that it does not name stay as they are in the base."""
+    unknown = [tensor for tensor in recipe.types if tensor not in base]
+    if unknown:
+        raise ValueError(f"{name}: {unknown[0]} is no tensor of {base.path}. Make the recipe for this model.")
+    return Variant(name, base, {tensor.name: recipe.types.get(tensor.name, tensor.qtype) for tensor in base}, imatrix)
+
+
+def _from_file(base: Model, path: Path) -> Variant:
+    model = open_model(path)
+    ours, theirs = (replace(m.hparams, n_ctx=0, tied_embeddings=False) for m in (base, model))
+    if ours != theirs:
+        raise ValueError(f"{path}: {theirs} differs from the base's {ours}. Compare variants of one model.")
+    if model.vocab.digest != base.vocab.digest:
+        raise ValueError(f"{path}: its vocabulary differs from that of {base.path}. Compare variants of one model.")
+    return as_is(model)
+
+
+class Weights:
+    """Values of the variants' tensors. What several variants share is read and quantized once while it is at work.
+
+    `fill` remembers a base tensor as it is stored, and its bytes in a type that more than one variant wants;
+    `forget` drops all that, and belongs at the end of each layer.
+    """
+
+    def __init__(self, base: Model, variants: Sequence[Variant]):
+        self._base = base
+        self._wanted = Counter(self._key(variant, name) for variant in variants for name in variant.types)
+        self._stored: dict[str, np.ndarray] = {}
+        self._encoded: dict[tuple, np.ndarray] = {}
+
+    def fill(self, variant: Variant, name: str, out: np.ndarray) -> str:
+        """Put the values of tensor `name` of `variant` into `out` [float32, the tensor's shape]; return its type."""
+        tensor, qtype = variant.model.tensor(name), variant.types[name]
+        if variant.model is not self._base:
+            _decode(tensor.load(), qtype, out)
+        elif qtype == tensor.qtype:
+            _decode(self._load(name), qtype, out)
+        else:
+            _decode(self._encode(variant, name, out), qtype, out)
+        return qtype
+
+    def rows(self, variant: Variant, name: str, indices: np.ndarray) -> np.ndarray:
+        """Return some rows of a matrix [shape=(len(indices), n_per_row), dtype=float32]; `indices` ascend."""
+        tensor, qtype = variant.model.tensor(name), variant.types[name]
+        found = np.empty((len(indices), tensor.shape[-1]), np.float32)
+        for start in range(0, tensor.nrows, _ROWS):
+            low, high = np.searchsorted(indices, [start, start + _ROWS])
+            if low == high:
+                continue
+            stored = tensor.rows(start, min(start + _ROWS, tensor.nrows))[indices[low:high] - start]
+            x = _decode(stored, tensor.qtype, found[low:high])
+            if qtype != tensor.qtype:
+                quants.roundtrip(x, qtype, variant.imatrix.get(name), name=name, out=x)
+        return found
+
+    def forget(self) -> None:
+        """Drop what is remembered."""
+        self._stored.clear()
+        self._encoded.clear()
+
+    def _load(self, name: str) -> np.ndarray:
+        if name not in self._stored:
+            self._stored[name] = self._base.tensor(name).load()
+        return self._stored[name]
+
+    def _encode(self, variant: Variant, name: str, space: np.ndarray) -> np.ndarray:
+        """Bytes of a base tensor in the variant's type; `space` is float32 of its shape, for whatever is needed between."""
+        key = self._key(variant, name)
+        if key in self._encoded:
+            return self._encoded[key]
+        x, stored_as = self._load(name), self._base.tensor(name).qtype
+        if x.dtype == np.uint8:
+            x = _decode(x, stored_as, space)
+        data = quants.quantize(x, variant.types[name], variant.imatrix.get(name), name=name)
+        if self._wanted[key] > 1:
+            self._encoded[key] = data
+        return data
+
+    @staticmethod
+    def _key(variant: Variant, name: str) -> tuple:
+        """What makes the bytes of a tensor the same in two variants."""
+        return id(variant.model), name, variant.types[name], id(variant.imatrix.get(name))
+
+
+def _decode(stored: np.ndarray, qtype: str, out: np.ndarray) -> np.ndarray:
+    """Put the values of a tensor as `LazyTensor.load` gives it into `out` [float32], and return that."""
+    if stored.dtype == np.uint8:
+        return quants.dequantize(stored, qtype, out.shape, out=out)
+    out[...] = stored
+    return out
