@@ -168,7 +168,7 @@ def choose_types(
     Parameters
     ----------
     hparams : Hparams
-        Needs ``arch``, ``n_layer``, ``n_head`` and ``n_head_kv``.
+        Needs ``arch``, ``n_layer``, ``n_head`` and ``n_head_kv``; ``n_expert``, if there, must be 0.
     shapes : Mapping[str, tuple[int, ...]]
         GGUF tensor name → shape in NumPy order (the row length last).
     ftype : str or int
@@ -199,7 +199,7 @@ def choose_types(
     Raises
     ------
     ValueError
-        If the ftype, a type, the rule set, an expression or the architecture is not known.
+        If the ftype, a type, the rule set, an expression or the architecture is not known, or there are experts.
 
     Examples
     --------
@@ -215,6 +215,8 @@ def choose_types(
         raise ValueError(f"rules={rules}, must be one of {' '.join(RULES)}")
     if hparams.arch not in ARCHITECTURES:
         raise ValueError(f"architecture={hparams.arch}, must be one of {' '.join(ARCHITECTURES)}")
+    if getattr(hparams, "n_expert", 0):
+        raise ValueError(f"n_expert={hparams.n_expert}, must be 0: no rules for mixtures of experts are known here")
     found = find_ftype(ftype)
     if rules not in found.rules:
         raise ValueError(f"ftype={found.name}: rules={rules}, must be {found.rules[0]}, where this ftype exists")

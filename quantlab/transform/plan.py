@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
+import shutil
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
+import numpy as np
 import pandas as pd
 
+from quantlab import quants
 from quantlab.files import bundled
+from quantlab.files.model import Model
+from quantlab.files.model import open as open_model
 from quantlab.quants import block_bytes, block_size, row_bytes
+from quantlab.transform.job import Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 
 MIB = 1024**2
+SLAB = 1 << 22  # weights that are read, quantized and written at once
+IN_FLIGHT = 6  # slabs in memory at once: some read ahead, one quantized, some behind to be written
+SAMPLE = 1 << 20  # weights of the calibration
 
 
 @dataclass(frozen=True)
@@ -156,12 +170,8 @@ def _look_up(shape_or_file: str | Path):
     if name in bundled.shapes():
         hparams = SimpleNamespace(**bundled.shape(name))
         return hparams.name, hparams, tensor_shapes(hparams), None
-    from quantlab.files import model
-
-    path = bundled.model_path(name)
-    opened = model.open(path)
-    shapes = {tensor.name: tensor.shape for tensor in opened}
-    return path.name, opened.hparams, shapes, {tensor.name: tensor.qtype for tensor in opened}
+    opened = open_model(name)
+    return opened.path.name, opened.hparams, opened.shapes, {tensor.name: tensor.qtype for tensor in opened}
 
 
 def fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...]]) -> pd.DataFrame:
@@ -201,3 +211,179 @@ def tensor_bytes(shape: tuple[int, ...], qtype: str) -> int:
 def bits_per_weight(qtype: str) -> float:
     """Return the bits that one weight takes in `qtype`, scales included."""
     return 8 * block_bytes(qtype) / block_size(qtype)
+
+
+# ---- one quantization
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one quantization will read, write and need.
+
+    Attributes
+    ----------
+    job : Job
+        Files, metadata, and every tensor with its type.
+    bytes_read, bytes_written : int
+        Tensor data that will be read; whole files that will be written.
+    peak_memory : int
+        Bytes, an estimate: what the process has now and the slabs in flight.
+    memory : int
+        Bytes of memory that this machine has.
+    free_disk : int or None
+        Bytes free where the output goes; None where it is no file.
+    seconds : float
+        Expected time of the kernels, from a calibration on this machine.
+    """
+
+    job: Job
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    memory: int
+    free_disk: int | None
+    seconds: float
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why it cannot be done; empty where it can."""
+        refusals = list(self.job.refusals)
+        path = self.job.outputs[0].path
+        if self.free_disk is not None and self.bytes_written > self.free_disk:
+            refusals.append(
+                f"{path}: needs {self.bytes_written} bytes, the disk has {self.free_disk} free. "
+                f"Free some space or name another folder."
+            )
+        if self.peak_memory > self.memory:
+            refusals.append(f"{path}: needs {self.peak_memory} bytes of memory, this machine has {self.memory}.")
+        return tuple(refusals)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the output's tensor data."""
+        steps = self.job.steps
+        return sum(step.spec.nbytes for step in steps) * 8 / sum(step.tensor.n_weights for step in steps)
+
+    @property
+    def fallbacks(self) -> pd.DataFrame:
+        """The account of tensors whose rows did not fit; see `fallbacks`."""
+        steps = self.job.steps
+        return fallbacks({s.tensor.name: s.choice for s in steps}, {s.tensor.name: s.tensor.shape for s in steps})
+
+    def check(self) -> None:
+        """Raise ValueError or OSError if it cannot be done."""
+        if self.refusals:
+            raise (ValueError if self.job.refusals else OSError)(self.refusals[0])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the tensors in the order of processing: name, shape, source, type, why, bytes before and after."""
+        rows = [
+            (
+                s.tensor.name,
+                s.tensor.shape,
+                s.tensor.qtype,
+                s.choice.qtype,
+                s.choice.why,
+                s.tensor.nbytes,
+                s.spec.nbytes,
+            )
+            for s in self.job.steps
+        ]
+        return pd.DataFrame(rows, columns=["name", "shape", "source", "qtype", "why", "bytes_before", "bytes"])
+
+    def to_json(self) -> str:
+        """Return the plan as JSON: the totals as protocol, one row per tensor."""
+        protocol = {"source": str(self.job.source), "ftype": self.job.ftype.name, "rules": self.job.options.rules}
+        for name in ("bytes_read", "bytes_written", "bpw", "peak_memory", "free_disk", "seconds", "refusals"):
+            protocol[name] = getattr(self, name)
+        protocol["fallbacks"] = self.fallbacks.to_dict("records")
+        rows = self.to_frame().to_dict("records")
+        return json.dumps({"schema": 1, "protocol": protocol, "rows": rows})
+
+    def _totals(self) -> pd.DataFrame:
+        job = self.job
+        steps = job.steps
+        rows = [
+            ("tensors", f"{len(steps)}, {sum(not step.is_kept for step in steps)} of them to quantize"),
+            ("read", f"{self.bytes_read / MIB:.2f} MiB"),
+            ("written", f"{self.bytes_written / MIB:.2f} MiB, {self.bpw:.4f} bits per weight"),
+            ("peak memory", f"about {self.peak_memory / MIB:.0f} MiB of {self.memory / MIB:.0f} MiB"),
+            ("free disk", "not needed" if self.free_disk is None else f"{self.free_disk / MIB:.0f} MiB"),
+            ("time", f"about {self.seconds:.0f} s"),
+        ]
+        return pd.DataFrame(rows, columns=["", f"{job.source.name} → {job.ftype.name}, rules {job.options.rules}"])
+
+    def __str__(self) -> str:
+        parts = [self._totals().to_string(index=False, justify="left", formatters=[str, "{:<50}".format])]
+        if not self.fallbacks.empty:
+            parts.append("fallback, rows that the wanted type's blocks do not divide:")
+            parts.append(self.fallbacks.to_string(index=False, float_format="{:.4f}".format))
+        return "\n".join(line.rstrip() for line in "\n".join([*parts, *self.job.notes, *self.refusals]).splitlines())
+
+    def _repr_html_(self) -> str:
+        return self._totals().to_html(index=False) + (
+            "" if self.fallbacks.empty else self.fallbacks.to_html(index=False)
+        )
+
+
+def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, *, ftype: str | int, **options) -> Plan:
+    """Work out what a quantization will read, write and need, and try the kernels for a moment.
+
+    Parameters
+    ----------
+    src, outfile, ftype, **options
+        As for `quantlab.transform.quantize.quantize`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the source cannot be opened or an option is not valid. What else speaks against it stands in `refusals`.
+    """
+    job = make_job(src, outfile, Options(ftype=ftype, **options))
+    steps = job.steps
+    first = job.outputs[0].path
+    written = sum(len(output.header) for output in job.outputs)
+    written += sum(-(-step.spec.nbytes // 32) * 32 for step in steps)
+    slab = max(min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps)
+    return Plan(
+        job,
+        sum(step.tensor.nbytes for step in steps),
+        written,
+        _memory_now() + IN_FLIGHT * 4 * slab,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        None if first is None else _free_disk(first),
+        _kernel_seconds(job),
+    )
+
+
+def _memory_now() -> int:
+    """Return the most bytes of memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _free_disk(path: Path) -> int:
+    """Return the bytes free where `path` will be, those of an unfinished output of that name included."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: folder {path.parent} does not exist. Create it first.")
+    parts = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.part"))
+    return shutil.disk_usage(path.parent).free + parts
+
+
+def _kernel_seconds(job: Job) -> float:
+    """Return the time that the kernels will take, from a sample of normally distributed weights per type."""
+    work: dict[tuple[str, bool], int] = {}
+    for step in job.steps:
+        if not step.is_kept:
+            key = step.choice.qtype, step.weights is not None
+            work[key] = work.get(key, 0) + step.tensor.n_weights
+    sample = np.random.default_rng(0).standard_normal((SAMPLE // 1024, 1024), np.float32)
+    weights = np.ones(1024, np.float32)
+    seconds = 0.0
+    for (qtype, is_weighted), n in work.items():
+        took = []
+        for _ in range(2):  # the first call may have to compile
+            start = time.perf_counter()
+            quants.quantize(sample, qtype, weights if is_weighted else None)
+            took.append(time.perf_counter() - start)
+        seconds += n / SAMPLE * min(took)
+    return seconds

@@ -1,0 +1,373 @@
+"""What one quantization will write: the files, their metadata, their tensors in order, the type and weights of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from quantlab.files.gguf_file import TensorSpec, pack_header, read_header
+from quantlab.files.gguf_shards import shard_headers, shard_path
+from quantlab.files.hparams import Hparams
+from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
+from quantlab.files.model import LazyTensor, Model
+from quantlab.files.model import open as open_model
+from quantlab.quants import block_size
+from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype, is_quantizable
+
+QUANTIZATION_VERSION = 2  # of the block layouts, ggml's GGML_QNT_VERSION
+GUESSED = 1024  # added to the ftype number by llama.cpp where it was counted from the tensors' types
+MAX_STRING = 127  # bytes of a metadata string that comes from the command line
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to quantize; the names are llama-quantize's where it has the option.
+
+    Attributes
+    ----------
+    ftype : str or int
+        Name, alias or number of the mixture.
+    rules : str
+        Rule set of the mixture, "current" or "2023-12".
+    imatrix : str, Path or ImportanceMatrix, optional
+        Importance matrix, in either file format.
+    include_weights, exclude_weights : sequence of str
+        Use only, or leave out, the matrix's entries whose names contain one of these. Not both.
+    tensor_types : sequence of (regex, type)
+        Types by tensor name; the first expression found in the name wins.
+    output_tensor_type, token_embedding_type : str, optional
+        Types of `output.weight` and `token_embd.weight`.
+    pure : bool
+        Give every quantizable tensor the base type.
+    leave_output_tensor : bool
+        Keep `output.weight` as it is.
+    allow_requantize : bool
+        Quantize tensors that are quantized already.
+    keep_split : bool
+        Write one shard per shard of the input.
+    override_kv : sequence of str
+        Metadata as ``KEY=TYPE:VALUE``, TYPE one of int (written as uint32), float, bool, str.
+    fallback : bool
+        Whether rows that do not fit a type's blocks may get another type; if not, they are an error.
+    via : str, optional
+        "f16" rounds a checkpoint to F16 first, as converting to an F16 file would. Default: the source's precision.
+    """
+
+    ftype: str | int
+    rules: str = "current"
+    imatrix: str | Path | ImportanceMatrix | None = None
+    include_weights: Sequence[str] = ()
+    exclude_weights: Sequence[str] = ()
+    tensor_types: Sequence[tuple[str, str]] = ()
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
+    leave_output_tensor: bool = False
+    allow_requantize: bool = False
+    keep_split: bool = False
+    override_kv: Sequence[str] = ()
+    fallback: bool = True
+    via: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor on its way into the output."""
+
+    tensor: LazyTensor
+    choice: Choice
+    weights: np.ndarray | None  # float32 (n_per_row,), from the importance matrix
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Name, shape and type in the output; leading dimensions of 1 are dropped, as ggml does."""
+        shape = self.tensor.shape
+        while len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
+        return TensorSpec(self.tensor.name, shape, self.choice.qtype)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the tensor is copied as it is."""
+        return self.choice.qtype == self.tensor.qtype
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file that will be written."""
+
+    path: Path | None  # None where the output is no file on disk
+    metadata: dict[str, Any]
+    steps: tuple[Step, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The bytes before the tensor data."""
+        return pack_header(self.metadata, [step.spec for step in self.steps])
+
+    @property
+    def alignment(self) -> int:
+        """Every tensor starts at a multiple of this."""
+        return int(self.metadata.get("general.alignment", 32))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is known before the first weight is read.
+
+    Attributes
+    ----------
+    source : Path
+    ftype : Ftype
+    options : Options
+    outputs : tuple[Output, ...]
+        One, or one per shard.
+    refusals : tuple[str, ...]
+        Why it cannot be done; empty where it can.
+    notes : tuple[str, ...]
+        What a user should know.
+    """
+
+    source: Path
+    ftype: Ftype
+    options: Options
+    outputs: tuple[Output, ...]
+    refusals: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> list[Step]:
+        """The tensors of all outputs, in the order of processing."""
+        return [step for output in self.outputs for step in output.steps]
+
+
+def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, options: Options) -> Job:
+    """Work out what a quantization will write.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the source cannot be opened, or an option has no meaning for it.
+    """
+    model = src if isinstance(src, Model) else open_model(src)
+    ftype = find_ftype(options.ftype)
+    notes = []
+    if options.via not in (None, "f16"):
+        raise ValueError(f"via={options.via}, must be f16 or left out")
+    shards = _shards(model, options.keep_split)
+    tensors = {tensor.name: _rounded(tensor) if options.via else tensor for tensor in model}
+    overrides = dict(parse_override(text) for text in options.override_kv)
+    matrix, matrix_keys = _matrix(options)
+    choices = choose_types(
+        Hparams.from_metadata(model.metadata | overrides, tensors, source=str(model.path)),
+        {name: tensors[name].shape for names in shards for name in names},
+        ftype.name,
+        rules=options.rules,
+        imatrix=bool(matrix),
+        source={name: tensor.qtype for name, tensor in tensors.items()},
+        keep_order=options.keep_split,
+        **{name: getattr(options, name) for name in _TYPE_OPTIONS},
+    )
+    steps = {n: Step(tensors[n], choice, _weights(tensors[n], choice, matrix)) for n, choice in choices.items()}
+    number = _present_ftype(model) if ftype.number is None else ftype.number
+    metadata = _metadata(model.metadata, number, overrides, matrix_keys)
+    outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
+    if not options.via and model.path.is_dir() and any(tensor.qtype in ("BF16", "F32") for tensor in model):
+        notes.append("weights keep the checkpoint's precision; --via f16 rounds them as a conversion to F16 would")
+    missing = [name for name, step in steps.items() if matrix and step.weights is None and not step.is_kept]
+    if missing:
+        notes.append(f"{len(missing)} tensors have no entry in the importance matrix: {_first(missing)}")
+    return Job(model.path, ftype, options, outputs, tuple(_refusals(steps.values(), ftype, options)), tuple(notes))
+
+
+_TYPE_OPTIONS = ("pure", "leave_output_tensor", "output_tensor_type", "token_embedding_type", "tensor_types")
+
+
+def _first(names: Sequence[str], n: int = 3) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:n]) + (", …" if len(names) > n else "")
+
+
+def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable[str]:
+    """Yield why these steps must not be taken, one sentence per kind."""
+    steps = list(steps)
+    packed = [s for s in steps if not s.is_kept and s.tensor.qtype not in FLOATS]
+    if packed and not options.allow_requantize:
+        yield (
+            f"{packed[0].tensor.name}: type={packed[0].tensor.qtype}, is quantized already ({len(packed)} tensors). "
+            f"Start from F16, BF16 or F32, or pass --allow-requantize and lose quality."
+        )
+    fallen = [s for s in steps if s.choice.qtype != s.choice.wanted]
+    if fallen and not options.fallback:
+        step = fallen[0]
+        yield (
+            f"{step.tensor.name}: n_per_row={step.tensor.shape[-1]} is not a multiple of the {step.choice.wanted} "
+            f"block size {block_size(step.choice.wanted)} ({len(fallen)} tensors). Allow the fallback to "
+            f"{step.choice.qtype}, or choose another ftype."
+        )
+    bare = [s for s in steps if s.choice.qtype == "Q2_K" and s.weights is None and not s.is_kept]
+    bare = [s for s in bare if s.tensor.name not in ("token_embd.weight", "output.weight")]
+    if bare and ftype.name == "Q2_K_S":
+        yield f"{bare[0].tensor.name}: Q2_K in a Q2_K_S file needs an importance matrix. Pass one, or choose Q2_K."
+
+
+# ---- tensors in, weights beside them
+
+
+def _shards(model: Model, keep_split: bool) -> list[list[str]]:
+    """Return the tensor names of each output in the source's order; one output unless shards are kept."""
+    if not keep_split:
+        return [model.names]
+    if not model.path.is_file() or model.path.suffix == ".safetensors":
+        raise ValueError(f"{model.path}: keep_split applies to GGUF files. Leave --keep-split out.")
+    headers = shard_headers(read_header(model.path))
+    return [[t.name for t in sorted(header.tensors, key=lambda tensor: tensor.offset)] for header in headers]
+
+
+def _rounded(tensor: LazyTensor) -> LazyTensor:
+    """Return a checkpoint's matrix as an F16 file would hold it."""
+    if tensor.qtype not in ("BF16", "F32") or not is_quantizable(tensor.name, tensor.shape):
+        return tensor
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        return tensor.rows(start, stop).astype(np.float32, copy=False).astype(np.float16)
+
+    return replace(tensor, qtype="F16", read_rows=read_rows, offset=None)
+
+
+def _matrix(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the weights per tensor that the options leave over, and the metadata keys that record them."""
+    if options.include_weights and options.exclude_weights:
+        raise ValueError("include_weights and exclude_weights: only one of them may be given")
+    if options.imatrix is None:
+        if options.include_weights or options.exclude_weights:
+            raise ValueError("include_weights and exclude_weights choose entries of a matrix. Pass --imatrix too.")
+        return {}, {}
+    is_path = not isinstance(options.imatrix, ImportanceMatrix)
+    matrix = read_imatrix(options.imatrix) if is_path else options.imatrix
+    matrix = matrix.keep(lambda name: not any(part in name for part in options.exclude_weights))
+    if options.include_weights:
+        matrix = matrix.keep(lambda name: any(part in name for part in options.include_weights))
+    if not matrix.sums:
+        return {}, {}
+    keys: dict[str, Any] = {"quantize.imatrix.file": _cut(str(options.imatrix))} if is_path else {}
+    if matrix.datasets:
+        keys["quantize.imatrix.dataset"] = _cut(matrix.datasets[0])
+    keys["quantize.imatrix.entries_count"] = np.uint32(len(matrix.sums))
+    if matrix.chunk_count > 0:
+        keys["quantize.imatrix.chunks_count"] = np.uint32(matrix.chunk_count)
+    return matrix.entries, keys
+
+
+def _weights(tensor: LazyTensor, choice: Choice, matrix: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Return the weights of one tensor's columns, None where it is kept or the matrix has none."""
+    weights = matrix.get(tensor.name)
+    if weights is None or choice.qtype == tensor.qtype:
+        return None
+    if weights.size != tensor.shape[-1]:
+        if tensor.name == "token_embd.weight":
+            return None
+        raise ValueError(
+            f"{tensor.name}: the importance matrix has {weights.size} columns, must have {tensor.shape[-1]}. "
+            f"It was collected on another model."
+        )
+    return weights
+
+
+# ---- metadata
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Parse one ``KEY=TYPE:VALUE`` of ``--override-kv`` as llama-quantize writes it: an int becomes an unsigned one.
+
+    Raises
+    ------
+    ValueError
+        If it does not read so.
+
+    Examples
+    --------
+    >>> parse_override("llama.context_length=int:4096")
+    ('llama.context_length', np.uint32(4096))
+    """
+    key, _, rest = text.partition("=")
+    kind, colon, value = rest.partition(":")
+    if not key or not colon or len(key) > MAX_STRING or len(value.encode()) > MAX_STRING:
+        raise ValueError(f"override={text}, must read KEY=TYPE:VALUE, key and value at most {MAX_STRING} bytes")
+    try:
+        if kind == "int":
+            return key, np.uint32(abs(int(value)))
+        if kind == "float":
+            return key, np.float32(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"override={text}, must give a number after {kind}:") from None
+    if kind == "bool" and value in ("true", "false"):
+        return key, value == "true"
+    if kind == "str":
+        return key, value
+    raise ValueError(f"override={text}, must have a type of int, float, bool (true or false) or str before the colon")
+
+
+def _metadata(source: Mapping[str, Any], ftype: int, *more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the source's keys in their order without those of shards; what is set anew moves to the end."""
+    version = np.uint32(QUANTIZATION_VERSION)
+    metadata = {key: value for key, value in source.items() if not key.startswith("split.")}
+    for keys in ({"general.quantization_version": version, "general.file_type": np.uint32(ftype)}, *more):
+        metadata = {key: value for key, value in metadata.items() if key not in keys} | keys
+    return metadata
+
+
+def _present_ftype(model: Model) -> int:
+    """Return the ftype number a file has, or the one that its commonest type stands for."""
+    if model.ftype is not None:
+        return model.ftype
+    commonest = Counter(tensor.qtype for tensor in model).most_common(1)[0][0]
+    numbers = [f.number for f in FTYPES.values() if f.qtype == commonest and (f.alias or f.name == commonest)]
+    return GUESSED | (numbers[0] if numbers else 0)
+
+
+def _cut(text: str) -> str:
+    """Return the first 127 bytes of a text, as the C string of an override holds it."""
+    return text.encode("utf-8", "surrogateescape")[:MAX_STRING].decode("utf-8", "surrogateescape")
+
+
+# ---- files out
+
+
+def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) -> list[Path | None]:
+    """Return the path of each output file."""
+    if hasattr(outfile, "write"):
+        return [None] * count
+    folder = model.path if model.path.is_dir() else model.path.parent
+    path = Path(outfile) if outfile is not None else folder / f"ggml-model-{ftype.name}.gguf"
+    if keep_split:
+        stem = path.name.removesuffix(".gguf")
+        first = path.with_name(f"{stem}-00001-of-{count:05d}.gguf")
+        paths = [shard_path(first, number, count) for number in range(1, count + 1)]
+    else:
+        paths = [path]
+    for out in paths:
+        if out.exists() and model.path.exists() and out.samefile(model.path):
+            raise ValueError(f"{out}: is the input, must be another file. Name another output.")
+    return paths
+
+
+def _outputs(paths: Sequence[Path | None], shards, steps: Mapping[str, Step], metadata: dict) -> tuple[Output, ...]:
+    """Distribute the steps over the files; the first file has all metadata, the others only their number."""
+    if len(paths) == 1:
+        return (Output(paths[0], metadata, tuple(steps.values())),)
+    outputs = []
+    for i, (path, names) in enumerate(zip(paths, shards, strict=True)):
+        split = {
+            "split.no": np.uint16(i),
+            "split.count": np.uint16(len(paths)),
+            "split.tensors.count": np.int32(len(steps)),
+        }
+        outputs.append(Output(path, (metadata if i == 0 else {}) | split, tuple(steps[name] for name in names)))
+    return tuple(outputs)

@@ -1,0 +1,279 @@
+"""GGUF file or checkpoint → quantized GGUF file, tensor by tensor, byte for byte what llama-quantize writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from quantlab import quants
+from quantlab.files.gguf_file import read_header
+from quantlab.files.gguf_shards import shard_headers
+from quantlab.files.model import Model
+from quantlab.files.model import open as open_model
+from quantlab.files.output import check_output, replacing
+from quantlab.transform.job import FLOATS, Job, Step
+from quantlab.transform.plan import MIB, SLAB, plan
+from quantlab.transform.unfinished import Sink, Unfinished, beside
+
+AHEAD = 2  # slabs that are read, and slabs that wait to be written, while one is quantized
+
+
+def quantize(
+    src: str | Path | Model,
+    outfile: str | Path | BinaryIO | None = None,
+    *,
+    ftype: str | int,
+    reuse: str | Path | None = None,
+    histogram: bool = False,
+    overwrite: bool = False,
+    report: Callable[[str], None] | None = None,
+    **options,
+) -> Path | None:
+    """Quantize a model.
+
+    Memory holds a few slabs of rows, whatever the model's size; reading, quantizing and writing overlap. The output
+    appears under its name when it is whole. After an interruption the same call goes on where it stopped.
+
+    Parameters
+    ----------
+    src : str, Path or Model
+        A GGUF file, a checkpoint folder, or a bundled model's name.
+    outfile : str, Path or object with ``.write``, optional
+        Default: ``ggml-model-<FTYPE>.gguf`` beside a file, inside a folder.
+    ftype : str or int
+        Name, alias or number of the mixture: "Q4_K_M", "Q4_K", 15.
+    reuse : str or Path, optional
+        An older output. Tensors whose source, type and weights did not change are copied from it; its digests must
+        lie beside it, in ``<reuse>.json``.
+    histogram : bool
+        Add the shares of the codes to each tensor's line.
+    overwrite : bool
+        Whether an output that exists may be replaced.
+    report : callable, optional
+        Called with the plan, then with one line per tensor. Default: a progress bar.
+    **options
+        The fields of `quantlab.transform.job.Options`: rules, imatrix, include_weights, exclude_weights, tensor_types,
+        output_tensor_type, token_embedding_type, pure, leave_output_tensor, allow_requantize, keep_split, override_kv,
+        fallback, via.
+
+    Returns
+    -------
+    Path or None
+        The output (its first shard); None where `outfile` is an object.
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        If the source is not there; if the output is, and `overwrite` is false.
+    ValueError
+        If an option is not valid, the source is damaged or has NaN or infinite weights, or may not be quantized so.
+    OSError
+        If it cannot fit in memory or on the disk, or the disk fills up (the state is kept, to go on from).
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from quantlab.files.bundled import model_path
+    >>> quantize("tiny", Path(tempfile.mkdtemp()) / "tiny.gguf", ftype="Q4_K_M").name
+    'tiny.gguf'
+
+    Source: llama.cpp, src/llama-quant.cpp, for what the file contains and in which order.
+    """
+    planned = plan(src, outfile, ftype=ftype, **options)
+    job = planned.job
+    for output in job.outputs:
+        if output.path is not None:
+            check_output(output.path, overwrite=overwrite)
+    planned.check()
+    if report is not None:
+        report(str(planned))
+    old = _Reusable(Path(reuse)) if reuse is not None else None
+    if job.outputs[0].path is None:
+        _run(job, Sink(outfile, job.outputs[0]), old, histogram, report)
+        return None
+    with Unfinished(job.outputs, _identity(job)) as target:
+        _run(job, target, old, histogram, report)
+        sidecar = beside(job.outputs[0].path, ".json")
+        sidecar.unlink(missing_ok=True)
+        target.rename()
+    with replacing(sidecar) as part:
+        part.write_text(_sidecar(job, target.records), encoding="utf-8")
+    return job.outputs[0].path
+
+
+def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: bool, report) -> None:
+    """Take all steps that `target` does not have yet; read ahead, write behind."""
+    steps = job.steps
+    done = len(target.records)
+    if report is not None and done:
+        report(f"going on after {done} of {len(steps)} tensors")
+    total = sum(step.tensor.nbytes for step in steps[done:])
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=job.ftype.name, disable=None if report is None else True)
+    codes = np.zeros(0, np.int64)
+    with bar, ThreadPoolExecutor(1) as writer:
+        behind: deque = deque()
+        for step, rows, is_old, digest in _ahead(_read(steps[done:], old)):
+            encoded = rows if is_old else _encode(step, rows)
+            behind.append(writer.submit(target.write, encoded))
+            if histogram and not is_old and not step.is_kept:
+                codes = _add(codes, quants.code_histogram(encoded, step.choice.qtype))
+            if digest is not None:
+                behind.append(writer.submit(target.finish, digest))
+                done += 1
+                if report is not None:
+                    report(_tensor_line(done, len(steps), step, is_old, codes))
+                codes = np.zeros(0, np.int64)
+            while len(behind) > AHEAD:
+                behind.popleft().result()
+            bar.update(rows.nbytes)
+        for write in behind:
+            write.result()
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """Yield the items, the next ones made in a thread while the caller works on one."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, None) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
+            yield item
+
+
+def _read(steps: Iterable[Step], old: _Reusable | None) -> Iterator[tuple[Step, np.ndarray, bool, str | None]]:
+    """Yield slabs of rows, whether they are an old output's, and with a tensor's last slab its source's digest."""
+    for step in steps:
+        if old is not None and (kept := old.find(step)):
+            for rows, digest in _slabs(kept):
+                yield step, rows, True, digest and old.source(step)
+        else:
+            for rows, digest in _slabs(step.tensor):
+                yield step, rows, False, digest
+
+
+def _slabs(tensor) -> Iterator[tuple[np.ndarray, str | None]]:
+    """Yield a tensor's rows in slabs, with the last one the SHA-256 of all."""
+    n = max(1, SLAB // tensor.shape[-1])
+    digest = hashlib.sha256()
+    for start in range(0, tensor.nrows, n):
+        stop = min(start + n, tensor.nrows)
+        rows = tensor.rows(start, stop)
+        digest.update(_bytes(rows))
+        yield rows, digest.hexdigest() if stop == tensor.nrows else None
+
+
+def _bytes(rows: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+
+
+def _encode(step: Step, rows: np.ndarray) -> np.ndarray:
+    """Return rows in their new type, checked to be finite."""
+    tensor, qtype = step.tensor, step.choice.qtype
+    if step.is_kept:
+        if qtype in FLOATS and not np.isfinite(rows).all():
+            raise ValueError(f"{tensor.name}: has NaN or infinite values, must be finite. Check where it came from.")
+        return rows
+    if tensor.qtype not in FLOATS:
+        rows = quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
+    return quants.quantize(rows, qtype, step.weights, name=tensor.name)
+
+
+# ---- what users see
+
+
+def _tensor_line(i: int, n: int, step: Step, is_old: bool, codes: np.ndarray) -> str:
+    """Return one tensor's line: number, name, shape, type and size before and after, how, shares of the codes."""
+    tensor, choice = step.tensor, step.choice
+    shape = " × ".join(map(str, tensor.shape))
+    sizes = f"{tensor.nbytes / MIB:.2f} → {step.spec.nbytes / MIB:.2f} MiB"
+    line = f"[{i:4}/{n:4}] {tensor.name:<26} {shape:>16}  {tensor.qtype:>4} → {choice.qtype:<4} {sizes}"
+    line += "  reused" if is_old else "" if choice.why in ("base", "kept") else f"  ({choice.why})"
+    if codes.any():
+        line += "  codes: " + " ".join(f"{share:.3f}" for share in codes / codes.sum())
+    return line
+
+
+def _add(codes: np.ndarray, more: np.ndarray) -> np.ndarray:
+    return more if codes.size == 0 else codes + more
+
+
+# ---- what later runs need to know
+
+
+def _digest(weights: np.ndarray | None) -> str | None:
+    return None if weights is None else hashlib.sha256(weights.tobytes()).hexdigest()
+
+
+def _identity(job: Job) -> str:
+    """Return a digest of all that the output's bytes depend on; source files count by name, size and time."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _source_files(job.source)]
+    digest = hashlib.sha256(json.dumps([stats, job.options.via]).encode())
+    for output in job.outputs:
+        digest.update(output.header)
+    for step in job.steps:
+        digest.update(str(_digest(step.weights)).encode())
+    return digest.hexdigest()
+
+
+def _source_files(source: Path) -> list[Path]:
+    """Return the files that a model's weights come from."""
+    if source.is_dir():
+        return sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    if not source.exists():
+        return []  # a model that never was on a disk
+    return [h.path for h in shard_headers(read_header(source))] if source.suffix == ".gguf" else [source]
+
+
+def _sidecar(job: Job, records: list[dict]) -> str:
+    """Return the digests that a later run with `reuse` compares."""
+    tensors = {
+        step.tensor.name: {
+            "source": record["source"],
+            "from": step.tensor.qtype,
+            "type": step.choice.qtype,
+            "imatrix": _digest(step.weights),
+        }
+        for step, record in zip(job.steps, records, strict=True)
+    }
+    header = hashlib.sha256(job.outputs[0].header).hexdigest()
+    return json.dumps({"schema": 1, "header": header, "tensors": tensors}, indent=1)
+
+
+class _Reusable:
+    """An older output with its digests."""
+
+    def __init__(self, path: Path):
+        sidecar = beside(path, ".json")
+        if not sidecar.is_file():
+            raise FileNotFoundError(f"{sidecar}: not there, {path.name} cannot be reused without its digests.")
+        try:
+            stored = json.loads(sidecar.read_text(encoding="utf-8"))
+            self._digests = stored["tensors"]
+            header = stored["header"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{sidecar}: must hold the digests of {path.name}. Quantize it again.") from None
+        self._model = open_model(path)
+        with open(path, "rb") as file:
+            start = file.read(read_header(path).data_offset)
+        if header != hashlib.sha256(start).hexdigest():
+            raise ValueError(f"{sidecar}: belongs to another file than {path.name}. Quantize it again.")
+
+    def find(self, step: Step):
+        """Return the old tensor if source, type and weights are the same, else None; reads the source once."""
+        stored = self._digests.get(step.tensor.name)
+        wanted = {"from": step.tensor.qtype, "type": step.choice.qtype, "imatrix": _digest(step.weights)}
+        if stored is None or any(stored.get(key) != value for key, value in wanted.items()):
+            return None
+        _, digest = deque(_slabs(step.tensor), maxlen=1).pop()
+        return self._model.tensor(step.tensor.name) if digest == stored["source"] else None
+
+    def source(self, step: Step) -> str:
+        """Return the digest of the source of a tensor that `find` found."""
+        return self._digests[step.tensor.name]["source"]

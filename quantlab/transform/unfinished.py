@@ -1,0 +1,166 @@
+"""Output files that are not finished: written beside their final names, with a journal from which a later run goes on.
+
+For an output ``m.gguf`` there is ``m.gguf.part``, which only ever grows, and ``m.gguf.part.json``: one line that
+identifies the job, then one line per tensor, written once the tensor's bytes are in the file. A process that is killed
+at any moment leaves a state from which the same job goes on; so does a disk that fills up. Wrong input leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from quantlab.transform.job import Output
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind
+    fcntl = None
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """Return the path that stands beside `path` with `suffix` added to its name."""
+    return path.with_name(path.name + suffix)
+
+
+class Unfinished:
+    """The files of one job on their way; a context manager.
+
+    Parameters
+    ----------
+    outputs : sequence of Output
+        What will be written; all with paths.
+    identity : str
+        Whatever the bytes depend on; a state of another identity is begun anew.
+
+    Attributes
+    ----------
+    records : list[dict]
+        One per tensor that is there, those of an earlier run included: ``name``, and ``source``, the source's digest.
+    """
+
+    def __init__(self, outputs: Sequence[Output], identity: str):
+        self.records: list[dict] = []
+        self._outputs = outputs
+        self._places = list(_places(outputs))
+        self._parts = [beside(output.path, ".part") for output in outputs]
+        self._journal_path = beside(outputs[0].path, ".part.json")
+        self._head = (json.dumps({"identity": identity}) + "\n").encode()
+        self._file: BinaryIO | None = None
+        self._journal: BinaryIO | None = None
+
+    def __enter__(self) -> Unfinished:
+        self._journal = open(self._journal_path, "a+b", buffering=0)
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._journal.close()
+                raise OSError(f"{self._outputs[0].path}: another run is writing it. Wait for it to end.") from None
+        self._journal.seek(0)
+        self.records = self._survivors(self._journal.read())
+        lines = [self._head, *(_line(record) for record in self.records)]
+        self._journal.truncate(0)
+        self._journal.write(b"".join(lines))
+        return self
+
+    def _survivors(self, journal: bytes) -> list[dict]:
+        """Return the records of an earlier run whose bytes are in the files."""
+        if not journal.startswith(self._head):
+            return []
+        sizes = [part.stat().st_size if part.exists() else 0 for part in self._parts]
+        records = []
+        for line, (i, name, _, end) in zip(journal[len(self._head) :].splitlines(True), self._places, strict=False):
+            if not line.endswith(b"\n") or json.loads(line)["name"] != name or sizes[i] < end:
+                break
+            records.append(json.loads(line))
+        return records
+
+    def write(self, block: np.ndarray) -> None:
+        """Append bytes of the tensor that comes next."""
+        if self._file is None:
+            self._open_part()
+        view = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def _open_part(self) -> None:
+        """Open the file of the tensor that comes next, at its place."""
+        i, _, start, _ = self._places[len(self.records)]
+        is_first = len(self.records) == 0 or self._places[len(self.records) - 1][0] != i
+        self._file = open(self._parts[i], "wb" if is_first else "r+b", buffering=0)
+        if is_first:
+            self.write(np.frombuffer(self._outputs[i].header, np.uint8))
+        self._file.truncate(start)
+        self._file.seek(start)
+
+    def finish(self, source: str) -> None:
+        """Pad the tensor whose bytes are written, and note it in the journal."""
+        i, name, _, end = self._places[len(self.records)]
+        self.write(np.zeros(end - self._file.tell(), np.uint8))
+        self.records.append({"name": name, "source": source})
+        self._journal.write(_line(self.records[-1]))
+        if len(self.records) == len(self._places) or self._places[len(self.records)][0] != i:
+            self._file.close()
+            self._file = None
+
+    def rename(self) -> None:
+        """Give the files, now whole, their final names; the first shard last."""
+        for part, output in list(zip(self._parts, self._outputs, strict=True))[::-1]:
+            os.replace(part, output.path)
+        self._journal_path.unlink()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for file in (self._file, self._journal):
+            if file is not None:
+                file.close()
+        if isinstance(error, ValueError | TypeError):
+            for path in (*self._parts, self._journal_path):
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"{self._outputs[0].path}: no space left on the disk after {len(self.records)} of {len(self._places)} "
+                f"tensors. Free some space and run the same command again; it goes on from there."
+            ) from error
+
+
+class Sink:
+    """Any object with ``.write`` in the place of `Unfinished`: one output, nothing to resume."""
+
+    def __init__(self, file: BinaryIO, output: Output):
+        self.records: list[dict] = []
+        self._file, self._output, self._at = file, output, 0
+
+    def write(self, block: np.ndarray) -> None:
+        """Append bytes of the tensor that comes next."""
+        if not self._at:
+            self._at += len(self._output.header)
+            self._file.write(self._output.header)
+        self._file.write(memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8)))
+        self._at += block.nbytes
+
+    def finish(self, source: str) -> None:
+        """Pad the tensor whose bytes are written."""
+        self._file.write(bytes(-self._at % self._output.alignment))
+        self._at += -self._at % self._output.alignment
+        self.records.append({"name": self._output.steps[len(self.records)].tensor.name, "source": source})
+
+
+def _line(record: dict) -> bytes:
+    return (json.dumps(record) + "\n").encode()
+
+
+def _places(outputs: Sequence[Output]):
+    """Yield the output number, name, first byte and byte behind the padding of every tensor."""
+    for i, output in enumerate(outputs):
+        start = len(output.header)
+        for step in output.steps:
+            end = start + -(-step.spec.nbytes // output.alignment) * output.alignment
+            yield i, step.tensor.name, start, end
+            start = end
