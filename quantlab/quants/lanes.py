@@ -386,10 +386,10 @@ def from_half(h):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory: flat arrays of float32, int32, uint8 or int8; bytes are widened to ints and cut back to their low 8 bits
+# Memory: flat arrays of float32, int32, uint16, uint8 or int8; narrow ones are widened to ints and cut back to low bits
 # ---------------------------------------------------------------------------------------------------------------------
 
-_LOADED = {types.float32: FLOATS, types.int32: INTS, types.uint8: INTS, types.int8: INTS}
+_LOADED = {types.float32: FLOATS, **dict.fromkeys((types.int32, types.uint16, types.uint8, types.int8), INTS)}
 
 
 def load(array, i):
@@ -451,7 +451,7 @@ def _item(array_type):
 
 
 def _widen_bytes(builder, value, array_type):
-    if array_type.dtype == types.uint8:
+    if array_type.dtype in (types.uint8, types.uint16):
         return builder.zext(value, _vector(INTS))
     return builder.sext(value, _vector(INTS)) if array_type.dtype == types.int8 else value
 

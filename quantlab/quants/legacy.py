@@ -1,18 +1,452 @@
-"""Blocks of 32 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, Q8_1 for activations, and the 16-bit floats."""
+"""Blocks of 32 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, Q8_1 for activations, and the 16-bit floats.
+
+A block is two lanes wide: weights 0..15 in one, 16..31 in the other, and byte j of a block of nibbles holds weight j
+in its low half and weight j+16 in its high half. Without an importance matrix the scale follows from the block's
+extremes; with one it is searched for, 16 blocks at a time.
+
+Source: `quantize_row_q*_ref`, `quantize_row_q*_impl` and `dequantize_row_q*` of llama.cpp's ggml-quants.c.
+"""
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-_INFINITY = np.uint32(0x7F800000)
+from quantlab.quants.lanes import (
+    absolute,
+    bits,
+    from_bits,
+    from_half,
+    highest,
+    kernel,
+    lane_bits,
+    load,
+    lowest,
+    maximum,
+    minimum,
+    parallel_kernel,
+    select,
+    store,
+    to_float,
+    to_half,
+    to_int,
+    total,
+)
+
+QK = 32  # weights per block
+CHUNK = 128  # blocks that one thread takes at a time
+SPAN = 1 << 14  # weights that one thread takes at a time, for the 16-bit floats
+HALF = np.float32(0.5)
+BELOW_HALF = np.float32(0.49999997)
+ONE_BIT = np.left_shift(1, np.arange(16), dtype=np.int32)  # bit i in lane i
 
 
-@njit(parallel=True, cache=True)
-def all_finite(bits):
-    """Whether no float32 of an array (nrows, n_per_row) is NaN or infinite; `bits` is the array viewed as uint32."""
+@parallel_kernel
+def all_finite(words):
+    """Whether no float32 of an array (nrows, n_per_row) is NaN or infinite; `words` is the array seen as uint32."""
     bad = 0
-    for row in prange(bits.shape[0]):
+    for row in prange(words.shape[0]):
         largest = np.uint32(0)
-        for i in range(bits.shape[1]):
-            largest = max(largest, bits[row, i] & np.uint32(0x7FFFFFFF))
-        bad += largest >= _INFINITY
+        for i in range(words.shape[1]):
+            largest = max(largest, words[row, i] & np.uint32(0x7FFFFFFF))
+        bad += largest >= np.uint32(0x7F800000)
     return bad == 0
+
+
+# ---- parts of a block
+
+
+@kernel
+def _extreme(a, b):
+    """The value of largest magnitude among 32 floats; the first of equals, and +0 if all are zero."""
+    sizes_a, sizes_b = bits(absolute(a)), bits(absolute(b))
+    top = np.int32(highest(maximum(sizes_a, sizes_b)))
+    found = lane_bits(sizes_a == top) | lane_bits(sizes_b == top) << 16
+    negative = lane_bits(a < np.float32(0)) | lane_bits(b < np.float32(0)) << 16
+    value = top.view(np.float32)
+    return -value if found & -found & negative else value
+
+
+@kernel
+def _ordered(v):
+    """Ints that are in the same order as the floats; applied to its own result's bits it gives the float's bits."""
+    return v ^ ((v >> 31) & 0x7FFFFFFF)
+
+
+@kernel
+def _first_minimum(a, b):
+    """The smallest of 32 floats; where zeros of both signs are smallest, the first of them."""
+    smallest = np.int32(_ordered(np.int32(lowest(minimum(_ordered(bits(a)), _ordered(bits(b)))))))
+    value = smallest.view(np.float32)
+    if value == 0:
+        found = lane_bits(a == value) | lane_bits(b == value) << 16
+        negative = lane_bits(bits(a) < 0) | lane_bits(bits(b) < 0) << 16
+        value = np.float32(-0.0) if found & -found & negative else np.float32(0)
+    return value
+
+
+@kernel
+def _maximum_of(a, b):
+    """The largest of 32 floats; +0 where zeros are largest and one of them is positive."""
+    return np.int32(_ordered(np.int32(highest(maximum(_ordered(bits(a)), _ordered(bits(b))))))).view(np.float32)
+
+
+@kernel
+def _reciprocal(d):
+    """1/d, or 0 where d is 0 and where 1/d overflows: C's casts then make every code 0."""
+    if d == 0:
+        return np.float32(0)
+    inverse = np.float32(1) / d
+    return inverse if abs(inverse) <= np.float32(3.4028235e38) else np.float32(0)
+
+
+@kernel
+def _around_zero(x, i, nmax):
+    """Scale and codes 0..2*nmax-1 of a block; the weight of largest magnitude gets code 0, an exact -nmax."""
+    a, b = load(x, i), load(x, i + 16)
+    d = _extreme(a, b) / np.float32(-nmax)
+    inverse = _reciprocal(d)
+    shift = np.float32(0) if d != 0 and inverse == 0 else np.float32(nmax) + HALF
+    top = 2 * nmax - 1
+    return d, minimum(to_int(a * inverse + shift), top), minimum(to_int(b * inverse + shift), top)
+
+
+@kernel
+def _above_minimum(x, i, nmax):
+    """Scale, minimum and codes 0..nmax of a block."""
+    a, b = load(x, i), load(x, i + 16)
+    m = _first_minimum(a, b)
+    d = (_maximum_of(a, b) - m) / np.float32(nmax)
+    inverse = _reciprocal(d)
+    low, high = to_int((a - m) * inverse + HALF), to_int((b - m) * inverse + HALF)
+    return d, m, minimum(low, nmax), minimum(high, nmax)
+
+
+@kernel
+def _bytes_around_zero(x, i):
+    """Scale and codes -127..127 of a block, halves rounded away from zero."""
+    a, b = load(x, i), load(x, i + 16)
+    d = np.int32(highest(maximum(bits(absolute(a)), bits(absolute(b))))).view(np.float32) / np.float32(127)
+    inverse = _reciprocal(d)
+    a, b = a * inverse, b * inverse
+    low = to_int(a + select(a < np.float32(0), -BELOW_HALF, BELOW_HALF))
+    high = to_int(b + select(b < np.float32(0), -BELOW_HALF, BELOW_HALF))
+    return d, low, high
+
+
+@kernel
+def _store_fifth_bits(out, o, low, high):
+    """Write bit 4 of 32 codes as a little-endian uint32."""
+    qh = lane_bits((low & 16) != 0) | lane_bits((high & 16) != 0) << 16
+    for byte in range(4):
+        out[o + byte] = (qh >> 8 * byte) & 255
+
+
+@kernel
+def _fifth_bits(data, o):
+    """Read 32 single bits as 0 or 16 per lane."""
+    low = np.int32(data[o]) | np.int32(data[o + 1]) << 8
+    high = np.int32(data[o + 2]) | np.int32(data[o + 3]) << 8
+    ones = load(ONE_BIT, 0)
+    return select((ones & low) != 0, 16, 0), select((ones & high) != 0, 16, 0)
+
+
+@kernel
+def _store_halves(values, n, out, o, step):
+    """Write `n` floats as float16, `step` bytes apart; `values` has room for whole lanes."""
+    halves = np.empty(CHUNK, np.int32)
+    for b in range(0, n, 16):
+        store(halves, b, to_half(load(values, b)))
+    for b in range(n):
+        out[o + b * step] = halves[b] & 255
+        out[o + b * step + 1] = halves[b] >> 8
+
+
+@kernel
+def _load_halves(data, o, step, n, values):
+    """Read `n` float16 that lie `step` bytes apart."""
+    halves = np.zeros(CHUNK, np.int32)
+    for b in range(n):
+        halves[b] = np.int32(data[o + b * step]) | np.int32(data[o + b * step + 1]) << 8
+    for b in range(0, n, 16):
+        store(values, b, from_half(load(halves, b)))
+
+
+@kernel
+def _chunks(n_weights):
+    return (n_weights // QK + CHUNK - 1) // CHUNK
+
+
+# ---- Q4_0, 18 bytes: d float16 @0, qs 16 bytes @2 (two codes per byte).   weight = (code - 8) * d
+
+
+@parallel_kernel
+def encode_q4_0(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(x.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, x.size // QK - first)
+        d = np.zeros(CHUNK, np.float32)
+        for b in range(n):
+            d[b], low, high = _around_zero(x, (first + b) * QK, 8)
+            store(out, (first + b) * 18 + 2, low | high << 4)
+        _store_halves(d, n, out, first * 18, 18)
+
+
+@parallel_kernel
+def decode_q4_0(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(out.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, out.size // QK - first)
+        d = np.empty(CHUNK, np.float32)
+        _load_halves(data, first * 18, 18, n, d)
+        for b in range(n):
+            q = load(data, (first + b) * 18 + 2)
+            store(out, (first + b) * QK, to_float((q & 15) - 8) * d[b])
+            store(out, (first + b) * QK + 16, to_float((q >> 4) - 8) * d[b])
+
+
+# ---- Q4_1, 20 bytes: d float16 @0, m float16 @2, qs 16 bytes @4.   weight = code * d + m
+
+
+@parallel_kernel
+def encode_q4_1(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(x.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, x.size // QK - first)
+        d, m = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
+        for b in range(n):
+            d[b], m[b], low, high = _above_minimum(x, (first + b) * QK, 15)
+            store(out, (first + b) * 20 + 4, low | high << 4)
+        _store_halves(d, n, out, first * 20, 20)
+        _store_halves(m, n, out, first * 20 + 2, 20)
+
+
+@parallel_kernel
+def decode_q4_1(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(out.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, out.size // QK - first)
+        d, m = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+        _load_halves(data, first * 20, 20, n, d)
+        _load_halves(data, first * 20 + 2, 20, n, m)
+        for b in range(n):
+            q = load(data, (first + b) * 20 + 4)
+            store(out, (first + b) * QK, to_float(q & 15) * d[b] + m[b])
+            store(out, (first + b) * QK + 16, to_float(q >> 4) * d[b] + m[b])
+
+
+# ---- Q5_0, 22 bytes: d float16 @0, qh 4 bytes @2 (fifth bit of code j in bit j), qs 16 bytes @6.
+#      weight = (code - 16) * d
+
+
+@parallel_kernel
+def encode_q5_0(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(x.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, x.size // QK - first)
+        d = np.zeros(CHUNK, np.float32)
+        for b in range(n):
+            d[b], low, high = _around_zero(x, (first + b) * QK, 16)
+            _store_fifth_bits(out, (first + b) * 22 + 2, low, high)
+            store(out, (first + b) * 22 + 6, low & 15 | (high & 15) << 4)
+        _store_halves(d, n, out, first * 22, 22)
+
+
+@parallel_kernel
+def decode_q5_0(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(out.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, out.size // QK - first)
+        d = np.empty(CHUNK, np.float32)
+        _load_halves(data, first * 22, 22, n, d)
+        for b in range(n):
+            fifth_low, fifth_high = _fifth_bits(data, (first + b) * 22 + 2)
+            q = load(data, (first + b) * 22 + 6)
+            store(out, (first + b) * QK, to_float((q & 15 | fifth_low) - 16) * d[b])
+            store(out, (first + b) * QK + 16, to_float((q >> 4 | fifth_high) - 16) * d[b])
+
+
+# ---- Q5_1, 24 bytes: d float16 @0, m float16 @2, qh 4 bytes @4, qs 16 bytes @8.   weight = code * d + m
+
+
+@parallel_kernel
+def encode_q5_1(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(x.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, x.size // QK - first)
+        d, m = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
+        for b in range(n):
+            d[b], m[b], low, high = _above_minimum(x, (first + b) * QK, 31)
+            _store_fifth_bits(out, (first + b) * 24 + 4, low, high)
+            store(out, (first + b) * 24 + 8, low & 15 | (high & 15) << 4)
+        _store_halves(d, n, out, first * 24, 24)
+        _store_halves(m, n, out, first * 24 + 2, 24)
+
+
+@parallel_kernel
+def decode_q5_1(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(out.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, out.size // QK - first)
+        d, m = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+        _load_halves(data, first * 24, 24, n, d)
+        _load_halves(data, first * 24 + 2, 24, n, m)
+        for b in range(n):
+            fifth_low, fifth_high = _fifth_bits(data, (first + b) * 24 + 4)
+            q = load(data, (first + b) * 24 + 8)
+            store(out, (first + b) * QK, to_float(q & 15 | fifth_low) * d[b] + m[b])
+            store(out, (first + b) * QK + 16, to_float(q >> 4 | fifth_high) * d[b] + m[b])
+
+
+# ---- Q8_0, 34 bytes: d float16 @0, qs 32 int8 @2.   weight = code * d
+
+
+@parallel_kernel
+def encode_q8_0(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(x.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, x.size // QK - first)
+        d = np.zeros(CHUNK, np.float32)
+        for b in range(n):
+            d[b], low, high = _bytes_around_zero(x, (first + b) * QK)
+            store(out, (first + b) * 34 + 2, low)
+            store(out, (first + b) * 34 + 18, high)
+        _store_halves(d, n, out, first * 34, 34)
+
+
+@parallel_kernel
+def decode_q8_0(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    codes = data.view(np.int8)
+    for chunk in prange(_chunks(out.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, out.size // QK - first)
+        d = np.empty(CHUNK, np.float32)
+        _load_halves(data, first * 34, 34, n, d)
+        for b in range(n):
+            store(out, (first + b) * QK, to_float(load(codes, (first + b) * 34 + 2)) * d[b])
+            store(out, (first + b) * QK + 16, to_float(load(codes, (first + b) * 34 + 18)) * d[b])
+
+
+# ---- Q8_1, 36 bytes: d float16 @0, s float16 @2 (d times the sum of the codes), qs 32 int8 @4.   weight = code * d
+
+
+@parallel_kernel
+def encode_q8_1(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for chunk in prange(_chunks(x.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, x.size // QK - first)
+        d, s = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
+        for b in range(n):
+            d[b], low, high = _bytes_around_zero(x, (first + b) * QK)
+            s[b] = np.float32(total(low + high)) * d[b]
+            store(out, (first + b) * 36 + 4, low)
+            store(out, (first + b) * 36 + 20, high)
+        _store_halves(d, n, out, first * 36, 36)
+        _store_halves(s, n, out, first * 36 + 2, 36)
+
+
+@parallel_kernel
+def decode_q8_1(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    codes = data.view(np.int8)
+    for chunk in prange(_chunks(out.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, out.size // QK - first)
+        d = np.empty(CHUNK, np.float32)
+        _load_halves(data, first * 36, 36, n, d)
+        for b in range(n):
+            store(out, (first + b) * QK, to_float(load(codes, (first + b) * 36 + 4)) * d[b])
+            store(out, (first + b) * QK + 16, to_float(load(codes, (first + b) * 36 + 20)) * d[b])
+
+
+# ---- F16 and BF16: two bytes per weight, rounded half to even
+
+
+# numba's parallel loops lose what is written through a view made beside them, so the views are made inside
+
+
+@kernel
+def _to_brain(v):
+    """The bfloat16 bits of finite floats."""
+    return (bits(v) + 0x7FFF + ((bits(v) >> 16) & 1)) >> 16
+
+
+@kernel
+def _narrow(x, start, stop, brain, out):
+    """Round floats start..stop; the last few go through an array of 16."""
+    halves, last, last_halves = out.view(np.uint16), np.zeros(16, np.float32), np.zeros(16, np.uint16)
+    whole = start + (stop - start) // 16 * 16
+    for i in range(start, whole, 16):
+        v = load(x, i)
+        store(halves, i, _to_brain(v) if brain else to_half(v))
+    last[: stop - whole] = x[whole:stop]
+    v = load(last, 0)
+    store(last_halves, 0, _to_brain(v) if brain else to_half(v))
+    halves[whole:stop] = last_halves[: stop - whole]
+
+
+@kernel
+def _widen(data, start, stop, brain, out):
+    """Convert halves start..stop to float32; the last few go through an array of 16."""
+    halves, last, last_floats = data.view(np.uint16), np.zeros(16, np.uint16), np.zeros(16, np.float32)
+    whole = start + (stop - start) // 16 * 16
+    for i in range(start, whole, 16):
+        h = load(halves, i)
+        store(out, i, from_bits(h << 16) if brain else from_half(h))
+    last[: stop - whole] = halves[whole:stop]
+    h = load(last, 0)
+    store(last_floats, 0, from_bits(h << 16) if brain else from_half(h))
+    out[whole:stop] = last_floats[: stop - whole]
+
+
+@parallel_kernel
+def encode_f16(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes); too large becomes infinite."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for span in prange((x.size + SPAN - 1) // SPAN):
+        _narrow(x, span * SPAN, min(span * SPAN + SPAN, x.size), False, out)
+
+
+@parallel_kernel
+def decode_f16(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for span in prange((out.size + SPAN - 1) // SPAN):
+        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), False, out)
+
+
+@parallel_kernel
+def encode_bf16(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for span in prange((x.size + SPAN - 1) // SPAN):
+        _narrow(x, span * SPAN, min(span * SPAN + SPAN, x.size), True, out)
+
+
+@parallel_kernel
+def decode_bf16(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for span in prange((out.size + SPAN - 1) // SPAN):
+        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), True, out)
