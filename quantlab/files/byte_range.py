@@ -1,11 +1,17 @@
-"""A stretch of bytes in a file, read with plain reads: no memory map, so that a vanished file raises instead of crashing."""
+"""Stretches of bytes in files, read with plain reads: where a memory map would crash, a shrunken file raises."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
-__all__ = ["ByteRange"]
+__all__ = ["PLAIN_DTYPES", "ByteRange", "StoredTensor"]
+
+# ggml types whose rows are plain numbers; rows of every other type are uint8 blocks
+PLAIN_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+PLAIN_DTYPES |= {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -45,3 +51,27 @@ class ByteRange:
                     )
                 done += got
         return out
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of plain numbers in a checkpoint's file, in C order.
+
+    `dtype` is a key of `PLAIN_DTYPES`; a scalar has shape `(1,)`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: ByteRange
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read rows `start:stop` of the tensor seen as (nrows, n_per_row)."""
+        number = np.dtype(PLAIN_DTYPES[self.dtype])
+        row_bytes = self.shape[-1] * number.itemsize
+        return self.data.read(start * row_bytes, stop * row_bytes).view(number).reshape(stop - start, -1)
+
+    @property
+    def nrows(self) -> int:
+        """Number of rows of `shape[-1]` values."""
+        return prod(self.shape[:-1])

@@ -118,7 +118,7 @@ def read_header(path: str | Path) -> Header:
     FileNotFoundError
         If `path` does not exist.
     ValueError
-        If the file is no GGUF file or breaks a rule of the format; one line that names the file, the value and the rule.
+        If the file is no GGUF file or breaks a rule of the format.
 
     Examples
     --------
@@ -149,7 +149,9 @@ class _Cursor:
         self.path, self.file, self.size = path, file, size
         self.buffer, self.pos, self.n_strings = b"", 0, 0
 
-    def bad(self, what: str, remedy: str = "The file is damaged or hostile; get it again from its source.") -> ValueError:
+    def bad(
+        self, what: str, remedy: str = "The file is damaged or hostile; get it again from its source."
+    ) -> ValueError:
         return ValueError(f"{self.path}: {what}. {remedy}")
 
     def have(self, end: int, what: str) -> bytes:

@@ -1,4 +1,4 @@
-"""GGUF files in several shards: `NAME-00001-of-00003.gguf` and the keys `split.no`, `split.count`, `split.tensors.count`."""
+"""GGUF files in several shards: `NAME-00001-of-00003.gguf` with the keys `split.no`, `split.count` and so on."""
 
 import re
 from pathlib import Path

@@ -13,8 +13,9 @@ __all__ = ["Hparams", "RopeScaling"]
 class RopeScaling:
     """How rotary positions are stretched beyond the context length of the training.
 
-    `type` is `linear`, `yarn` or `longrope`; `factor` stretches, `orig_ctx` is the context length before it (0: not given),
-    `attn_factor` multiplies the magnitude. Llama 3's scheme is no entry here: its factors are the tensor `rope_freqs.weight`.
+    `type` is `linear`, `yarn` or `longrope`; `factor` stretches, `orig_ctx` is the context length before it (0: not
+    given), `attn_factor` multiplies the magnitude. Llama 3's scheme is no entry here: its factors are the tensor
+    `rope_freqs.weight`.
     """
 
     type: str
@@ -57,7 +58,9 @@ class Hparams:
     tied_embeddings: bool
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata") -> "Hparams":
+    def from_metadata(
+        cls, metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata"
+    ) -> "Hparams":
         """Read the hyper-parameters out of GGUF metadata.
 
         Parameters

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange
 from quantlab.files.bundled import model_path
+from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange
 from quantlab.files.gguf_file import Header, read_header, row_nbytes
 from quantlab.files.gguf_shards import shard_headers
 from quantlab.files.hparams import Hparams

@@ -6,7 +6,7 @@ expressions those of the models' own tokenizer files.
 
 from dataclasses import dataclass
 
-__all__ = ["PreTokenizer", "pre_tokenizer"]
+__all__ = ["GPT2_REGEX", "PreTokenizer", "name_of_regexes", "pre_tokenizer"]
 
 # parts of the expressions
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -18,7 +18,7 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+"
 _CAPITALS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _PATH_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
 _QWEN2 = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}|{_SIGNS}|{_SPACES}"
 _TEKKEN = rf"{_CASED}|{_CAPITALS}|\p{{N}}|{_PATH_SIGNS}|{_SPACES}"
@@ -27,7 +27,7 @@ _GPT4O = rf"{_CASED}{_CONTRACTION}?|{_CAPITALS}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """The expressions are applied one after the other; what one matches, and what lies between, is a piece for the next.
+    """The expressions are applied one after the other; what one matches, and what lies between, goes to the next.
 
     `ignore_merges`: a piece that is a token stays whole, whatever the merges say. `add_bos`: the default where the
     metadata does not say.
@@ -40,17 +40,15 @@ class PreTokenizer:
 
 _BY_CUT = {
     PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True): (
-        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
     ),
     PreTokenizer((_LLAMA3,)): "dbrx smaug-bpe chatglm-bpe",
     PreTokenizer((_LLAMA3,), ignore_merges=True): "glm4 glm5",
-    PreTokenizer((_QWEN2,)): (
-        "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 hunyuan solar-open megrez grok-2"
-    ),
-    PreTokenizer((_GPT2,)): "gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4",
-    PreTokenizer((r"\p{N}", _GPT2)): "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
-    PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")): "falcon",
-    PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")): "default",
+    PreTokenizer((_QWEN2,)): ("qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 hunyuan solar-open megrez grok-2"),
+    PreTokenizer((GPT2_REGEX,)): "gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4",
+    PreTokenizer((r"\p{N}", GPT2_REGEX)): "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2_REGEX, r"[0-9][0-9][0-9]")): "falcon",
+    PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2_REGEX, r"\p{N}+", r"[0-9][0-9][0-9]")): "default",
     PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True): "tekken",
     PreTokenizer((_GPT4O,)): "gpt-4o llama4 kanana2 talkie minimax-m2",
     PreTokenizer(
@@ -84,3 +82,17 @@ def pre_tokenizer(name: str, *, source: str = "vocabulary") -> PreTokenizer:
             f"Use llama.cpp for this model's text."
         )
     return _BY_NAME[name]
+
+
+def name_of_regexes(regexes: tuple[str, ...], ignore_merges: bool) -> str | None:
+    """Return a name under which GGUF knows these expressions, or None.
+
+    Examples
+    --------
+    >>> name_of_regexes((r"\\p{N}", GPT2_REGEX), False)
+    'smollm'
+    """
+    for cut, names in _BY_CUT.items():
+        if cut.regexes == regexes and cut.ignore_merges == ignore_merges:
+            return names.split()[0]
+    return None

@@ -1,8 +1,8 @@
 """Vocabularies: text to token ids and back, from a GGUF file's metadata.
 
-Two kinds: `spm` (SentencePiece BPE with byte fallback; `tokenizer.ggml.model` is `llama`) and `bpe` (byte-level BPE; `gpt2`).
-The owners of the formats do the work, sentencepiece and tokenizers; around them llama.cpp's rules for special tokens,
-the leading space and BOS/EOS hold.
+Two kinds: `spm` (SentencePiece BPE with byte fallback; `tokenizer.ggml.model` is `llama`) and `bpe` (byte-level BPE;
+`gpt2`). The owners of the formats do the work, sentencepiece and tokenizers; around them llama.cpp's rules for special
+tokens, the leading space and BOS/EOS hold.
 
 Source: `llama-vocab.cpp` of llama.cpp for the rules; sentencepiece_model.proto for the model's encoding.
 """
@@ -25,12 +25,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.
 
 # tokens that llama.cpp treats as control tokens whatever their type says: they end a generation or fill in the middle
 _ALWAYS_CONTROL = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> "
-    "_<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ "
-    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> "
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
+    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> "
+    "[e~[ <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> "
     "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> "
     "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|> "
-    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split()
+    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> "
+    "<|file_sep|>".split()
 )
 
 
@@ -90,13 +91,17 @@ class Vocab:
         """
         model = metadata.get("tokenizer.ggml.model")
         if model not in ("llama", "gpt2"):
-            raise ValueError(f"{source}: tokenizer.ggml.model={model!r}, need 'llama' or 'gpt2'. Use llama.cpp for its text.")
+            raise ValueError(
+                f"{source}: tokenizer.ggml.model={model!r}, need 'llama' or 'gpt2'. Use llama.cpp for its text."
+            )
         spm = model == "llama"
         tokens = _strings(metadata, "tokenizer.ggml.tokens", source)
         tokens = tuple(token or f"[EMPTY_{i}]" for i, token in enumerate(tokens))
         n_vocab = len(tokens)
         if not n_vocab or len(set(tokens)) != n_vocab:
-            raise ValueError(f"{source}: tokenizer.ggml.tokens has {n_vocab} tokens, need different ones. Convert again.")
+            raise ValueError(
+                f"{source}: tokenizer.ggml.tokens has {n_vocab} tokens, need different ones. Convert again."
+            )
         pre = metadata.get("tokenizer.ggml.pre", "default")
         cut = None if spm else pre_tokenizer(pre, source=source)
 
@@ -166,7 +171,9 @@ class Vocab:
         """
         half = re.search("[\ud800-\udfff]", text)
         if half is not None:
-            raise ValueError(f"text: character {half.start()} is {half[0]!r}, half a surrogate pair. Decode the text as UTF-8.")
+            raise ValueError(
+                f"text: character {half.start()} is {half[0]!r}, half a surrogate pair. Decode the text as UTF-8."
+            )
         ids: list[int] = []
         if add_special and self.add_bos:
             ids.append(self._required(self.bos_id, "bos"))
@@ -271,7 +278,7 @@ class Vocab:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """Return GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on."""
+    """Return GPT-2's table: printable Latin-1 characters stand for themselves, other bytes for U+0100 and following."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -297,7 +304,7 @@ def _numbers(metadata: Mapping[str, Any], key: str, count: int, dtype: type, def
 
 
 def _split_merge(merge: str, ids: Mapping[str, int]) -> tuple[str, str]:
-    """Split `"left right"` at the first space after the first character and check that both and their sum are tokens."""
+    """Split `"left right"` at the first space after the first character; both and their sum must be tokens."""
     cut = merge.find(" ", 1)
     left, right = merge[:cut], merge[cut + 1 :]
     if cut < 0 or not {left, right, left + right} <= ids.keys():
@@ -306,7 +313,7 @@ def _split_merge(merge: str, ids: Mapping[str, int]) -> tuple[str, str]:
 
 
 def _sentencepiece_proto(vocab: Vocab) -> bytes:
-    """Encode the vocabulary as a sentencepiece model (protocol buffers): pieces, then the trainer's and normalizer's settings.
+    """Encode the vocabulary as a sentencepiece model: pieces, then the trainer's and the normalizer's settings.
 
     Every token takes part in merges, as in llama.cpp, apart from the unknown token and bytes. The text comes with its
     leading space in place, so the normalizer adds none.
@@ -321,7 +328,9 @@ def _sentencepiece_proto(vocab: Vocab) -> bytes:
     n_bytes = sum(1 for token in vocab.tokens if re.fullmatch("<0x[0-9A-F]{2}>", token))
     bpe, byte_fallback = b"\x18\x02", b"\x98\x02" + bytes([n_bytes == 256])
     parts.append(_field(2, bpe + byte_fallback + b"\xc0\x02" + _varint(unknown)))
-    parts.append(_field(3, _field(1, b"identity") + b"\x18\x00\x20\x00\x28\x01"))  # no dummy prefix, keep and escape spaces
+    parts.append(
+        _field(3, _field(1, b"identity") + b"\x18\x00\x20\x00\x28\x01")
+    )  # no dummy prefix, keep and escape spaces
     return b"".join(parts)
 
 

@@ -1,0 +1,302 @@
+"""Checkpoints, opened as the GGUF model that they would be converted to: Hugging Face and Meta folders, single files.
+
+Names, order and row order of the tensors are those of llama.cpp's converter: in a Hugging Face checkpoint the rows of
+q and k are permuted back, because GGUF's rotary positions turn neighbouring pairs. Meta's weights have that order.
+
+Source: `convert_hf_to_gguf.py` and `conversion/` of llama.cpp; `convert.py` of December 2023 for Meta's parts.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType
+from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
+
+from quantlab.files.byte_range import StoredTensor
+from quantlab.files.checkpoint_metadata import Config, general_metadata, hparams_metadata, read_config, rope_factors
+from quantlab.files.model import LazyTensor, Model
+from quantlab.files.tokenizer_files import vocab_metadata
+from quantlab.files.weights import index_weights, meta_parts, read_weights
+
+__all__ = ["OUTTYPES", "RangeLoss", "open_checkpoint"]
+
+OUTTYPES = {"auto": None, "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+_SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
+_ARCHS = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
+
+
+@dataclass
+class RangeLoss:
+    """How many values became infinite or zero in F16, by tensor; filled while rows are read."""
+
+    overflowed: dict[str, int] = field(default_factory=dict)
+    vanished: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Permuted:
+    """Rows of q or k, in each head from halves (Hugging Face) to pairs (GGUF)."""
+
+    source: StoredTensor
+    n_head: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        head_dim = self.source.nrows // self.n_head
+        first, last = start // head_dim, -(-stop // head_dim)
+        halves = self.source.rows(first * head_dim, last * head_dim)
+        heads = halves.view(np.uint8).reshape(last - first, 2, head_dim // 2, -1)
+        pairs = heads.swapaxes(1, 2).reshape((last - first) * head_dim, -1)
+        return pairs[start - first * head_dim : stop - first * head_dim].view(halves.dtype)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Parts of one tensor put side by side: axis 0 stacks rows, axis 1 lengthens them."""
+
+    parts: tuple[StoredTensor, ...]
+    axis: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if self.axis == 1:
+            return np.concatenate([part.rows(start, stop) for part in self.parts], axis=1)
+        blocks, first = [], 0
+        for part in self.parts:
+            low, high = max(start - first, 0), min(stop - first, part.nrows)
+            if low < high:
+                blocks.append(part.rows(low, high))
+            first += part.nrows
+        return np.concatenate(blocks)
+
+
+def open_checkpoint(path: str | Path, outtype: str = "auto", *, loss: RangeLoss | None = None) -> Model:
+    """Open a checkpoint lazily as the GGUF model that it would be converted to.
+
+    Parameters
+    ----------
+    path : str or Path
+        A Hugging Face folder, a folder of Meta's, or one file of weights with its configuration beside it.
+    outtype : str
+        Type of the matrices: `"f32" "f16" "bf16" "q8_0"`, or `"auto"` for the checkpoint's own. Vectors stay F32.
+    loss : RangeLoss, optional
+        Filled while tensors are read.
+
+    Returns
+    -------
+    Model
+        Rows come converted to the tensor's `qtype`; reading a value that is not finite raises ValueError.
+
+    Raises
+    ------
+    FileNotFoundError
+        If weights, configuration or tokenizer are missing.
+    ValueError
+        If a file is damaged, the architecture is not known, or shapes, configuration and tokenizer do not fit together.
+    """
+    path = Path(path)
+    if outtype not in OUTTYPES:
+        raise ValueError(f"outtype={outtype!r}, need one of {' '.join(OUTTYPES)}. Quantize in a second step.")
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder)
+    stored = _read_sources(path, config)
+    config = _with_sizes(folder, config, stored)
+    names = get_tensor_name_map(_ARCHS[config.arch], config.n_layer)
+    sources = dict(_gguf_sources(folder, stored, names, config))
+    _check_shapes(folder, sources, config)
+    qtype = OUTTYPES[outtype] or _own_type(sources)
+    tensors = [_lazy(name, source, qtype, loss) for name, source in sources.items()]
+    factors = rope_factors(config)
+    if factors is not None:
+        tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
+    n_weights = sum(tensor.n_weights for tensor in tensors)
+    metadata = general_metadata(folder, config, n_weights) | hparams_metadata(config, qtype)
+    metadata |= vocab_metadata(folder, config)
+    return Model(path, metadata, tensors)
+
+
+def _read_sources(path: Path, config: Config) -> dict[str, StoredTensor | _Joined]:
+    """Index the weights; parts of Meta's are joined."""
+    if path.is_file():
+        return dict(read_weights(path))
+    parts = meta_parts(path) if config.is_meta else []
+    if not parts:
+        return dict(index_weights(path))
+    n_vocab = sum(part["output.weight"].shape[0] for part in parts) if "output.weight" in parts[0] else 0
+    return {name: _join(path, name, [part[name] for part in parts], n_vocab) for name in parts[0]}
+
+
+def _join(folder: Path, name: str, parts: list[StoredTensor], n_vocab: int) -> StoredTensor | _Joined:
+    """Join the parts of one tensor: wo, w2 and Llama 1 and 2's embedding are cut along the row, the others across."""
+    first = parts[0]
+    if len(parts) == 1 or len(first.shape) == 1:
+        return first
+    if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
+        shapes = [part.shape for part in parts]
+        raise ValueError(f"{folder}: {name}: parts of shapes {shapes}, need equal ones. Download the checkpoint again.")
+    whole_rows = name == "tok_embeddings.weight" and first.shape[0] == n_vocab
+    along_row = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+    return _Joined(tuple(parts), 1 if along_row or whole_rows else 0)
+
+
+def _with_sizes(folder: Path, config: Config, stored: Mapping[str, StoredTensor | _Joined]) -> Config:
+    """Fill in the sizes that Meta's configuration leaves to the weights."""
+    if not config.is_meta:
+        return config
+    for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
+        if name not in stored:
+            raise ValueError(f"{folder}: {name}: missing from the weights. Download the whole checkpoint.")
+    n_vocab, n_ff = (_shape(stored[name])[0] for name in ("output.weight", "layers.0.feed_forward.w1.weight"))
+    return replace(config, n_vocab=n_vocab, n_ff=n_ff)
+
+
+def _shape(source: StoredTensor | _Permuted | _Joined) -> tuple[int, ...]:
+    if isinstance(source, _Joined):
+        shape = list(source.parts[0].shape)
+        shape[source.axis] = sum(part.shape[source.axis] for part in source.parts)
+        return tuple(shape)
+    return source.source.shape if isinstance(source, _Permuted) else source.shape
+
+
+def _dtype(source: StoredTensor | _Permuted | _Joined) -> str:
+    if isinstance(source, _Joined):
+        return source.parts[0].dtype
+    return source.source.dtype if isinstance(source, _Permuted) else source.dtype
+
+
+def _gguf_sources(
+    folder: Path, stored: Mapping[str, StoredTensor | _Joined], names: TensorNameMap, config: Config
+) -> Iterator[tuple[str, StoredTensor | _Permuted | _Joined]]:
+    """Give tensors their GGUF names and row order."""
+    n_heads = {"q_proj": config.n_head, "k_proj": config.n_head_kv}
+    for name, source in stored.items():
+        if name.endswith(_SKIPPED):
+            continue
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise ValueError(
+                f"{folder}: {name}: no tensor of a {config.arch} model with {config.n_layer} layers has this name. "
+                f"Check num_hidden_layers and architectures in its configuration."
+            )
+        part = name.split(".")[-2]
+        if config.arch == "llama" and part in n_heads:
+            if _shape(source)[0] % (2 * n_heads[part]):
+                raise ValueError(
+                    f"{folder}: {name}: {_shape(source)[0]} rows are no {n_heads[part]} heads. Check its configuration."
+                )
+            source = _Permuted(source, n_heads[part])
+        yield gguf_name, source
+
+
+def _check_shapes(folder: Path, sources: Mapping[str, StoredTensor | _Permuted | _Joined], config: Config) -> None:
+    """Check that the tensors are there and have the shapes that the configuration promises."""
+    n_q, n_kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
+    expected = {"token_embd.weight": (config.n_vocab, config.n_embd), "output_norm.weight": (config.n_embd,)}
+    if "output.weight" in sources:
+        expected["output.weight"] = (config.n_vocab, config.n_embd)
+    for layer in range(config.n_layer):
+        expected |= {
+            f"blk.{layer}.attn_norm.weight": (config.n_embd,),
+            f"blk.{layer}.attn_q.weight": (n_q, config.n_embd),
+            f"blk.{layer}.attn_k.weight": (n_kv, config.n_embd),
+            f"blk.{layer}.attn_v.weight": (n_kv, config.n_embd),
+            f"blk.{layer}.attn_output.weight": (config.n_embd, n_q),
+            f"blk.{layer}.ffn_norm.weight": (config.n_embd,),
+            f"blk.{layer}.ffn_gate.weight": (config.n_ff, config.n_embd),
+            f"blk.{layer}.ffn_up.weight": (config.n_ff, config.n_embd),
+            f"blk.{layer}.ffn_down.weight": (config.n_embd, config.n_ff),
+        }
+    for name, shape in expected.items():
+        if name not in sources:
+            raise ValueError(f"{folder}: {name}: missing from the weights. Download the whole checkpoint.")
+        if _shape(sources[name]) != shape:
+            raise ValueError(
+                f"{folder}: {name}: shape={_shape(sources[name])}, the configuration asks for {shape}. "
+                f"Weights and configuration belong to different models."
+            )
+
+
+def _own_type(sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> str:
+    """Return the type of the first matrix that is 16 bits wide; F32 where there is none."""
+    for source in sources.values():
+        if len(_shape(source)) > 1 and _dtype(source) in ("BF16", "F16"):
+            return _dtype(source)
+    return "F32"
+
+
+def _lazy(name: str, source: StoredTensor | _Permuted | _Joined, qtype: str, loss: RangeLoss | None) -> LazyTensor:
+    shape = _shape(source)
+    if len(shape) == 1 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+        qtype = "F32"
+    elif shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[qtype]][0]:
+        qtype = "F16"  # a row that Q8_0's blocks do not divide
+    return LazyTensor(name, shape, qtype, partial(_read_as, source, name, qtype, loss))
+
+
+def _constant_rows(values: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return values.reshape(-1, values.shape[-1])[start:stop]
+
+
+def _read_as(
+    source: StoredTensor | _Permuted | _Joined, name: str, qtype: str, loss: RangeLoss | None, start: int, stop: int
+) -> np.ndarray:
+    """Read rows, check that they are finite and convert them to `qtype`."""
+    rows = source.rows(start, stop)
+    _check_finite(rows, name, start)
+    if qtype == _dtype(source):
+        return rows
+    floats = _widen(rows)
+    if qtype == "F32":
+        return floats
+    if qtype == "BF16":
+        return floats.astype(ml_dtypes.bfloat16)
+    if qtype == "F16":
+        with np.errstate(over="ignore"):
+            halves = floats.astype(np.float16)
+        if loss is not None:
+            _count_loss(floats, halves, name, loss)
+        return halves
+    from quantlab import quants  # numba; only quantized output needs it
+
+    return quants.quantize(floats, qtype, name=name)
+
+
+def _widen(rows: np.ndarray) -> np.ndarray:
+    """Convert to float32; bfloat16 by its bits, which is faster than a cast."""
+    if rows.dtype == ml_dtypes.bfloat16:
+        return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32, copy=False)
+
+
+def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
+    """Refuse NaN and infinity: their exponent is all ones, so that no value without its sign reaches that far."""
+    bits, ceiling = {
+        "bfloat16": (np.uint16, 0x7F80),
+        "float16": (np.uint16, 0x7C00),
+        "float32": (np.uint32, 0x7F800000),
+        "float64": (np.uint64, 0x7FF0000000000000),
+    }.get(rows.dtype.name, (None, None))
+    if bits is None:
+        raise ValueError(
+            f"{name}: dtype={rows.dtype.name}, need floating-point weights. Take an unquantized checkpoint."
+        )
+    magnitude = rows.view(bits) & bits(~(1 << (8 * rows.dtype.itemsize - 1)) & (1 << 8 * rows.dtype.itemsize) - 1)
+    if magnitude.max() >= ceiling:
+        row, column = np.unravel_index(np.argmax(magnitude >= ceiling), rows.shape)
+        value = rows[row, column]
+        raise ValueError(
+            f"{name}: value {value} at row {start + row}, column {column}; every weight must be finite. "
+            f"The checkpoint is broken; download it again or repair it."
+        )
+
+
+def _count_loss(floats: np.ndarray, halves: np.ndarray, name: str, loss: RangeLoss) -> None:
+    bits = halves.view(np.uint16) & 0x7FFF
+    overflowed = int(np.count_nonzero(bits == 0x7C00))
+    vanished = int(np.count_nonzero(bits == 0)) - int(np.count_nonzero(floats == 0))
+    if overflowed:
+        loss.overflowed[name] = loss.overflowed.get(name, 0) + overflowed
+    if vanished:
+        loss.vanished[name] = loss.vanished.get(name, 0) + vanished

@@ -1,0 +1,263 @@
+"""A checkpoint's configuration as GGUF metadata, with the keys, types and order of llama.cpp's converter.
+
+Source: `conversion/base.py` and `conversion/llama.py` of llama.cpp; the defaults of transformers' configurations.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
+from gguf.constants import LlamaFileType
+
+from quantlab.files.weights import read_json
+
+__all__ = ["Config", "general_metadata", "hparams_metadata", "read_config", "rope_factors"]
+
+_ARCH_OF_CLASS = {
+    "LlamaForCausalLM": "llama",
+    "LLaMAForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+# what a configuration of this model_type means where it says nothing; the number of heads stands for its own
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+_FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
+_FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+_SCALARS = {
+    GGUFValueType.UINT32: np.uint32,
+    GGUFValueType.INT32: np.int32,
+    GGUFValueType.FLOAT32: np.float32,
+    GGUFValueType.UINT64: np.uint64,
+    GGUFValueType.BOOL: bool,
+    GGUFValueType.STRING: str,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a checkpoint's configuration says, under llama.cpp's names; `rope` is the scaling, under transformers'."""
+
+    arch: str
+    is_meta: bool
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    writes_head_dim: bool
+    rms_eps: float
+    rope_base: float
+    rope: dict[str, Any]
+
+
+def read_config(folder: Path) -> Config:
+    """Read `config.json` (Hugging Face) or `params.json` (Meta) of a checkpoint's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is neither.
+    ValueError
+        If the architecture is not known, or a number is missing or out of range.
+    """
+    if (folder / "config.json").is_file():
+        return _hugging_face(folder / "config.json")
+    if (folder / "params.json").is_file():
+        return _meta(folder)
+    raise FileNotFoundError(f"{folder}: holds neither config.json nor params.json. Name a checkpoint's folder.")
+
+
+def _number(path: Path, table: dict[str, Any], key: str, default: Any = None, *, whole: bool = True) -> Any:
+    """Return a positive number of a configuration."""
+    value = table.get(key)
+    value = default if value is None else value
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 1 << 31:
+        raise ValueError(f"{path}: {key}={value!r}, need a positive number. Take the configuration of this checkpoint.")
+    return value
+
+
+def _hugging_face(path: Path) -> Config:
+    table = read_json(path)
+    classes = table.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else None
+    if name not in _ARCH_OF_CLASS:
+        raise ValueError(
+            f"{path}: architectures={classes!r}, need one of {' '.join(_ARCH_OF_CLASS)}. Use llama.cpp's converter."
+        )
+    if table.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config is set, need plain weights. Take the unquantized checkpoint.")
+    model_type = table.get("model_type")
+    defaults = _DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
+    n_embd, n_head = _number(path, table, "hidden_size"), _number(path, table, "num_attention_heads")
+    head_dim = table.get("head_dim") or defaults.get("head_dim")
+    if n_embd % n_head and not head_dim:
+        raise ValueError(
+            f"{path}: hidden_size={n_embd} is no multiple of num_attention_heads={n_head}. Check the configuration."
+        )
+    n_ctx = _number(path, table, "max_position_embeddings", defaults.get("max_position_embeddings"))
+    return Config(
+        arch=_ARCH_OF_CLASS[name],
+        is_meta=False,
+        n_vocab=_number(path, table, "vocab_size"),
+        n_ctx=n_ctx,
+        n_embd=n_embd,
+        n_ff=_number(path, table, "intermediate_size"),
+        n_layer=_number(path, table, "num_hidden_layers"),
+        n_head=n_head,
+        n_head_kv=_number(path, table, "num_key_value_heads", defaults.get("num_key_value_heads", n_head)),
+        head_dim=_number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head),
+        writes_head_dim=bool(head_dim) or model_type in ("llama", "mistral"),
+        rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),
+        **_rope(path, table, n_ctx),
+    )
+
+
+def _rope(path: Path, table: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    """Gather what old (`rope_scaling`, `rope_theta`) and new (`rope_parameters`) files say of rotary positions."""
+    rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_scaling={rope!r}, need a table. Take the configuration of this checkpoint.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = rope | {"rope_type": kind}
+    if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "su", "longrope"):
+        raise ValueError(
+            f"{path}: rope_type={kind!r}, need default, linear, yarn or llama3. Use llama.cpp's converter."
+        )
+    if kind in ("yarn", "llama3"):
+        rope.setdefault("original_max_position_embeddings", table.get("original_max_position_embeddings") or n_ctx)
+    numbers = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    for key in numbers.get(kind, []):
+        _number(path, rope, key, whole=False)
+    base = _number(path, rope, "rope_theta", table.get("rope_theta") or 10000.0, whole=False)
+    return {"rope_base": base, "rope": rope}
+
+
+def _meta(folder: Path) -> Config:
+    """Read Meta's `params.json`; n_vocab and n_ff, which it does not give, are 0 and follow from the weights."""
+    path = folder / "params.json"
+    table = read_json(path)
+    n_embd, n_head = _number(path, table, "dim"), _number(path, table, "n_heads")
+    eps = _number(path, table, "norm_eps", 1e-5, whole=False)
+    base = _number(path, table, "rope_theta", 10000.0, whole=False)
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if table.get("use_scaled_rope"):
+        rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    # the context length is in no file: code models (base 1e6), Llama 3 (5e5), Llama 2 (1e-5), the first LLaMA
+    n_ctx = 16384 if base == 1e6 else 8192 if base == 5e5 else 4096 if eps == 1e-5 else 2048
+    return Config(
+        arch="llama",
+        is_meta=True,
+        n_vocab=0,
+        n_ctx=n_ctx,
+        n_embd=n_embd,
+        n_ff=0,
+        n_layer=_number(path, table, "n_layers"),
+        n_head=n_head,
+        n_head_kv=_number(path, table, "n_kv_heads", n_head),
+        head_dim=n_embd // n_head,
+        writes_head_dim=True,
+        rms_eps=eps,
+        rope_base=base,
+        rope=rope,
+    )
+
+
+def rope_factors(config: Config) -> np.ndarray | None:
+    """Return Llama 3's divisors of the rotary frequencies, the tensor `rope_freqs.weight`; None for other models.
+
+    Returns
+    -------
+    np.ndarray [shape=(head_dim // 2,), dtype=float32] or None
+    """
+    if config.arch != "llama" or config.rope["rope_type"] != "llama3":
+        return None
+    factor = config.rope.get("factor", 8.0)
+    low, high = config.rope.get("low_freq_factor", 1.0), config.rope.get("high_freq_factor", 4.0)
+    n_ctx = config.rope["original_max_position_embeddings"]
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    # float32 step by step, as the converter computes it
+    wavelengths = np.float32(2 * np.pi) / (np.float32(1) / np.float32(config.rope_base) ** exponents)
+    smooth = (np.float32(n_ctx) / wavelengths - np.float32(low)) / np.float32(high - low)
+    between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
+    factors = np.where(wavelengths > n_ctx / low, np.float32(factor), between)
+    return np.where(wavelengths < n_ctx / high, np.float32(1), factors).astype(np.float32)
+
+
+def general_metadata(folder: Path, config: Config, n_weights: int) -> dict[str, Any]:
+    """Return the `general.*` keys: names from the folder and its model card, sampling defaults, licence."""
+    folder = folder.resolve()
+    try:
+        found = Metadata.load(None, folder, None, n_weights)
+    except Exception as error:  # the model card is free text: YAML and the library's guesses may fail in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{folder}: README.md or generation_config.json cannot be read ({reason}). Mend or remove it."
+        ) from None
+    penalty = read_json(folder / "generation_config.json").get("repetition_penalty")
+    if found.sampling_penalty_repeat is None:
+        found.sampling_penalty_repeat = penalty
+    found.name = found.name or folder.name
+    found.size_label = found.size_label or size_label(n_weights, n_weights, 0, 0)
+    writer = GGUFWriter(path=None, arch=config.arch)
+    writer.add_type("model")
+    found.set_gguf_meta_model(writer)
+    return {key: _typed(value.value, value.type) for key, value in writer.kv_data[0].items()}
+
+
+def _typed(value: Any, value_type: GGUFValueType) -> Any:
+    if value_type == GGUFValueType.ARRAY:
+        return [str(item) for item in value]
+    return _SCALARS[value_type](value)
+
+
+def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
+    """Return the `ARCH.*` keys, the file type and the quantization version."""
+    keys: dict[str, Any] = {
+        "block_count": np.uint32(config.n_layer),
+        "context_length": np.uint32(config.n_ctx),
+        "embedding_length": np.uint32(config.n_embd),
+        "feed_forward_length": np.uint32(config.n_ff),
+        "attention.head_count": np.uint32(config.n_head),
+        "attention.head_count_kv": np.uint32(config.n_head_kv),
+    }
+    keys |= _scaling_metadata(config.rope)
+    keys["rope.freq_base"] = np.float32(config.rope_base)
+    keys["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_eps)
+    if config.writes_head_dim:
+        keys["attention.key_length"] = keys["attention.value_length"] = np.uint32(config.head_dim)
+    metadata = {f"{config.arch}.{key}": value for key, value in keys.items()}
+    metadata["general.file_type"] = np.uint32(_FILE_TYPES[qtype])
+    if config.arch == "llama":
+        metadata["llama.vocab_size"] = np.uint32(config.n_vocab)
+        metadata["llama.rope.dimension_count"] = np.uint32(config.head_dim)
+    return metadata | {"general.quantization_version": np.uint32(2)}
+
+
+def _scaling_metadata(rope: dict[str, Any]) -> dict[str, Any]:
+    kind = rope["rope_type"]
+    if kind in ("su", "longrope"):
+        return {"rope.scaling.type": "longrope"}
+    if kind not in ("linear", "yarn"):
+        return {}
+    keys: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": np.float32(rope["factor"])}
+    if kind == "yarn":
+        keys["rope.scaling.original_context_length"] = np.uint32(rope["original_max_position_embeddings"])
+        optional = {
+            "yarn_ext_factor": rope.get("extrapolation_factor"),
+            "yarn_attn_factor": rope.get("attention_factor", rope.get("attn_factor")),
+            "yarn_beta_fast": rope.get("beta_fast"),
+            "yarn_beta_slow": rope.get("beta_slow"),
+        }
+        keys |= {f"rope.scaling.{key}": np.float32(value) for key, value in optional.items() if value is not None}
+    return keys

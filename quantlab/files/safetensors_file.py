@@ -1,0 +1,110 @@
+"""Safetensors files: where each tensor's bytes lie. An own reader, because the library maps files and hides positions.
+
+    0   8   length n of the header, uint64
+    8   n   JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, .., "__metadata__": {..}}
+    8+n ..  data; offsets count from here
+
+Source: the safetensors format description.
+"""
+
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor
+from quantlab.files.recognize import looks_like
+
+__all__ = ["read_safetensors"]
+
+MAX_HEADER = 32 << 20  # bytes; a checkpoint of 50 k tensors takes 8 MB
+MAX_TENSORS = 1 << 16
+_DAMAGED = "The file is damaged or hostile; download it again."
+
+
+def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
+    """Read the header of a safetensors file; the tensor data is not touched.
+
+    Returns
+    -------
+    dict[str, StoredTensor]
+        By name, sorted by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the header is no safetensors header or contradicts itself or the file's size.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Download the whole checkpoint.")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 10 or start[8:9] != b"{":
+            raise ValueError(f"{path}: first bytes are {start[:9]!r}, need a safetensors header. {looks_like(start)}")
+        if length > min(size - 8, MAX_HEADER):
+            most = min(size - 8, MAX_HEADER)
+            raise ValueError(f"{path}: header length {length}, need at most {most} in a file of {size}. {_DAMAGED}")
+        file.seek(8)
+        raw = file.read(length)
+    header = _parse(path, raw)
+    data_offset = 8 + length
+    tensors = [_tensor(path, name, entry, data_offset, size) for name, entry in sorted(header.items())]
+    _check_overlaps(path, tensors)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return table
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
+        raise ValueError(f"{path}: header is no JSON that counts ({reason}). {_DAMAGED}") from None
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise ValueError(f"{path}: header needs a table of at most {MAX_TENSORS} tensors. {_DAMAGED}")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> StoredTensor:
+    """Check one entry of the header against the file."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{path}: {name}: entry needs dtype, shape and data_offsets. {_DAMAGED}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in PLAIN_DTYPES:
+        raise ValueError(
+            f"{path}: {name}: dtype={dtype!r}, need one of {' '.join(PLAIN_DTYPES)}. Take an unquantized checkpoint."
+        )
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or len(shape) > 8:
+        raise ValueError(f"{path}: {name}: shape={shape!r}, data_offsets={offsets!r}, need whole numbers. {_DAMAGED}")
+    begin, end = offsets
+    nbytes = prod(shape) * np.dtype(PLAIN_DTYPES[dtype]).itemsize
+    if end - begin != nbytes or nbytes == 0:
+        raise ValueError(f"{path}: {name}: data_offsets={offsets} span {end - begin} bytes, need {nbytes}. {_DAMAGED}")
+    if data_offset + end > size:
+        raise ValueError(f"{path}: {name}: ends at byte {data_offset + end}, the file has {size}. Download it again.")
+    return StoredTensor(name, dtype, tuple(shape) or (1,), ByteRange(path, data_offset + begin, nbytes))
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def _check_overlaps(path: Path, tensors: list[StoredTensor]) -> None:
+    by_offset = sorted(tensors, key=lambda tensor: tensor.data.offset)
+    for before, after in zip(by_offset, by_offset[1:], strict=False):
+        if before.data.offset + before.data.nbytes > after.data.offset:
+            raise ValueError(f"{path}: {after.name}: overlaps {before.name}. {_DAMAGED}")

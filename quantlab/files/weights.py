@@ -1,0 +1,117 @@
+"""Find the files that hold a checkpoint's weights and index their tensors, in the order of llama.cpp's converter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantlab.files.byte_range import StoredTensor
+from quantlab.files.safetensors_file import read_safetensors
+from quantlab.files.torch_zip import read_torch
+
+__all__ = ["index_weights", "meta_parts", "read_json", "read_weights"]
+
+MAX_JSON = 64 << 20  # bytes; the largest tokenizer.json has 33 MB
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON table; an empty one where the file is missing.
+
+    Raises
+    ------
+    ValueError
+        If the file is too large or no JSON table.
+    """
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, need at most {MAX_JSON}. Download it again.")
+    try:
+        table = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
+        raise ValueError(f"{path}: is no JSON ({reason}). Download it again.") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: holds a {type(table).__name__}, need a JSON table. Download it again.")
+    return table
+
+
+def read_weights(path: Path) -> dict[str, StoredTensor]:
+    """Index one file, safetensors or torch, by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return read_safetensors(path) if start[8:9] == b"{" else read_torch(path)
+
+
+def index_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Index the shards of a Hugging Face folder: safetensors where there are any, else `pytorch_model*.bin`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no weights, or a shard that the index names is missing.
+    ValueError
+        If index and shards disagree, or the index names anything but plain file names.
+    """
+    for stem, pattern in (("model.safetensors", "model*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+        parts = sorted(path.name for path in folder.glob(pattern))
+        index_path = folder / f"{stem}.index.json"
+        if parts or index_path.is_file():
+            return _index_parts(folder, parts, index_path)
+    raise FileNotFoundError(
+        f"{folder}: holds no model*.safetensors, pytorch_model*.bin or consolidated.*.pth. Name a checkpoint's folder."
+    )
+
+
+def _index_parts(folder: Path, parts: list[str], index_path: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index_path).get("weight_map", {})
+    if index_path.is_file():
+        _check_weight_map(index_path, weight_map)
+        parts = sorted(set(weight_map.values()))
+    tensors: dict[str, StoredTensor] = {}
+    for part in parts:
+        if not (folder / part).is_file():
+            raise FileNotFoundError(f"{folder / part}: this shard is missing. Download the whole checkpoint.")
+        for name, tensor in read_weights(folder / part).items():
+            if name in tensors:
+                raise ValueError(f"{folder / part}: {name}: another shard holds it too. Download the checkpoint again.")
+            tensors[name] = tensor
+    if weight_map and weight_map.keys() != tensors.keys():
+        missing, extra = sorted(weight_map.keys() - tensors.keys()), sorted(tensors.keys() - weight_map.keys())
+        what = f"{missing[0]}: {index_path.name} names it, no shard holds it" if missing else ""
+        what = what or f"{extra[0]}: a shard holds it, {index_path.name} does not name it"
+        raise ValueError(f"{folder}: {what}. Download the whole checkpoint again.")
+    return tensors
+
+
+def _check_weight_map(index_path: Path, weight_map: Any) -> None:
+    """Refuse an index that is no table of names, or that points out of its folder."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index_path}: weight_map={weight_map!r}, need a table. Download it again.")
+    for name, part in weight_map.items():
+        if not isinstance(part, str) or part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
+            raise ValueError(f"{index_path}: {name}: file {part!r}, need a plain file name. The index is hostile.")
+
+
+def meta_parts(folder: Path) -> list[dict[str, StoredTensor]]:
+    """Index `consolidated.NN.pth` (or a single consolidated.pth or .safetensors) of Meta's folder, part by part.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a part is missing.
+    ValueError
+        If the parts do not hold the same tensors.
+    """
+    paths = sorted(folder.glob("consolidated*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
+    if len(paths) > 1:
+        for number in range(len(paths)):
+            if not (folder / f"consolidated.{number:02d}.pth").is_file():
+                raise FileNotFoundError(
+                    f"{folder / f'consolidated.{number:02d}.pth'}: this part is missing. Download it."
+                )
+    parts = [read_weights(path) for path in paths]
+    for path, part in zip(paths, parts, strict=True):
+        if part.keys() != parts[0].keys():
+            name = sorted(part.keys() ^ parts[0].keys())[0]
+            raise ValueError(f"{path}: {name} is not in all parts. Download the checkpoint again.")
+    return parts

@@ -1,0 +1,164 @@
+"""Checkpoint → F32, F16, BF16 or Q8_0 GGUF, a few rows in memory at a time."""
+
+import shutil
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from quantlab.files.checkpoint import OUTTYPES, RangeLoss, open_checkpoint
+from quantlab.files.gguf_file import TensorSpec, pack_header, write_gguf
+from quantlab.files.hub import find_checkpoint
+from quantlab.files.model import LazyTensor, Model
+from quantlab.files.output import check_output, replacing
+
+__all__ = ["convert"]
+
+BLOCK = 16 << 20  # bytes of output per piece of work
+AHEAD = 3  # pieces that are read while one is written
+
+
+def convert(
+    src: str | Path,
+    outfile: str | Path | None = None,
+    *,
+    outtype: str = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Convert a checkpoint to GGUF, as llama.cpp's converter does.
+
+    Parameters
+    ----------
+    src : str or Path
+        A Hugging Face folder, a folder of Meta's, one file of weights with its configuration beside it, or a name on
+        the Hugging Face hub (`org/model`).
+    outfile : str or Path, optional
+        Default: `ggml-model-<TYPE>.gguf` in the folder of `src`.
+    outtype : str
+        Type of the matrices: `"f32" "f16" "bf16" "q8_0"`, or `"auto"` for the checkpoint's own. Vectors stay F32.
+    overwrite : bool
+        Whether a file of that name may be replaced.
+    progress : bool
+        Say what the run will take, and show a progress bar, on standard error.
+
+    Returns
+    -------
+    Path
+        The file that was written. An interrupted or failed conversion leaves nothing under that name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the checkpoint, its weights, configuration or tokenizer are missing.
+    FileExistsError
+        If the output exists and `overwrite` is false.
+    ValueError
+        If a file of the checkpoint is damaged or of a kind that is not read, or a weight is not finite.
+    OSError
+        If the disk has not enough room.
+
+    Warns
+    -----
+    UserWarning
+        If values left F16's range or became zero in it, or the pre-tokenizer is not known.
+
+    Source: `convert_hf_to_gguf.py` of llama.cpp, for what is written.
+    """
+    src, loss = find_checkpoint(src), RangeLoss()
+    model = open_checkpoint(src, outtype, loss=loss)
+    name = OUTTYPES[outtype] or _own_type(model)
+    folder = src if src.is_dir() else src.parent
+    outfile = check_output(folder / f"ggml-model-{name}.gguf" if outfile is None else outfile, overwrite=overwrite)
+    specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
+    header = len(pack_header(model.metadata, specs))
+    _check_room(outfile, header + model.nbytes)
+    if progress:
+        tqdm.write(_plan_line(src, outfile, model, header), file=sys.stderr)
+    blocks = _ahead(_reads(model))
+    data = (islice(blocks, _n_blocks(tensor)) for tensor in model)
+    with replacing(outfile, overwrite=overwrite) as part:
+        with tqdm(total=model.nbytes, unit="B", unit_scale=True, desc=outfile.name, disable=not progress) as bar:
+            try:
+                write_gguf(part, model.metadata, specs, data, progress=bar.update)
+            finally:
+                blocks.close()
+    _warn_of_loss(loss)
+    return outfile
+
+
+def _own_type(model: Model) -> str:
+    """Return the type of the first matrix."""
+    return next(tensor.qtype for tensor in model if len(tensor.shape) > 1)
+
+
+def _check_room(outfile: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(outfile.parent).free
+    if free < nbytes:
+        raise OSError(
+            f"{outfile}: needs {nbytes} bytes, the disk has {free} free. Free some space or name another folder."
+        )
+
+
+def _plan_line(src: Path, outfile: Path, model: Model, header: int) -> str:
+    """Return one line on what the conversion reads, writes and takes; the time follows from reading a first piece."""
+    largest = max(model, key=lambda tensor: tensor.nbytes)
+    rows = min(_rows_per_block(largest), largest.nrows)
+    begin = time.perf_counter()
+    largest.rows(0, rows)
+    rate = rows * largest.nbytes / largest.nrows / (time.perf_counter() - begin)
+    free = shutil.disk_usage(outfile.parent).free
+    return (
+        f"{src} → {outfile}: {len(model)} tensors, {header + model.nbytes} bytes to write, {free} free on the disk, "
+        f"about {4 * (AHEAD + 1) * BLOCK >> 20} MiB of memory, {model.nbytes / rate:.0f} s or more"
+    )
+
+
+def _rows_per_block(tensor: LazyTensor) -> int:
+    return max(1, BLOCK * tensor.nrows // tensor.nbytes)
+
+
+def _n_blocks(tensor: LazyTensor) -> int:
+    return -(-tensor.nrows // _rows_per_block(tensor))
+
+
+def _reads(model: Model) -> Iterator[Callable[[], np.ndarray]]:
+    """Yield the reads of all tensors, block by block, in file order."""
+    for tensor in model:
+        step = _rows_per_block(tensor)
+        for start in range(0, tensor.nrows, step):
+            yield lambda tensor=tensor, start=start, step=step: tensor.rows(start, min(start + step, tensor.nrows))
+
+
+def _ahead(reads: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """Carry out reads in another thread, a few before their results are asked for."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future] = deque()
+        try:
+            for read in reads:
+                pending.append(pool.submit(read))
+                if len(pending) > AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _warn_of_loss(loss: RangeLoss) -> None:
+    for what, counts in (("became infinite", loss.overflowed), ("became zero", loss.vanished)):
+        if counts:
+            worst = max(counts, key=lambda name: counts[name])
+            warnings.warn(
+                f"{sum(counts.values())} values of {len(counts)} tensors {what} in F16, "
+                f"most of them in {worst} ({counts[worst]}). BF16 keeps their range.",
+                stacklevel=3,
+            )
