@@ -149,7 +149,7 @@ def table(
     """Print the size/ppl table: for every ftype its size and what it costs in perplexity."""
     from quantlab.study import tables
 
-    names = [name for name in ftypes.split(",") if name] or tables.FTYPES
+    names = [name for name in ftypes.split(",") if name]
     report(
         tables.size_ppl(model, text, ftypes=names, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory),
         json,

@@ -112,8 +112,13 @@ def _read(text: str, kind: str, complaint: str) -> Any:
 
 
 def _write_html(executed: Path) -> None:
-    """Write the HTML copy of an executed notebook beside it."""
+    """Write the HTML copy of an executed notebook beside it, without progress bars."""
+    import nbformat
     from nbconvert import HTMLExporter
 
-    html, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
+    notebook = nbformat.read(executed, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    html, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
     executed.with_suffix(".html").write_text(html, encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 _FAMILIES = (  # label, what the names of its ftypes look like, colour, marker
@@ -13,18 +14,17 @@ _FAMILIES = (  # label, what the names of its ftypes look like, colour, marker
 )
 
 
-def bpw_against_ppl(
-    frame: pd.DataFrame, *, base_ppl: float | None = None, title: str = "", ax: Axes | None = None
-) -> Axes:
-    """Plot what each ftype costs: perplexity over bits per weight, with one standard error either way.
+def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Plot what each ftype costs: perplexity over bits per weight.
+
+    The bars are one standard error of the difference from the model as it is, the band is that of the model's own
+    perplexity: it moves all points together.
 
     Parameters
     ----------
     frame : pd.DataFrame
-        Columns `ftype`, `bpw` (bits per weight), `ppl`, `ppl_se`; rows without a perplexity and rows of 16 bits and
-        more are left out.
-    base_ppl : float, optional
-        Perplexity of the unquantized model, drawn as a line.
+        Columns `ftype`, `bpw` (bits per weight), `ppl`, `ppl_se`, `delta_ppl`, `delta_ppl_se`; rows without a
+        perplexity, and rows that are no quantized type, are left out.
     title : str
         Model and text.
     ax : Axes, optional
@@ -37,47 +37,46 @@ def bpw_against_ppl(
     Raises
     ------
     ValueError
-        If no row has a perplexity.
+        If no quantized row has a perplexity.
     """
-    shown = frame[frame["ppl"].notna() & (frame["bpw"] < 16)]
+    families = [(*look, frame[frame["ppl"].notna() & frame["ftype"].str.match(look[1])]) for look in _FAMILIES]
+    shown = pd.concat([rows for *_, rows in families])
     if shown.empty:
-        raise ValueError("bpw_against_ppl: no row below 16 bits per weight has a perplexity. Measure the model first.")
+        raise ValueError("bpw_against_ppl: no quantized row has a perplexity. Measure the model first.")
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    for label, pattern, colour, marker in _FAMILIES:
-        family = shown[shown["ftype"].str.match(pattern)]
-        ax.errorbar(
-            family["bpw"],
-            family["ppl"],
-            yerr=family["ppl_se"],
-            fmt=marker,
-            color=colour,
-            ms=5,
-            lw=0.8,
-            capsize=2,
-            label=label,
-        )
-    _label_points(ax, shown)
-    if base_ppl is not None:
-        ax.axhline(base_ppl, color="0.4", lw=1, ls="--", label=f"unquantized: {base_ppl:.4g}")
-    ax.set(xlabel="size (bits per weight)", ylabel="perplexity (± one standard error)", title=title)
+    base, error = shown["ppl"].iloc[0] - shown["delta_ppl"].iloc[0], shown["ppl_se"].min()
+    ax.axhspan(base - error, base + error, color="0.92", zorder=0)
+    ax.axhline(base, color="0.4", lw=1, ls="--", label=f"the model as it is: {base:.2f} ± {error:.2f}")
+    for label, _, colour, marker, rows in families:
+        look = {"fmt": marker, "color": colour, "ms": 5, "lw": 1, "capsize": 3}
+        ax.errorbar(rows["bpw"], rows["ppl"], yerr=rows["delta_ppl_se"], label=label, **look)
+    ax.set(xlabel="size (bits per weight)", ylabel="perplexity", title=title)
+    ax.margins(x=0.09)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
+    _label_points(ax, shown)
     return ax
 
 
 def _label_points(ax: Axes, frame: pd.DataFrame) -> None:
-    """Write each point's ftype beside it, in turn above and below so that neighbours stay readable."""
-    for i, row in enumerate(frame.sort_values(["bpw", "ppl"]).itertuples()):
-        above = i % 2 == 0
-        ax.annotate(
-            row.ftype,
-            (row.bpw, row.ppl),
-            textcoords="offset points",
-            xytext=(6, 6 if above else -6),
-            va="bottom" if above else "top",
-            fontsize=8,
-        )
+    """Write each point's ftype beside it, where no other label or point is."""
+    ax.figure.canvas.draw()
+    places = [(7, 0, "left"), (-7, 0, "right"), (7, 9, "left"), (7, -9, "left"), (-7, 9, "right"), (-7, -9, "right")]
+    points = ax.transData.transform(frame[["bpw", "ppl"]])
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
+    for name, x, y in zip(frame["ftype"], frame["bpw"], frame["ppl"], strict=True):
+        for dx, dy, side in [*places, *((dx, 2 * dy, side) for dx, dy, side in places[2:])]:
+            label = ax.annotate(
+                name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center_baseline", fontsize=8
+            )
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        else:
+            ax.add_artist(label)
+        taken.append(box)
 
 
 def save(ax: Axes, path: str | Path) -> Path:

@@ -200,7 +200,7 @@ def size_ppl(
     model: str | Path,
     text: str | Path = "primer",
     *,
-    ftypes: Sequence[str] = tuple(FTYPES),
+    ftypes: Sequence[str] | None = None,
     rules: str = "current",
     n_ctx: int = 512,
     chunks: int | None = None,
@@ -215,8 +215,8 @@ def size_ppl(
         whose weights are not there: then the perplexities stay empty, and a note says how to fill them.
     text : str or Path
         A bundled text's name or a file.
-    ftypes : sequence of str
-        The rows; COPY is the model as it is.
+    ftypes : sequence of str, optional
+        The rows, by default all of llama.cpp's table; COPY is the model as it is.
     rules : str
         "current" or "2023-12".
     n_ctx : int
@@ -237,7 +237,7 @@ def size_ppl(
     ValueError
         If a ftype or rule set is unknown, or the text is too short.
     """
-    names = [find_ftype(ftype).name for ftype in ftypes]
+    names = [find_ftype(ftype).name for ftype in ftypes or FTYPES]
     if str(model) in shapes():
         return _sizes_alone(sizes(model, rules=rules), names, chunks or _LARGE_CHUNKS, n_ctx)
     opened = open_model(model)
