@@ -43,15 +43,15 @@ def round_rows(x: np.ndarray, qtype: str, out: np.ndarray) -> np.ndarray:
 def half(x):
     """The float32 nearest to `x` that float16 can hold, ties to even."""
     bits = np.float32(x).view(np.uint32)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
     if magnitude < np.uint32(0x38800000):  # below 2^-14 float16 counts in steps of 2^-24, as float32 does beside 0.75
-        small = magnitude.view(np.float32) + np.float32(0.75) - np.float32(0.75)
+        small = np.float32(magnitude.view(np.float32) + np.float32(0.75) - np.float32(0.75))
         rounded = small.view(np.uint32)
     elif magnitude >= np.uint32(0x477FF000):  # 65520 and more
         rounded = np.uint32(0x7F800000)
     else:
         odd = (magnitude >> np.uint32(13)) & np.uint32(1)
-        rounded = (magnitude + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000)
+        rounded = np.uint32((magnitude + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
     return np.uint32(rounded | (bits & np.uint32(0x80000000))).view(np.float32)
 
 
@@ -67,9 +67,9 @@ def round_f16(x, out):
 def _round_bf16(x, out):
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
-            bits = x[r, i].view(np.uint32)
+            bits = np.float32(x[r, i]).view(np.uint32)
             odd = (bits >> np.uint32(16)) & np.uint32(1)
-            out[r, i] = np.uint32((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
+            out[r, i] = np.uint32((np.uint32(bits) + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 @njit(nogil=True, cache=True)

@@ -72,8 +72,13 @@ def layer_shapes(model, index: int) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in model if tensor.name.startswith(f"blk.{index}.")}
 
 
-def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory: np.ndarray) -> Layer:
-    """Read the weights of one layer into `memory`.
+def layer_weights(model, index: int) -> int:
+    """Return the number of weights of layer `index`."""
+    return sum(int(np.prod(shape)) for shape in layer_shapes(model, index).values())
+
+
+def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory: np.ndarray | None = None) -> Layer:
+    """Read the weights of one layer.
 
     Parameters
     ----------
@@ -81,7 +86,8 @@ def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory
     index : int
     read : callable
         `read(name, out)` fills `out` with the tensor's values and returns the ggml type that they come from.
-    memory : np.ndarray [shape=(weights of the layer or more,), dtype=float32]
+    memory : np.ndarray [shape=(weights of the layer or more,), dtype=float32], optional
+        Where to put them.
 
     Returns
     -------
@@ -89,6 +95,8 @@ def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory
         Made of views of `memory`.
     """
     used = 0
+    if memory is None:
+        memory = np.empty(layer_weights(model, index), np.float32)
 
     def stack(*kinds: str, suffix: str = "weight") -> Matrix | None:
         """Read tensors of the layer one below the other."""

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from quantlab.evaluate import fused
 from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.dense import Matrix, Workers, blocks
-from quantlab.evaluate.llama import Llama, layer_shapes, load_layer
+from quantlab.evaluate.llama import Llama, layer_weights, load_layer
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.states import HiddenStates
@@ -51,8 +51,7 @@ class Sweep:
         if self.states.layer < 0:
             self._embed()
         self.bar.update(self._share * self.states.layer * len(self.variants))
-        n_weights = max(sum(int(np.prod(s)) for s in layer_shapes(self.base, i).values()) for i in range(self.hparams.n_layer))
-        memory = np.empty(n_weights, np.float32)
+        memory = np.empty(max(layer_weights(self.base, i) for i in range(self.hparams.n_layer)), np.float32)
         for index in range(self.states.layer, self.hparams.n_layer):
             self._layer(index, memory)
         del memory
