@@ -127,18 +127,7 @@ def types():
 
 def _kernel(verb: str, qtype: str, mode: str = ""):
     """The compiled function `<verb>_<qtype><mode>`; its module, and numba with it, is imported when first needed."""
-    try:
-        return getattr(import_module(f"quantlab.quants.{_KERNELS[qtype]}"), f"{verb}_{qtype.lower()}{mode}")
-    except (ImportError, AttributeError):
-        raise ValueError(f"qtype={qtype}, has no kernel {verb}{mode} yet. Choose another type.") from None
-
-
-def _exists(function: str, module: str) -> bool:
-    """Whether the kernel is there."""
-    try:
-        return hasattr(import_module(f"quantlab.quants.{module}"), function)
-    except ImportError:
-        return False
+    return getattr(import_module(f"quantlab.quants.{_KERNELS[qtype]}"), f"{verb}_{qtype.lower()}{mode}")
 
 
 # ---- arrays in pieces
@@ -290,7 +279,7 @@ def _decode(data: np.ndarray, qtype: str, out: np.ndarray) -> None:
     """Decode contiguous rows of bytes into contiguous rows of float32."""
     if qtype == "F32":
         out[:] = data.view(np.float32)
-    elif qtype in _KERNELS and _exists(f"decode_{qtype.lower()}", _KERNELS[qtype]):
+    elif qtype in _KERNELS:
         _kernel("decode", qtype)(data, out)
     else:
         from gguf.quants import dequantize as gguf_dequantize

@@ -7,6 +7,8 @@ extremes; with one it is searched for, 16 blocks at a time.
 Source: `quantize_row_q*_ref`, `quantize_row_q*_impl` and `dequantize_row_q*` of llama.cpp's ggml-quants.c.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import prange
 
@@ -18,22 +20,28 @@ from quantlab.quants.lanes import (
     highest,
     kernel,
     lane_bits,
+    lanes,
     load,
     lowest,
     maximum,
     minimum,
     parallel_kernel,
+    scatter,
     select,
+    sqrt,
     store,
     to_float,
     to_half,
     to_int,
     total,
+    transpose,
 )
+from quantlab.quants.search import Search, make_qkx_quants, make_qx_quants
 
 QK = 32  # weights per block
 CHUNK = 128  # blocks that one thread takes at a time
 SPAN = 1 << 14  # weights that one thread takes at a time, for the 16-bit floats
+BATCH = 8  # blocks of a row whose searches take turns
 HALF = np.float32(0.5)
 BELOW_HALF = np.float32(0.49999997)
 ONE_BIT = np.left_shift(1, np.arange(16), dtype=np.int32)  # bit i in lane i
@@ -378,6 +386,158 @@ def decode_q8_1(data, out):
         for b in range(n):
             store(out, (first + b) * QK, to_float(load(codes, (first + b) * 36 + 4)) * d[b])
             store(out, (first + b) * QK + 16, to_float(load(codes, (first + b) * 36 + 20)) * d[b])
+
+
+# ---- with an importance matrix: scale (and minimum) are searched for, in 16 rows side by side
+
+
+class Workspace(NamedTuple):
+    """Arrays of one task, in columns of 16 lanes, a row in each lane; up to `BATCH` blocks at once."""
+
+    starts: np.ndarray  # int64 (16,): where each row starts in x
+    x: np.ndarray  # float32 (BATCH * 32 * 16,): the weights
+    w: np.ndarray  # float32: importance of their errors
+    codes: np.ndarray  # uint8
+    found: Search
+
+
+@kernel
+def _workspace():
+    columns, block_columns = BATCH * QK * 16, BATCH * 16
+    return Workspace(
+        np.empty(16, np.int64),
+        np.empty(columns, np.float32),
+        np.empty(columns, np.float32),
+        np.empty(columns, np.uint8),
+        Search(
+            np.empty(block_columns, np.float32),
+            np.empty(block_columns, np.float32),
+            np.empty(block_columns, np.float32),
+            np.empty(block_columns, np.float32),
+            np.empty(block_columns, np.float32),
+            np.empty(block_columns, np.float32),
+            np.empty(block_columns, np.float32),
+            np.empty(block_columns, np.float32),
+            np.empty(QK * 16, np.float32),
+        ),
+    )
+
+
+@kernel
+def _read_columns(x, i, n, ws):
+    """Put weights i..i+n of 16 rows side by side."""
+    for column in range(0, n, 16):
+        transpose(x, ws.starts, i + column, ws.x, 16 * column)
+
+
+@kernel
+def _mean_squares(x, n_per_row, ws):
+    """The mean square of each of 16 rows, summed from left to right."""
+    sum_x2 = lanes(np.float32(0))
+    for i in range(0, n_per_row, QK):
+        _read_columns(x, i, QK, ws)
+        for j in range(0, QK * 16, 16):
+            v = load(ws.x, j)
+            sum_x2 = sum_x2 + v * v
+    return sum_x2 / np.float32(n_per_row)
+
+
+@kernel
+def _put_16(out, o, step, v):
+    """Write the low 16 bits of each lane, `step` bytes apart."""
+    scatter(out, o, step, v)
+    scatter(out, o + 1, step, v >> 8)
+
+
+@kernel
+def _put_codes(codes, at, fifth, out, o, step):
+    """Write a block's codes (column `at` on) to each of 16 rows: fifth bits first, if there are any."""
+    if fifth:
+        low, high = lanes(0), lanes(0)
+        for j in range(16):
+            low = low | (load(codes, at + 16 * j) >> 4) << j
+            high = high | (load(codes, at + 256 + 16 * j) >> 4) << j
+        _put_16(out, o, step, low)
+        _put_16(out, o + 2, step, high)
+        o += 4
+    for j in range(16):
+        low, high = load(codes, at + 16 * j), load(codes, at + 256 + 16 * j)
+        scatter(out, o + j, step, (low & 15) | (high & 15) << 4)
+
+
+@kernel
+def _encode_16_rows(x, first, n_per_row, importance, fifth, offset, out, o, row_bytes):
+    """Encode the 16 rows of `x` from element `first` on; `fifth` and `offset` say what the type has."""
+    ws = _workspace()
+    for row in range(16):
+        ws.starts[row] = first + row * n_per_row
+    sigma2 = _mean_squares(x, n_per_row, ws)
+    nmax = 31 if fifth else 15
+    for i in range(0, n_per_row, BATCH * QK):
+        n = min(BATCH * QK, n_per_row - i)
+        _read_columns(x, i, n, ws)
+        for column in range(n):
+            v = load(ws.x, 16 * column)
+            store(ws.w, 16 * column, importance[i + column] * sqrt(sigma2 + v * v))
+        if offset:
+            steps = np.float32(-0.9), np.float32(0.05), 36
+            make_qkx_quants(ws.x, ws.w, ws.codes, ws.found, QK, n // QK, nmax, *steps, False)
+        for at in range(0, 16 * n, 16 * QK):
+            if offset:
+                _put_16(out, o, row_bytes, to_half(load(ws.found.scale, at // QK)))
+                _put_16(out, o + 2, row_bytes, to_half(load(ws.found.low, at // QK)))
+                o += 4
+            else:
+                d = make_qx_quants(ws.x, at, ws.w, ws.codes, QK, (nmax + 1) // 2)
+                _put_16(out, o, row_bytes, to_half(d))
+                o += 2
+            _put_codes(ws.codes, at, fifth, out, o, row_bytes)
+            o += 20 if fifth else 16
+
+
+@kernel
+def _encode_rows(x, first, importance, fifth, offset, out):
+    """Encode up to 16 rows of `x` from row `first` on; fewer are filled up with zeros."""
+    n_per_row, row_bytes = x.shape[1], out.shape[1]
+    n = min(16, x.shape[0] - first)
+    flat, data = x.reshape(-1), out.reshape(-1)
+    if n == 16:
+        _encode_16_rows(
+            flat, first * n_per_row, n_per_row, importance, fifth, offset, data, first * row_bytes, row_bytes
+        )
+    else:
+        rows, encoded = np.zeros(16 * n_per_row, np.float32), np.empty(16 * row_bytes, np.uint8)
+        rows[: n * n_per_row] = flat[first * n_per_row :]
+        _encode_16_rows(rows, 0, n_per_row, importance, fifth, offset, encoded, 0, row_bytes)
+        data[first * row_bytes :] = encoded[: n * row_bytes]
+
+
+@parallel_kernel
+def encode_q4_0_imatrix(x, importance, out):
+    """Encode as `encode_q4_0`, errors of column j weighted with `importance[j]`."""
+    for group in prange((x.shape[0] + 15) // 16):
+        _encode_rows(x, 16 * group, importance, False, False, out)
+
+
+@parallel_kernel
+def encode_q4_1_imatrix(x, importance, out):
+    """Encode as `encode_q4_1`, errors of column j weighted with `importance[j]`."""
+    for group in prange((x.shape[0] + 15) // 16):
+        _encode_rows(x, 16 * group, importance, False, True, out)
+
+
+@parallel_kernel
+def encode_q5_0_imatrix(x, importance, out):
+    """Encode as `encode_q5_0`, errors of column j weighted with `importance[j]`."""
+    for group in prange((x.shape[0] + 15) // 16):
+        _encode_rows(x, 16 * group, importance, True, False, out)
+
+
+@parallel_kernel
+def encode_q5_1_imatrix(x, importance, out):
+    """Encode as `encode_q5_1`, errors of column j weighted with `importance[j]`."""
+    for group in prange((x.shape[0] + 15) // 16):
+        _encode_rows(x, 16 * group, importance, True, True, out)
 
 
 # ---- F16 and BF16: two bytes per weight, rounded half to even
