@@ -1,4 +1,4 @@
-"""Imports go one way between the rooms, nothing heavy happens at import, and every package that is imported is declared."""
+"""Imports go one way between the rooms, nothing heavy happens at import, every package imported is declared."""
 
 import ast
 import subprocess

@@ -65,7 +65,12 @@ def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
     executed = folder / f"{name}.ipynb"
     try:
         papermill.execute_notebook(
-            source, executed, {**values, "out": str(folder)}, kernel_name="python3", progress_bar=sys.stderr.isatty()
+            source,
+            executed,
+            {**values, "out": str(folder)},
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty(),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
         raise ValueError(

@@ -71,7 +71,7 @@ def beside_published(table: SizeTable) -> pd.DataFrame:
     found = published(table.model, table.rules)
     found = found[found["size"].notna() & found["ftype"].isin(exact.index)].copy()
     found["exact"] = [exact[row.ftype] / _UNITS[row.size_unit] for row in found.itertuples()]
-    digits = found["size"].str.partition(".")[2].str.len()
+    digits = [len(size.partition(".")[2]) for size in found["size"]]
     rounded = [f"{value:.{n}f}" for value, n in zip(found["exact"], digits, strict=True)]
     found["agrees"] = found["size"] == rounded
     found["published is"] = [
@@ -239,7 +239,7 @@ def size_ppl(
     """
     names = [find_ftype(ftype).name for ftype in ftypes or FTYPES]
     if str(model) in shapes():
-        return _sizes_alone(sizes(model, rules=rules), names, chunks or _LARGE_CHUNKS, n_ctx)
+        return _sizes_alone(sizes(model, rules=rules), names, text, chunks or _LARGE_CHUNKS, n_ctx)
     opened = open_model(model)
     if chunks is None and opened.n_weights >= _LARGE:
         chunks = _LARGE_CHUNKS
@@ -248,7 +248,7 @@ def size_ppl(
     return _measured(opened, comparison, names, rules)
 
 
-def _sizes_alone(table: SizeTable, names: Sequence[str], chunks: int, n_ctx: int) -> SizePpl:
+def _sizes_alone(table: SizeTable, names: Sequence[str], text: str | Path, chunks: int, n_ctx: int) -> SizePpl:
     """The table of a model whose weights are not there."""
     found = {row.ftype: row for row in table.rows}
     delta = _published_delta_ppl(table.model, table.rules)
@@ -256,8 +256,8 @@ def _sizes_alone(table: SizeTable, names: Sequence[str], chunks: int, n_ctx: int
     rows = [_row(row.ftype, row.bytes, row.bpw, published_delta=delta.get(row.ftype)) for row in there]
     hours = _estimated_hours(table.n_weights, chunks * n_ctx, len(rows) + 1)
     note = (
-        f"{table.model} is not here, its perplexities are empty. "
-        f"With its weights in FOLDER: quantlab table FOLDER --rules {table.rules} --chunks {chunks} -c {n_ctx}; "
+        f"{table.model} is not here, its perplexities are empty. With its weights in FOLDER: "
+        f"quantlab table FOLDER -f {text} --rules {table.rules} --chunks {chunks} -c {n_ctx}; "
         f"about {hours:.1f} hours on this machine for these {len(rows)} rows."
     )
     return SizePpl(table.model, {"rules": table.rules}, tuple(rows), (note,))

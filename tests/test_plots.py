@@ -1,0 +1,78 @@
+"""Figures say what they show: labelled axes, one label per point, error bars, colours that everybody can tell apart."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+
+from quantlab.study import plots
+
+
+@pytest.fixture
+def frame():
+    return pd.DataFrame(
+        {
+            "ftype": ["F16", "Q8_0", "Q4_K_M", "Q4_K_S", "Q2_K", "COPY"],
+            "bpw": [16.0, 8.5, 4.9, 4.89, 3.2, 16.0],
+            "ppl": [6.0, 6.0, 6.1, 6.1, 7.0, 6.0],
+            "ppl_se": [0.3, 0.3, 0.3, 0.3, 0.35, 0.3],
+            "delta_ppl": [0.0, 0.0, 0.1, 0.1, 1.0, 0.0],
+            "delta_ppl_se": [0.0, 0.01, 0.02, 0.02, 0.1, 0.0],
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plots.plt.close("all")
+
+
+def test_bpw_against_ppl_shows_every_quantized_row(frame):
+    ax = plots.bpw_against_ppl(frame, title="a model on a text")
+    assert ax.get_xlabel() == "size (bits per weight)"
+    assert ax.get_ylabel() == "perplexity"
+    assert ax.get_title() == "a model on a text"
+    assert sorted(text.get_text() for text in ax.texts) == ["Q2_K", "Q4_K_M", "Q4_K_S", "Q8_0"]
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == [
+        "the model as it is: 6.00 ± 0.30",
+        "k-quants (super-blocks of 256)",
+        "legacy types (blocks of 32)",
+    ]
+
+
+def test_the_bars_are_the_paired_errors(frame):
+    ax = plots.bpw_against_ppl(frame)
+    heights = [segment[1, 1] - segment[0, 1] for bars in ax.containers for segment in bars.lines[2][0].get_segments()]
+    assert sorted(heights) == pytest.approx([0.02, 0.04, 0.04, 0.2])
+
+
+def test_labels_do_not_overlap(frame):
+    ax = plots.bpw_against_ppl(frame)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_given_axes_is_drawn_on(frame):
+    _, ax = plots.plt.subplots()
+    assert plots.bpw_against_ppl(frame, ax=ax) is ax
+
+
+def test_colours_differ_in_grey_too():
+    greys = sorted(0.3 * r + 0.59 * g + 0.11 * b for r, g, b in (to_rgb(look[2]) for look in plots._FAMILIES))
+    assert greys[1] - greys[0] > 0.05
+
+
+def test_a_picture_is_small_enough_for_the_web(frame, tmp_path):
+    path = plots.save(plots.bpw_against_ppl(frame), tmp_path / "a.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size < 100_000
+
+
+def test_nothing_to_show(frame):
+    with pytest.raises(ValueError, match="no quantized row has a perplexity. Measure the model first."):
+        plots.bpw_against_ppl(frame[frame["ftype"] == "F16"])

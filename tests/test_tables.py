@@ -1,0 +1,118 @@
+"""The size/ppl table, and published figures beside exact ones."""
+
+import json
+
+import pytest
+
+import quantlab as ql
+from quantlab.files.model import open as open_model
+from quantlab.study import tables
+
+
+def test_eleven_of_sixteen_published_sizes_of_llama_7b_are_right():
+    frame = tables.beside_published(ql.sizes("llama-7b", rules="2023-12"))
+    assert len(frame) == 16
+    assert frame["agrees"].sum() == 11
+    wrong = frame[~frame["agrees"]].set_index("ftype")["published is"].to_dict()
+    padded, whole = "one decimal, padded with a zero", "rounded up to a whole number"
+    assert wrong == {"F32": whole, "F16": whole, "Q8_0": padded, "Q5_1": padded, "Q4_1": padded}
+
+
+def test_all_published_sizes_of_yi_34b_are_right():
+    frame = tables.beside_published(ql.sizes("yi-34b", rules="2023-12"))
+    assert frame["agrees"].all()
+    exact = frame[frame["unit"] == "MiB"].set_index("ftype")["exact"]
+    assert exact.round(2).to_dict() == {"F16": 65593.31, "Q5_K_M": 23193.68}
+
+
+def test_sizes_of_other_rules_stand_beside_nothing():
+    assert tables.beside_published(ql.sizes("llama-7b", rules="current")).empty
+
+
+def test_a_figure_that_no_rounding_explains_is_called_another_size():
+    assert tables._other_rounding(12.55, 14.00) == "another size"
+
+
+def test_every_published_figure_names_protocol_and_source():
+    frame = tables.published()
+    assert frame["source"].notna().all()
+    assert frame["protocol"].notna().all()
+    assert frame[["ppl", "delta_ppl", "size"]].notna().any(axis=1).sum() >= len(frame) - 1  # F32's ppl was never given
+    assert set(frame["size_unit"].dropna()) == {"MiB", "GiB", "GB"}
+
+
+def test_a_model_that_is_not_here_has_sizes_and_published_differences_and_a_command():
+    table = tables.size_ppl("llama-7b", rules="2023-12", chunks=8)
+    rows = table.to_frame().set_index("ftype")
+    assert not table.measured
+    assert list(rows.index) == [ftype for ftype in tables.FTYPES if ftype != "COPY"]
+    assert rows.loc["Q4_K_M", "bytes"] == 4080263168
+    assert rows.loc["Q2_K", "published_delta_ppl"] == 0.6717
+    assert rows["ppl"].isna().all()
+    assert "quantlab table FOLDER -f primer --rules 2023-12 --chunks 8 -c 512; about " in table.notes[0]
+    assert "published Δppl" in str(table)
+
+
+def test_hours_grow_with_the_work():
+    once, twice = (tables._estimated_hours(10**10, 8192 * n, 20) for n in (1, 10))
+    assert 3 < twice / once < 30
+
+
+def test_published_differences_belong_to_their_rules_only():
+    assert tables._published_delta_ppl("LLaMA-7B", "2023-12")["Q2_K"] == 0.6717
+    assert tables._published_delta_ppl("LLaMA-7B", "current") == {}
+    assert tables._published_delta_ppl("Mistral-7B-v0.1", "current")["Q2_K"] == pytest.approx(6.164 - 5.6934)
+    assert tables._published_delta_ppl("tiny", "2023-12") == {}
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Two ftypes of the bundled model, and itself, on two chunks."""
+    return tables.size_ppl("tiny", ftypes=["F16", "q2_k", "COPY"], chunks=2)
+
+
+def test_rows_of_a_measured_model(table):
+    rows = table.to_frame().set_index("ftype")
+    assert list(rows.index) == ["F16", "Q2_K", "COPY"]
+    assert rows.loc["COPY", "delta_ppl"] == 0
+    assert rows.loc["Q2_K", "delta_ppl"] == pytest.approx(rows.loc["Q2_K", "ppl"] - rows.loc["COPY", "ppl"])
+    assert rows.loc["Q2_K", "delta_ppl"] > 0 < rows.loc["Q2_K", "delta_ppl_se"]
+    assert rows.loc["Q2_K", "bpw"] < 4 < rows.loc["F16", "bpw"]
+    assert rows["published_delta_ppl"].isna().all()
+    assert table.notes == ()
+
+
+def test_the_table_agrees_with_compare(table):
+    rows = ql.compare("tiny", ["Q2_K"], chunks=2, progress=False).to_frame().set_index("variant")
+    assert table.to_frame().set_index("ftype").loc["Q2_K", "ppl"] == rows.loc["Q2_K", "ppl"]
+
+
+def test_the_table_as_json(table):
+    document = json.loads(table.to_json())
+    assert document["schema"] == 1
+    assert document["protocol"]["chunks"] == 2
+    assert [row["variant"] for row in document["rows"]] == ["F16", "Q2_K", "COPY"]
+    assert {"bytes", "bpw", "ppl", "ppl_se"} <= set(document["rows"][0])
+
+
+def test_the_table_as_text(table):
+    lines = str(table).splitlines()
+    assert lines[0] == "tiny: primer, 2 chunks of 512 tokens, rules current"
+    assert "published" not in lines[2]
+    assert "±" in next(line for line in lines if "Q2_K" in line)
+
+
+def test_a_quantized_base_is_said_to_be_one(tmp_path):
+    path = ql.quantize("tiny", tmp_path / "a.gguf", ftype="Q4_1")
+    (note,) = tables._note_on_the_base(open_model(path))
+    assert "already quantized (its types: Q4_1, Q6_K)" in note
+    assert "The Q4_1 row says little about Q4_1" in note
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(FileNotFoundError, match="nothing.gguf: no such file or folder"):
+        tables.size_ppl("nothing.gguf")
+    with pytest.raises(ValueError, match="ftype=Q4_K_X, must be one of .* Did you mean Q4_K_"):
+        tables.size_ppl("llama-7b", ftypes=["Q4_K_X"])
+    with pytest.raises(ValueError, match="rules=2024"):
+        tables.size_ppl("llama-7b", rules="2024")
