@@ -41,7 +41,10 @@ from quantlab.quants.lanes import (
 )
 from quantlab.quants.search import (
     GROUP_MAX_EPS,
+    FOUND,
+    LOW,
     ONE,
+    SCALE,
     ZERO,
     largest,
     make_q3_quants,
@@ -63,6 +66,7 @@ class Workspace(NamedTuple):
     w: np.ndarray  # float32 (256 * 16,): weights of their errors
     sum_w: np.ndarray  # float32 (16 * 16,): the same, summed over each sub-block
     tried: np.ndarray  # float32 (32 * 16,): levels of a sub-block while a search goes on
+    found: np.ndarray  # float32 (FOUND,): what a search knows
     levels: np.ndarray  # uint8 (256 * 16,): levels that the search ends with
     scale: np.ndarray  # float32 (16 * 16,): the scale that the search found
     low: np.ndarray  # float32 (16 * 16,): and the minimum, its sign changed
@@ -82,6 +86,7 @@ def _workspace():
         np.empty(weights, np.float32),
         np.empty(sub_blocks, np.float32),
         np.empty(32 * 16, np.float32),
+        np.empty(FOUND, np.float32),
         np.empty(weights, np.uint8),
         np.empty(sub_blocks, np.float32),
         np.empty(sub_blocks, np.float32),
@@ -189,10 +194,10 @@ def _half_at(data, at):
 
 @kernel
 def _search_q2_k(ws, rmin, rdelta, nstep, use_mad):
-    for j in range(16):
-        scale, low = make_qkx_quants(ws.x, 256 * j, ws.w, ws.tried, ws.levels, 16, 3, rmin, rdelta, nstep, use_mad)
-        store(ws.scale, 16 * j, scale)
-        store(ws.low, 16 * j, low)
+    make_qkx_quants(ws.x, ws.w, ws.levels, ws.found, np.int64(16), np.int64(3), rmin, rdelta, nstep, use_mad)
+    for j in range(0, 16 * 16, 16):
+        store(ws.scale, j, load(ws.found, SCALE + j))
+        store(ws.low, j, -load(ws.found, LOW + j))
 
 
 @kernel
@@ -429,10 +434,10 @@ def decode_q3_k(data, out):
 
 @kernel
 def _search_q45_k(ws, nmax, rmin, rdelta, nstep):
-    for j in range(8):
-        scale, low = make_qkx_quants(ws.x, 512 * j, ws.w, ws.tried, ws.levels, 32, nmax, rmin, rdelta, nstep, False)
-        store(ws.scale, 16 * j, scale)
-        store(ws.low, 16 * j, low)
+    make_qkx_quants(ws.x, ws.w, ws.levels, ws.found, np.int64(32), nmax, rmin, rdelta, nstep, np.bool_(False))
+    for j in range(0, 8 * 16, 16):
+        store(ws.scale, j, load(ws.found, SCALE + j))
+        store(ws.low, j, -load(ws.found, LOW + j))
 
 
 @kernel

@@ -12,8 +12,10 @@ Source: ggml-quants.c of llama.cpp, commit 0c1e57098.
 """
 
 import numpy as np
+from numba import njit
 
 from quantlab.quants.lanes import (
+    ROUNDER,
     absolute,
     any_lane,
     kernel,
@@ -28,7 +30,10 @@ from quantlab.quants.lanes import (
 )
 
 GROUP_MAX_EPS = np.float32(1e-15)  # a block whose largest weight is smaller counts as all zero
+IN_RANGE = np.float32(4e6)  # below it nearest_int does not wrap
 ZERO, ONE, TENTH = np.float32(0), np.float32(1), np.float32(0.1)
+
+forced = njit(cache=True, error_model="numpy", forceinline=True)
 
 
 @kernel
@@ -37,85 +42,147 @@ def level(v, low, high):
     return to_float(maximum(low, minimum(high, nearest_int(v))))
 
 
-@kernel
-def make_qkx_quants(x, at, w, tried, levels, n, nmax, rmin, rdelta, nstep, use_mad):
-    """Find scale and minimum of blocks quantized as ``x ≈ scale * l - minimum`` with l = 0 … `nmax`.
+# What a search for scale and minimum knows of each block lies in one array, `found`, field after field, in each a column
+# of 16 lanes for each of up to 16 blocks.
+LOW = 0  # the minimum of the best try
+HIGH = 256  # the largest value
+SMALLEST = 512  # the smallest value
+SCALE = 768  # the scale of the best try
+ERROR = 1024  # its error
+ISCALE = 1280  # its levels are those of iscale * (x - base)
+BASE = 1536
+SUM_W = 1792  # sum of the weights
+SUM_X = 2048  # weighted sum of the values
+FIT_SCALE = 2304  # scale and minimum of the try at hand
+FIT_LOW = 2560
+TRIED = 2816  # its levels, one column for each of TOGETHER values
+TOGETHER = 64  # values of the blocks that a search works on alternately
+FOUND = TRIED + 16 * TOGETHER  # size of the array
 
-    The C code has it twice, as make_qkx2_quants and make_qkx3_quants.
+
+@kernel
+def make_qkx_quants(x, w, levels, found, n, nmax, rmin, rdelta, nstep, use_mad):
+    """Find scale and minimum of 256 / `n` blocks quantized as ``x ≈ scale * l + low`` with l = 0 … `nmax`.
+
+    The C code has it twice, as make_qkx2_quants and make_qkx3_quants. Here some blocks take each step together: one of
+    them would have to wait for its divisions, during which the processor works on the others.
 
     Parameters
     ----------
-    x, w : np.ndarray [dtype=float32]
-        Blocks of `n` values from element `at`, and the weights of their errors.
-    tried : np.ndarray [shape=(16 * n,), dtype=float32]
-        Room to work in.
+    x, w : np.ndarray [shape=(256 * 16,), dtype=float32]
+        Blocks of `n` values, and the weights of their errors.
+    found : np.ndarray [shape=(FOUND,), dtype=float32]
+        Receives SCALE and LOW.
     rmin, rdelta, nstep : float32, float32, int
         The scales tried are those of `nmax` + `rmin` + `rdelta` * (0 … `nstep`) levels.
     use_mad : bool
         Whether to sum absolute instead of squared errors.
-
-    Returns
-    -------
-    scale, minimum : lanes
     """
-    top = np.float32(nmax)
-    low = load(x, at)
-    high = low
-    sum_w = load(w, at)
-    sum_x = sum_w * low
-    for i in range(16, 16 * n, 16):
-        v, weight = load(x, at + i), load(w, at + i)
-        low = select(v < low, v, low)
+    together = TOGETHER // n
+    for first in range(0, 256 // n, together):
+        for block in range(first, first + together):
+            _start(x, w, found, n, block, nmax, use_mad)
+        for step in range(nstep + 1):
+            steps = rmin + rdelta * np.float32(step) + np.float32(nmax)
+            for block in range(first, first + together):
+                _fit(x, w, found, n, block, TRIED + (block - first) * n * 16, nmax, steps)
+            for block in range(first, first + together):
+                _judge(x, w, found, n, block, TRIED + (block - first) * n * 16, steps, use_mad)
+    for i in range(0, 256 * 16, 16):
+        at = i // (16 * n) * 16
+        iscale = load(found, ISCALE + at)
+        l = maximum(0, minimum(nmax, nearest_int(iscale * (load(x, i) - load(found, BASE + at)))))
+        store(levels, i, select(iscale == ZERO, 0, l))
+
+
+@forced
+def _start(x, w, found, n, block, nmax, use_mad):
+    """Spread the levels evenly from the smallest value, or from 0 if that is smaller, to the largest."""
+    first, end, at = 16 * n * block, 16 * n * (block + 1), 16 * block
+    smallest = load(x, first)
+    high = smallest
+    sum_w = load(w, first)
+    sum_x = sum_w * smallest
+    for i in range(first + 16, end, 16):
+        v, weight = load(x, i), load(w, i)
+        smallest = select(v < smallest, v, smallest)
         high = select(v > high, v, high)
         sum_w = sum_w + weight
         sum_x = sum_x + weight * v
-    low = select(low > ZERO, ZERO, low)
+    low = select(smallest > ZERO, ZERO, smallest)
     flat = high == low
-    flat_low = low
-
-    iscale = top / (high - low)
+    iscale = np.float32(nmax) / (high - low)
     scale = ONE / iscale
-    best_error = lanes(ZERO)
-    for i in range(at, at + 16 * n, 16):
+    error = lanes(ZERO)
+    for i in range(first, end, 16):
         v = load(x, i)
         diff = scale * level(iscale * (v - low), 0, nmax) + low - v
-        best_error = best_error + load(w, i) * (absolute(diff) if use_mad else diff * diff)
+        error = error + load(w, i) * (absolute(diff) if use_mad else diff * diff)
+    store(found, LOW + at, low)
+    store(found, SMALLEST + at, smallest)
+    store(found, SUM_W + at, sum_w)
+    store(found, SUM_X + at, sum_x)
+    store(found, BASE + at, low)
+    # A flat block keeps scale 0, as no error is below 0; any other value serves as its largest, so that steps exist.
+    store(found, HIGH + at, select(flat, select(low < ZERO, lanes(ZERO), ONE), high))
+    store(found, ERROR + at, select(flat, ZERO, error))
+    store(found, SCALE + at, select(flat, ZERO, scale))
+    store(found, ISCALE + at, select(flat, ZERO, iscale))
 
-    best_iscale, best_low = iscale, low
-    for step in range(nstep + 1):
-        iscale = (rmin + rdelta * np.float32(step) + top) / (high - low)
-        sum_l = lanes(ZERO)
-        sum_l2 = lanes(ZERO)
-        sum_xl = lanes(ZERO)
-        for i in range(0, 16 * n, 16):
-            v = load(x, at + i)
+
+@forced
+def _fit(x, w, found, n, block, tried, nmax, steps):
+    """Spread `steps` levels, and fit scale and minimum to them by least squares."""
+    first, at = 16 * n * block, 16 * block
+    low = load(found, LOW + at)
+    spread = load(found, HIGH + at) - low
+    iscale = steps / spread
+    reach = maximum(absolute(spread), absolute(load(found, SMALLEST + at) - low))
+    wraps = any_lane(~(absolute(iscale) * reach < IN_RANGE))
+    top = np.float32(nmax)
+    sum_l = lanes(ZERO)
+    sum_l2 = lanes(ZERO)
+    sum_xl = lanes(ZERO)
+    for i in range(0, 16 * n, 16):
+        v, weight = load(x, first + i), load(w, first + i)
+        if wraps:
             l = level(iscale * (v - low), 0, nmax)
-            store(tried, i, l)
-            wl = load(w, at + i) * l
-            sum_l = sum_l + wl
-            sum_l2 = sum_l2 + wl * l
-            sum_xl = sum_xl + wl * v
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        this_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        this_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        positive = this_low > ZERO
-        this_scale = select(positive, sum_xl / sum_l2, this_scale)
-        this_low = select(positive, ZERO, this_low)
-        error = lanes(ZERO)
-        for i in range(0, 16 * n, 16):
-            diff = this_scale * load(tried, i) + this_low - load(x, at + i)
-            error = error + load(w, at + i) * (absolute(diff) if use_mad else diff * diff)
-        better = (determinant > ZERO) & (error < best_error)
-        best_error = select(better, error, best_error)
-        best_iscale = select(better, iscale, best_iscale)
-        best_low = select(better, low, best_low)
-        scale = select(better, this_scale, scale)
-        low = select(better, this_low, low)
+        else:
+            l = maximum(minimum(iscale * (v - low) + ROUNDER - ROUNDER, top), ZERO)
+        store(found, tried + i, l)
+        wl = weight * l
+        sum_l = sum_l + wl
+        sum_l2 = sum_l2 + wl * l
+        sum_xl = sum_xl + wl * v
+    sum_w, sum_x = load(found, SUM_W + at), load(found, SUM_X + at)
+    determinant = sum_w * sum_l2 - sum_l * sum_l
+    scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+    new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+    positive = new_low > ZERO
+    scale = select(positive, sum_xl / sum_l2, scale)
+    new_low = select(positive, ZERO, new_low)
+    # With NaN as scale the error will be NaN, which is not smaller than anything.
+    store(found, FIT_SCALE + at, select(determinant > ZERO, scale, np.float32(np.nan)))
+    store(found, FIT_LOW + at, new_low)
 
-    for i in range(at, at + 16 * n, 16):
-        l = maximum(0, minimum(nmax, nearest_int(best_iscale * (load(x, i) - best_low))))
-        store(levels, i, select(flat, 0, l))
-    return select(flat, ZERO, scale), -select(flat, flat_low, low)
+
+@forced
+def _judge(x, w, found, n, block, tried, steps, use_mad):
+    """Keep scale and minimum of a try if its error is smaller than the best before."""
+    first, at = 16 * n * block, 16 * block
+    scale, new_low = load(found, FIT_SCALE + at), load(found, FIT_LOW + at)
+    error = lanes(ZERO)
+    for i in range(0, 16 * n, 16):
+        diff = scale * load(found, tried + i) + new_low - load(x, first + i)
+        error = error + load(w, first + i) * (absolute(diff) if use_mad else diff * diff)
+    low = load(found, LOW + at)
+    iscale = steps / (load(found, HIGH + at) - low)
+    better = error < load(found, ERROR + at)
+    store(found, ERROR + at, select(better, error, load(found, ERROR + at)))
+    store(found, ISCALE + at, select(better, iscale, load(found, ISCALE + at)))
+    store(found, BASE + at, select(better, low, load(found, BASE + at)))
+    store(found, SCALE + at, select(better, scale, load(found, SCALE + at)))
+    store(found, LOW + at, select(better, new_low, low))
 
 
 @kernel
