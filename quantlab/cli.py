@@ -8,6 +8,7 @@ with 1.
 import errno
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,7 @@ def _line(error: BaseException) -> str:
 
 def main() -> None:
     """Run the command line: exit status 0, 1 with one line for an error, 2 for wrong usage, 130 when interrupted."""
+    warnings.showwarning = lambda message, *_: typer.echo(f"quantlab: {message}", err=True)
     try:
         app()
     except KeyboardInterrupt:
@@ -120,6 +122,25 @@ def fetch(name: Annotated[str, typer.Argument(help="What to fetch: smollm2.")]) 
 
 
 @app.command()
+def convert(
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint's folder or file of weights, or org/model on the hub.")
+    ],
+    outfile: Annotated[
+        Path | None, typer.Option("--outfile", help="Default: ggml-model-<TYPE>.gguf in the checkpoint's folder.")
+    ] = None,
+    outtype: Annotated[
+        str, typer.Option("--outtype", metavar="auto|f32|f16|bf16|q8_0", help="auto keeps the checkpoint's own type.")
+    ] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a checkpoint to GGUF: safetensors, .bin, .pth, .pt; Llama 1-3, Mistral, Yi, SmolLM, Qwen 2 and 3."""
+    from quantlab.transform.convert import convert
+
+    typer.echo(str(convert(src, outfile, outtype=outtype, overwrite=overwrite)))
+
+
+@app.command()
 def sizes(
     shape: Annotated[
         str, typer.Argument(metavar="SHAPE|FILE", help="A bundled shape (yi-34b), a GGUF file or a checkpoint.")
@@ -131,6 +152,134 @@ def sizes(
     from quantlab.transform.plan import sizes
 
     report(sizes(shape, rules=rules), json)
+
+
+def _strings(name: str, metavar: str, text: str):
+    """An option that may be given several times."""
+    return Annotated[list[str] | None, typer.Option(name, metavar=metavar, help=text)]
+
+
+def _flag(name: str, text: str):
+    return Annotated[bool, typer.Option(name, help=text)]
+
+
+@app.command()
+def quantize(
+    files: Annotated[
+        list[str], typer.Argument(metavar="IN [OUT] FTYPE", help="GGUF file or checkpoint; output; mixture.")
+    ],
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, of either format.")] = None,
+    include_weights: _strings("--include-weights", "NAME", "Use the matrix only where the name contains this.") = None,
+    exclude_weights: _strings("--exclude-weights", "NAME", "Do not use it where the name contains this.") = None,
+    tensor_type: _strings("--tensor-type", "REGEX=TYPE", "Type of the tensors so named; the first that fits.") = None,
+    tensor_type_file: _strings("--tensor-type-file", "FILE", "More of these, between white space.") = None,
+    output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.weight.")] = None,
+    pure: _flag("--pure", "The base type for all tensors.") = False,
+    leave_output_tensor: _flag("--leave-output-tensor", "Keep output.weight as it is.") = False,
+    allow_requantize: _flag("--allow-requantize", "Quantize what is quantized already.") = False,
+    keep_split: _flag("--keep-split", "Write the same shards as the input has.") = False,
+    override_kv: _strings("--override-kv", "KEY=TYPE:VALUE", "Metadata to set: int, float, bool or str.") = None,
+    no_fallback: _flag("--no-fallback", "Refuse where rows do not fit the type's blocks.") = False,
+    via: Annotated[str | None, typer.Option(metavar="f16", help="Round a checkpoint to F16 first.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(metavar="OLD", help="Copy what did not change from an older output.")
+    ] = None,
+    histogram: _flag("--histogram", "Show how often each code is used, per tensor.") = False,
+    dry_run: _flag("--dry-run", "Stop after the plan; write nothing.") = False,
+    rules: Rules = "current",
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Quantize a GGUF file or a checkpoint; a run that was interrupted goes on where it stopped.
+
+    With --json, the plan: totals, and the type of every tensor.
+    """
+    from quantlab.transform.mixture import parse_tensor_type, read_tensor_types
+    from quantlab.transform.plan import plan
+    from quantlab.transform.quantize import quantize
+
+    if not 2 <= len(files) <= 3:
+        raise typer.BadParameter("give IN FTYPE, or IN OUT FTYPE", param_hint="IN [OUT] FTYPE")
+    src, outfile, ftype = files[0], files[1] if len(files) == 3 else None, files[-1]
+    options = {
+        "ftype": ftype, "rules": rules, "imatrix": imatrix, "include_weights": include_weights or (),
+        "exclude_weights": exclude_weights or (), "output_tensor_type": output_tensor_type,
+        "token_embedding_type": token_embedding_type, "pure": pure, "leave_output_tensor": leave_output_tensor,
+        "allow_requantize": allow_requantize, "keep_split": keep_split, "override_kv": override_kv or (),
+        "fallback": not no_fallback, "via": via,
+    }  # fmt: skip
+    options["tensor_types"] = [parse_tensor_type(text) for text in tensor_type or ()]
+    options["tensor_types"] += [pair for path in tensor_type_file or () for pair in read_tensor_types(path)]
+    if dry_run or json:
+        planned = plan(src, outfile, **options)
+        typer.echo(planned.to_frame().to_string(index=False), err=json == "-")
+        report(planned, json)
+    if not dry_run:
+        lines = partial(typer.echo, err=json == "-")
+        quantize(src, outfile, reuse=reuse, histogram=histogram, overwrite=overwrite, report=lines, **options)
+
+
+TextName = Annotated[
+    str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled, wikitext-2-raw or a text file.")
+]
+ContextSize = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk.")]
+Chunks = Annotated[int | None, typer.Option("--chunks", help="Chunks at most; the whole text.")]
+ProtocolName = Annotated[str, typer.Option("--protocol", metavar="llama.cpp|full", help="Which tokens are scored.")]
+Mode = Annotated[
+    str,
+    typer.Option("--mode", metavar="float|ggml-cpu", help="Activations as they are, or rounded as ggml's CPU does."),
+]
+Memory = Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")]
+Scratch = Annotated[
+    Path | None, typer.Option("--scratch", metavar="FOLDER", help="Keeps what is needed to resume a stopped run.")
+]
+
+
+@app.command()
+def perplexity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    text: TextName = "primer",
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
+    protocol: ProtocolName = "llama.cpp",
+    mode: Mode = "float",
+    memory: Memory = None,
+    scratch: Scratch = None,
+    json: JsonPath = None,
+) -> None:
+    """Measure the perplexity of a model on a text."""
+    from quantlab.evaluate.perplexity import perplexity
+
+    options = {"protocol": protocol, "mode": mode, "memory": memory, "scratch": scratch}
+    report(perplexity(model, text, n_ctx=n_ctx, chunks=chunks, **options), json)
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    variants: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]VARIANT…", help="Ftypes (Q4_K_M), GGUF files, recipes.")
+    ],
+    text: TextName = "primer",
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix for ftypes and recipes.")] = None,
+    rules: Rules = "current",
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
+    protocol: ProtocolName = "llama.cpp",
+    mode: Mode = "float",
+    memory: Memory = None,
+    scratch: Scratch = None,
+    json: JsonPath = None,
+) -> None:
+    """Measure variants of a model side by side with it: perplexity, KL divergence, agreement."""
+    from quantlab.evaluate.perplexity import compare
+
+    options = {"protocol": protocol, "mode": mode, "memory": memory, "scratch": scratch}
+    report(
+        compare(base, variants, text, imatrix=imatrix, rules=rules, n_ctx=n_ctx, chunks=chunks, **options),
+        json,
+    )
 
 
 @app.command()

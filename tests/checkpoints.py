@@ -28,7 +28,12 @@ QWEN2_REGEX = LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # name -> (class, model_type, tokenizer, more of the configuration)
 MODELS = {
-    "llama1": ("LlamaForCausalLM", "llama", "spm", {"num_key_value_heads": N_HEAD, "rms_norm_eps": 1e-6}),
+    "llama1": (
+        "LlamaForCausalLM",
+        "llama",
+        "spm",
+        {"num_key_value_heads": N_HEAD, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    ),
     "llama2": ("LlamaForCausalLM", "llama", "spm_added", {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
     "llama3": (
         "LlamaForCausalLM",
