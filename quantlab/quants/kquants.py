@@ -363,14 +363,18 @@ def _span_q3_k(x, importance, out, start, n):
     for first in range(start, min(start + SPAN, n), 16):
         _read_columns(x, first, n, n, ws.x, ws.rows)
         if importance is None:
-            for j in range(16):
-                store(ws.scale, 16 * j, make_q3_quants(ws.x, 256 * j, ws.tried, ws.levels, 16, 4))
+            for i in range(0, 16 * QK_K, 16):
+                v = load(ws.x, i)
+                store(ws.w, i, v * v)
+            make_q3_quants(ws.x, ws.w, ws.found, ws.levels, 4)
+            for j in range(0, 16 * 16, 16):
+                store(ws.scale, j, load(ws.found, SCALE + j))
             scale = _quantize_scales_q3_k(ws)
         else:
             _weigh(ws, importance, first, n, TWO, 16)
             for j in range(16):
-                store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.levels, 16, 4))
-            scale = make_qx_quants(ws.scale, 0, ws.sum_w, ws.ls, 16, 32)
+                store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 4))
+            scale = make_qx_quants(ws.scale, 0, ws.sum_w, ws.found, ws.ls, 32)
         _pack_scales_q3_k(ws, scale)
         _pack_q3_k(x, ws, first, n, out)
 
@@ -695,7 +699,7 @@ def _span_q6_k(x, importance, out, start, n):
         else:
             _read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
         for j in range(16):
-            store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.levels, 16, 32))
+            store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 32))
         _quantize_scales_q6_k(ws)
         _pack_q6_k(x, ws, first, n, out)
 

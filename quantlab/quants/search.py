@@ -27,6 +27,7 @@ from quantlab.quants.lanes import (
     select,
     store,
     to_float,
+    to_int,
 )
 
 GROUP_MAX_EPS = np.float32(1e-15)  # a block whose largest weight is smaller counts as all zero
@@ -58,6 +59,10 @@ FIT_LOW = 2560
 TRIED = 2816  # its levels, one column for each of TOGETHER values
 TOGETHER = 64  # values of the blocks that a search works on alternately
 FOUND = TRIED + 16 * TOGETHER  # size of the array
+
+# For the other searches:
+SUM_LX, SUM_L2 = SUM_X, SUM_W  # weighted sums of x * l and of l * l
+WX = TRIED  # weights times values of one block
 
 
 @kernel
@@ -199,100 +204,131 @@ def largest(x, at, n):
 
 
 @kernel
-def make_qx_quants(x, at, w, levels, n, nmax):
-    """Find the scale of blocks quantized as ``x ≈ scale * l`` with l = -`nmax` … `nmax` - 1.
+def make_qx_quants(x, at, w, found, levels, nmax):
+    """Find the scale of blocks of 16 quantized as ``x ≈ scale * l`` with l = -`nmax` … `nmax` - 1.
 
     Parameters
     ----------
     x, w : np.ndarray [dtype=float32]
-        Blocks of `n` values from element `at`, and the weights of their errors.
-
-    Returns
-    -------
-    scale : lanes
-    """
-    peak, magnitude = largest(x, at, n)
-    zero = magnitude < GROUP_MAX_EPS
-    best_iscale = -np.float32(nmax) / peak
-    sum_lx, sum_l2 = _sums(x, at, w, n, nmax, best_iscale)
-    scale = select(sum_l2 != ZERO, sum_lx / sum_l2, ZERO)
-    best = scale * sum_lx
-    for step in range(-9, 10):
-        if step == 0:
-            continue
-        iscale = -(np.float32(nmax) + TENTH * np.float32(step)) / peak
-        sum_lx, sum_l2 = _sums(x, at, w, n, nmax, iscale)
-        better = (sum_l2 > ZERO) & (sum_lx * sum_lx > best * sum_l2)
-        scale = select(better, sum_lx / sum_l2, scale)
-        best = select(better, scale * sum_lx, best)
-        best_iscale = select(better, iscale, best_iscale)
-    for i in range(at, at + 16 * n, 16):
-        l = maximum(-nmax, minimum(nmax - 1, nearest_int(best_iscale * load(x, i)))) + nmax
-        store(levels, i, select(zero, 0, l))
-    return select(zero, ZERO, scale)
-
-
-@kernel
-def _sums(x, at, w, n, nmax, iscale):
-    """Return the weighted sums of x * l and of l * l."""
-    sum_lx = lanes(ZERO)
-    sum_l2 = lanes(ZERO)
-    for i in range(at, at + 16 * n, 16):
-        v, weight = load(x, i), load(w, i)
-        l = level(iscale * v, -nmax, nmax - 1)
-        sum_lx = sum_lx + weight * v * l
-        sum_l2 = sum_l2 + weight * l * l
-    return sum_lx, sum_l2
-
-
-@kernel
-def make_q3_quants(x, at, tried, levels, n, nmax):
-    """Find the scale of blocks quantized as ``x ≈ scale * l``, changing one level at a time while that helps.
-
-    Parameters
-    ----------
-    x : np.ndarray [dtype=float32]
-        Blocks of `n` values from element `at`.
-    tried : np.ndarray [shape=(16 * n,), dtype=float32]
+        Blocks of 16 values from element `at`, and the weights of their errors.
+    found : np.ndarray [shape=(FOUND,), dtype=float32]
         Room to work in.
 
     Returns
     -------
     scale : lanes
     """
-    peak, magnitude = largest(x, at, n)
+    peak, magnitude = largest(x, at, 16)
     zero = magnitude < GROUP_MAX_EPS
+    peak = select(zero, ONE, peak)
+    for i in range(0, 256, 16):
+        store(found, WX + i, load(w, at + i) * load(x, at + i))
+    best_iscale = -np.float32(nmax) / peak
+    sum_lx, sum_l2 = _sums(x, at, w, found, nmax, best_iscale, magnitude)
+    scale = select(sum_l2 != ZERO, sum_lx / sum_l2, ZERO)
+    best = scale * sum_lx
+    for step in range(-9, 10):
+        if step == 0:
+            continue
+        iscale = -(np.float32(nmax) + TENTH * np.float32(step)) / peak
+        sum_lx, sum_l2 = _sums(x, at, w, found, nmax, iscale, magnitude)
+        better = (sum_l2 > ZERO) & (sum_lx * sum_lx > best * sum_l2)
+        scale = select(better, sum_lx / sum_l2, scale)
+        best = select(better, scale * sum_lx, best)
+        best_iscale = select(better, iscale, best_iscale)
+    for i in range(at, at + 256, 16):
+        l = maximum(-nmax, minimum(nmax - 1, nearest_int(best_iscale * load(x, i)))) + nmax
+        store(levels, i, select(zero, 0, l))
+    return select(zero, ZERO, scale)
+
+
+@forced
+def _sums(x, at, w, found, nmax, iscale, magnitude):
+    """Return the weighted sums of x * l and of l * l over blocks of 16."""
+    wraps = any_lane(~(absolute(iscale) * magnitude < IN_RANGE))
+    low, high = np.float32(-nmax), np.float32(nmax - 1)
+    sum_lx = lanes(ZERO)
+    sum_l2 = lanes(ZERO)
+    for i in range(0, 256, 16):
+        v = iscale * load(x, at + i)
+        if wraps:
+            l = level(v, -nmax, nmax - 1)
+        else:
+            l = maximum(minimum(v + ROUNDER - ROUNDER, high), low)
+        sum_lx = sum_lx + load(found, WX + i) * l
+        sum_l2 = sum_l2 + load(w, at + i) * l * l
+    return sum_lx, sum_l2
+
+
+@kernel
+def make_q3_quants(x, w, found, levels, nmax):
+    """Find the scale of 16 blocks of 16 quantized as ``x ≈ scale * l``, changing single levels as long as that helps.
+
+    A change has to wait for the one before it in its block, so some blocks are changed in turn. A round that leaves a
+    block as it was is not its last one here, but all further ones leave it so, too.
+
+    Parameters
+    ----------
+    x, w : np.ndarray [shape=(256 * 16,), dtype=float32]
+        The values and their squares.
+    found : np.ndarray [shape=(FOUND,), dtype=float32]
+        Receives SCALE.
+    """
+    together = TOGETHER // 16
+    for first in range(0, 16, together):
+        for block in range(first, first + together):
+            _start_q3(x, w, found, block, TRIED + 256 * (block - first), nmax)
+        for _ in range(5):
+            changed = lanes(False)
+            for i in range(0, 256, 16):
+                for block in range(first, first + together):
+                    changed = changed | _change_level(x, w, found, block, i, TRIED + 256 * (block - first) + i, nmax)
+            if not any_lane(changed):
+                break
+        for block in range(first, first + together):
+            sum_l2 = load(found, SUM_L2 + 16 * block)
+            scale = load(found, SUM_LX + 16 * block) / sum_l2
+            store(found, SCALE + 16 * block, select(sum_l2 > ZERO, scale, ZERO))
+            for i in range(0, 256, 16):
+                l = to_int(load(found, TRIED + 256 * (block - first) + i)) + nmax
+                store(levels, 256 * block + i, select(sum_l2 == ZERO, 0, l))
+
+
+@forced
+def _start_q3(x, w, found, block, tried, nmax):
+    """Give the value of largest magnitude the level -`nmax`. The sums of blocks that count as zero are made zero."""
+    peak, magnitude = largest(x, 256 * block, 16)
     iscale = -np.float32(nmax) / peak
     sum_lx = lanes(ZERO)
     sum_l2 = lanes(ZERO)
-    for i in range(0, 16 * n, 16):
-        v = load(x, at + i)
+    for i in range(0, 256, 16):
+        v, weight = load(x, 256 * block + i), load(w, 256 * block + i)
         l = level(iscale * v, -nmax, nmax - 1)
-        store(tried, i, l)
-        weight = v * v
+        store(found, tried + i, l)
         sum_lx = sum_lx + weight * v * l
         sum_l2 = sum_l2 + weight * l * l
-    for _ in range(5):
-        changed = lanes(False)
-        for i in range(0, 16 * n, 16):
-            v, l = load(x, at + i), load(tried, i)
-            weight = v * v
-            slx = sum_lx - weight * v * l
-            sl2 = sum_l2 - weight * l * l
-            new = level(v * sl2 / slx, -nmax, nmax - 1)
-            new_slx = slx + weight * v * new
-            new_sl2 = sl2 + weight * new * new
-            better = (slx > ZERO) & (new != l) & (new_sl2 > ZERO)
-            better = better & (new_slx * new_slx * sum_l2 > sum_lx * sum_lx * new_sl2)
-            store(tried, i, select(better, new, l))
-            sum_lx = select(better, new_slx, sum_lx)
-            sum_l2 = select(better, new_sl2, sum_l2)
-            changed = changed | better
-        if not any_lane(changed & ~zero):
-            break
-    for i in range(0, 16 * n, 16):
-        store(levels, at + i, select(zero, 0, nearest_int(load(tried, i)) + nmax))
-    return select(zero | ~(sum_l2 > ZERO), ZERO, sum_lx / sum_l2)
+    zero = magnitude < GROUP_MAX_EPS
+    store(found, SUM_LX + 16 * block, select(zero, ZERO, sum_lx))
+    store(found, SUM_L2 + 16 * block, select(zero, ZERO, sum_l2))
+
+
+@forced
+def _change_level(x, w, found, block, i, tried, nmax):
+    """Give one value of a block another level where this makes the error smaller; return where."""
+    v, weight = load(x, 256 * block + i), load(w, 256 * block + i)
+    l = load(found, tried)
+    sum_lx, sum_l2 = load(found, SUM_LX + 16 * block), load(found, SUM_L2 + 16 * block)
+    slx = sum_lx - weight * v * l
+    sl2 = sum_l2 - weight * l * l
+    new = level(v * sl2 / slx, -nmax, nmax - 1)
+    new_slx = slx + weight * v * new
+    new_sl2 = sl2 + weight * new * new
+    better = (slx > ZERO) & (new != l) & (new_sl2 > ZERO)
+    better = better & (new_slx * new_slx * sum_l2 > sum_lx * sum_lx * new_sl2)
+    store(found, tried, select(better, new, l))
+    store(found, SUM_LX + 16 * block, select(better, new_slx, sum_lx))
+    store(found, SUM_L2 + 16 * block, select(better, new_sl2, sum_l2))
+    return better
 
 
 @kernel
