@@ -8,6 +8,7 @@ with 1.
 import errno
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
