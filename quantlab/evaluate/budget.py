@@ -1,7 +1,6 @@
 """How much memory, disk and time a pass takes, worked out before it starts, and how it is cut to fit the memory allowed."""
 
 import os
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,13 +13,13 @@ from quantlab.evaluate.dense import Workers
 from quantlab.evaluate.llama import ROWS, layer_shapes
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.variants import Variant
+from quantlab.transform.plan import parse_bytes
 
 PROCESS = 400 << 20  # bytes that Python, its packages and compiled code take by themselves
 ROWS_AT_ONCE = 4096  # tokens that a layer is applied to at a time, where memory allows
 LOGITS = 6 << 20  # logits per thread and model at a time
 SHARE_OF_PEAK = 0.6  # of the speed of one large product that a whole pass reaches
 ENCODE_SPEED = 20e6  # weights per second, of the slower types
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -56,26 +55,9 @@ class Budget:
         return f"memory {self.memory / 2**30:.2f} GiB{where}; about {self.seconds / 60:.1f} minutes"
 
 
-def parse_bytes(text: str | int) -> int:
-    """Read a number of bytes such as `8GiB`, `512M` or 1000000 (units are powers of 1024).
-
-    Raises
-    ------
-    ValueError
-        If it is none.
-
-    Examples
-    --------
-    >>> parse_bytes("8GiB")
-    8589934592
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise ValueError(f"memory={text}, must be a positive number of bytes such as 8GiB.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def fit(variants: Sequence[Variant], windows: Windows, workers: Workers, memory: str | int | None, scratch: Path | None) -> Budget:
+def fit(
+    variants: Sequence[Variant], windows: Windows, workers: Workers, memory: str | int | None, scratch: Path | None
+) -> Budget:
     """Cut a pass so that it stays within `memory`.
 
     Parameters
@@ -95,7 +77,9 @@ def fit(variants: Sequence[Variant], windows: Windows, workers: Workers, memory:
     ValueError
         If the pass does not fit however it is cut; the text says how much it needs.
     """
-    allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4 if memory is None else parse_bytes(memory)
+    allowed = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4 if memory is None else parse_bytes(memory)
+    )
     hparams, n_ctx = variants[0].model.hparams, windows.tokens.shape[1]
     states = 4 * windows.tokens.size * hparams.n_embd * len(variants)
     logit_rows = max(16, min(128, LOGITS // hparams.n_vocab))
@@ -104,7 +88,11 @@ def fit(variants: Sequence[Variant], windows: Windows, workers: Workers, memory:
     def needed() -> int:
         kept = states if in_memory else 0
         layer = _layer_bytes(variants, n_ctx, min(chunks, len(windows.tokens)), in_memory, workers.n_threads)
-        return PROCESS + kept + max(layer, _output_bytes(variants, min(outputs, len(variants) - 1), logit_rows, workers.n_threads))
+        return (
+            PROCESS
+            + kept
+            + max(layer, _output_bytes(variants, min(outputs, len(variants) - 1), logit_rows, workers.n_threads))
+        )
 
     while needed() > allowed and (chunks > 1 or outputs > 1 or in_memory):
         if in_memory and states > allowed // 4:
@@ -114,11 +102,21 @@ def fit(variants: Sequence[Variant], windows: Windows, workers: Workers, memory:
         else:
             in_memory = False
     if needed() > allowed:
-        raise ValueError(f"memory={memory or allowed}, must be at least {needed() / 2**30:.2f} GiB for this model. Give more, or a smaller n_ctx.")
+        raise ValueError(
+            f"memory={memory or allowed}, must be at least {needed() / 2**30:.2f} GiB for this model. Give more, or a smaller n_ctx."
+        )
     if not in_memory and scratch is None:
         scratch = Path(tempfile.mkdtemp(prefix="quantlab-"))
     disk = 0 if in_memory else 2 * states
-    return Budget(min(chunks, len(windows.tokens)), outputs, logit_rows, scratch, needed(), disk, _seconds(variants, windows, workers))
+    return Budget(
+        min(chunks, len(windows.tokens)),
+        outputs,
+        logit_rows,
+        scratch,
+        needed(),
+        disk,
+        _seconds(variants, windows, workers),
+    )
 
 
 def _sizes(variant: Variant, index: int) -> dict[str, int]:
@@ -132,13 +130,27 @@ def _layer_bytes(variants: Sequence[Variant], n_ctx: int, chunks: int, in_memory
     hparams = base.hparams
     sizes = _sizes(variants[0], hparams.n_layer // 2)
     stored = sum(base.tensor(name).nbytes for name in sizes)
-    distinct = {(id(v.model), name, v.types[name]) for v in variants[1:] for name in sizes if v.types[name] != base.tensor(name).qtype}
+    distinct = {
+        (id(v.model), name, v.types[name])
+        for v in variants[1:]
+        for name in sizes
+        if v.types[name] != base.tensor(name).qtype
+    }
     encoded = sum(sizes[name] for _, name, _ in distinct)  # a byte per weight is more than any k-quant takes
     rows = chunks * n_ctx
-    activations = rows * (2 * hparams.n_head + 2 * hparams.n_head_kv) * hparams.head_dim + (0 if in_memory else rows * hparams.n_embd)
+    activations = rows * (2 * hparams.n_head + 2 * hparams.n_head_kv) * hparams.head_dim + (
+        0 if in_memory else rows * hparams.n_embd
+    )
     group = hparams.n_head // hparams.n_head_kv
     per_thread = ROWS * (4 * hparams.n_embd + 3 * hparams.n_ff) + 128 * group * (n_ctx + 2 * hparams.head_dim)
-    return 4 * sum(sizes.values()) + stored + encoded + 4 * max(sizes.values()) + 4 * activations + 4 * n_threads * per_thread
+    return (
+        4 * sum(sizes.values())
+        + stored
+        + encoded
+        + 4 * max(sizes.values())
+        + 4 * activations
+        + 4 * n_threads * per_thread
+    )
 
 
 def _output_bytes(variants: Sequence[Variant], outputs: int, logit_rows: int, n_threads: int) -> int:
@@ -154,8 +166,16 @@ def _seconds(variants: Sequence[Variant], windows: Windows, workers: Workers) ->
     n_output = base.hparams.n_vocab * base.hparams.n_embd
     n_layers = sum(tensor.n_weights for tensor in base if tensor.name.startswith("blk."))
     operations = 2 * len(variants) * (n_layers * windows.tokens.size + n_output * windows.targets.size)
-    encoded = {(name, q) for v in variants[1:] for name, q in v.types.items() if v.model is base and q != base.tensor(name).qtype}
-    return operations / (SHARE_OF_PEAK * peak(workers)) + sum(base.tensor(name).n_weights for name, _ in encoded) / ENCODE_SPEED
+    encoded = {
+        (name, q)
+        for v in variants[1:]
+        for name, q in v.types.items()
+        if v.model is base and q != base.tensor(name).qtype
+    }
+    return (
+        operations / (SHARE_OF_PEAK * peak(workers))
+        + sum(base.tensor(name).n_weights for name, _ in encoded) / ENCODE_SPEED
+    )
 
 
 def peak(workers: Workers, repeats: int = 3) -> float:

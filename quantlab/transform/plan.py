@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -27,6 +28,7 @@ from quantlab.transform.job import Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 
 MIB = 1024**2
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SLAB = 1 << 22  # weights that are read, quantized and written at once
 IN_FLIGHT = 6  # slabs in memory at once: some read ahead, one quantized, some behind to be written
 SAMPLE = 1 << 20  # weights of the calibration
@@ -152,7 +154,7 @@ def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
     >>> int(table.loc["Q4_K_M", "bytes"])
     4080263168
     """
-    model, hparams, shapes, source = _look_up(shape_or_file)
+    model, hparams, shapes, source = look_up(shape_or_file)
     n_weights = sum(math.prod(shape) for shape in shapes.values())
     rows = []
     for ftype in FTYPES.values():
@@ -164,11 +166,12 @@ def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
     return SizeTable(model, rules, n_weights, tuple(rows))
 
 
-def _look_up(shape_or_file: str | Path):
+def look_up(shape_or_file: str | Path):
     """Return a model's name, hyper-parameters, shapes and, where there is a file, present types."""
     name = str(shape_or_file)
     if name in bundled.shapes():
-        hparams = SimpleNamespace(**bundled.shape(name))
+        shape = bundled.shape(name)
+        hparams = SimpleNamespace(**{"head_dim": shape["n_embd"] // shape["n_head"]} | shape)
         return hparams.name, hparams, tensor_shapes(hparams), None
     opened = open_model(name)
     return opened.path.name, opened.hparams, opened.shapes, {tensor.name: tensor.qtype for tensor in opened}
@@ -387,3 +390,22 @@ def _kernel_seconds(job: Job) -> float:
             took.append(time.perf_counter() - start)
         seconds += n / SAMPLE * min(took)
     return seconds
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a number of bytes such as `8GiB`, `512M` or 1000000 (units are powers of 1024).
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+
+    Examples
+    --------
+    >>> parse_bytes("8GiB")
+    8589934592
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"memory={text}, must be a positive number of bytes such as 8GiB.")
+    return int(float(found[1]) * _UNITS[found[2].upper()])

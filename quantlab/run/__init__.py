@@ -1,0 +1,1 @@
+"""USE IT: what a model needs to run, and talking to it, with llama.cpp itself through xllamacpp."""
