@@ -1,7 +1,7 @@
-"""What ggml's CPU matrix product does to its right-hand side: round the activations to the type that the weights ask for.
+"""What ggml's CPU matrix product does to its right-hand side: round it to the type that the weights ask for.
 
-Each function replaces rows by what is left of them after rounding. Products of the rounded numbers in float32 then equal
-ggml's integer dot products up to the order of summation.
+Each function replaces rows by what is left of them after rounding. Products of the rounded numbers in float32 then
+equal ggml's integer dot products up to the order of summation.
 
 Source: `vec_dot_type` in ggml-cpu.c and `quantize_row_q8_0`, `_q8_1`, `_q8_K` of its x86 kernels, llama.cpp.
 """

@@ -1,4 +1,4 @@
-"""How much memory, disk and time a pass takes, worked out before it starts, and how it is cut to fit the memory allowed."""
+"""How much memory, disk and time a pass takes, worked out before it starts, and how it is cut to fit the memory."""
 
 import os
 import tempfile
@@ -69,8 +69,8 @@ def fit(
     memory : str, int or None
         Bytes, or a text such as `8GiB`. None allows three quarters of the machine's memory.
     scratch : Path or None
-        Where hidden states are kept so that a stopped run resumes. None keeps them in memory, or where they do not fit, in a
-        temporary folder.
+        Where hidden states are kept so that a stopped run resumes. None keeps them in memory, or where they do not fit,
+        in a temporary folder.
 
     Raises
     ------

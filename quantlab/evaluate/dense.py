@@ -1,7 +1,7 @@
 """Dense products, and the threads that they run on: the one place to replace when another engine is to do them.
 
-Work is cut into blocks of rows. Each block is done by one thread from start to end: BLAS single-threaded, compiled loops
-without the GIL. No two thread pools compete for the cores, and the result does not depend on the number of threads.
+Work is cut into blocks of rows. Each block is done by one thread from start to end: BLAS single-threaded, compiled
+loops without the GIL. No two thread pools compete for the cores, and the result does not depend on how many there are.
 """
 
 import threading
@@ -89,7 +89,7 @@ class Workers:
         return list(self._pool.map(task, items))
 
     def scratch(self, name: str, *shape: int) -> np.ndarray:
-        """Return this thread's float32 array of `shape` for `name`, uninitialized; the last one of the name is given up."""
+        """Return this thread's uninitialized float32 array of `shape` for `name`, in place of the last one."""
         size = int(np.prod(shape))
         flat = getattr(self._own, name, None)
         if flat is None or flat.size < size:

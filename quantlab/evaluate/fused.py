@@ -1,7 +1,7 @@
 """The element-wise work of the forward pass, each step fused into one loop over rows.
 
-Every function is compiled without the GIL and works on the rows it is given; `dense.Workers` runs it on several blocks of rows
-at once. Sums may be reordered here (unlike in quantlab.quants, no byte depends on them).
+Every function is compiled without the GIL and works on the rows it is given; `dense.Workers` runs it on several blocks
+of rows at once. Sums may be reordered here (unlike in quantlab.quants, no byte depends on them).
 """
 
 import numpy as np
@@ -68,7 +68,7 @@ def add(x, y):
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def rope_pairs(x, cos, sin):
-    """Rotate neighbours (0, 1), (2, 3), … of every head in place: x [rows, heads, head_dim], cos and sin [rows, n_rot / 2]."""
+    """Rotate neighbours (0, 1), (2, 3), … in place: x [rows, heads, head_dim], cos and sin [rows, n_rot / 2]."""
     for r in range(x.shape[0]):
         for h in range(x.shape[1]):
             for i in range(cos.shape[1]):
@@ -79,7 +79,7 @@ def rope_pairs(x, cos, sin):
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def rope_halves(x, cos, sin):
-    """Rotate (i, i + n_rot / 2) of every head in place: the other order of the same rotation ("neox")."""
+    """Rotate (0, n_rot / 2), (1, n_rot / 2 + 1), … in place: the same in the other order ("neox")."""
     half = cos.shape[1]
     for r in range(x.shape[0]):
         for h in range(x.shape[1]):

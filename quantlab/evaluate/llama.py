@@ -2,7 +2,8 @@
 
     x ─ norm ─ q,k,v ─ rope ─ attention ─ attn_output ─ + x ─ norm ─ gate,up ─ silu·mul ─ ffn_down ─ + x
 
-Architectures that differ only in their knobs (rotary positions, biases, q/k norms, tied embeddings, head counts) share it.
+Architectures that differ only in their knobs (rotary positions, biases, q/k norms, tied embeddings, head counts)
+share it.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,9 @@ ROWS = 512  # rows of activations that a thread takes at a time
 QUERIES = 128  # positions of one chunk that attention takes at a time
 
 _TENSORS = {"attn_norm.weight", "ffn_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight"}
-_TENSORS |= {f"{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+_TENSORS |= {
+    f"{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+}
 _TENSORS |= {f"{name}.bias" for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
 _OUTER = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
 
@@ -55,14 +58,22 @@ def check_model(model) -> None:
     hparams = model.hparams
     if hparams.arch not in ROPE or hparams.n_expert:
         arch = hparams.arch + (f" with {hparams.n_expert} experts" if hparams.n_expert else "")
-        raise ValueError(f"{model.path}: architecture={arch}, must be one of {', '.join(ROPE)} (dense). Evaluate it in llama.cpp.")
+        raise ValueError(
+            f"{model.path}: architecture={arch}, must be one of {', '.join(ROPE)} (dense). Evaluate it in llama.cpp."
+        )
     if hparams.rope_scaling and hparams.rope_scaling.type not in ("linear", "yarn"):
-        raise ValueError(f"{model.path}: rope scaling={hparams.rope_scaling.type}, must be linear or yarn. Evaluate it in llama.cpp.")
+        raise ValueError(
+            f"{model.path}: rope scaling={hparams.rope_scaling.type}, must be linear or yarn. Evaluate it in llama.cpp."
+        )
     for name in model.names:
         if name not in _OUTER and name.split(".", 2)[-1] not in _TENSORS:
             raise ValueError(f"{model.path}: {name} has no place in a {hparams.arch}. Evaluate it in llama.cpp.")
-    needed = {"attn_norm.weight", "ffn_norm.weight"} | {name for name in _TENSORS if "norm" not in name and name.endswith("weight")}
-    for name in ["token_embd.weight", "output_norm.weight"] + [f"blk.{i}.{n}" for i in range(hparams.n_layer) for n in sorted(needed)]:
+    needed = {"attn_norm.weight", "ffn_norm.weight"} | {
+        name for name in _TENSORS if "norm" not in name and name.endswith("weight")
+    }
+    for name in ["token_embd.weight", "output_norm.weight"] + [
+        f"blk.{i}.{n}" for i in range(hparams.n_layer) for n in sorted(needed)
+    ]:
         if name not in model:
             raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")
 
@@ -184,8 +195,8 @@ class Llama:
     n_ctx : int
         Tokens of a chunk.
     mode : str
-        `float`: activations stay float32. `ggml-cpu`: they are rounded before each product as ggml's CPU code does, and k
-        and v are kept in float16.
+        `float`: activations stay float32. `ggml-cpu`: they are rounded before each product as ggml's CPU code does, and
+        k and v are kept in float16.
     workers : Workers
     rope_factors : np.ndarray or None
         See `rope_angles`.
@@ -286,5 +297,7 @@ class Llama:
 def heads(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """View rows [nrows, n_heads * head_dim] as [nrows, n_heads, head_dim]."""
     return np.lib.stride_tricks.as_strided(
-        rows, (len(rows), rows.shape[1] // head_dim, head_dim), (rows.strides[0], head_dim * rows.itemsize, rows.itemsize)
+        rows,
+        (len(rows), rows.shape[1] // head_dim, head_dim),
+        (rows.strides[0], head_dim * rows.itemsize, rows.itemsize),
     )

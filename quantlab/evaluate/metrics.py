@@ -1,7 +1,7 @@
 """From scores of single tokens to the figures of a table.
 
-Source: llama-perplexity (tools/perplexity/perplexity.cpp of llama.cpp), which these definitions follow figure by figure; the
-overlaps, flips and bootstrap intervals are additions.
+Source: llama-perplexity (tools/perplexity/perplexity.cpp of llama.cpp), which these definitions follow figure by figure;
+the overlaps, flips and bootstrap intervals are additions.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 1000  # of the bootstrap
-KLD_PERCENTILES = {"p999": 0.999, "p99": 0.99, "p95": 0.95, "p90": 0.90, "p10": 0.10, "p05": 0.05, "p01": 0.01, "p001": 0.001}
+KLD_PERCENTILES = {
+    "p999": 0.999,
+    "p99": 0.99,
+    "p95": 0.95,
+    "p90": 0.90,
+    "p10": 0.10,
+    "p05": 0.05,
+    "p01": 0.01,
+    "p001": 0.001,
+}
 DP_PERCENTILES = {**KLD_PERCENTILES, "p75": 0.75, "p25": 0.25}
 
 
@@ -83,7 +92,13 @@ def perplexity_row(scores: TokenScores) -> dict[str, float]:
 
 def comparison_row(scores: TokenScores, base: TokenScores) -> dict[str, float]:
     """All figures of a variant beside its base; fractions and nats."""
-    return perplexity_row(scores) | _ratio(scores, base) | _divergence(scores) | _probabilities(scores, base) | _agreement(scores, base)
+    return (
+        perplexity_row(scores)
+        | _ratio(scores, base)
+        | _divergence(scores)
+        | _probabilities(scores, base)
+        | _agreement(scores, base)
+    )
 
 
 def _ratio(scores: TokenScores, base: TokenScores) -> dict[str, float]:

@@ -101,7 +101,10 @@ class Comparison(_Result):
         """
         require_same([self.protocol, other.protocol])
         if self.rows[0] != other.rows[0]:
-            raise ValueError(f"base={self.rows[0]['variant']} and base={other.rows[0]['variant']}, must be the same. Compare with one base.")
+            raise ValueError(
+                f"base={self.rows[0]['variant']} and base={other.rows[0]['variant']}, must be the same. "
+                "Compare with one base."
+            )
         base = other.rows[0]["variant"]
         running = tuple(row for row in other.running_rows if row["variant"] != base)
         return Comparison(self.protocol, self.rows + other.rows[1:], self.running_rows + running)
@@ -145,7 +148,7 @@ def perplexity(
     protocol : str
         `llama.cpp`: the second half of each window is scored. `full`: every token but the first of each window.
     mode : str
-        `float`: activations in float32. `ggml-cpu`: rounded as ggml's CPU products do, for llama-perplexity's own numbers.
+        `float`: activations in float32. `ggml-cpu`: rounded as ggml's CPU products do, for llama-perplexity's numbers.
     memory : str or int, optional
         Memory to stay within, such as `8GiB`; default: three quarters of the machine's.
     scratch : str or Path, optional
@@ -168,7 +171,9 @@ def perplexity(
     opened = _open(model)
     variants = [as_is(opened, _name(model, opened))]
     record, scores, _ = _measure(variants, text, n_ctx, chunks, protocol, mode, "none", memory, scratch, progress)
-    row = {"variant": variants[0].name, "bytes": variants[0].nbytes, "bpw": variants[0].bpw} | metrics.perplexity_row(scores[0])
+    row = {"variant": variants[0].name, "bytes": variants[0].nbytes, "bpw": variants[0].bpw} | metrics.perplexity_row(
+        scores[0]
+    )
     running = ({"variant": variants[0].name} | row for row in metrics.running(scores[0], scores[0]))
     kept = ("variant", "chunk", "ppl", "ppl_se")
     return Perplexity(record, (row,), tuple({key: row[key] for key in kept} for row in running))
@@ -196,8 +201,8 @@ def compare(
     base : str, Path or Model
         As for `perplexity`.
     variants : sequence of str, Path or Recipe
-        GGUF files, ftypes (`Q4_K_M`), recipes; a string may give a name: `NAME=SPEC`. Ftypes and recipes are quantized in
-        memory, layer by layer, to the bytes that `quantize` would write.
+        GGUF files, ftypes (`Q4_K_M`), recipes; a string may give a name: `NAME=SPEC`. Ftypes and recipes are quantized
+        in memory, layer by layer, to the bytes that `quantize` would write.
     imatrix : str, Path or ImportanceMatrix, optional
         Importance matrix for ftypes and recipes.
     rules : str
@@ -223,7 +228,10 @@ def compare(
     record, scores, found = _measure(found, text, n_ctx, chunks, protocol, mode, rules, memory, scratch, progress)
     rows, running = [], []
     for variant, score in zip(found, scores, strict=True):
-        rows.append({"variant": variant.name, "bytes": variant.nbytes, "bpw": variant.bpw} | metrics.comparison_row(score, scores[0]))
+        rows.append(
+            {"variant": variant.name, "bytes": variant.nbytes, "bpw": variant.bpw}
+            | metrics.comparison_row(score, scores[0])
+        )
         running += [{"variant": variant.name} | row for row in metrics.running(score, scores[0])]
     return Comparison(record, tuple(rows), tuple(running))
 
@@ -244,7 +252,9 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
     base = variants[0].model
     for variant in variants:
         check_model(variant.model)
-    windows, record = cut(read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules)
+    windows, record = cut(
+        read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules
+    )
     scratch = None if scratch is None else Path(scratch)
     key = _key(variants, windows, record)
     with Workers() as workers:

@@ -12,8 +12,8 @@ from quantlab.files.vocab import Vocab
 
 # name -> what it scores
 PROTOCOLS = {
-    "llama.cpp": "the second half of each window, first token replaced by BOS where the vocabulary wants one",
-    "full": "every token but the first of each window, BOS once at the start of the text where the vocabulary wants one",
+    "llama.cpp": "the second half of each window; BOS, where the vocabulary wants it, replaces each window's first token",
+    "full": "every token but the first of each window; BOS, where the vocabulary wants it, starts the text",
 }
 
 
@@ -77,7 +77,9 @@ class Windows:
         return slice(self.first, self.first + self.targets.shape[1])
 
 
-def cut(text: Text, vocab: Vocab, *, n_ctx: int, chunks: int | None, name: str, mode: str, rules: str) -> tuple[Windows, Protocol]:
+def cut(
+    text: Text, vocab: Vocab, *, n_ctx: int, chunks: int | None, name: str, mode: str, rules: str
+) -> tuple[Windows, Protocol]:
     """Cut a text into windows by a named protocol.
 
     Parameters
@@ -100,8 +102,8 @@ def cut(text: Text, vocab: Vocab, *, n_ctx: int, chunks: int | None, name: str, 
     Raises
     ------
     ValueError
-        If the protocol is not known, `n_ctx` or `chunks` is out of range, the vocabulary ends texts with a token of its own, or the
-        text is shorter than two windows.
+        If the protocol is not known, `n_ctx` or `chunks` is out of range, the vocabulary ends texts with a token of its
+        own, or the text is shorter than two windows.
 
     Source: llama-perplexity of llama.cpp (`llama.cpp`); the evaluation of GPTQ and its successors (`full`).
     """
@@ -112,10 +114,15 @@ def cut(text: Text, vocab: Vocab, *, n_ctx: int, chunks: int | None, name: str, 
     if chunks is not None and chunks < 1:
         raise ValueError(f"chunks={chunks}, must be at least 1. Leave it out to evaluate the whole text.")
     if vocab.add_eos:
-        raise ValueError(f"{text.name}: the vocabulary ends every text with EOS, which has no place in the middle of one.")
+        raise ValueError(
+            f"{text.name}: the vocabulary ends every text with EOS, which has no place in the middle of one."
+        )
     tokens = vocab.encode(text.text)
     if len(tokens) < 2 * n_ctx:
-        raise ValueError(f"{text.name}: n_tokens={len(tokens)}, must be at least 2 * n_ctx = {2 * n_ctx}. Give a longer text or a smaller n_ctx.")
+        raise ValueError(
+            f"{text.name}: n_tokens={len(tokens)}, must be at least 2 * n_ctx = {2 * n_ctx}. "
+            "Give a longer text or a smaller n_ctx."
+        )
     n_chunks = min(len(tokens) // n_ctx, chunks or len(tokens))
     original = tokens[: n_chunks * n_ctx].reshape(n_chunks, n_ctx)
     evaluated, bos, first = original.copy(), "first of the text" if vocab.add_bos else "none", 0
@@ -153,4 +160,6 @@ def require_same(protocols: list[Protocol]) -> None:
     for other in others:
         for field, value in first.items():
             if other[field] != value:
-                raise ValueError(f"protocol: {field}={value} and {field}={other[field]}, must be the same. Measure both alike.")
+                raise ValueError(
+                    f"protocol: {field}={value} and {field}={other[field]}, must be the same. Measure both alike."
+                )

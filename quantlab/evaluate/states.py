@@ -11,9 +11,9 @@ import numpy as np
 class HiddenStates:
     """One array [n_chunks, n_ctx, n_embd] of float32 per variant, read and written chunk by chunk.
 
-    Without a folder the arrays are in memory and `write` replaces what `read` gave. With one they are in two files: a layer
-    reads from one and writes to the other, and `advance` makes the written one current, so that a process that is
-    killed within a layer finds the layer's input whole.
+    Without a folder the arrays are in memory and `write` replaces what `read` gave. With one they are in two files: a
+    layer reads from one and writes to the other, and `advance` makes the written one current, so that a process that
+    is killed within a layer finds the layer's input whole.
 
     Parameters
     ----------
@@ -29,7 +29,9 @@ class HiddenStates:
         If the folder holds the states of another run.
     """
 
-    def __init__(self, n_variants: int, n_chunks: int, n_ctx: int, n_embd: int, folder: Path | None = None, key: str = ""):
+    def __init__(
+        self, n_variants: int, n_chunks: int, n_ctx: int, n_embd: int, folder: Path | None = None, key: str = ""
+    ):
         self.shape = (n_variants, n_chunks, n_ctx, n_embd)
         self.layer, self._files = -1, []  # -1: not even the embeddings are there
         self._folder, self._key, self._array = folder, key, None
@@ -40,7 +42,9 @@ class HiddenStates:
         if self._progress.exists():
             found = json.loads(self._progress.read_text())
             if found["key"] != key:
-                raise ValueError(f"{folder}: holds the states of another run. Give another scratch folder, or delete it.")
+                raise ValueError(
+                    f"{folder}: holds the states of another run. Give another scratch folder, or delete it."
+                )
             self.layer = found["layer"]
         flags = os.O_RDWR | os.O_CREAT
         self._files = [os.open(folder / f"states-{parity}.f32", flags, 0o600) for parity in (0, 1)]
@@ -55,7 +59,7 @@ class HiddenStates:
         return 4 * (variant * n_chunks + chunks.start) * n_ctx * n_embd, (chunks.stop - chunks.start, n_ctx, n_embd)
 
     def read(self, variant: int, chunks: slice) -> np.ndarray:
-        """Return [chunks, n_ctx, n_embd] after the current layer: a view where the states are in memory, else a copy."""
+        """Return [chunks, n_ctx, n_embd] after the current layer: a view of what is in memory, else a copy."""
         if self._array is not None:
             return self._array[variant, chunks]
         offset, shape = self._place(variant, chunks)
@@ -64,7 +68,9 @@ class HiddenStates:
         while read < x.nbytes:
             count = os.preadv(self._files[self.layer % 2], [memoryview(x).cast("B")[read:]], offset + read)
             if count == 0:
-                raise OSError(f"{self._folder}: the file of hidden states is too short. Delete the folder and start again.")
+                raise OSError(
+                    f"{self._folder}: the file of hidden states is too short. Delete the folder and start again."
+                )
             read += count
         return x
 

@@ -1,10 +1,9 @@
 """One pass over the base model that evaluates all variants: layer after layer, each layer's weights read once.
 
-    embeddings → layer 0: every variant, every chunk → … → last layer → logits of the scored positions → token scores
+embeddings → layer 0: every variant, every chunk → … → last layer → logits of the scored positions → token scores
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -36,7 +35,16 @@ class Sweep:
         Counts tokens of all variants.
     """
 
-    def __init__(self, variants: Sequence[Variant], windows: Windows, mode: str, budget: Budget, workers: Workers, key: str, bar: tqdm):
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        windows: Windows,
+        mode: str,
+        budget: Budget,
+        workers: Workers,
+        key: str,
+        bar: tqdm,
+    ):
         base = variants[0].model
         self.variants, self.windows, self.budget, self.workers, self.bar = variants, windows, budget, workers, bar
         self.base, self.hparams = base, base.hparams
@@ -44,7 +52,9 @@ class Sweep:
         factors = base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in base else None
         self.llama = Llama(base.hparams, windows.tokens.shape[1], mode, workers, factors)
         self.states = HiddenStates(len(variants), *windows.tokens.shape, base.hparams.n_embd, budget.scratch, key)
-        self._share = windows.tokens.size / (self.hparams.n_layer + 1)  # of the bar that one layer of one variant is worth
+        self._share = windows.tokens.size / (
+            self.hparams.n_layer + 1
+        )  # of the bar that one layer of one variant is worth
 
     def run(self) -> list[TokenScores]:
         """Do the whole pass, from where the hidden states on disk leave off."""
@@ -78,7 +88,9 @@ class Sweep:
         n_ctx = self.windows.tokens.shape[1]
         qkv = np.empty((self.budget.chunks_at_once * n_ctx, self.llama.qkv_width), np.float32)
         for i, variant in enumerate(self.variants):
-            layer = load_layer(variant.model, index, lambda name, out, v=variant: self.weights.fill(v, name, out), memory)
+            layer = load_layer(
+                variant.model, index, lambda name, out, v=variant: self.weights.fill(v, name, out), memory
+            )
             for chunks in self._batches():
                 x = self.states.read(i, chunks)
                 rows = x.reshape(-1, self.hparams.n_embd)
@@ -96,7 +108,11 @@ class Sweep:
             members = [0] * (group.start == 0) + list(range(1, len(self.variants)))[group]
             outputs = {i: self._output(i) if i else base for i in members}
             scored = range(self.windows.scored.start, self.windows.scored.stop)
-            pieces = [(chunk, rows) for chunk in range(len(self.windows.tokens)) for rows in blocks(len(scored), self.budget.logit_rows)]
+            pieces = [
+                (chunk, rows)
+                for chunk in range(len(self.windows.tokens))
+                for rows in blocks(len(scored), self.budget.logit_rows)
+            ]
             self.workers.map(lambda piece, o=outputs: self._score_piece(base, o, scores, *piece), pieces)
             self.bar.update(self._share * len(members))
             del outputs

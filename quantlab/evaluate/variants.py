@@ -180,7 +180,7 @@ class Weights:
         return self._stored[name]
 
     def _encode(self, variant: Variant, name: str, space: np.ndarray) -> np.ndarray:
-        """Bytes of a base tensor in the variant's type; `space` is float32 of its shape, for whatever is needed between."""
+        """Bytes of a base tensor in the variant's type; `space` is float32 of its shape, to work in."""
         key = self._key(variant, name)
         if key in self._encoded:
             return self._encoded[key]

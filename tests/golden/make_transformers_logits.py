@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llama_models import NAMES, SEEN, TOKENS, write_model  # noqa: E402 - found by the line above
+from llama_models import NAMES, SEEN, TOKENS, write_model
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
