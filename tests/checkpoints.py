@@ -4,6 +4,7 @@ Written without torch and without the libraries that read them in earnest. `pyth
 them all, so that another converter can be run on them.
 """
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+import quantlab
 
 GOLDEN = Path(__file__).parent / "golden"
 N_EMBD, N_FF, N_LAYER, N_HEAD, N_HEAD_KV, N_VOCAB = 64, 96, 2, 4, 2, 640
@@ -267,6 +270,19 @@ def meta_tensors(name: str) -> dict[str, np.ndarray]:
             value = value[:600]
         out[meta_key] = value
     return out
+
+
+def content_digest(path: Path) -> str:
+    """Return the SHA-256 of a GGUF file's tensors, by name, and of its tokens, scores and token types."""
+    model = quantlab.open(path)
+    sha = hashlib.sha256()
+    for name in sorted(model.names):
+        tensor = model.tensor(name)
+        sha.update(f"{name} {tensor.shape} {tensor.qtype}".encode() + tensor.load().tobytes())
+    sha.update("\n".join(model.metadata["tokenizer.ggml.tokens"]).encode())
+    sha.update(model.metadata["tokenizer.ggml.scores"].tobytes())
+    sha.update(model.metadata["tokenizer.ggml.token_type"].tobytes())
+    return sha.hexdigest()
 
 
 def write_tokenizer(folder: Path, kind: str) -> None:

@@ -35,7 +35,7 @@ _ALWAYS_CONTROL = frozenset(
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Vocab:
     """A vocabulary and its rules.
 
@@ -131,6 +131,9 @@ class Vocab:
     def n_vocab(self) -> int:
         """Number of tokens."""
         return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"Vocab({self.kind}: {self.n_vocab} tokens, add_bos={self.add_bos}, add_eos={self.add_eos})"
 
     @cached_property
     def digest(self) -> str:
