@@ -1,10 +1,11 @@
 """How large llama.cpp's compute buffer becomes: its graph of one batch, laid out as its allocator does.
 
-llama.cpp reserves one buffer for all intermediate results of a batch of `n_ubatch` tokens. A result's bytes are given to
-another one as soon as nothing reads it any more, and element-wise operations write over their input. So the buffer is
-neither the sum of the results nor the largest of them; here the graph is written down and walked through.
+llama.cpp reserves one buffer for all intermediate results of a batch of `n_ubatch` tokens. The bytes of a result that
+nothing reads any more are given to another one, and additions write over their input. So the buffer is neither the sum
+of the results nor the largest of them; here the graph is written down and walked through.
 
-Source: llama.cpp, `ggml/src/ggml-alloc.c` (the allocator), `src/models/llama.cpp` and `src/llama-graph.cpp` (the graph).
+Source: llama.cpp, `ggml/src/ggml-alloc.c` (the allocator), `src/models/llama.cpp` and `src/llama-graph.cpp` (the
+graph), and what `GGML_SCHED_DEBUG=2` prints of it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 F32, F16, I32, I64 = 4, 2, 4, 8  # bytes
+CELLS = 256  # the KV cache has a multiple of so many
 
 
 @dataclass(frozen=True)
 class Node:
-    """One result of the graph: its bytes, the results that it reads, and whether it may write over the first of them."""
+    """One result of the graph: its bytes, the results that it reads, and whether it takes the place of the first."""
 
     name: str
     n_bytes: int
@@ -68,7 +70,7 @@ def compute_bytes(
     hparams : Hparams
         Needs ``n_vocab n_embd n_ff n_layer n_head n_head_kv head_dim``.
     n_ctx : int
-        Cells of the KV cache.
+        Tokens of context, as asked for.
     n_ubatch : int
         Most tokens that go through the model at once.
     n_outputs : int
@@ -90,20 +92,25 @@ def compute_bytes(
     >>> round(compute_bytes(smollm2, n_ctx=2048) / 1024**2, 2)
     16.64
     """
-    n_tokens = min(n_ctx, n_ubatch)
+    n_tokens, n_cells = min(n_ctx, n_ubatch), cells(n_ctx)
     rotated = kv_quantized and hparams.head_dim % 64 == 0
-    inputs = _inputs(hparams, n_tokens, n_ctx, flash_attn)
-    return _peak(inputs + _nodes(hparams, n_tokens, n_ctx, n_outputs, flash_attn, rotated))
+    inputs = _inputs(hparams, n_tokens, n_cells, flash_attn)
+    return _peak(inputs + _nodes(hparams, n_tokens, n_cells, n_outputs, flash_attn, rotated))
 
 
 def input_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool = True) -> int:
     """Compute what of the compute buffer is on the CPU when every layer is on the GPU: inputs and embedded tokens."""
     n_tokens = min(n_ctx, n_ubatch)
-    inputs = _inputs(hparams, n_tokens, n_ctx, flash_attn)
+    inputs = _inputs(hparams, n_tokens, cells(n_ctx), flash_attn)
     return sum(node.n_bytes for node in inputs) + n_tokens * hparams.n_embd * F32
 
 
-def _inputs(hparams, n_tokens: int, n_ctx: int, flash_attn: bool) -> list[Node]:
+def cells(n_ctx: int) -> int:
+    """Round a context up to the cells that its KV cache has."""
+    return -(-n_ctx // CELLS) * CELLS
+
+
+def _inputs(hparams, n_tokens: int, n_cells: int, flash_attn: bool) -> list[Node]:
     """What is set from outside before a batch runs; it is never written over."""
     n_embd_kv = hparams.head_dim * hparams.n_head_kv
     return [
@@ -115,11 +122,11 @@ def _inputs(hparams, n_tokens: int, n_ctx: int, flash_attn: bool) -> list[Node]:
         Node("k_idxs", n_tokens * I64),
         Node("v_idxs", n_tokens * I64 * (1 if flash_attn else n_embd_kv)),  # without flash attention V lies transposed
         Node("embd", n_tokens * hparams.n_embd * F32),  # for embeddings given in place of tokens, as images are
-        Node("mask", n_tokens * n_ctx * (F16 if flash_attn else F32)),
+        Node("mask", n_tokens * n_cells * (F16 if flash_attn else F32)),
     ]
 
 
-def _nodes(hparams, n_tokens: int, n_ctx: int, n_outputs: int, flash_attn: bool, rotated: bool) -> list[Node]:
+def _nodes(hparams, n_tokens: int, n_cells: int, n_outputs: int, flash_attn: bool, rotated: bool) -> list[Node]:
     """All results of one batch, in the order of their computation."""
     row = n_tokens * F32
     nodes = [
@@ -128,10 +135,11 @@ def _nodes(hparams, n_tokens: int, n_ctx: int, n_outputs: int, flash_attn: bool,
         Node("mixed", row * hparams.n_embd, ("mixed_embd",)),  # nothing reads it, so it keeps its place to the end
         Node("mixed_set", 0, ("mixed_rows",)),
     ]
-    for i in range(hparams.n_layer):
+    n_layer = min(hparams.n_layer, 4)  # from the third layer on every one lies where the one before it lay
+    for i in range(n_layer):
         source = f"{i - 1}.out" if i else "inp"
-        nodes += _attention(hparams, f"{i}.", source, row, n_ctx, flash_attn, rotated)
-        if i == hparams.n_layer - 1:  # from here on only the rows whose logits are wanted
+        nodes += _attention(hparams, f"{i}.", source, row, n_cells, flash_attn, rotated)
+        if i == n_layer - 1:  # from here on only the rows whose logits are wanted
             row = min(n_outputs, n_tokens) * F32
             nodes.append(Node("out_rows", row * hparams.n_embd, (nodes[-1].name,)))
             nodes.append(Node("inp_rows", row * hparams.n_embd, (source,)))
@@ -143,7 +151,7 @@ def _nodes(hparams, n_tokens: int, n_ctx: int, n_outputs: int, flash_attn: bool,
     return [*nodes, Node("logits", row * hparams.n_vocab, ("result_norm",))]
 
 
-def _attention(hparams, layer: str, source: str, row: int, n_ctx: int, flash_attn: bool, rotated: bool) -> list[Node]:
+def _attention(hparams, layer: str, source: str, row: int, n_cells: int, flash_attn: bool, rotated: bool) -> list[Node]:
     """From a layer's input to the output of its attention; K and V end in the cache."""
     q, kv = row * hparams.head_dim * hparams.n_head, row * hparams.head_dim * hparams.n_head_kv
     ends: dict[str, str] = {}
@@ -157,7 +165,7 @@ def _attention(hparams, layer: str, source: str, row: int, n_ctx: int, flash_att
         ends[part] = read
     nodes += [Node(f"{layer}{part}_cached", 0, (ends[part],)) for part in "kv"]
     if not flash_attn:  # softmax writes over the scores
-        nodes.append(Node(f"{layer}scores", row * n_ctx * hparams.n_head, (ends["q"],)))
+        nodes.append(Node(f"{layer}scores", row * n_cells * hparams.n_head, (ends["q"],)))
         nodes.append(Node(f"{layer}heads", q, (f"{layer}scores",)))
     nodes.append(Node(f"{layer}attention", q, (ends["q"] if flash_attn else f"{layer}heads",)))
     if rotated:
