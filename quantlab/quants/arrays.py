@@ -1,16 +1,13 @@
-"""Quantize and dequantize NumPy arrays, measure what was lost, list the types.
+"""Quantize and dequantize NumPy arrays, and list the types.
 
 An array is seen as rows, `(nrows, n_per_row)`; each row is a sequence of blocks, and a block of a type always takes
 the same number of bytes. Work goes through the kernels piece by piece, a few MiB each, so that an array of any size
 costs no more memory than its input and its output.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib import import_module
-from math import log10, prod
-from typing import NamedTuple
+from math import prod
 
 import ml_dtypes
 import numpy as np
@@ -18,14 +15,15 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 # type -> module of this package that has its encode_<type> and decode_<type>
 _KERNELS = {
-    **dict.fromkeys(("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1"), "legacy"),
+    **dict.fromkeys(("F16", "BF16"), "floats"),
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1"), "legacy"),
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"), "kquants"),
 }
 # the types whose encoder minimizes an error that an importance matrix can weight
-_WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-_PIECE = 1 << 20  # weights that go through a kernel at once: 4 MiB of float32, which stay in the cache
+PIECE = 1 << 20  # weights that go through a kernel at once: 4 MiB of float32, which stay in the cache
 
 
 # ---- the table of types
@@ -118,7 +116,7 @@ def types():
             "bytes": block_bytes(qtype),
             "can_encode": qtype == "F32" or qtype in _KERNELS,
             "can_decode": _can_decode(qtype),
-            "uses_imatrix": qtype in _WEIGHTED,
+            "uses_imatrix": qtype in WEIGHTED,
         }
         for qtype, number in GGMLQuantizationType.__members__.items()
     ]
@@ -145,15 +143,15 @@ def _as_rows(x: np.ndarray, n_per_row: int) -> Iterator[np.ndarray]:
 
 
 def _pieces(nrows: int, n_per_row: int, block: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
-    """Row and column ranges of at most `_PIECE` weights; columns are cut at blocks, and only in longer rows."""
-    columns = n_per_row if whole_rows or n_per_row <= _PIECE else _PIECE // block * block
-    rows = max(1, _PIECE // max(1, columns))
+    """Row and column ranges of at most `PIECE` weights; columns are cut at blocks, and only in longer rows."""
+    columns = n_per_row if whole_rows or n_per_row <= PIECE else PIECE // block * block
+    rows = max(1, PIECE // max(1, columns))
     for r in range(0, nrows, rows):
         for c in range(0, n_per_row, columns):
             yield slice(r, min(r + rows, nrows)), slice(c, min(c + columns, n_per_row))
 
 
-def _check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: str) -> None:
+def check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: str) -> None:
     """Raise ValueError unless dtype, shape, type and importance matrix go together."""
     row_bytes(qtype, 0)
     if qtype != "F32" and qtype not in _KERNELS:
@@ -182,7 +180,7 @@ def _check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: st
 
 def _check_finite(piece: np.ndarray, name: str, row: int, column: int) -> None:
     """Raise ValueError naming the first NaN or infinity of a float32 piece that begins at `row`, `column`."""
-    from quantlab.quants.legacy import all_finite
+    from quantlab.quants.floats import all_finite
 
     if not all_finite(piece.view(np.uint32)):
         r, c = np.argwhere(~np.isfinite(piece))[0]
@@ -192,7 +190,7 @@ def _check_finite(piece: np.ndarray, name: str, row: int, column: int) -> None:
         )
 
 
-def _float_pieces(x, block: int, whole_rows: bool, name: str) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def float_pieces(x, block: int, whole_rows: bool, name: str) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Row range, column range and contiguous float32 values of each piece of `x`, checked to be finite."""
     start = 0
     for rows_of_x in _as_rows(x, x.shape[-1]):
@@ -210,8 +208,8 @@ def _output(out: np.ndarray | None, shape: tuple, dtype: type) -> np.ndarray:
         return np.empty(shape, dtype)
     if out.dtype != dtype or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
         raise ValueError(
-            f"out: {out.dtype} of shape {out.shape}, must be a writeable C-contiguous {np.dtype(dtype)} of shape {shape}. "
-            "Leave it out to get a new array."
+            f"out: {out.dtype} of shape {out.shape}, must be a writeable C-contiguous {np.dtype(dtype)} of shape "
+            f"{shape}. Leave it out to get a new array."
         )
     return out
 
@@ -256,15 +254,15 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.nd
     """
     x = np.asarray(x)
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
-    _check_input(x, qtype, imatrix, name)
+    check_input(x, qtype, imatrix, name)
     block, bytes_ = _sizes(qtype)
     result = _output(out, (*x.shape[:-1], row_bytes(qtype, x.shape[-1])), np.uint8)
-    weighted = imatrix is not None and qtype in _WEIGHTED
+    weighted = imatrix is not None and qtype in WEIGHTED
     if out is not None:
-        for _ in _float_pieces(x, block, weighted, name):
+        for _ in float_pieces(x, block, weighted, name):
             pass  # only checks: `out` stays as it is unless everything is finite
     data = result.reshape(prod(x.shape[:-1]), result.shape[-1])
-    for rows, columns, piece in _float_pieces(x, block, weighted, name):
+    for rows, columns, piece in float_pieces(x, block, weighted, name):
         target = data[rows, columns.start // block * bytes_ : columns.stop // block * bytes_]
         if qtype == "F32":
             target[:] = piece.view(np.uint8)
@@ -369,200 +367,14 @@ def roundtrip(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.n
     """
     x = np.asarray(x)
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
-    _check_input(x, qtype, imatrix, name)
+    check_input(x, qtype, imatrix, name)
     result = _output(out, x.shape, np.float32)
     block = block_size(qtype)
     if out is not None:
-        for _ in _float_pieces(x, block, True, name):
+        for _ in float_pieces(x, block, True, name):
             pass
     values = result.reshape(prod(x.shape[:-1]), x.shape[-1])
-    for rows, columns, piece in _float_pieces(x, block, imatrix is not None, name):
+    for rows, columns, piece in float_pieces(x, block, imatrix is not None, name):
         weights = None if imatrix is None else imatrix[columns]
         _decode(quantize(piece, qtype, weights, name=name), qtype, values[rows, columns])
     return result
-
-
-# ---- what was lost
-
-
-class _Bits(NamedTuple):
-    """Where a type keeps `width` bits of every code: bytes start..stop of the block, in runs of `run` bytes; the
-    lowest bits of a run's bytes belong to `run` neighbouring weights, the next bits to the next `run` weights."""
-
-    start: int
-    stop: int
-    run: int
-    width: int
-
-    def take(self, blocks: np.ndarray) -> np.ndarray:
-        """These bits of every weight, in the weights' order: uint8 (n_blocks, weights)."""
-        runs = blocks[:, self.start : self.stop].reshape(len(blocks), -1, 1, self.run)
-        shifts = np.arange(0, 8, self.width, dtype=np.uint8)[:, None]
-        return (runs >> shifts & np.uint8((1 << self.width) - 1)).reshape(len(blocks), -1)
-
-
-# type -> the places of its codes' bits, lowest bits first
-_CODES = {
-    "Q4_0": (_Bits(2, 18, 16, 4),),
-    "Q4_1": (_Bits(4, 20, 16, 4),),
-    "Q5_0": (_Bits(6, 22, 16, 4), _Bits(2, 6, 1, 1)),
-    "Q5_1": (_Bits(8, 24, 16, 4), _Bits(4, 8, 1, 1)),
-    "Q8_0": (_Bits(2, 34, 32, 8),),
-    "Q2_K": (_Bits(16, 80, 32, 2),),
-    "Q3_K": (_Bits(32, 96, 32, 2), _Bits(0, 32, 32, 1)),
-    "Q4_K": (_Bits(16, 144, 32, 4),),
-    "Q5_K": (_Bits(48, 176, 32, 4), _Bits(16, 48, 32, 1)),
-    "Q6_K": (_Bits(0, 128, 64, 4), _Bits(128, 192, 32, 2)),
-}
-
-
-def code_histogram(data, qtype: str) -> np.ndarray:
-    """Count how often each code is used: a type that leaves levels empty wastes bits.
-
-    Parameters
-    ----------
-    data : np.ndarray [dtype=uint8]
-        Encoded blocks, in any shape with whole blocks.
-    qtype : str
-        Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K or Q6_K.
-
-    Returns
-    -------
-    np.ndarray [shape=(2**bits,), dtype=int64]
-        Counts in the order of the codes' values (Q8_0: from -128 to 127).
-
-    Raises
-    ------
-    ValueError
-        If `qtype` has no codes of one width, or `data` is not whole blocks of uint8.
-
-    Examples
-    --------
-    >>> code_histogram(quantize(np.full(256, -1, np.float32), "Q2_K"), "Q2_K").sum()
-    np.int64(256)
-    """
-    if qtype not in _CODES:
-        raise ValueError(f"qtype={qtype!r}, has no table of codes. Choose one of {', '.join(_CODES)}.")
-    data = np.ascontiguousarray(data)
-    if data.dtype != np.uint8 or data.size % block_bytes(qtype):
-        raise ValueError(
-            f"data: {data.size} of {data.dtype}, must be whole {qtype} blocks of {block_bytes(qtype)} uint8. "
-            "Check the type of the tensor."
-        )
-    places = _CODES[qtype]
-    counts = np.zeros(1 << sum(place.width for place in places), np.int64)
-    blocks = data.reshape(-1, block_bytes(qtype))
-    step = _PIECE // block_size(qtype)
-    for start in range(0, len(blocks), step):
-        codes, shift = 0, 0
-        for place in places:
-            codes = codes | place.take(blocks[start : start + step]) << shift
-            shift += place.width
-        counts += np.bincount(codes.ravel(), minlength=len(counts))
-    return np.roll(counts, 128) if qtype == "Q8_0" else counts
-
-
-@dataclass(frozen=True)
-class Errors:
-    """What one encoding lost on one array.
-
-    Attributes
-    ----------
-    qtype : str
-        ggml type.
-    imatrix : bool
-        Whether an importance matrix weighted the encoding.
-    n_weights : int
-        Number of weights.
-    bpw : float
-        Bits per weight.
-    rmse, max_abs : float
-        Root mean square and largest absolute difference, in the weights' unit.
-    relative : float
-        rmse divided by the weights' root mean square; 0 for an array of zeros.
-    snr_db : float
-        Signal to noise ratio, -20 log10(relative), in dB; infinite where nothing was lost.
-    codes : np.ndarray [dtype=int64]
-        `code_histogram` of the encoded array; empty for types without one.
-    """
-
-    qtype: str
-    imatrix: bool
-    n_weights: int
-    bpw: float
-    rmse: float
-    max_abs: float
-    relative: float
-    snr_db: float
-    codes: np.ndarray = field(compare=False, repr=False)
-
-    def _row(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "codes"}
-
-    def to_frame(self):
-        """Return one row with a column per measure, without the histogram."""
-        import pandas as pd
-
-        return pd.DataFrame([self._row()])
-
-    def to_json(self) -> str:
-        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}`; an infinite `snr_db` becomes null."""
-        row = self._row() | {"codes": self.codes.tolist()}
-        if not np.isfinite(row["snr_db"]):
-            row["snr_db"] = None
-        return json.dumps({"schema": 1, "protocol": {"measure": "dequantize(quantize(x)) - x"}, "rows": [row]})
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
-
-
-def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
-    """Measure what quantizing an array loses.
-
-    Parameters
-    ----------
-    x, qtype, imatrix, name
-        As for `quantize`.
-
-    Returns
-    -------
-    Errors
-        rmse, largest difference, relative error, signal to noise ratio in dB and code histogram.
-
-    Raises
-    ------
-    ValueError
-        As `quantize`, and if `x` is empty.
-
-    Examples
-    --------
-    >>> errors(np.zeros(256, np.float32), "Q4_K").rmse
-    0.0
-    """
-    x = np.asarray(x)
-    imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
-    _check_input(x, qtype, imatrix, name)
-    if x.size == 0:
-        raise ValueError(f"{name}: shape={x.shape}, must not be empty. There is nothing to measure.")
-    noise = signal = largest = 0.0
-    codes = np.zeros(0, np.int64)
-    for _, columns, piece in _float_pieces(x, block_size(qtype), imatrix is not None, name):
-        data = quantize(piece, qtype, None if imatrix is None else imatrix[columns], name=name)
-        difference = np.abs(dequantize(data, qtype, piece.shape) - piece)
-        noise += float(np.square(difference, dtype=np.float64).sum())
-        signal += float(np.square(piece, dtype=np.float64).sum())
-        largest = max(largest, float(difference.max()))
-        if qtype in _CODES:
-            codes = code_histogram(data, qtype) + (codes if codes.size else 0)
-    relative = (noise / signal) ** 0.5 if signal else 0.0
-    return Errors(
-        qtype=qtype,
-        imatrix=imatrix is not None and qtype in _WEIGHTED,
-        n_weights=x.size,
-        bpw=8 * block_bytes(qtype) / block_size(qtype),
-        rmse=(noise / x.size) ** 0.5,
-        max_abs=largest,
-        relative=relative,
-        snr_db=-20 * log10(relative) if relative else float("inf"),
-        codes=codes,
-    )

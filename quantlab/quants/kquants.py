@@ -373,8 +373,8 @@ def _span_q3_k(x, importance, out, start, n):
         else:
             _weigh(ws, importance, first, n, TWO, 16)
             for j in range(16):
-                store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 4))
-            scale = make_qx_quants(ws.scale, 0, ws.sum_w, ws.found, ws.ls, 32)
+                store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 16, 4))
+            scale = make_qx_quants(ws.scale, 0, ws.sum_w, ws.found, ws.ls, 16, 32)
         _pack_scales_q3_k(ws, scale)
         _pack_q3_k(x, ws, first, n, out)
 
@@ -699,7 +699,7 @@ def _span_q6_k(x, importance, out, start, n):
         else:
             _read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
         for j in range(16):
-            store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 32))
+            store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 16, 32))
         _quantize_scales_q6_k(ws)
         _pack_q6_k(x, ws, first, n, out)
 

@@ -1,4 +1,4 @@
-"""Blocks of 32 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, Q8_1 for activations, and the 16-bit floats.
+"""Blocks of 32 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, and Q8_1 for activations.
 
 A block is two lanes wide: weights 0..15 in one, 16..31 in the other, and byte j of a block of nibbles holds weight j
 in its low half and weight j+16 in its high half. Without an importance matrix the scale follows from the block's
@@ -15,7 +15,6 @@ from numba import prange
 from quantlab.quants.lanes import (
     absolute,
     bits,
-    from_bits,
     from_half,
     highest,
     kernel,
@@ -36,27 +35,14 @@ from quantlab.quants.lanes import (
     total,
     transpose,
 )
-from quantlab.quants.search import Search, make_qkx_quants, make_qx_quants
+from quantlab.quants.search import FOUND, LOW, SCALE, make_qkx_quants, make_qx_quants
 
 QK = 32  # weights per block
 CHUNK = 128  # blocks that one thread takes at a time
-SPAN = 1 << 14  # weights that one thread takes at a time, for the 16-bit floats
-BATCH = 8  # blocks of a row whose searches take turns
+BATCH = 256  # weights of a row that a search takes at a time: 8 blocks, which wait for each other's divisions
 HALF = np.float32(0.5)
 BELOW_HALF = np.float32(0.49999997)
 ONE_BIT = np.left_shift(1, np.arange(16), dtype=np.int32)  # bit i in lane i
-
-
-@parallel_kernel
-def all_finite(words):
-    """Whether no float32 of an array (nrows, n_per_row) is NaN or infinite; `words` is the array seen as uint32."""
-    bad = 0
-    for row in prange(words.shape[0]):
-        largest = np.uint32(0)
-        for i in range(words.shape[1]):
-            largest = max(largest, words[row, i] & np.uint32(0x7FFFFFFF))
-        bad += largest >= np.uint32(0x7F800000)
-    return bad == 0
 
 
 # ---- parts of a block
@@ -392,34 +378,24 @@ def decode_q8_1(data, out):
 
 
 class Workspace(NamedTuple):
-    """Arrays of one task, in columns of 16 lanes, a row in each lane; up to `BATCH` blocks at once."""
+    """Arrays of one task, in columns of 16 lanes, a row in each lane; up to `BATCH` weights of it at once."""
 
     starts: np.ndarray  # int64 (16,): where each row starts in x
-    x: np.ndarray  # float32 (BATCH * 32 * 16,): the weights
-    w: np.ndarray  # float32: importance of their errors
-    codes: np.ndarray  # uint8
-    found: Search
+    x: np.ndarray  # float32 (BATCH * 16,): the weights
+    w: np.ndarray  # float32 (BATCH * 16,): importance of their errors
+    codes: np.ndarray  # uint8 (BATCH * 16,)
+    found: np.ndarray  # float32 (FOUND,): what the search found
 
 
 @kernel
 def _workspace():
-    columns, block_columns = BATCH * QK * 16, BATCH * 16
+    columns = BATCH * 16
     return Workspace(
         np.empty(16, np.int64),
-        np.empty(columns, np.float32),
-        np.empty(columns, np.float32),
+        np.zeros(columns, np.float32),
+        np.zeros(columns, np.float32),
         np.empty(columns, np.uint8),
-        Search(
-            np.empty(block_columns, np.float32),
-            np.empty(block_columns, np.float32),
-            np.empty(block_columns, np.float32),
-            np.empty(block_columns, np.float32),
-            np.empty(block_columns, np.float32),
-            np.empty(block_columns, np.float32),
-            np.empty(block_columns, np.float32),
-            np.empty(block_columns, np.float32),
-            np.empty(QK * 16, np.float32),
-        ),
+        np.empty(FOUND, np.float32),
     )
 
 
@@ -473,22 +449,23 @@ def _encode_16_rows(x, first, n_per_row, importance, fifth, offset, out, o, row_
         ws.starts[row] = first + row * n_per_row
     sigma2 = _mean_squares(x, n_per_row, ws)
     nmax = 31 if fifth else 15
-    for i in range(0, n_per_row, BATCH * QK):
-        n = min(BATCH * QK, n_per_row - i)
+    for i in range(0, n_per_row, BATCH):
+        n = min(BATCH, n_per_row - i)
         _read_columns(x, i, n, ws)
         for column in range(n):
             v = load(ws.x, 16 * column)
             store(ws.w, 16 * column, importance[i + column] * sqrt(sigma2 + v * v))
         if offset:
+            ws.x[16 * n :] = 0  # the search takes whole batches
             steps = np.float32(-0.9), np.float32(0.05), 36
-            make_qkx_quants(ws.x, ws.w, ws.codes, ws.found, QK, n // QK, nmax, *steps, False)
+            make_qkx_quants(ws.x, ws.w, ws.codes, ws.found, QK, nmax, *steps, False)
         for at in range(0, 16 * n, 16 * QK):
             if offset:
-                _put_16(out, o, row_bytes, to_half(load(ws.found.scale, at // QK)))
-                _put_16(out, o + 2, row_bytes, to_half(load(ws.found.low, at // QK)))
+                _put_16(out, o, row_bytes, to_half(load(ws.found, SCALE + at // QK)))
+                _put_16(out, o + 2, row_bytes, to_half(load(ws.found, LOW + at // QK)))
                 o += 4
             else:
-                d = make_qx_quants(ws.x, at, ws.w, ws.codes, QK, (nmax + 1) // 2)
+                d = make_qx_quants(ws.x, at, ws.w, ws.found, ws.codes, QK, (nmax + 1) // 2)
                 _put_16(out, o, row_bytes, to_half(d))
                 o += 2
             _put_codes(ws.codes, at, fifth, out, o, row_bytes)
@@ -513,100 +490,26 @@ def _encode_rows(x, first, importance, fifth, offset, out):
 
 
 @parallel_kernel
+def _encode_weighted(x, importance, fifth, offset, out):
+    for group in prange((x.shape[0] + 15) // 16):
+        _encode_rows(x, 16 * group, importance, fifth, offset, out)
+
+
 def encode_q4_0_imatrix(x, importance, out):
     """Encode as `encode_q4_0`, errors of column j weighted with `importance[j]`."""
-    for group in prange((x.shape[0] + 15) // 16):
-        _encode_rows(x, 16 * group, importance, False, False, out)
+    _encode_weighted(x, importance, False, False, out)
 
 
-@parallel_kernel
 def encode_q4_1_imatrix(x, importance, out):
     """Encode as `encode_q4_1`, errors of column j weighted with `importance[j]`."""
-    for group in prange((x.shape[0] + 15) // 16):
-        _encode_rows(x, 16 * group, importance, False, True, out)
+    _encode_weighted(x, importance, False, True, out)
 
 
-@parallel_kernel
 def encode_q5_0_imatrix(x, importance, out):
     """Encode as `encode_q5_0`, errors of column j weighted with `importance[j]`."""
-    for group in prange((x.shape[0] + 15) // 16):
-        _encode_rows(x, 16 * group, importance, True, False, out)
+    _encode_weighted(x, importance, True, False, out)
 
 
-@parallel_kernel
 def encode_q5_1_imatrix(x, importance, out):
     """Encode as `encode_q5_1`, errors of column j weighted with `importance[j]`."""
-    for group in prange((x.shape[0] + 15) // 16):
-        _encode_rows(x, 16 * group, importance, True, True, out)
-
-
-# ---- F16 and BF16: two bytes per weight, rounded half to even
-
-
-# numba's parallel loops lose what is written through a view made beside them, so the views are made inside
-
-
-@kernel
-def _to_brain(v):
-    """The bfloat16 bits of finite floats."""
-    return (bits(v) + 0x7FFF + ((bits(v) >> 16) & 1)) >> 16
-
-
-@kernel
-def _narrow(x, start, stop, brain, out):
-    """Round floats start..stop; the last few go through an array of 16."""
-    halves, last, last_halves = out.view(np.uint16), np.zeros(16, np.float32), np.zeros(16, np.uint16)
-    whole = start + (stop - start) // 16 * 16
-    for i in range(start, whole, 16):
-        v = load(x, i)
-        store(halves, i, _to_brain(v) if brain else to_half(v))
-    last[: stop - whole] = x[whole:stop]
-    v = load(last, 0)
-    store(last_halves, 0, _to_brain(v) if brain else to_half(v))
-    halves[whole:stop] = last_halves[: stop - whole]
-
-
-@kernel
-def _widen(data, start, stop, brain, out):
-    """Convert halves start..stop to float32; the last few go through an array of 16."""
-    halves, last, last_floats = data.view(np.uint16), np.zeros(16, np.uint16), np.zeros(16, np.float32)
-    whole = start + (stop - start) // 16 * 16
-    for i in range(start, whole, 16):
-        h = load(halves, i)
-        store(out, i, from_bits(h << 16) if brain else from_half(h))
-    last[: stop - whole] = halves[whole:stop]
-    h = load(last, 0)
-    store(last_floats, 0, from_bits(h << 16) if brain else from_half(h))
-    out[whole:stop] = last_floats[: stop - whole]
-
-
-@parallel_kernel
-def encode_f16(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes); too large becomes infinite."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    for span in prange((x.size + SPAN - 1) // SPAN):
-        _narrow(x, span * SPAN, min(span * SPAN + SPAN, x.size), False, out)
-
-
-@parallel_kernel
-def decode_f16(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    for span in prange((out.size + SPAN - 1) // SPAN):
-        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), False, out)
-
-
-@parallel_kernel
-def encode_bf16(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    for span in prange((x.size + SPAN - 1) // SPAN):
-        _narrow(x, span * SPAN, min(span * SPAN + SPAN, x.size), True, out)
-
-
-@parallel_kernel
-def decode_bf16(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    for span in prange((out.size + SPAN - 1) // SPAN):
-        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), True, out)
+    _encode_weighted(x, importance, True, True, out)

@@ -204,13 +204,13 @@ def largest(x, at, n):
 
 
 @kernel
-def make_qx_quants(x, at, w, found, levels, nmax):
-    """Find the scale of blocks of 16 quantized as ``x ≈ scale * l`` with l = -`nmax` … `nmax` - 1.
+def make_qx_quants(x, at, w, found, levels, n, nmax):
+    """Find the scale of blocks quantized as ``x ≈ scale * l`` with l = -`nmax` … `nmax` - 1.
 
     Parameters
     ----------
     x, w : np.ndarray [dtype=float32]
-        Blocks of 16 values from element `at`, and the weights of their errors.
+        Blocks of `n` values from element `at`, and the weights of their errors.
     found : np.ndarray [shape=(FOUND,), dtype=float32]
         Room to work in.
 
@@ -218,38 +218,38 @@ def make_qx_quants(x, at, w, found, levels, nmax):
     -------
     scale : lanes
     """
-    peak, magnitude = largest(x, at, 16)
+    peak, magnitude = largest(x, at, n)
     zero = magnitude < GROUP_MAX_EPS
     peak = select(zero, ONE, peak)
-    for i in range(0, 256, 16):
+    for i in range(0, 16 * n, 16):
         store(found, WX + i, load(w, at + i) * load(x, at + i))
     best_iscale = -np.float32(nmax) / peak
-    sum_lx, sum_l2 = _sums(x, at, w, found, nmax, best_iscale, magnitude)
+    sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, best_iscale, magnitude)
     scale = select(sum_l2 != ZERO, sum_lx / sum_l2, ZERO)
     best = scale * sum_lx
     for step in range(-9, 10):
         if step == 0:
             continue
         iscale = -(np.float32(nmax) + TENTH * np.float32(step)) / peak
-        sum_lx, sum_l2 = _sums(x, at, w, found, nmax, iscale, magnitude)
+        sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, iscale, magnitude)
         better = (sum_l2 > ZERO) & (sum_lx * sum_lx > best * sum_l2)
         scale = select(better, sum_lx / sum_l2, scale)
         best = select(better, scale * sum_lx, best)
         best_iscale = select(better, iscale, best_iscale)
-    for i in range(at, at + 256, 16):
+    for i in range(at, at + 16 * n, 16):
         l = maximum(-nmax, minimum(nmax - 1, nearest_int(best_iscale * load(x, i)))) + nmax
         store(levels, i, select(zero, 0, l))
     return select(zero, ZERO, scale)
 
 
 @forced
-def _sums(x, at, w, found, nmax, iscale, magnitude):
-    """Return the weighted sums of x * l and of l * l over blocks of 16."""
+def _sums(x, at, w, found, n, nmax, iscale, magnitude):
+    """Return the weighted sums of x * l and of l * l over blocks of `n`."""
     wraps = any_lane(~(absolute(iscale) * magnitude < IN_RANGE))
     low, high = np.float32(-nmax), np.float32(nmax - 1)
     sum_lx = lanes(ZERO)
     sum_l2 = lanes(ZERO)
-    for i in range(0, 256, 16):
+    for i in range(0, 16 * n, 16):
         v = iscale * load(x, at + i)
         if wraps:
             l = level(v, -nmax, nmax - 1)

@@ -1,0 +1,89 @@
+"""The 16-bit floats F16 and BF16, two bytes per weight, rounded half to even; and the check that floats are finite.
+
+Source: `ggml_compute_fp32_to_fp16` and `ggml_compute_fp32_to_bf16` of llama.cpp's ggml-impl.h.
+"""
+
+import numpy as np
+from numba import prange
+
+from quantlab.quants.lanes import bits, from_bits, from_half, kernel, load, parallel_kernel, store, to_half
+
+SPAN = 1 << 14  # weights that one thread takes at a time
+
+
+@parallel_kernel
+def all_finite(words):
+    """Whether no float32 of an array (nrows, n_per_row) is NaN or infinite; `words` is the array seen as uint32."""
+    bad = 0
+    for row in prange(words.shape[0]):
+        largest = np.uint32(0)
+        for i in range(words.shape[1]):
+            largest = max(largest, words[row, i] & np.uint32(0x7FFFFFFF))
+        bad += largest >= np.uint32(0x7F800000)
+    return bad == 0
+
+
+@kernel
+def _to_brain(v):
+    """The bfloat16 bits of finite floats."""
+    return (bits(v) + 0x7FFF + ((bits(v) >> 16) & 1)) >> 16
+
+
+@kernel
+def _narrow(x, start, stop, brain, out):
+    """Round floats start..stop; the last few go through an array of 16."""
+    halves, last, last_halves = out.view(np.uint16), np.zeros(16, np.float32), np.zeros(16, np.uint16)
+    whole = start + (stop - start) // 16 * 16
+    for i in range(start, whole, 16):
+        v = load(x, i)
+        store(halves, i, _to_brain(v) if brain else to_half(v))
+    last[: stop - whole] = x[whole:stop]
+    v = load(last, 0)
+    store(last_halves, 0, _to_brain(v) if brain else to_half(v))
+    halves[whole:stop] = last_halves[: stop - whole]
+
+
+@kernel
+def _widen(data, start, stop, brain, out):
+    """Convert halves start..stop to float32; the last few go through an array of 16."""
+    halves, last, last_floats = data.view(np.uint16), np.zeros(16, np.uint16), np.zeros(16, np.float32)
+    whole = start + (stop - start) // 16 * 16
+    for i in range(start, whole, 16):
+        h = load(halves, i)
+        store(out, i, from_bits(h << 16) if brain else from_half(h))
+    last[: stop - whole] = halves[whole:stop]
+    h = load(last, 0)
+    store(last_floats, 0, from_bits(h << 16) if brain else from_half(h))
+    out[whole:stop] = last_floats[: stop - whole]
+
+
+@parallel_kernel
+def encode_f16(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes); too large becomes infinite."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for span in prange((x.size + SPAN - 1) // SPAN):
+        _narrow(x, span * SPAN, min(span * SPAN + SPAN, x.size), False, out)
+
+
+@parallel_kernel
+def decode_f16(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for span in prange((out.size + SPAN - 1) // SPAN):
+        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), False, out)
+
+
+@parallel_kernel
+def encode_bf16(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    for span in prange((x.size + SPAN - 1) // SPAN):
+        _narrow(x, span * SPAN, min(span * SPAN + SPAN, x.size), True, out)
+
+
+@parallel_kernel
+def decode_bf16(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    for span in prange((out.size + SPAN - 1) // SPAN):
+        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), True, out)
