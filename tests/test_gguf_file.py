@@ -1,4 +1,4 @@
-"""files/gguf_file.py, gguf_shards.py, recognize.py: what is written is read, and nothing that a file claims is believed."""
+"""files/gguf_file.py, gguf_shards.py: what is written is read, and nothing that a file claims is believed."""
 
 import struct
 import time

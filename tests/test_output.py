@@ -26,7 +26,7 @@ def test_a_failed_output_leaves_what_was_there(tmp_path, error):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(OSError, match="a.bin: no space left on the disk"), replacing(tmp_path / "a.bin"):
+    with pytest.raises(OSError, match="a.bin: No space left on device. Free some space"), replacing(tmp_path / "a.bin"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

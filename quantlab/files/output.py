@@ -64,8 +64,9 @@ def replacing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"{path}: no space left on the disk. Free some space or choose another folder.") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = os.strerror(error.errno)
+            raise OSError(f"{path}: {reason}. Free some space or choose another folder.") from error
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import os
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -104,8 +105,19 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
             return _read_zip(path)
         if start.startswith(b"\x80"):
             return _read_legacy(path)
-    except (zipfile.BadZipFile, struct.error, RecursionError, NotImplementedError, KeyError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        OSError,
+        ValueError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith(str(path)):
+            raise
         raise ValueError(f"{path}: broken torch file ({reason}). {_DAMAGED}") from None
     raise ValueError(f"{path}: first bytes are {start[:4]!r}, need a torch file. {looks_like(start)}")
 
@@ -120,7 +132,8 @@ def _read_zip(path: Path) -> dict[str, StoredTensor]:
         root = pickles[0].removesuffix("data.pkl")
         if entries[pickles[0]].file_size > MAX_PICKLE:
             raise ValueError(f"{path}: data.pkl has {entries[pickles[0]].file_size} bytes, need at most {MAX_PICKLE}.")
-        if root + "byteorder" in entries and archive.read(root + "byteorder")[:8] != b"little":
+        order = entries.get(root + "byteorder")
+        if order is not None and (order.file_size != 6 or archive.read(order) != b"little"):
             raise ValueError(f"{path}: byte order is not little-endian. Save it again on a little-endian machine.")
         table = _run(path, io.BytesIO(archive.read(pickles[0])))
     size = path.stat().st_size
