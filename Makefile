@@ -30,8 +30,8 @@ bench: $(VENV)/.test  ## the kernels beside ggml's and the evaluator beside the 
 	$(BIN)/python tests/bench_kernels.py
 	$(BIN)/python tests/bench_evaluator.py
 
-scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b through the real convert and quantize paths
-	$(BIN)/python tests/scale.py $(SHAPE)
+scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b [LAYERS=n] through the real convert and quantize paths
+	$(BIN)/python tests/scale.py $(SHAPE) $(if $(LAYERS),--layers $(LAYERS))
 
 pictures: $(VENV)/.lab  ## the notebooks' pictures for readers on the web
 	$(BIN)/quantlab notebook --pictures

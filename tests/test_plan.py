@@ -23,7 +23,7 @@ def test_yi_34b_has_the_published_sizes_in_bytes():
 
 def test_llama_7b_rounds_to_the_published_sizes_where_those_are_right():
     published = pd.read_csv(data_dir() / "published.csv")
-    published = published[published["source"].str.contains("948ff137") & (published["model"] == "LLaMA-v1-7B")]
+    published = published[published["source"].str.contains("948ff137") & (published["model"] == "LLaMA-7B")]
     exact = gib(sizes("llama-7b", rules="2023-12"))
     wrong = {row.ftype for row in published.itertuples() if round(exact[row.ftype], 2) != row.size}
     assert len(published) == 16

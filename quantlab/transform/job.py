@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from quantlab.files.bundled import model_path
+from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, read_header
 from quantlab.files.gguf_shards import shard_headers, shard_path
 from quantlab.files.hparams import Hparams
@@ -17,7 +19,7 @@ from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.quants import block_size
-from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype, is_quantizable
+from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
 
 QUANTIZATION_VERSION = 2  # of the block layouts, ggml's GGML_QNT_VERSION
 GUESSED = 1024  # added to the ftype number by llama.cpp where it was counted from the tensors' types
@@ -155,13 +157,11 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     FileNotFoundError, ValueError
         If the source cannot be opened, or an option has no meaning for it.
     """
-    model = src if isinstance(src, Model) else open_model(src)
     ftype = find_ftype(options.ftype)
+    model = _open(src, options.via)
     notes = []
-    if options.via not in (None, "f16"):
-        raise ValueError(f"via={options.via}, must be f16 or left out")
     shards = _shards(model, options.keep_split)
-    tensors = {tensor.name: _rounded(tensor) if options.via else tensor for tensor in model}
+    tensors = {tensor.name: tensor for tensor in model}
     overrides = dict(parse_override(text) for text in options.override_kv)
     matrix, matrix_keys = _matrix(options)
     choices = choose_types(
@@ -220,6 +220,17 @@ def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable
 # ---- tensors in, weights beside them
 
 
+def _open(src: str | Path | Model, via: str | None) -> Model:
+    """Open the source, a checkpoint rounded to F16 where that is asked for."""
+    if via is None:
+        return src if isinstance(src, Model) else open_model(src)
+    if via != "f16":
+        raise ValueError(f"via={via}, must be f16 or left out")
+    if isinstance(src, Model) or model_path(src).suffix == ".gguf":
+        raise ValueError(f"{src}: via=f16 rounds a checkpoint, this is a GGUF model. Leave --via out.")
+    return open_checkpoint(model_path(src), "f16")
+
+
 def _shards(model: Model, keep_split: bool) -> list[list[str]]:
     """Return the tensor names of each output in the source's order; one output unless shards are kept."""
     if not keep_split:
@@ -228,17 +239,6 @@ def _shards(model: Model, keep_split: bool) -> list[list[str]]:
         raise ValueError(f"{model.path}: keep_split applies to GGUF files. Leave --keep-split out.")
     headers = shard_headers(read_header(model.path))
     return [[t.name for t in sorted(header.tensors, key=lambda tensor: tensor.offset)] for header in headers]
-
-
-def _rounded(tensor: LazyTensor) -> LazyTensor:
-    """Return a checkpoint's matrix as an F16 file would hold it."""
-    if tensor.qtype not in ("BF16", "F32") or not is_quantizable(tensor.name, tensor.shape):
-        return tensor
-
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        return tensor.rows(start, stop).astype(np.float32, copy=False).astype(np.float16)
-
-    return replace(tensor, qtype="F16", read_rows=read_rows, offset=None)
 
 
 def _matrix(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -54,7 +54,7 @@ def quantize(
         An older output. Tensors whose source, type and weights did not change are copied from it; its digests must
         lie beside it, in ``<reuse>.json``.
     histogram : bool
-        Add the shares of the codes to each tensor's line.
+        Add the shares of the codes, at most sixteen groups of them, to each tensor's line.
     overwrite : bool
         Whether an output that exists may be replaced.
     report : callable, optional
@@ -196,7 +196,10 @@ def _tensor_line(i: int, n: int, step: Step, is_old: bool, codes: np.ndarray) ->
     line = f"[{i:4}/{n:4}] {tensor.name:<26} {shape:>16}  {tensor.qtype:>4} → {choice.qtype:<4} {sizes}"
     line += "  reused" if is_old else "" if choice.why in ("base", "kept") else f"  ({choice.why})"
     if codes.any():
-        line += "  codes: " + " ".join(f"{share:.3f}" for share in codes / codes.sum())
+        sixteen = codes.reshape(min(16, codes.size), -1).sum(
+            axis=1
+        )  # neighbours together
+        line += "  codes: " + " ".join(f"{share:.3f}" for share in sixteen / sixteen.sum())
     return line
 
 

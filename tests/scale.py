@@ -1,0 +1,252 @@
+"""Made weights of a published shape through the real convert and quantize paths: times, speed, memory, sizes.
+
+`python tests/scale.py yi-34b` makes every weight when it is asked for and counts the bytes that would be written: the
+files would take 160 GB. `python tests/scale.py llama-7b --disk` (and `yi-34b --layers 12 --disk`) writes a sharded
+checkpoint, converts it to an F16 file, quantizes both, compares the bytes, and removes everything.
+"""
+
+import argparse
+import filecmp
+import json
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from statistics import NormalDist
+
+import ml_dtypes
+import numpy as np
+from numba import njit
+
+from quantlab import quants
+from quantlab.files import bundled, checkpoint
+from quantlab.files.byte_range import StoredTensor
+from quantlab.files.gguf_file import TensorSpec, write_gguf
+from quantlab.transform.convert import convert
+from quantlab.transform.plan import MIB, SLAB, plan
+from quantlab.transform.quantize import quantize
+
+SHARD = 4 << 30  # bytes of weights per safetensors file
+MEASURED = 16 << 20  # weights per type in the measurement of the kernels' own speed
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# ---- weights from (tensor name, position)
+
+
+def normal_table() -> np.ndarray:
+    """The bits of 65536 BF16 quantiles of a normal distribution, of the spread of a trained layer's weights."""
+    quantile = NormalDist(0, 0.02).inv_cdf
+    values = np.array([quantile((i + 0.5) / 65536) for i in range(65536)], np.float32)
+    return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+@njit(cache=True, nogil=True)
+def fill(out, key, first, table):
+    """Fill `out` with the weights from position `4 * first` on: 64 mixed bits give four weights."""
+    for i in range(out.size // 4):
+        z = (key + np.uint64(first + i)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        for j in range(4):
+            out[4 * i + j] = table[(z >> np.uint64(16 * j)) & np.uint64(0xFFFF)]
+
+
+class Made:
+    """The bytes of a tensor of made BF16 weights, in the place of a stretch of a file."""
+
+    table = normal_table()
+
+    def __init__(self, name: str, shape: tuple[int, ...]):
+        self.key = np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
+        self.nbytes = 2 * int(np.prod(shape))
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return bytes `start:stop`; both are multiples of eight, as rows of these shapes begin."""
+        stop = self.nbytes if stop is None else stop
+        out = np.empty((stop - start) // 2, np.uint16)
+        fill(out, self.key, start // 8, self.table)
+        return out.view(np.uint8)
+
+
+def made_checkpoint(shape: dict) -> dict[str, StoredTensor]:
+    """Return the tensors of a Hugging Face checkpoint of this shape, in the order of its files."""
+    n_embd, n_ff = shape["n_embd"], shape["n_ff"]
+    n_kv = n_embd // shape["n_head"] * shape["n_head_kv"]
+    layer = {
+        "input_layernorm": (n_embd,),
+        "mlp.down_proj": (n_embd, n_ff),
+        "mlp.gate_proj": (n_ff, n_embd),
+        "mlp.up_proj": (n_ff, n_embd),
+        "post_attention_layernorm": (n_embd,),
+        "self_attn.k_proj": (n_kv, n_embd),
+        "self_attn.o_proj": (n_embd, n_embd),
+        "self_attn.q_proj": (n_embd, n_embd),
+        "self_attn.v_proj": (n_kv, n_embd),
+    }
+    shapes = {"model.embed_tokens.weight": (shape["n_vocab"], n_embd)}
+    for i in range(shape["n_layer"]):
+        shapes |= {f"model.layers.{i}.{part}.weight": dims for part, dims in layer.items()}
+    shapes |= {"model.norm.weight": (n_embd,), "lm_head.weight": (shape["n_vocab"], n_embd)}
+    return {name: StoredTensor(name, "BF16", dims, Made(name, dims)) for name, dims in shapes.items()}
+
+
+def write_config(folder: Path, shape: dict) -> None:
+    """Write configuration and tokenizer; the vocabulary is padded to the embedding."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape["n_embd"],
+        "intermediate_size": shape["n_ff"],
+        "num_hidden_layers": shape["n_layer"],
+        "num_attention_heads": shape["n_head"],
+        "num_key_value_heads": shape["n_head_kv"],
+        "vocab_size": shape["n_vocab"],
+        "max_position_embeddings": shape["n_ctx"],
+        "rms_norm_eps": shape["rms_eps"],
+        "rope_theta": shape["rope_base"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDEN / "tiny_spm.model", folder / "tokenizer.model")
+
+
+def write_shards(folder: Path, tensors: dict[str, StoredTensor]) -> int:
+    """Write the tensors as sharded safetensors; return the number of files."""
+    groups: list[list[StoredTensor]] = [[]]
+    for tensor in tensors.values():
+        if sum(t.data.nbytes for t in groups[-1]) + tensor.data.nbytes > SHARD:
+            groups.append([])
+        groups[-1].append(tensor)
+    weight_map = {}
+    for i, group in enumerate(groups):
+        part = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        header, offset = {}, 0
+        for tensor in group:
+            end = offset + tensor.data.nbytes
+            header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            offset = end
+        raw = json.dumps(header).encode()
+        with open(folder / part, "wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            for tensor in group:
+                for start in range(0, tensor.data.nbytes, 64 << 20):
+                    file.write(tensor.data.read(start, min(start + (64 << 20), tensor.data.nbytes)))
+        weight_map |= {tensor.name: part for tensor in group}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return len(groups)
+
+
+# ---- measuring
+
+
+class Count:
+    """Counts what is written to it."""
+
+    nbytes = 0
+
+    def write(self, block) -> None:
+        """Add the length of a block of bytes."""
+        self.nbytes += len(block)
+
+
+def kernel_seconds(job) -> float:
+    """Measure the kernels alone on weights in memory, F16 as the source gives them; return the time for all steps."""
+    work: dict[str, int] = {}
+    for step in job.steps:
+        if not step.is_kept:
+            work[step.choice.qtype] = work.get(step.choice.qtype, 0) + step.tensor.n_weights
+    source = max(job.steps, key=lambda step: step.tensor.n_weights).tensor
+    n = min(MEASURED // source.shape[-1], source.nrows)
+    rows = source.rows(0, n)
+    slab = max(1, SLAB // source.shape[-1])
+    seconds = 0.0
+    for qtype, n_weights in work.items():
+        start = time.perf_counter()
+        for first in range(0, n, slab):
+            quants.quantize(rows[first : first + slab], qtype)
+        seconds += (time.perf_counter() - start) * n_weights / rows.size
+    return seconds
+
+
+def say(what: str, seconds: float, n_weights: int, n_bytes: int) -> None:
+    """Print one stage: time, speed, size, most memory so far."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    speed = n_weights / seconds / 1e6
+    print(
+        f"{what:<34} {seconds:8.1f} s {speed:8.1f} Mw/s {n_bytes / MIB:11.2f} MiB   ru_maxrss {rss:6.0f} MiB",
+        flush=True,
+    )
+
+
+def timed(call) -> tuple[float, object]:
+    """Return the time of a call and its result."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def in_memory(folder: Path, shape: dict, ftype: str) -> None:
+    """Convert and quantize into a counter; nothing is on the disk but the configuration."""
+    checkpoint.index_weights = lambda _: made_checkpoint(shape)  # the made weights stand where the files' would
+    model = checkpoint.open_checkpoint(folder, "f16")
+    specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
+    print(f"{len(model)} tensors, {model.n_weights:,} weights, tensor data {model.nbytes / MIB:.2f} MiB", flush=True)
+    rows = (  # of each tensor, a few at a time
+        (t.rows(i, min(i + n, t.nrows)) for i in range(0, t.nrows, n))
+        for t, n in ((t, max(1, SLAB // t.shape[-1])) for t in model)
+    )
+    count = Count()
+    seconds, _ = timed(lambda: write_gguf(count, model.metadata, specs, rows))
+    say("made BF16 → F16, counted", seconds, model.n_weights, count.nbytes)
+    planned = plan(model, Count(), ftype=ftype)
+    alone = kernel_seconds(planned.job)
+    count = Count()
+    seconds, _ = timed(lambda: quantize(model, count, ftype=ftype))
+    data = sum(step.spec.nbytes for step in planned.job.steps)
+    say(f"F16 → {ftype}, counted", seconds, model.n_weights, data)
+    print(f"kernels alone {alone:.1f} s: quantizing ran at {alone / seconds:.1%} of their own speed")
+
+
+def on_disk(folder: Path, shape: dict, ftype: str) -> None:
+    """Write a sharded checkpoint, convert it, quantize the F16 file and the checkpoint itself, compare."""
+    tensors = made_checkpoint(shape)
+    n_weights = sum(tensor.data.nbytes for tensor in tensors.values()) // 2
+    seconds, n_files = timed(lambda: write_shards(folder, tensors))
+    say(f"made checkpoint, {n_files} shards", seconds, n_weights, 2 * n_weights)
+    seconds, f16 = timed(lambda: convert(folder, folder / "f16.gguf", outtype="f16", progress=False))
+    say("checkpoint → F16 file", seconds, n_weights, f16.stat().st_size)
+    alone = kernel_seconds(plan(f16, folder / "two.gguf", ftype=ftype).job)
+    seconds, two = timed(lambda: quantize(f16, folder / "two.gguf", ftype=ftype))
+    say(f"F16 file → {ftype}", seconds, n_weights, two.stat().st_size)
+    print(f"kernels alone {alone:.1f} s: quantizing ran at {alone / seconds:.1%} of their own speed")
+    f16.unlink()
+    seconds, one = timed(lambda: quantize(folder, folder / "one.gguf", ftype=ftype, via="f16"))
+    say(f"checkpoint → {ftype}, via f16", seconds, n_weights, one.stat().st_size)
+    print("both ways give the same bytes:", filecmp.cmp(one, two, shallow=False))
+
+
+def main() -> None:
+    """Run one shape."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=bundled.shapes())
+    parser.add_argument("--layers", type=int, help="only so many layers")
+    parser.add_argument("--ftype", default="Q5_K_M")
+    parser.add_argument("--disk", action="store_true", help="through files, removed afterwards")
+    parser.add_argument("--folder", help="where the files go for the time; default: the system's folder for such")
+    options = parser.parse_args()
+    shape = bundled.shape(options.shape)
+    shape["n_layer"] = options.layers or shape["n_layer"]
+    on = "on disk" if options.disk else "counted"
+    print(f"{shape['name']}, {shape['n_layer']} layers, {options.ftype}, {on}; {sys.version.split()[0]}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="quantlab-scale-", dir=options.folder) as folder:
+        write_config(Path(folder), shape)
+        (on_disk if options.disk else in_memory)(Path(folder), shape, options.ftype)
+
+
+if __name__ == "__main__":
+    main()
