@@ -49,7 +49,7 @@ def test_a_model_that_is_not_here_has_sizes_and_published_differences_and_a_comm
     assert rows.loc["Q4_K_M", "bytes"] == 4080263168
     assert rows.loc["Q2_K", "published_delta_ppl"] == 0.6717
     assert rows["ppl"].isna().all()
-    assert "quantlab table FOLDER -f primer --rules 2023-12 --chunks 8 -c 512; about " in table.notes[0]
+    assert "quantlab table FOLDER -f primer --rules 2023-12 --chunks 8 -c 512`, about " in table.notes[0]
     assert "published Δppl" in str(table)
 
 

@@ -46,16 +46,43 @@ def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = N
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     base, error = shown["ppl"].iloc[0] - shown["delta_ppl"].iloc[0], shown["ppl_se"].min()
-    ax.axhspan(base - error, base + error, color="0.92", zorder=0)
-    ax.axhline(base, color="0.4", lw=1, ls="--", label=f"the model as it is: {base:.2f} ± {error:.2f}")
     for label, _, colour, marker, rows in families:
         look = {"fmt": marker, "color": colour, "ms": 5, "lw": 1, "capsize": 3}
         ax.errorbar(rows["bpw"], rows["ppl"], yerr=rows["delta_ppl_se"], label=label, **look)
-    ax.set(xlabel="size (bits per weight)", ylabel="perplexity", title=title)
+    ax.axhline(base, color="0.4", lw=1, ls="--", label=f"the model as it is: {base:.2f} ± {error:.2f}")
+    ax.set(xlabel="size (bits per weight)", ylabel="perplexity", title=title, ylim=ax.get_ylim())
+    ax.axhspan(base - error, base + error, color="0.92", zorder=0)  # does not stretch the axis
     ax.margins(x=0.09)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     _label_points(ax, shown)
+    return ax
+
+
+def loss_curve(history: pd.DataFrame, *, unigram: float, ax: Axes | None = None) -> Axes:
+    """Plot how a model learned: loss over tokens seen.
+
+    Parameters
+    ----------
+    history : pd.DataFrame
+        Columns `tokens`, `loss` and `heldout`, nats per token: the lines of a training run's history.
+    unigram : float
+        Loss of a model that knows only the tokens' frequencies, nats per token.
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    for column, colour, label in (("loss", BLUE, "training text"), ("heldout", VERMILION, "held-out text")):
+        ax.plot(history["tokens"] / 1e6, history[column], color=colour, marker="o", ms=3, label=label)
+    ax.axhline(unigram, color="0.4", lw=1, ls="--", label=f"frequencies alone: {unigram:.2f}")
+    ax.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
     return ax
 
 

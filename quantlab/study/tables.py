@@ -1,5 +1,6 @@
 """Records → DataFrames: the size/ppl table, and published figures beside exact and measured ones."""
 
+import html
 import json
 import math
 import re
@@ -180,8 +181,10 @@ class SizePpl:
         return "\n".join([self._title(), "", self.shown().to_string(index=False), "", *self.notes])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{note}</p>" for note in self.notes)
-        return f"<p><b>{self._title()}</b></p>{self.shown().to_html(index=False)}{notes}"
+        notes = (re.sub("`(.+?)`", r"<code>\1</code>", html.escape(note)) for note in self.notes)
+        return f"<p><b>{self._title()}</b></p>{self.shown().to_html(index=False)}" + "".join(
+            f"<p>{note}</p>" for note in notes
+        )
 
     def _title(self) -> str:
         if not self.measured:
@@ -257,7 +260,7 @@ def _sizes_alone(table: SizeTable, names: Sequence[str], text: str | Path, chunk
     hours = _estimated_hours(table.n_weights, chunks * n_ctx, len(rows) + 1)
     note = (
         f"{table.model} is not here, its perplexities are empty. With its weights in FOLDER: "
-        f"quantlab table FOLDER -f {text} --rules {table.rules} --chunks {chunks} -c {n_ctx}; "
+        f"`quantlab table FOLDER -f {text} --rules {table.rules} --chunks {chunks} -c {n_ctx}`, "
         f"about {hours:.1f} hours on this machine for these {len(rows)} rows."
     )
     return SizePpl(table.model, {"rules": table.rules}, tuple(rows), (note,))
