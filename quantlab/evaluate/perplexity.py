@@ -261,9 +261,10 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
         budget = fit(variants, windows, workers, memory, scratch)
         if progress:
             tqdm.write(f"{len(variants)} × {windows.tokens.size} tokens: {budget}", file=sys.stderr)
-        total = windows.tokens.size * len(variants)
+        steps = base.hparams.n_layer + 1  # the bar counts whole steps of tokens and shows tokens
+        shown = dict(unit="tokens", unit_scale=1 / steps, disable=not progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
-        with tqdm(total=total, unit="tokens", bar_format=bar_format, disable=not progress) as bar:
+        with tqdm(total=steps * windows.tokens.size * len(variants), bar_format=bar_format, **shown) as bar:
             return record, Sweep(variants, windows, mode, budget, workers, key, bar).run(), variants
 
 

@@ -52,9 +52,7 @@ class Sweep:
         factors = base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in base else None
         self.llama = Llama(base.hparams, windows.tokens.shape[1], mode, workers, factors)
         self.states = HiddenStates(len(variants), *windows.tokens.shape, base.hparams.n_embd, budget.scratch, key)
-        self._share = windows.tokens.size / (
-            self.hparams.n_layer + 1
-        )  # of the bar that one layer of one variant is worth
+        self._share = windows.tokens.size  # of the bar that one layer of one variant is worth, or its output
 
     def run(self) -> list[TokenScores]:
         """Do the whole pass, from where the hidden states on disk leave off."""
@@ -96,7 +94,7 @@ class Sweep:
                 rows = x.reshape(-1, self.hparams.n_embd)
                 self.llama.forward(layer, rows, qkv[: len(rows)])
                 self.states.write(i, chunks, x)
-                self.bar.update(self._share * len(x) / len(self.windows.tokens))
+                self.bar.update(len(rows))
         self.weights.forget()
         self.states.advance()
 
