@@ -12,6 +12,8 @@ _NAMES = {
     "sizes": "quantlab.transform.plan",
     "perplexity": "quantlab.evaluate.perplexity",
     "compare": "quantlab.evaluate.perplexity",
+    "fit": "quantlab.run.fit",
+    "generate": "quantlab.run.generate",
 }
 _MODULES = {
     "quants": "quantlab.quants",

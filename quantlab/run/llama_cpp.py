@@ -1,0 +1,254 @@
+"""llama.cpp in this process, through the package xllamacpp: a model is loaded once and asked as often as wanted.
+
+llama.cpp's server always comes with it: an HTTP server on a port of the loopback address. Unless it is wanted (`serve`)
+it is closed to everybody else by a random key and shows no web page.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantlab.files import bundled
+from quantlab.files.bundled import runs_dir
+from quantlab.files.model import open as open_model
+from quantlab.transform.convert import convert
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How llama.cpp runs a model, under llama.cpp's names.
+
+    Attributes
+    ----------
+    n_ctx : int
+        Tokens of context.
+    n_gpu_layers : int or None
+        Layers on the graphics card, the output layer first; None leaves the choice to llama.cpp.
+    n_threads : int or None
+        None leaves the choice to llama.cpp.
+    host, port : str, int
+        Where the HTTP server listens; port 0 is any free one.
+    api_key : str or None
+        Who asks must give it.
+    ui : bool
+        Whether the web page is served.
+    """
+
+    n_ctx: int = 2048
+    n_gpu_layers: int | None = None
+    n_threads: int | None = None
+    host: str = LOOPBACK
+    port: int = 0
+    api_key: str | None = None
+    ui: bool = False
+
+
+class Engine:
+    """A loaded model.
+
+    Parameters
+    ----------
+    model : str or Path
+        A GGUF file, a bundled or fetched model's name, or a checkpoint, which is converted first.
+    options : Options, optional
+
+    Raises
+    ------
+    ImportError
+        If xllamacpp is not installed.
+    FileNotFoundError
+        If there is no such model.
+    ValueError
+        If the file is damaged, llama.cpp cannot load it, or the context is longer than the model's.
+    OSError
+        If the port cannot be had.
+
+    Examples
+    --------
+    >>> with Engine("tiny", Options(n_ctx=256, n_threads=1)) as engine:  # doctest: +SKIP
+    ...     engine.complete({"prompt": "The weights", "n_predict": 8})["choices"][0]["text"]
+    """
+
+    def __init__(self, model: str | Path, options: Options | None = None):
+        self.options = options or Options()
+        xllamacpp = _xllamacpp()
+        self.path = as_gguf(model)
+        _check_context(self.path, self.options.n_ctx)
+        _check_port(self.options.host, self.options.port)
+        params = _params(xllamacpp, self.path, self.options)
+        with _captured_stderr() as log:
+            try:
+                self._server = xllamacpp.Server(params)
+            except RuntimeError:
+                raise ValueError(f"{self.path}: llama.cpp cannot load it: {_reason(log())}.") from None
+        self.complete({"prompt": "", "n_predict": 1})  # a server that is closed before it runs would wait for ever
+
+    @property
+    def address(self) -> str:
+        """Where the HTTP server listens: http://host:port."""
+        return self._server.listening_address
+
+    def complete(self, request: dict) -> dict:
+        """Continue a prompt: a request to /v1/completions, answered when it is complete.
+
+        Raises
+        ------
+        ValueError
+            If llama.cpp refuses the request: a prompt longer than the context, say.
+        """
+        return self._checked(self._server.handle_completions(request))
+
+    def chat(self, request: dict) -> Iterator[dict]:
+        """Answer messages: a request to /v1/chat/completions. Yield chunks; closing the iterator stops the answer.
+
+        Raises
+        ------
+        ValueError
+            If llama.cpp refuses the request.
+        """
+        chunks: queue.SimpleQueue = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def take(chunk: dict) -> bool:
+            chunks.put(chunk)
+            return stopped.is_set()
+
+        def work() -> None:
+            try:
+                self._server.handle_chat_completions({**request, "stream": True}, take)
+            except Exception as error:
+                chunks.put(error)
+            finally:
+                chunks.put(None)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (chunk := chunks.get()) is not None:
+                if isinstance(chunk, Exception):
+                    raise ValueError(f"{self.path.name}: {chunk}") from None
+                yield self._checked(chunk)
+        finally:
+            stopped.set()
+            worker.join()
+
+    def _checked(self, answer: dict) -> dict:
+        if "error" in answer:
+            raise ValueError(f"{self.path.name}: {answer['error']['message']}.")
+        return answer
+
+    def close(self) -> None:
+        """Stop the server and free the model's memory."""
+        with _captured_stderr():
+            self._server = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def as_gguf(model: str | Path) -> Path:
+    """Return the path of a GGUF file of a model; a checkpoint is converted into the runs folder, once.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such model, or its file is damaged.
+    """
+    path = bundled.model_path(model)
+    if path.is_file() and path.suffix == ".gguf":
+        return open_model(path).path
+    source = open_model(path)
+    target = runs_dir() / "run" / f"{path.name.removesuffix('.gguf')}-F16.gguf"
+    newest = max(file.stat().st_mtime for file in ([path] if path.is_file() else path.iterdir()))
+    if not target.is_file() or target.stat().st_mtime < newest:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        convert(source.path, target, outtype="f16", overwrite=True)
+    return target
+
+
+def _xllamacpp():
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ImportError(
+            "xllamacpp is not installed, which runs llama.cpp. Install it with: pip install -e .[run]"
+        ) from None
+    return xllamacpp
+
+
+def _check_context(path: Path, n_ctx: int) -> None:
+    most = open_model(path).hparams.n_ctx
+    if not 1 <= n_ctx <= most:
+        raise ValueError(f"{path.name}: ctx-size={n_ctx}, must be 1 to {most}, the context it was trained for.")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Try to listen where llama.cpp will."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port={port}, must be 0 to 65535. 0 is any free one.")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise OSError(f"{host}:{port}: {error.strerror}. Choose another --port or --host.") from None
+
+
+def _params(xllamacpp, path: Path, options: Options):
+    """llama.cpp's parameters, as its command line would set them."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = options.n_ctx
+    params.fit_params = options.n_gpu_layers is None
+    params.n_gpu_layers = -1 if options.n_gpu_layers is None else options.n_gpu_layers
+    if options.n_threads is not None:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.n_threads
+    params.hostnames, params.port = [options.host], options.port
+    params.api_keys = [options.api_key] if options.api_key else [] if options.ui else [secrets.token_hex()]
+    params.ui = options.ui
+    params.cors_origins = "localhost"  # pages of other sites get no answer from a browser on this machine
+    params.warmup = False
+    params.verbosity = 1  # errors; the log would show the end of the key
+    return params
+
+
+@contextmanager
+def _captured_stderr():
+    """Keep what C code writes to standard error; yield a function that returns it."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+
+        def read() -> str:
+            file.seek(0)
+            return file.read().decode("utf-8", "replace")
+
+        os.dup2(file.fileno(), 2)
+        try:
+            yield read
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _reason(log: str) -> str:
+    """The first error of llama.cpp's log, without time and place."""
+    lines = [re.sub(r"^[\d.]+ E ", "", line) for line in log.splitlines() if " E " in line]
+    return lines[0].split(": ", 1)[-1].strip().rstrip(".") if lines else "it gives no reason"

@@ -1,0 +1,79 @@
+"""llama.cpp's own server: a web page to talk to the model, and an API that OpenAI's clients understand."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from quantlab.run.llama_cpp import Engine, Options
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(
+    model: str | Path, options: Options, *, report: Callable[[str], object], warn: Callable[[str], object]
+) -> None:
+    """Serve a model until Ctrl-C or SIGTERM.
+
+    Parameters
+    ----------
+    model : str or Path
+        A GGUF file, a bundled or fetched model's name, or a checkpoint.
+    options : Options
+        The web page is always served.
+    report, warn : callable
+        Take a line each: where it listens; what is risky about it. Neither ever holds the key.
+
+    Raises
+    ------
+    ImportError, FileNotFoundError, ValueError, OSError
+        As `Engine`.
+    """
+    if not is_loopback(options.host) and not options.api_key:
+        warn(
+            f"warning: --host {options.host} is open to every machine that can reach it, and there is no --api-key: "
+            "anyone there can use this model."
+        )
+    with killable():
+        engine = Engine(model, replace(options, ui=True))
+    with engine, ended() as end:
+        report(f"{engine.path.name} is served at {engine.address}: web page, and API at {engine.address}/v1")
+        if options.api_key:
+            report("Requests need the key that --api-key gave.")
+        report("Ctrl-C ends it.")
+        end.wait()
+
+
+@contextmanager
+def killable() -> Iterator[None]:
+    """While llama.cpp loads a model nothing but the system can end the process: let Ctrl-C do so."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ended() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C and SIGTERM set."""
+    end = threading.Event()
+    before = {number: signal.signal(number, lambda *_: end.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield end
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
