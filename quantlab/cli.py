@@ -332,7 +332,7 @@ def fit(
     ftype: Annotated[str | None, typer.Option("--ftype", metavar="FTYPE", help="Only this mixture.")] = None,
     vram: Annotated[str, typer.Option(metavar="24GiB", help="Memory of the graphics card.")] = "0",
     ram: Annotated[str | None, typer.Option(metavar="32GiB", help="Memory of the machine; this one's.")] = None,
-    n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens of context.")] = 4096,
+    n_ctx: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 4096.")] = None,
     n_gpu_layers: Annotated[
         int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the card; the most that fit.")
     ] = None,
@@ -359,7 +359,7 @@ def fit(
         plots.save(plots.memory(result.to_frame(), vram=result.vram, ram=result.ram, title=result.model), plot)
 
 
-RunContext = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens of context.")]
+RunContext = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 2048.")]
 GpuLayers = Annotated[
     int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the graphics card; what llama.cpp finds.")
 ]
@@ -370,7 +370,7 @@ Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Threads; w
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     system: Annotated[str, typer.Option("-sys", "--system-prompt", help="What the model is told first.")] = "",
-    n_ctx: RunContext = 2048,
+    n_ctx: RunContext = None,
     n_gpu_layers: GpuLayers = None,
     threads: Threads = None,
     temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
@@ -396,7 +396,7 @@ def chat(
 @app.command()
 def serve(
     model: Annotated[str, typer.Option("-m", "--model", help="tiny, smollm2, a GGUF file or a checkpoint.")],
-    n_ctx: RunContext = 2048,
+    n_ctx: RunContext = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 8080,
     n_gpu_layers: GpuLayers = None,

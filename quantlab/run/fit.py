@@ -170,7 +170,7 @@ def fit(
     ftype: str | int | None = None,
     vram: str | int = 0,
     ram: str | int | None = None,
-    n_ctx: int = 4096,
+    n_ctx: int | None = None,
     n_gpu_layers: int | None = None,
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
@@ -189,8 +189,8 @@ def fit(
     vram, ram : str or int
         Memory of the graphics card and of the machine: bytes, or a text such as "24GiB". Default: no card; all of this
         machine's memory.
-    n_ctx : int
-        Tokens of context.
+    n_ctx : int, optional
+        Tokens of context. Default: 4096, or the model's if that is shorter.
     n_gpu_layers : int, optional
         As llama.cpp counts: 1 is the output layer alone, layers + 1 is all. Default: the most that fit.
     cache_type_k, cache_type_v : str
@@ -228,6 +228,7 @@ def fit(
     (False, 29.0)
     """
     name, hparams, shapes, source = look_up(model)
+    n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)
     if n_gpu_layers is not None and not 0 <= n_gpu_layers:
         raise ValueError(f"{name}: n_gpu_layers={n_gpu_layers}, must be 0 or more. Give 0 for no layer on the card.")

@@ -25,6 +25,7 @@ from quantlab.files.model import open as open_model
 from quantlab.transform.convert import convert
 
 LOOPBACK = "127.0.0.1"
+USUAL = 2048  # tokens of context when none are asked for
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Options:
 
     Attributes
     ----------
-    n_ctx : int
-        Tokens of context.
+    n_ctx : int or None
+        Tokens of context; None is 2048, or the model's if that is shorter.
     n_gpu_layers : int or None
         Layers on the graphics card, the output layer first; None leaves the choice to llama.cpp.
     n_threads : int or None
@@ -47,7 +48,7 @@ class Options:
         Whether the web page is served.
     """
 
-    n_ctx: int = 2048
+    n_ctx: int | None = None
     n_gpu_layers: int | None = None
     n_threads: int | None = None
     host: str = LOOPBACK
@@ -83,12 +84,11 @@ class Engine:
     """
 
     def __init__(self, model: str | Path, options: Options | None = None):
-        self.options = options or Options()
-        xllamacpp = _xllamacpp()
+        options, xllamacpp = options or Options(), _xllamacpp()
         self.path = as_gguf(model)
-        _check_context(self.path, self.options.n_ctx)
-        _check_port(self.options.host, self.options.port)
-        params = _params(xllamacpp, self.path, self.options)
+        self.n_ctx = _context(self.path, options.n_ctx)
+        _check_port(options.host, options.port)
+        params = _params(xllamacpp, self.path, self.n_ctx, options)
         with _captured_stderr() as log:
             try:
                 self._server = xllamacpp.Server(params)
@@ -174,11 +174,11 @@ def as_gguf(model: str | Path) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return open_model(path).path
     source = open_model(path)
-    target = runs_dir() / "run" / f"{path.name.removesuffix('.gguf')}-F16.gguf"
+    target = runs_dir() / "run" / f"{path.stem if path.is_file() else path.name}.gguf"
     newest = max(file.stat().st_mtime for file in ([path] if path.is_file() else path.iterdir()))
     if not target.is_file() or target.stat().st_mtime < newest:
         target.parent.mkdir(parents=True, exist_ok=True)
-        convert(source.path, target, outtype="f16", overwrite=True)
+        convert(source.path, target, overwrite=True)
     return target
 
 
@@ -192,10 +192,12 @@ def _xllamacpp():
     return xllamacpp
 
 
-def _check_context(path: Path, n_ctx: int) -> None:
+def _context(path: Path, n_ctx: int | None) -> int:
     most = open_model(path).hparams.n_ctx
+    n_ctx = min(USUAL, most) if n_ctx is None else n_ctx
     if not 1 <= n_ctx <= most:
         raise ValueError(f"{path.name}: ctx-size={n_ctx}, must be 1 to {most}, the context it was trained for.")
+    return n_ctx
 
 
 def _check_port(host: str, port: int) -> None:
@@ -211,11 +213,11 @@ def _check_port(host: str, port: int) -> None:
         raise OSError(f"{host}:{port}: {error.strerror}. Choose another --port or --host.") from None
 
 
-def _params(xllamacpp, path: Path, options: Options):
+def _params(xllamacpp, path: Path, n_ctx: int, options: Options):
     """llama.cpp's parameters, as its command line would set them."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx = options.n_ctx
+    params.n_ctx = n_ctx
     params.fit_params = options.n_gpu_layers is None
     params.n_gpu_layers = -1 if options.n_gpu_layers is None else options.n_gpu_layers
     if options.n_threads is not None:
