@@ -1,17 +1,15 @@
 """The k-quants: Q2_K Q3_K Q4_K Q5_K Q6_K, and Q8_K for activations. Super-blocks of 256 weights.
 
-An encoder takes rows ``x`` (float32, C order) and fills ``out`` (uint8, one row of blocks per row); ``encode_*_imatrix``
-also takes the importance of each column. A decoder turns such bytes back into float32. Since blocks never cross the end
-of a row, all of them work on the array as one sequence of super-blocks.
+An encoder takes rows ``x`` (float32, C order) and fills ``out`` (uint8, one row of blocks per row);
+``encode_*_imatrix`` also takes the importance of each column. A decoder turns such bytes back into float32. Since
+blocks never cross the end of a row, all of them work on the array as one sequence of super-blocks.
 
 Encoders handle 16 super-blocks at a time, one in each lane, in three steps: *search* scale and minimum of every
-sub-block, *quantize the scales* of the super-block, then, with what the scales have become, *pack* the levels, for which
-the 16 super-blocks are gone through one after another. Bytes equal those of ggml-quants.c.
+sub-block, *quantize the scales* of the super-block, then, with what the scales have become, *pack* the levels, for
+which the 16 super-blocks are gone through one after another. Bytes equal those of ggml-quants.c.
 
 Source: ggml-quants.c of llama.cpp, commit 0c1e57098.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 from numba import prange
@@ -22,7 +20,6 @@ from quantlab.quants.lanes import (
     bits,
     from_bits,
     from_half,
-    gather,
     kernel,
     lanes,
     load,
@@ -37,11 +34,9 @@ from quantlab.quants.lanes import (
     to_float,
     to_half,
     total,
-    transpose,
 )
 from quantlab.quants.search import (
     GROUP_MAX_EPS,
-    FOUND,
     LOW,
     ONE,
     SCALE,
@@ -52,133 +47,22 @@ from quantlab.quants.search import (
     make_qp_quants,
     make_qx_quants,
 )
+from quantlab.quants.superblock import (
+    QK_K,
+    SPAN,
+    half_at,
+    largest_positive,
+    offset_levels,
+    put_half,
+    read_columns,
+    signed_byte,
+    signed_levels,
+    weigh,
+    workspace,
+)
 
-QK_K = 256  # weights of a super-block
-SPAN = 128  # super-blocks that one task of a parallel loop handles: 32 Ki weights
+# Constants of searches are passed as np.int64(15), not as 15: numba would compile a search anew for every literal.
 TWO = np.float32(2)
-
-
-class Workspace(NamedTuple):
-    """Arrays of one task. Columns of 16 lanes, a super-block in each; scales have a column for each sub-block."""
-
-    rows: np.ndarray  # int64 (16,): where each super-block starts
-    x: np.ndarray  # float32 (256 * 16,): the weights
-    w: np.ndarray  # float32 (256 * 16,): weights of their errors
-    sum_w: np.ndarray  # float32 (16 * 16,): the same, summed over each sub-block
-    tried: np.ndarray  # float32 (32 * 16,): levels of a sub-block while a search goes on
-    found: np.ndarray  # float32 (FOUND,): what a search knows
-    levels: np.ndarray  # uint8 (256 * 16,): levels that the search ends with
-    scale: np.ndarray  # float32 (16 * 16,): the scale that the search found
-    low: np.ndarray  # float32 (16 * 16,): and the minimum, its sign changed
-    ls: np.ndarray  # uint8 (16 * 16,): the scale, quantized
-    lm: np.ndarray  # uint8 (16 * 16,): the minimum, quantized
-    d: np.ndarray  # float32 (16 * 16,): the scale that a decoder will see
-    m: np.ndarray  # float32 (16 * 16,): the minimum that a decoder will see
-    head: np.ndarray  # uint8 (16 * 32,): 32 bytes for each super-block: its scales, packed
-
-
-@kernel
-def _workspace():
-    sub_blocks, weights = 16 * 16, QK_K * 16
-    return Workspace(
-        np.empty(16, np.int64),
-        np.empty(weights, np.float32),
-        np.empty(weights, np.float32),
-        np.empty(sub_blocks, np.float32),
-        np.empty(32 * 16, np.float32),
-        np.empty(FOUND, np.float32),
-        np.empty(weights, np.uint8),
-        np.empty(sub_blocks, np.float32),
-        np.empty(sub_blocks, np.float32),
-        np.empty(sub_blocks, np.uint8),
-        np.empty(sub_blocks, np.uint8),
-        np.empty(sub_blocks, np.float32),
-        np.empty(sub_blocks, np.float32),
-        np.empty(32 * 16, np.uint8),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps that several types share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def _read_columns(source, first, n, per_row, target, rows):
-    """Put 16 super-blocks of weights side by side; beyond the last one, repeat it.
-
-    `per_row` is the number of super-blocks after which `source` starts anew.
-    """
-    for lane in range(16):
-        rows[lane] = min(first + lane, n - 1) % per_row * QK_K
-    for i in range(0, QK_K, 16):
-        transpose(source, rows, i, target, 16 * i)
-
-
-@kernel
-def _weigh(ws, importance, first, n, factor, size):
-    """Set the error weights ``importance * sqrt(sigma2 + x * x)``, and their sums over sub-blocks of `size` weights."""
-    _read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
-    sum_x2 = lanes(ZERO)
-    for i in range(0, 16 * QK_K, 16):
-        v = load(ws.x, i)
-        sum_x2 = sum_x2 + v * v
-    sigma2 = factor * sum_x2 / np.float32(QK_K)
-    for j in range(QK_K // size):
-        sum_w = lanes(ZERO)
-        for i in range(16 * size * j, 16 * size * (j + 1), 16):
-            v = load(ws.x, i)
-            weight = load(ws.w, i) * sqrt(sigma2 + v * v)
-            store(ws.w, i, weight)
-            sum_w = sum_w + weight
-        store(ws.sum_w, 16 * j, sum_w)
-
-
-@kernel
-def _largest_positive(scales, n):
-    """Return the largest of the first `n` columns, 0 if none is positive."""
-    peak = lanes(ZERO)
-    for j in range(0, 16 * n, 16):
-        v = load(scales, j)
-        peak = select(v > peak, v, peak)
-    return peak
-
-
-@kernel
-def _put_half(ws, at, half):
-    """Write float16 bits into the heads."""
-    scatter(ws.head, at, 32, half)
-    scatter(ws.head, at + 1, 32, half >> 8)
-
-
-@kernel
-def _signed_byte(v):
-    """Return what an int becomes when it is stored as int8."""
-    return ((v & 0xFF) ^ 0x80) - 0x80
-
-
-@kernel
-def _offset_levels(x, at, ws, k, i, size, nmax):
-    """Return the levels of 16 weights of super-block `k`, from weight `i` on, where ``x ≈ d * l - m``."""
-    d = ws.d[i // size * 16 + k]
-    if d == 0:  # C leaves what the search found
-        return gather(ws.levels, 16 * i + k, 16)
-    return maximum(0, minimum(nmax, nearest_int((load(x, at + i) + ws.m[i // size * 16 + k]) / d)))
-
-
-@kernel
-def _signed_levels(x, at, ws, k, i, nmax):
-    """Return the levels, made positive, of 16 weights of super-block `k`, from weight `i` on, where ``x ≈ d * l``."""
-    d = ws.d[i + k]
-    if d == 0:
-        return gather(ws.levels, 16 * i + k, 16)
-    return maximum(-nmax, minimum(nmax - 1, nearest_int(load(x, at + i) / d))) + nmax
-
-
-@kernel
-def _half_at(data, at):
-    """Read a float16 into all lanes."""
-    return from_half(lanes(np.int32(data[at]) | (np.int32(data[at + 1]) << 8)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +78,9 @@ def _half_at(data, at):
 
 @kernel
 def _search_q2_k(ws, rmin, rdelta, nstep, use_mad):
-    make_qkx_quants(ws.x, ws.w, ws.levels, ws.found, np.int64(16), np.int64(3), rmin, rdelta, nstep, use_mad)
+    make_qkx_quants(
+        ws.x, ws.w, ws.levels, ws.found, np.int64(16), np.int64(3), rmin, rdelta, np.int64(nstep), np.bool_(use_mad)
+    )
     for j in range(0, 16 * 16, 16):
         store(ws.scale, j, load(ws.found, SCALE + j))
         store(ws.low, j, -load(ws.found, LOW + j))
@@ -204,7 +90,7 @@ def _search_q2_k(ws, rmin, rdelta, nstep, use_mad):
 def _quantize_scales_q2_k(ws):
     """Quantize scales and minima to four bits by the largest of them."""
     top = np.float32(15)
-    max_scale, max_low = _largest_positive(ws.scale, 16), _largest_positive(ws.low, 16)
+    max_scale, max_low = largest_positive(ws.scale, 16), largest_positive(ws.low, 16)
     for j in range(0, 16 * 16, 16):
         ls, lm = nearest_int(top / max_scale * load(ws.scale, j)), nearest_int(top / max_low * load(ws.low, j))
         store(ws.ls, j, select(max_scale > ZERO, ls, 0))
@@ -215,8 +101,8 @@ def _quantize_scales_q2_k(ws):
 @kernel
 def _pack_scales_q2_k(ws, scale, low):
     d, dmin = to_half(scale), to_half(low)
-    _put_half(ws, 16, d)
-    _put_half(ws, 18, dmin)
+    put_half(ws.head, 16, d)
+    put_half(ws.head, 18, dmin)
     for j in range(16):
         packed = (load(ws.ls, 16 * j) | (load(ws.lm, 16 * j) << 4)) & 0xFF
         scatter(ws.head, j, 32, packed)
@@ -233,7 +119,7 @@ def _pack_q2_k(x, ws, first, n, out):
             for i in range(128 * half, 128 * half + 32, 16):
                 packed = lanes(0)
                 for part in range(4):
-                    packed = packed | (_offset_levels(x, at, ws, k, i + 32 * part, 16, 3) << (2 * part))
+                    packed = packed | (offset_levels(x, at, ws, k, i + 32 * part, 16, 3) << (2 * part))
                 store(out, block + 16 + i - 96 * half, packed)
         for byte in range(4):
             out[block + 80 + byte] = ws.head[32 * k + 16 + byte]
@@ -241,16 +127,16 @@ def _pack_q2_k(x, ws, first, n, out):
 
 @kernel
 def _span_q2_k(x, importance, out, start, n):
-    ws = _workspace()
+    ws = workspace()
     for first in range(start, min(start + SPAN, n), 16):
-        _read_columns(x, first, n, n, ws.x, ws.rows)
+        read_columns(x, first, n, n, ws.x, ws.rows)
         if importance is None:
             for i in range(0, 16 * QK_K, 16):
                 store(ws.w, i, absolute(load(ws.x, i)))
             _search_q2_k(ws, np.float32(-0.5), np.float32(0.1), 15, True)
             scale, low = _quantize_scales_q2_k(ws)
         else:
-            _weigh(ws, importance, first, n, ONE, 16)
+            weigh(ws, importance, first, n, ONE, 16)
             _search_q2_k(ws, np.float32(-0.9), np.float32(0.05), 36, False)
             scale = make_qp_quants(ws.scale, ws.sum_w, ws.ls, 16, 15)
             low = make_qp_quants(ws.low, ws.sum_w, ws.lm, 16, 15)
@@ -280,7 +166,7 @@ def encode_q2_k_imatrix(x, weights, out):
 def _decode_span_q2_k(data, out, start, stop):
     for k in range(start, stop):
         at, block = k * QK_K, k * 84
-        d, dmin = _half_at(data, block + 80), _half_at(data, block + 82)
+        d, dmin = half_at(data, block + 80), half_at(data, block + 82)
         for half in range(2):
             for part in range(4):
                 for i in range(0, 32, 16):
@@ -318,7 +204,7 @@ def _quantize_scales_q3_k(ws):
     max_scale, _ = largest(ws.scale, 0, 16)
     iscale = np.float32(-32) / max_scale
     for j in range(0, 16 * 16, 16):
-        l = maximum(-32, minimum(31, _signed_byte(nearest_int(iscale * load(ws.scale, j))))) + 32
+        l = maximum(-32, minimum(31, signed_byte(nearest_int(iscale * load(ws.scale, j))))) + 32
         store(ws.ls, j, select(max_scale != ZERO, l, 0))
     return select(max_scale != ZERO, ONE / iscale, ZERO)
 
@@ -326,7 +212,7 @@ def _quantize_scales_q3_k(ws):
 @kernel
 def _pack_scales_q3_k(ws, scale):
     half = to_half(scale)
-    _put_half(ws, 12, half)
+    put_half(ws.head, 12, half)
     d = from_half(half)
     for j in range(0, 16 * 16, 16):
         store(ws.d, j, d * to_float(load(ws.ls, j) - 32))
@@ -348,7 +234,7 @@ def _pack_q3_k(x, ws, first, n, out):
             for half in range(2):
                 packed = lanes(0)
                 for part in range(4):
-                    l = _signed_levels(x, at, ws, k, 128 * half + 32 * part + i, 4)
+                    l = signed_levels(x, at, ws, k, 128 * half + 32 * part + i, 4)
                     packed = packed | ((l & 3) << (2 * part))
                     mask = mask | ((l >> 2) << (4 * half + part))
                 store(out, block + 32 + 32 * half + i, packed)
@@ -359,9 +245,9 @@ def _pack_q3_k(x, ws, first, n, out):
 
 @kernel
 def _span_q3_k(x, importance, out, start, n):
-    ws = _workspace()
+    ws = workspace()
     for first in range(start, min(start + SPAN, n), 16):
-        _read_columns(x, first, n, n, ws.x, ws.rows)
+        read_columns(x, first, n, n, ws.x, ws.rows)
         if importance is None:
             for i in range(0, 16 * QK_K, 16):
                 v = load(ws.x, i)
@@ -371,7 +257,7 @@ def _span_q3_k(x, importance, out, start, n):
                 store(ws.scale, j, load(ws.found, SCALE + j))
             scale = _quantize_scales_q3_k(ws)
         else:
-            _weigh(ws, importance, first, n, TWO, 16)
+            weigh(ws, importance, first, n, TWO, 16)
             for j in range(16):
                 store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 16, 4))
             scale = make_qx_quants(ws.scale, 0, ws.sum_w, ws.found, ws.ls, 16, 32)
@@ -401,7 +287,7 @@ def encode_q3_k_imatrix(x, weights, out):
 def _decode_span_q3_k(data, out, start, stop):
     for k in range(start, stop):
         at, block = k * QK_K, k * 110
-        d = _half_at(data, block + 108)
+        d = half_at(data, block + 108)
         for j in range(16):
             low = np.int32(data[block + 96 + j % 8]) >> (j // 8 * 4)
             high = np.int32(data[block + 104 + j % 4]) >> (j // 4 * 2)
@@ -429,9 +315,9 @@ def decode_q3_k(data, out):
 #   byte     0      2         4              16         48                   Q5_K, 176 bytes
 #            d f16  dmin f16  scales u8[12]  qh u8[32]  qs u8[128]
 #
-#   scales   bytes 0-3 and 4-7: sc and m of sub-blocks 0-3, six bits, and above them the two high bits of sub-blocks 4-7;
-#            bytes 8-11: the four low bits of sub-blocks 4-7, sc below m
-#   qs       byte 32 p + i holds weight i of sub-block 2 p in its low four bits and of sub-block 2 p + 1 in the high ones
+#   scales   bytes 0-3 and 4-7: sc and m of sub-blocks 0-3, six bits, and above them the two high bits of those of
+#            sub-blocks 4-7; bytes 8-11: the four low bits of sub-blocks 4-7, sc below m
+#   qs       byte 32 p + i holds weight i of sub-block 2 p in its low four bits, of sub-block 2 p + 1 in the high ones
 #   qh       bit j of byte i is the fifth bit of weight i of sub-block j
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -457,7 +343,7 @@ def _fit_q45_k(ws, nmax, rmin, nstep):
             store(ws.w, i, av_x + absolute(load(ws.x, i)))
     _search_q45_k(ws, nmax, rmin, np.float32(0.1), nstep)
     top = np.float32(63)
-    max_scale, max_low = _largest_positive(ws.scale, 8), _largest_positive(ws.low, 8)
+    max_scale, max_low = largest_positive(ws.scale, 8), largest_positive(ws.low, 8)
     inv_scale = select(max_scale > ZERO, top / max_scale, ZERO)
     inv_low = select(max_low > ZERO, top / max_low, ZERO)
     for j in range(0, 8 * 16, 16):
@@ -469,8 +355,8 @@ def _fit_q45_k(ws, nmax, rmin, nstep):
 @kernel
 def _fit_q45_k_weighted(ws, importance, first, n, nmax):
     """Search with an importance matrix; return scale and minimum of the super-blocks."""
-    _weigh(ws, importance, first, n, TWO, 32)
-    _search_q45_k(ws, nmax, np.float32(-0.9), np.float32(0.05), 36)
+    weigh(ws, importance, first, n, TWO, 32)
+    _search_q45_k(ws, nmax, np.float32(-0.9), np.float32(0.05), np.int64(36))
     scale = make_qp_quants(ws.scale, ws.sum_w, ws.ls, 8, 63)
     low = make_qp_quants(ws.low, ws.sum_w, ws.lm, 8, 63)
     return scale, low
@@ -479,8 +365,8 @@ def _fit_q45_k_weighted(ws, importance, first, n, nmax):
 @kernel
 def _pack_scales_q45_k(ws, scale, low, most):
     """Lay out the first 16 bytes of the blocks; quantized scales are limited to `most` before."""
-    _put_half(ws, 0, to_half(scale))
-    _put_half(ws, 2, to_half(low))
+    put_half(ws.head, 0, to_half(scale))
+    put_half(ws.head, 2, to_half(low))
     d, dmin = from_half(to_half(scale)), from_half(to_half(low))
     for j in range(4):
         ls, lm = minimum(most, load(ws.ls, 16 * j)), minimum(most, load(ws.lm, 16 * j))
@@ -502,19 +388,19 @@ def _pack_q4_k(x, ws, first, n, out):
         store(out, block, load(ws.head, 32 * k))
         for part in range(4):
             for i in range(64 * part, 64 * part + 32, 16):
-                low, high = _offset_levels(x, at, ws, k, i, 32, 15), _offset_levels(x, at, ws, k, i + 32, 32, 15)
+                low, high = offset_levels(x, at, ws, k, i, 32, 15), offset_levels(x, at, ws, k, i + 32, 32, 15)
                 store(out, block + 16 + i - 32 * part, low | (high << 4))
 
 
 @kernel
 def _span_q4_k(x, importance, out, start, n):
-    ws = _workspace()
+    ws = workspace()
     for first in range(start, min(start + SPAN, n), 16):
-        _read_columns(x, first, n, n, ws.x, ws.rows)
+        read_columns(x, first, n, n, ws.x, ws.rows)
         if importance is None:
-            scale, low = _fit_q45_k(ws, 15, np.float32(-1), 20)
+            scale, low = _fit_q45_k(ws, np.int64(15), np.float32(-1), np.int64(20))
         else:
-            scale, low = _fit_q45_k_weighted(ws, importance, first, n, 15)
+            scale, low = _fit_q45_k_weighted(ws, importance, first, n, np.int64(15))
         _pack_scales_q45_k(ws, scale, low, 255)
         _pack_q4_k(x, ws, first, n, out)
 
@@ -551,7 +437,7 @@ def _scale_and_min(data, at, j):
 def _decode_span_q4_k(data, out, start, stop):
     for k in range(start, stop):
         at, block = k * QK_K, k * 144
-        d, dmin = _half_at(data, block), _half_at(data, block + 2)
+        d, dmin = half_at(data, block), half_at(data, block + 2)
         for j in range(8):
             sc, m = _scale_and_min(data, block + 4, j)
             scale, low = d * np.float32(sc), dmin * np.float32(m)
@@ -577,8 +463,8 @@ def _pack_q5_k(x, ws, first, n, out):
         for i in range(0, 32, 16):
             fifth = lanes(0)
             for part in range(4):
-                low = _offset_levels(x, at, ws, k, 64 * part + i, 32, 31)
-                high = _offset_levels(x, at, ws, k, 64 * part + 32 + i, 32, 31)
+                low = offset_levels(x, at, ws, k, 64 * part + i, 32, 31)
+                high = offset_levels(x, at, ws, k, 64 * part + 32 + i, 32, 31)
                 store(out, block + 48 + 32 * part + i, (low & 15) | ((high & 15) << 4))
                 fifth = fifth | (low >> 4 << (2 * part)) | (high >> 4 << (2 * part + 1))
             store(out, block + 16 + i, fifth)
@@ -586,13 +472,13 @@ def _pack_q5_k(x, ws, first, n, out):
 
 @kernel
 def _span_q5_k(x, importance, out, start, n):
-    ws = _workspace()
+    ws = workspace()
     for first in range(start, min(start + SPAN, n), 16):
-        _read_columns(x, first, n, n, ws.x, ws.rows)
+        read_columns(x, first, n, n, ws.x, ws.rows)
         if importance is None:
-            scale, low = _fit_q45_k(ws, 31, np.float32(-0.5), 15)
+            scale, low = _fit_q45_k(ws, np.int64(31), np.float32(-0.5), np.int64(15))
         else:
-            scale, low = _fit_q45_k_weighted(ws, importance, first, n, 31)
+            scale, low = _fit_q45_k_weighted(ws, importance, first, n, np.int64(31))
         _pack_scales_q45_k(ws, scale, low, 63)
         _pack_q5_k(x, ws, first, n, out)
 
@@ -619,7 +505,7 @@ def encode_q5_k_imatrix(x, weights, out):
 def _decode_span_q5_k(data, out, start, stop):
     for k in range(start, stop):
         at, block = k * QK_K, k * 176
-        d, dmin = _half_at(data, block), _half_at(data, block + 2)
+        d, dmin = half_at(data, block), half_at(data, block + 2)
         for j in range(8):
             sc, m = _scale_and_min(data, block + 4, j)
             scale, low = d * np.float32(sc), dmin * np.float32(m)
@@ -644,8 +530,8 @@ def decode_q5_k(data, out):
 #   byte     0           128        192            208                       210 bytes
 #            ql u8[128]  qh u8[64]  scales i8[16]  d f16
 #
-#   ql       bytes 64 h + i and 64 h + 32 + i hold the low four bits of weights i and i + 32 of half h of the super-block,
-#            and above them those of weights i + 64 and i + 96
+#   ql       bytes 64 h + i and 64 h + 32 + i hold the low four bits of weights i and i + 32 of half h of the
+#            super-block, and above them those of weights i + 64 and i + 96
 #   qh       the two high bits, laid out as qs of Q2_K
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -657,10 +543,10 @@ def _quantize_scales_q6_k(ws):
     zero = magnitude < GROUP_MAX_EPS
     iscale = np.float32(-128) / max_scale
     half = select(zero, 0, to_half(ONE / iscale))
-    _put_half(ws, 16, half)
+    put_half(ws.head, 16, half)
     d = from_half(half)
     for j in range(16):
-        l = select(zero, 0, _signed_byte(minimum(127, nearest_int(iscale * load(ws.scale, 16 * j)))))
+        l = select(zero, 0, signed_byte(minimum(127, nearest_int(iscale * load(ws.scale, 16 * j)))))
         scatter(ws.head, j, 32, l)
         store(ws.d, 16 * j, d * to_float(l))
     if any_lane(zero):  # C clears these blocks, levels of the search and all
@@ -674,10 +560,10 @@ def _pack_q6_k(x, ws, first, n, out):
         at, block = (first + k) * QK_K, (first + k) * 210
         for half in range(2):
             for i in range(0, 32, 16):
-                l1 = _signed_levels(x, at, ws, k, 128 * half + i, 32)
-                l2 = _signed_levels(x, at, ws, k, 128 * half + 32 + i, 32)
-                l3 = _signed_levels(x, at, ws, k, 128 * half + 64 + i, 32)
-                l4 = _signed_levels(x, at, ws, k, 128 * half + 96 + i, 32)
+                l1 = signed_levels(x, at, ws, k, 128 * half + i, 32)
+                l2 = signed_levels(x, at, ws, k, 128 * half + 32 + i, 32)
+                l3 = signed_levels(x, at, ws, k, 128 * half + 64 + i, 32)
+                l4 = signed_levels(x, at, ws, k, 128 * half + 96 + i, 32)
                 store(out, block + 64 * half + i, (l1 & 15) | ((l3 & 15) << 4))
                 store(out, block + 64 * half + 32 + i, (l2 & 15) | ((l4 & 15) << 4))
                 high = (l1 >> 4) | (l2 >> 4 << 2) | (l3 >> 4 << 4) | (l4 >> 4 << 6)
@@ -689,15 +575,15 @@ def _pack_q6_k(x, ws, first, n, out):
 
 @kernel
 def _span_q6_k(x, importance, out, start, n):
-    ws = _workspace()
+    ws = workspace()
     for first in range(start, min(start + SPAN, n), 16):
-        _read_columns(x, first, n, n, ws.x, ws.rows)
+        read_columns(x, first, n, n, ws.x, ws.rows)
         if importance is None:
             for i in range(0, 16 * QK_K, 16):
                 v = load(ws.x, i)
                 store(ws.w, i, v * v)
         else:
-            _read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
+            read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
         for j in range(16):
             store(ws.scale, 16 * j, make_qx_quants(ws.x, 256 * j, ws.w, ws.found, ws.levels, 16, 32))
         _quantize_scales_q6_k(ws)
@@ -726,7 +612,7 @@ def encode_q6_k_imatrix(x, weights, out):
 def _decode_span_q6_k(data, out, start, stop):
     for k in range(start, stop):
         at, block = k * QK_K, k * 210
-        d = _half_at(data, block + 208)
+        d = half_at(data, block + 208)
         for j in range(16):
             half, part, i = j // 8, j % 8 // 2, j % 2 * 16
             sc = (np.int32(data[block + 192 + j]) ^ 0x80) - 0x80
@@ -754,9 +640,9 @@ def decode_q6_k(data, out):
 
 @kernel
 def _span_q8_k(x, out, start, n):
-    ws = _workspace()
+    ws = workspace()
     for first in range(start, min(start + SPAN, n), 16):
-        _read_columns(x, first, n, n, ws.x, ws.rows)
+        read_columns(x, first, n, n, ws.x, ws.rows)
         peak, magnitude = largest(ws.x, 0, QK_K)
         iscale = np.float32(-127) / peak
         store(ws.scale, 0, select(magnitude > ZERO, iscale, ZERO))
@@ -768,7 +654,7 @@ def _span_q8_k(x, out, start, n):
             for byte in range(4):
                 out[block + byte] = ws.head[32 * k + byte]
             for j in range(16):
-                q = _signed_byte(minimum(127, nearest_int(load(x, at + 16 * j) * ws.scale[k])))
+                q = signed_byte(minimum(127, nearest_int(load(x, at + 16 * j) * ws.scale[k])))
                 store(out, block + 4 + 16 * j, q)
                 bsum = total(q)
                 out[block + 260 + 2 * j] = bsum & 0xFF
@@ -793,7 +679,7 @@ def _decode_span_q8_k(data, out, start, stop):
             word |= np.int32(data[block + byte]) << np.int32(8 * byte)
         d = from_bits(lanes(word))
         for i in range(0, QK_K, 16):
-            store(out, at + i, d * to_float(_signed_byte(load(data, block + 4 + i))))
+            store(out, at + i, d * to_float(signed_byte(load(data, block + 4 + i))))
 
 
 @parallel_kernel

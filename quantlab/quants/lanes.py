@@ -1,9 +1,9 @@
 """Sixteen numbers side by side: the numba types in which the quantizers are written.
 
-A *lanes* value holds 16 float32, 16 int32 or 16 booleans (a mask). Arithmetic on it reads like arithmetic on one number,
-is done on all 16 at once, and rounds each of them exactly as the scalar operation would: no reordering, no fused
-multiply-add. So a kernel that gives every lane a block of its own computes what the scalar C loop computes, and LLVM
-lowers it to AVX-512, AVX2, SSE or NEON, whichever the machine has.
+A *lanes* value holds 16 float32, 16 int32 or 16 booleans (a mask). Arithmetic on it reads like arithmetic on one
+number, is done on all 16 at once, and rounds each of them exactly as the scalar operation would: no reordering, no
+fused multiply-add. So a kernel that gives every lane a block of its own computes what the scalar C loop computes, and
+LLVM lowers it to AVX-512, AVX2, SSE or NEON, whichever the machine has.
 
 Every function here also runs as plain Python over ``np.ndarray[16]``: with ``NUMBA_DISABLE_JIT=1`` a kernel gives the
 same bytes, slowly.
@@ -26,6 +26,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, register_model
 
 kernel = njit(cache=True, error_model="numpy")  # how every function over lanes is compiled
+inlined_kernel = njit(cache=True, error_model="numpy", forceinline=True)  # for steps of one caller's inner loops
 parallel_kernel = njit(cache=True, error_model="numpy", parallel=True)
 
 WIDTH = 16

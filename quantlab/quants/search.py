@@ -1,23 +1,23 @@
 """The scale searches of the k-quants, for 16 blocks side by side.
 
-Each function does what the function of the same name in ggml-quants.c does, for 16 blocks at once: every number of the C
-code is a lanes value here, with the same float32 operations in the same order, and what the C code does under a
+Each function does what the function of the same name in ggml-quants.c does, for 16 blocks at once: every number of the
+C code is a lanes value here, with the same float32 operations in the same order, and what the C code does under a
 condition is done everywhere and kept where the condition holds. The blocks lie column by column in flat arrays: value
 `i` of the block in lane `k` is element ``at + 16 * i + k``.
 
-`levels` arrays (uint8) receive what C calls L, from element `at`: the levels, which matter only for sub-blocks whose scale
-becomes zero in the end.
+`levels` arrays (uint8) receive what C calls L: the levels, which matter only for sub-blocks whose scale becomes zero in
+the end.
 
 Source: ggml-quants.c of llama.cpp, commit 0c1e57098.
 """
 
 import numpy as np
-from numba import njit
 
 from quantlab.quants.lanes import (
     ROUNDER,
     absolute,
     any_lane,
+    inlined_kernel,
     kernel,
     lanes,
     load,
@@ -34,8 +34,6 @@ GROUP_MAX_EPS = np.float32(1e-15)  # a block whose largest weight is smaller cou
 IN_RANGE = np.float32(4e6)  # below it nearest_int does not wrap
 ZERO, ONE, TENTH = np.float32(0), np.float32(1), np.float32(0.1)
 
-forced = njit(cache=True, error_model="numpy", forceinline=True)
-
 
 @kernel
 def level(v, low, high):
@@ -43,8 +41,8 @@ def level(v, low, high):
     return to_float(maximum(low, minimum(high, nearest_int(v))))
 
 
-# What a search for scale and minimum knows of each block lies in one array, `found`, field after field, in each a column
-# of 16 lanes for each of up to 16 blocks.
+# What a search for scale and minimum knows of each block lies in one array, `found`, field after field: a column of 16
+# lanes for each of up to 16 blocks.
 LOW = 0  # the minimum of the best try
 HIGH = 256  # the largest value
 SMALLEST = 512  # the smallest value
@@ -100,7 +98,7 @@ def make_qkx_quants(x, w, levels, found, n, nmax, rmin, rdelta, nstep, use_mad):
         store(levels, i, select(iscale == ZERO, 0, l))
 
 
-@forced
+@inlined_kernel
 def _start(x, w, found, n, block, nmax, use_mad):
     """Spread the levels evenly from the smallest value, or from 0 if that is smaller, to the largest."""
     first, end, at = 16 * n * block, 16 * n * (block + 1), 16 * block
@@ -135,7 +133,7 @@ def _start(x, w, found, n, block, nmax, use_mad):
     store(found, ISCALE + at, select(flat, ZERO, iscale))
 
 
-@forced
+@inlined_kernel
 def _fit(x, w, found, n, block, tried, nmax, steps):
     """Spread `steps` levels, and fit scale and minimum to them by least squares."""
     first, at = 16 * n * block, 16 * block
@@ -171,7 +169,7 @@ def _fit(x, w, found, n, block, tried, nmax, steps):
     store(found, FIT_LOW + at, new_low)
 
 
-@forced
+@inlined_kernel
 def _judge(x, w, found, n, block, tried, steps, use_mad):
     """Keep scale and minimum of a try if its error is smaller than the best before."""
     first, at = 16 * n * block, 16 * block
@@ -242,7 +240,7 @@ def make_qx_quants(x, at, w, found, levels, n, nmax):
     return select(zero, ZERO, scale)
 
 
-@forced
+@inlined_kernel
 def _sums(x, at, w, found, n, nmax, iscale, magnitude):
     """Return the weighted sums of x * l and of l * l over blocks of `n`."""
     wraps = any_lane(~(absolute(iscale) * magnitude < IN_RANGE))
@@ -294,7 +292,7 @@ def make_q3_quants(x, w, found, levels, nmax):
                 store(levels, 256 * block + i, select(sum_l2 == ZERO, 0, l))
 
 
-@forced
+@inlined_kernel
 def _start_q3(x, w, found, block, tried, nmax):
     """Give the value of largest magnitude the level -`nmax`. The sums of blocks that count as zero are made zero."""
     peak, magnitude = largest(x, 256 * block, 16)
@@ -312,7 +310,7 @@ def _start_q3(x, w, found, block, tried, nmax):
     store(found, SUM_L2 + 16 * block, select(zero, ZERO, sum_l2))
 
 
-@forced
+@inlined_kernel
 def _change_level(x, w, found, block, i, tried, nmax):
     """Give one value of a block another level where this makes the error smaller; return where."""
     v, weight = load(x, 256 * block + i), load(w, 256 * block + i)
