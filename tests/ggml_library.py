@@ -55,7 +55,8 @@ def traits(qtype):
 
 def quantize(x, qtype, imatrix=None, out=None):
     """Encode float32 rows (nrows, n_per_row) with the C library; one thread."""
-    out = np.empty((len(x), quants.row_bytes(qtype, x.shape[1])), np.uint8) if out is None else out
+    # zeros: of a block of zeros quantize_row_q8_K_ref leaves the sums as they were
+    out = np.zeros((len(x), quants.row_bytes(qtype, x.shape[1])), np.uint8) if out is None else out
     if qtype in ("Q8_1", "Q8_K"):  # activations: not known to ggml_quantize_chunk
         function = getattr(library(), f"quantize_row_{qtype.replace('Q', 'q')}_ref")
         function(x.ctypes, out.ctypes, ctypes.c_int64(x.size))

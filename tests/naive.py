@@ -15,6 +15,8 @@ Three habits of C matter for the last bit:
 Source: llama.cpp, ggml/src/ggml-quants.c and ggml-impl.h.
 """
 
+# ruff: noqa: E741 - a level is called l here, as in C
+
 import numpy as np
 
 F = np.float32

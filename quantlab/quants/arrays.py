@@ -190,14 +190,17 @@ def _check_finite(piece: np.ndarray, name: str, row: int, column: int) -> None:
         )
 
 
-def float_pieces(x, block: int, whole_rows: bool, name: str) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def float_pieces(
+    x: np.ndarray, block: int, whole_rows: bool, name: str, check: bool = True
+) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Row range, column range and contiguous float32 values of each piece of `x`, checked to be finite."""
     start = 0
     for rows_of_x in _as_rows(x, x.shape[-1]):
         for rows, columns in _pieces(*rows_of_x.shape, block, whole_rows):
             piece = np.ascontiguousarray(rows_of_x[rows, columns], np.float32)
             rows = slice(start + rows.start, start + rows.stop)
-            _check_finite(piece, name, rows.start, columns.start)
+            if check:
+                _check_finite(piece, name, rows.start, columns.start)
             yield rows, columns, piece
         start += len(rows_of_x)
 
@@ -262,15 +265,20 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.nd
         for _ in float_pieces(x, block, weighted, name):
             pass  # only checks: `out` stays as it is unless everything is finite
     data = result.reshape(prod(x.shape[:-1]), result.shape[-1])
-    for rows, columns, piece in float_pieces(x, block, weighted, name):
+    for rows, columns, piece in float_pieces(x, block, weighted, name, check=out is None):
         target = data[rows, columns.start // block * bytes_ : columns.stop // block * bytes_]
-        if qtype == "F32":
-            target[:] = piece.view(np.uint8)
-        elif weighted:
-            _kernel("encode", qtype, "_imatrix")(piece, imatrix, target)
-        else:
-            _kernel("encode", qtype)(piece, target)
+        _encode(piece, qtype, imatrix if weighted else None, target)
     return result
+
+
+def _encode(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, out: np.ndarray) -> None:
+    """Encode contiguous rows of float32 into contiguous rows of bytes."""
+    if qtype == "F32":
+        out[:] = x.view(np.uint8)
+    elif imatrix is not None:
+        _kernel("encode", qtype, "_imatrix")(x, imatrix, out)
+    else:
+        _kernel("encode", qtype)(x, out)
 
 
 def _decode(data: np.ndarray, qtype: str, out: np.ndarray) -> None:
@@ -370,11 +378,13 @@ def roundtrip(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.n
     check_input(x, qtype, imatrix, name)
     result = _output(out, x.shape, np.float32)
     block = block_size(qtype)
+    weighted = imatrix is not None and qtype in WEIGHTED
     if out is not None:
-        for _ in float_pieces(x, block, True, name):
-            pass
+        for _ in float_pieces(x, block, weighted, name):
+            pass  # only checks
     values = result.reshape(prod(x.shape[:-1]), x.shape[-1])
-    for rows, columns, piece in float_pieces(x, block, imatrix is not None, name):
-        weights = None if imatrix is None else imatrix[columns]
-        _decode(quantize(piece, qtype, weights, name=name), qtype, values[rows, columns])
+    for rows, columns, piece in float_pieces(x, block, weighted, name, check=out is None):
+        data = np.empty((len(piece), row_bytes(qtype, piece.shape[1])), np.uint8)
+        _encode(piece, qtype, imatrix if weighted else None, data)
+        _decode(data, qtype, values[rows, columns])
     return result

@@ -181,7 +181,7 @@ def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
     noise = signal = largest = 0.0
     codes = np.zeros(0, np.int64)
     for _, columns, piece in float_pieces(x, block_size(qtype), imatrix is not None, name):
-        data = quantize(piece, qtype, None if imatrix is None else imatrix[columns], name=name)
+        data = quantize(piece, qtype, None if imatrix is None else imatrix[columns])
         difference = np.abs(dequantize(data, qtype, piece.shape) - piece)
         noise += float(np.square(difference, dtype=np.float64).sum())
         signal += float(np.square(piece, dtype=np.float64).sum())

@@ -1,0 +1,192 @@
+"""Measure the kernels beside ggml's own: `make bench`.
+
+Both run in this process, taking turns, on the same rows with the same number of threads; ggml's rows are shared out
+among Python threads, which its functions let run. Figures are million weights per second, the median over the
+repetitions ± half the distance between the quartiles. Where libggml-python is not installed, ours stand alone.
+`NUMBA_NUM_THREADS` limits the threads, `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` the instructions:
+
+    NUMBA_CPU_NAME=x86-64-v3 NUMBA_CPU_FEATURES= NUMBA_CACHE_DIR=$(mktemp -d) python tests/bench_kernels.py
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import ggml_library
+import llvmlite.binding
+import numba
+import numpy as np
+
+import quantlab as ql
+from quantlab import quants
+from quantlab.files import bundled
+
+WIDTH = 4096
+LEGACY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+MODES = ["plain", "imatrix", "decode"]
+MANY, FEW = 4096, 256  # rows for what takes nanoseconds per weight at most, and for the searches
+
+
+def normal_rows():
+    """Rows of normal numbers, as large as weights are."""
+    return (0.02 * np.random.default_rng(1).standard_normal((MANY, WIDTH))).astype(np.float32)
+
+
+def real_rows():
+    """Rows cut from the weights of SmolLM2 if it has been fetched, else of the bundled model; repeated to fill up."""
+    try:
+        model = ql.open(bundled.model_path("smollm2"))
+    except FileNotFoundError:
+        model = ql.open(bundled.model_path("tiny"))
+    flat, wanted = [], MANY * WIDTH
+    for tensor in model:
+        if len(tensor.shape) == 2:
+            flat.append(tensor.floats().ravel())
+            if sum(map(len, flat)) >= wanted:
+                break
+    return model.path.name, np.resize(np.concatenate(flat), (MANY, WIDTH))
+
+
+def both_ways(mode, qtype, x, imatrix, threads):
+    """Two functions that do the same work, ours and ggml's (None without the library)."""
+    data = quants.quantize(x, qtype)
+    floats = np.empty_like(x)
+    parts = [slice(len(x) * i // threads, len(x) * (i + 1) // threads) for i in range(threads)]
+    pool = ThreadPoolExecutor(threads)
+
+    def ours():
+        if mode == "decode":
+            quants.dequantize(data, qtype, x.shape, out=floats)
+        else:
+            quants.quantize(x, qtype, imatrix if mode == "imatrix" else None, out=data)
+
+    def theirs_part(part):
+        if mode == "decode":
+            ggml_library.dequantize(data[part], qtype, WIDTH, floats[part])
+        else:
+            ggml_library.quantize(x[part], qtype, imatrix if mode == "imatrix" else None, data[part])
+
+    def theirs():
+        list(pool.map(theirs_part, parts))
+
+    return ours, theirs if ggml_library.library() else None
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(mode, qtype, rows, imatrix, threads, repetitions):
+    """Speeds of ours and of ggml's: two arrays, one value per repetition; the second is empty without the library."""
+    x = rows[: FEW if mode == "imatrix" or (mode == "plain" and qtype in K_TYPES) else MANY]
+    ours, theirs = both_ways(mode, qtype, x, imatrix, threads)
+    ours()  # compiles
+    speeds = [], []
+    for _ in range(repetitions):
+        speeds[0].append(x.size / seconds(ours) / 1e6)
+        if theirs:
+            speeds[1].append(x.size / seconds(theirs) / 1e6)
+    return [np.array(s) for s in speeds]
+
+
+def cell(speeds):
+    low, middle, high = np.percentile(speeds, [25, 50, 75])
+    return f"{middle:.3g} ± {(high - low) / 2:.1g}" if middle < 1000 else f"{middle:.0f} ± {(high - low) / 2:.0f}"
+
+
+def table(title, rows, imatrix, types, threads, repetitions):
+    """Print one Markdown table and return {(mode, type): ratio of the medians}."""
+    print(f"\n### {title}, {threads} thread{'s' * (threads > 1)}, million weights per second\n")
+    head = [f"{mode}: ours | ggml | ratio" if ggml_library.library() else mode for mode in MODES]
+    print(f"| type | {' | '.join(head)} |")
+    print("|---" * (1 + len(" | ".join(head).split("|"))) + "|")
+    ratios = {}
+    for qtype in types:
+        cells = [qtype]
+        for mode in MODES:
+            if mode == "imatrix" and not quants.types().loc[qtype, "uses_imatrix"]:
+                cells += ["–"] * (3 if ggml_library.library() else 1)
+                continue
+            ours, theirs = measure(mode, qtype, rows, imatrix, threads, repetitions)
+            cells.append(cell(ours))
+            if len(theirs):
+                ratios[mode, qtype] = np.median(ours) / np.median(theirs)
+                cells += [cell(theirs), f"{ratios[mode, qtype]:.1f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    for name, group in (("Q2_K … Q6_K", K_TYPES), ("legacy", LEGACY)):
+        for mode in MODES:
+            found = [ratio for (m, qtype), ratio in ratios.items() if m == mode and qtype in group]
+            if found:
+                mean = np.exp(np.mean(np.log(found)))
+                print(f"\n{name}, {mode}: geometric mean {mean:.1f} times ggml, least {min(found):.1f}")
+    return ratios
+
+
+START = """
+import sys, time
+import numpy as np
+start = time.perf_counter()
+from quantlab import quants
+x = np.ones((16, 256), np.float32)
+for qtype in sys.argv[1:]:
+    quants.dequantize(quants.quantize(x, qtype), qtype, x.shape)
+print(time.perf_counter() - start)
+"""
+
+
+def start(types):
+    """Print what the first calls of a fresh process take, with an empty cache of compiled kernels and with a full one."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"NUMBA_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+        def run(types):
+            command = [sys.executable, "-c", START, *types]
+            return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+        print(f"\nEncoders and decoders of {len(types)} types, compiled and called: {run(types):.1f} s")
+        first = {qtype: run([qtype]) for qtype in types}
+        slowest = max(first, key=first.get)
+        print(
+            f"\nImport and first call of a type in a fresh process, compiled before: at most {first[slowest]:.2f} s",
+            end="",
+        )
+        print(f" ({slowest})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure the kernels beside ggml's own.")
+    parser.add_argument("--types", nargs="+", default=LEGACY + K_TYPES, choices=LEGACY + K_TYPES)
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, numba.config.NUMBA_NUM_THREADS}))
+    parser.add_argument("--rows", nargs="+", default=["real", "normal"], choices=["real", "normal"])
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--start", action="store_true", help="measure compiling and first calls, too")
+    arguments = parser.parse_args()
+
+    ggml = ggml_library.library()
+    theirs = f"libggml-python {version('libggml-python')} (ggml {ggml.ggml_version().decode()})" if ggml else "no ggml"
+    cpu = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    print(f"quantlab {ql.__version__}, numba {numba.__version__} for {cpu}; {theirs}; median ± half the quartiles'")
+    print(f"distance of {arguments.repetitions} repetitions, rows of {WIDTH} weights, ours and ggml's in turns")
+    imatrix = (np.random.default_rng(2).standard_normal(WIDTH) ** 2).astype(np.float32)
+    for kind in arguments.rows:
+        title, rows = real_rows() if kind == "real" else ("Normal numbers", normal_rows())
+        for threads in arguments.threads:
+            numba.set_num_threads(threads)
+            table(title, rows, imatrix, arguments.types, threads, arguments.repetitions)
+    if arguments.start:
+        start(arguments.types)
+
+
+if __name__ == "__main__":
+    main()

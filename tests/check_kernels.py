@@ -1,0 +1,64 @@
+"""What must hold for the encoder and the decoder of every type; test_legacy and test_kquants ask it of theirs."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import ggml_library
+import naive
+import numpy as np
+import rows
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize as gguf_dequantize
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
+from quantlab import quants
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "kernels.json").read_text())
+ANY_ROW = st_numpy.arrays(
+    np.float32, (1, 256), elements=st.floats(width=32, allow_nan=False, allow_infinity=False), fill=st.just(0)
+)
+SOME_LEVELS = st_numpy.arrays(np.float32, (1, 256), elements=st.floats(-1, 1, width=16))
+
+
+def digest(array):
+    return sha256(array.tobytes()).hexdigest()
+
+
+def golden(qtype):
+    """The bytes are those of llama.cpp, by digest: all kinds of rows, all kinds of importance matrices."""
+    x, importances = rows.every_kind(512), rows.importances(512)
+    assert digest(x) == GOLDEN["input"]["sha256"]
+    ours = {"plain": digest(quants.quantize(x, qtype))}
+    if qtype in naive.WEIGHTED_ENCODERS:
+        ours |= {kind: digest(quants.quantize(x, qtype, weights)) for kind, weights in importances.items()}
+    assert ours == GOLDEN["encoded"][qtype]
+    if qtype in GOLDEN["decoded"]:
+        assert digest(quants.roundtrip(x, qtype)) == GOLDEN["decoded"][qtype]
+
+
+def same_as_oracle(x, qtype, imatrix=None):
+    """The bytes are those of the scalar oracle."""
+    np.testing.assert_array_equal(quants.quantize(x, qtype, imatrix), naive.quantize(x, qtype, imatrix))
+
+
+def same_as_libggml(x, qtype, imatrix=None):
+    """The bytes are those of the C library here and now."""
+    np.testing.assert_array_equal(quants.quantize(x, qtype, imatrix), ggml_library.quantize(x, qtype, imatrix))
+
+
+def decodes_random_bytes(qtype, rng):
+    """Any bytes decode as gguf-py and, where installed, the C library decode them; a NaN may have any payload."""
+    data = rng.integers(0, 256, (64, quants.row_bytes(qtype, 512)), dtype=np.uint8)
+    ours = quants.dequantize(data, qtype, (64, 512))
+    references = []
+    if qtype not in ("Q8_1", "Q8_K"):
+        with np.errstate(all="ignore"):
+            references.append(gguf_dequantize(data, GGMLQuantizationType[qtype]))
+    if ggml_library.library() and qtype != "Q8_1":
+        references.append(ggml_library.dequantize(data, qtype, 512))
+    for theirs in references:
+        number = ~np.isnan(theirs)
+        assert np.array_equal(np.isnan(ours), ~number)
+        assert np.array_equal(ours[number].view(np.uint32), theirs[number].view(np.uint32))
