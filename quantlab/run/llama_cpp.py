@@ -224,7 +224,7 @@ def _params(xllamacpp, path: Path, n_ctx: int, options: Options):
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.n_threads
     params.hostnames, params.port = [options.host], options.port
     params.api_keys = [options.api_key] if options.api_key else [] if options.ui else [secrets.token_hex()]
-    params.ui = options.ui
+    params.ui, params.model_alias = options.ui, {path.stem}
     params.cors_origins = "localhost"  # pages of other sites get no answer from a browser on this machine
     params.warmup = False
     params.verbosity = 1  # errors; the log would show the end of the key
