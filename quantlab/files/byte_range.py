@@ -69,7 +69,7 @@ class StoredTensor:
         """Read rows `start:stop` of the tensor seen as (nrows, n_per_row)."""
         number = np.dtype(PLAIN_DTYPES[self.dtype])
         row_bytes = self.shape[-1] * number.itemsize
-        return self.data.read(start * row_bytes, stop * row_bytes).view(number).reshape(stop - start, -1)
+        return self.data.read(start * row_bytes, stop * row_bytes).view(number).reshape(stop - start, self.shape[-1])
 
     @property
     def nrows(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType
 from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
 
-from quantlab.files.byte_range import StoredTensor
+from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
 from quantlab.files.checkpoint_metadata import Config, general_metadata, hparams_metadata, read_config, rope_factors
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.tokenizer_files import vocab_metadata
@@ -48,9 +48,9 @@ class _Permuted:
         head_dim = self.source.nrows // self.n_head
         first, last = start // head_dim, -(-stop // head_dim)
         halves = self.source.rows(first * head_dim, last * head_dim)
-        heads = halves.view(np.uint8).reshape(last - first, 2, head_dim // 2, -1)
-        pairs = heads.swapaxes(1, 2).reshape((last - first) * head_dim, -1)
-        return pairs[start - first * head_dim : stop - first * head_dim].view(halves.dtype)
+        heads = halves.reshape(last - first, 2, head_dim // 2, halves.shape[1])
+        pairs = heads.swapaxes(1, 2).reshape(halves.shape)
+        return pairs[start - first * head_dim : stop - first * head_dim]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ class _Joined:
             return np.concatenate([part.rows(start, stop) for part in self.parts], axis=1)
         blocks, first = [], 0
         for part in self.parts:
-            low, high = max(start - first, 0), min(stop - first, part.nrows)
-            if low < high:
-                blocks.append(part.rows(low, high))
+            low, high = (min(max(row - first, 0), part.nrows) for row in (start, stop))
+            blocks.append(part.rows(low, high))
             first += part.nrows
         return np.concatenate(blocks)
 
@@ -250,17 +249,12 @@ def _read_as(
     floats = _widen(rows)
     if qtype == "F32":
         return floats
-    if qtype == "BF16":
-        return floats.astype(ml_dtypes.bfloat16)
-    if qtype == "F16":
-        with np.errstate(over="ignore"):
-            halves = floats.astype(np.float16)
-        if loss is not None:
-            _count_loss(floats, halves, name, loss)
-        return halves
-    from quantlab import quants  # numba; only quantized output needs it
+    from quantlab import quants  # numba; a checkpoint that keeps its type does without
 
-    return quants.quantize(floats, qtype, name=name)
+    data = quants.quantize(floats, qtype, name=name)
+    if qtype == "F16" and loss is not None:
+        _count_loss(floats, data.view(np.uint16), name, loss)
+    return data.view(PLAIN_DTYPES.get(qtype, np.uint8))
 
 
 def _widen(rows: np.ndarray) -> np.ndarray:
@@ -282,6 +276,8 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
         raise ValueError(
             f"{name}: dtype={rows.dtype.name}, need floating-point weights. Take an unquantized checkpoint."
         )
+    if not rows.size:
+        return
     magnitude = rows.view(bits) & bits(~(1 << (8 * rows.dtype.itemsize - 1)) & (1 << 8 * rows.dtype.itemsize) - 1)
     if magnitude.max() >= ceiling:
         row, column = np.unravel_index(np.argmax(magnitude >= ceiling), rows.shape)
@@ -293,7 +289,8 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
 
 
 def _count_loss(floats: np.ndarray, halves: np.ndarray, name: str, loss: RangeLoss) -> None:
-    bits = halves.view(np.uint16) & 0x7FFF
+    """Count what became infinite or zero; `halves` are the float16 bits."""
+    bits = halves & 0x7FFF
     overflowed = int(np.count_nonzero(bits == 0x7C00))
     vanished = int(np.count_nonzero(bits == 0)) - int(np.count_nonzero(floats == 0))
     if overflowed:

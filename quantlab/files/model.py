@@ -247,4 +247,4 @@ def _lazy_tensors(header: Header) -> Iterator[LazyTensor]:
 def _read_stored(stored: ByteRange, row_bytes: int, dtype: type, start: int, stop: int) -> np.ndarray:
     """Read rows as they are stored."""
     raw = stored.read(start * row_bytes, stop * row_bytes)
-    return raw.view(dtype).reshape(stop - start, -1)
+    return raw.view(dtype).reshape(stop - start, row_bytes // np.dtype(dtype).itemsize)

@@ -107,7 +107,9 @@ def _load_sentencepiece(path: Path) -> Any:
             f"{path}: is a tiktoken file, need SentencePiece. Put the model's tokenizer.json in its place."
         )
     try:
-        return SentencePieceProcessor(model_proto=raw)
+        processor = SentencePieceProcessor()
+        processor.LoadFromSerializedProto(raw)
+        return processor
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ValueError(f"{path}: is no SentencePiece model ({reason}). Download it again.") from None

@@ -21,7 +21,7 @@ from quantlab.files.output import check_output, replacing
 
 __all__ = ["convert"]
 
-BLOCK = 16 << 20  # bytes of output per piece of work
+BLOCK = 4 << 20  # bytes of output per piece of work
 AHEAD = 3  # pieces that are read while one is written
 
 

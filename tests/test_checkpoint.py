@@ -1,0 +1,230 @@
+"""files/checkpoint.py and what it reads: folders that fit together open, and every other one gets one line."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from checkpoints import GOLDEN, tensors, write_checkpoint, write_meta, write_safetensors
+
+import quantlab as ql
+from quantlab.files.checkpoint import open_checkpoint
+from quantlab.files.hub import find_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer .* is not in llama.cpp's list")
+
+
+def edit(path, **changes):
+    """Change keys of a JSON file; None removes one."""
+    table = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in table.items() if value is not None}))
+
+
+def refuse(folder, text, error=ValueError):
+    with pytest.raises(error, match=text) as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_q_and_k_are_permuted_whatever_rows_are_read(tmp_path):
+    model = ql.open(write_checkpoint(tmp_path / "m", "llama2", "F32"))
+    stored = tensors("llama2")["model.layers.0.self_attn.k_proj.weight"]
+    expected = stored.reshape(2, 2, 8, 64).swapaxes(1, 2).reshape(32, 64)
+    k = model.tensor("blk.0.attn_k.weight")
+    assert np.array_equal(k.load(), expected)
+    for start in range(32):
+        for stop in range(start, 33):
+            assert np.array_equal(k.rows(start, stop), expected[start:stop])
+
+
+def test_hparams_of_a_checkpoint(tmp_path):
+    hparams = ql.open(write_checkpoint(tmp_path / "m", "qwen3")).hparams
+    assert (hparams.arch, hparams.n_head, hparams.n_head_kv, hparams.head_dim) == ("qwen3", 4, 2, 32)
+    assert hparams.tied_embeddings and hparams.rope_scaling is None
+    hparams = ql.open(write_checkpoint(tmp_path / "n", "qwen2")).hparams
+    assert (hparams.rope_scaling.type, hparams.rope_scaling.factor, hparams.rope_scaling.orig_ctx) == (
+        "yarn",
+        4.0,
+        8192,
+    )
+
+
+def test_links_inside_the_folder_are_followed(tmp_path):
+    """The hub's cache keeps links to files elsewhere."""
+    src = write_checkpoint(tmp_path / "m", "llama1", "BF16", 3)
+    (tmp_path / "blobs").mkdir()
+    for path in list(src.iterdir()):
+        os.rename(path, tmp_path / "blobs" / path.name)
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    assert len(ql.open(src)) == 21
+
+
+def test_a_missing_shard(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1", "BF16", 3)
+    (src / "model-00002-of-00003.safetensors").unlink()
+    refuse(src, "model-00002-of-00003.safetensors: this shard is missing", FileNotFoundError)
+
+
+def test_a_truncated_shard(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1", "BF16", 3)
+    shard = src / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refuse(src, "model-00002-of-00003.safetensors: model.layers.*: ends at byte .*, the file has")
+
+
+def test_index_and_shards_that_disagree(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1", "BF16", 3)
+    index = src / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map=weight_map | {"extra.weight": "model-00001-of-00003.safetensors"})
+    refuse(src, "extra.weight: model.safetensors.index.json names it, no shard holds it")
+    del weight_map["model.norm.weight"]
+    edit(index, weight_map=weight_map)
+    refuse(src, "model.norm.weight: a shard holds it, model.safetensors.index.json does not name it")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", "", 7])
+def test_an_index_that_points_elsewhere(tmp_path, name):
+    src = write_checkpoint(tmp_path / "m", "llama1", "BF16", 3)
+    index = src / "model.safetensors.index.json"
+    edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"model.norm.weight": name})
+    refuse(src, "model.norm.weight: file .*, need a plain file name")
+
+
+def test_an_index_that_is_no_table(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1", "BF16", 3)
+    edit(src / "model.safetensors.index.json", weight_map=[1])
+    refuse(src, r"weight_map=\[1\], need a table")
+    (src / "model.safetensors.index.json").write_text("{")
+    refuse(src, "model.safetensors.index.json: is no JSON")
+
+
+def test_missing_and_unknown_tensors(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1", "F32")
+    weights = tensors("llama1")
+    norm = weights.pop("model.norm.weight")
+    write_safetensors(src / "model.safetensors", weights)
+    refuse(src, "output_norm.weight: missing from the weights")
+    write_safetensors(src / "model.safetensors", weights | {"model.norm.weight": norm, "model.strange.weight": norm})
+    refuse(src, "model.strange.weight: no tensor of a llama model with 2 layers has this name")
+    write_safetensors(src / "model.safetensors", weights | {"model.norm.weight": norm[:-1]})
+    refuse(src, r"output_norm.weight: shape=\(63,\), the configuration asks for \(64,\)")
+
+
+CONFIGS = [
+    ({"architectures": ["FalconForCausalLM"]}, r"architectures=\['FalconForCausalLM'\], need one of LlamaForCausalLM"),
+    ({"architectures": None}, "architectures=None, need one of"),
+    ({"hidden_size": None}, "hidden_size=None, need a positive number"),
+    ({"hidden_size": 1 << 40}, "hidden_size=1099511627776, need a positive number"),
+    ({"num_attention_heads": "4"}, "num_attention_heads='4', need a positive number"),
+    ({"num_attention_heads": 5}, "hidden_size=64 is no multiple of num_attention_heads=5"),
+    ({"num_hidden_layers": 3}, "blk.2.attn_norm.weight: missing from the weights"),
+    ({"num_hidden_layers": 1}, "no tensor of a llama model with 1 layers has this name"),
+    ({"num_attention_heads": 32, "num_key_value_heads": 3}, "64 rows are no 3 heads"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0, need a positive number"),
+    ({"rope_scaling": {"type": "strange"}}, "rope_type='strange', need default, linear, yarn or llama3"),
+    ({"rope_scaling": {"type": "linear"}}, "factor=None, need a positive number"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is set, need plain weights"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), CONFIGS)
+def test_configurations_that_do_not_fit(tmp_path, changes, text):
+    src = write_checkpoint(tmp_path / "m", "llama1")
+    edit(src / "config.json", **changes)
+    refuse(src, text)
+
+
+def test_folders_that_are_no_checkpoint(tmp_path):
+    refuse(tmp_path, "holds neither config.json nor params.json", FileNotFoundError)
+    src = write_checkpoint(tmp_path / "m", "llama1")
+    (src / "model.safetensors").unlink()
+    refuse(src, r"holds no model\*.safetensors", FileNotFoundError)
+    src = write_checkpoint(tmp_path / "n", "llama1")
+    (src / "tokenizer.model").unlink()
+    refuse(src, "holds neither tokenizer.model nor tokenizer.json", FileNotFoundError)
+
+
+def test_a_tokenizer_larger_than_the_embedding(tmp_path):
+    """As of another model."""
+    src = write_checkpoint(tmp_path / "m", "llama2")
+    (src / "added_tokens.json").write_text(json.dumps({"<pad>": 640}))
+    refuse(src, "tokenizer has 641 tokens, the embedding has 640 rows")
+    src = write_checkpoint(tmp_path / "n", "smollm")
+    table = json.loads((src / "tokenizer.json").read_text())
+    table["added_tokens"].append({**table["added_tokens"][0], "id": 640, "content": "<new>"})
+    (src / "tokenizer.json").write_text(json.dumps(table))
+    refuse(src, "tokenizer has 641 tokens, the embedding has 640 rows")
+
+
+def test_the_tokenizer_of_another_model(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1", "F32")
+    edit(src / "config.json", vocab_size=500)
+    weights = {key: x[:500] if x.shape[0] == 640 else x for key, x in tensors("llama1").items()}
+    write_safetensors(src / "model.safetensors", weights)
+    refuse(src, "tokenizer has 600 tokens, the embedding has 500 rows. Take the tokenizer of this model")
+    edit(src / "config.json", vocab_size=640)
+    refuse(src, r"token_embd.weight: shape=\(500, 64\), the configuration asks for \(640, 64\)")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("tokenizer.model", b"\xff" * 100, "tokenizer.model: is no SentencePiece model"),
+        ("tokenizer.model", b"", "tokenizer.model: is no SentencePiece model"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tokenizer.model: is a tiktoken file"),
+        ("added_tokens.json", b'{"a": "b"}', "added token has id 'b', need a whole number"),
+        ("added_tokens.json", b"[1]", "added_tokens.json: holds a list, need a JSON table"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder: 'x' is no token"),
+        ("README.md", b"---\na: [\n---\n", "README.md or generation_config.json cannot be read"),
+    ],
+)
+def test_broken_tokenizer_files(tmp_path, name, content, text):
+    src = write_checkpoint(tmp_path / "m", "llama1")
+    (src / name).write_bytes(content)
+    refuse(src, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "tokenizer.json holds no BPE vocabulary"),
+        ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "added token has id -1"),
+        ({"added_tokens": [7]}, "added token 7 has no text"),
+        ({"decoder": {"type": "Nothing"}}, "tokenizer.json cannot be read"),
+    ],
+)
+def test_broken_tokenizer_json(tmp_path, change, text):
+    src = write_checkpoint(tmp_path / "m", "smollm")
+    edit(src / "tokenizer.json", **change)
+    refuse(src, text)
+
+
+def test_an_unknown_pre_tokenizer_gets_a_warning(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "smollm")
+    edit(src / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    with pytest.warns(UserWarning, match="is not in llama.cpp's list; taking 'default'"):
+        assert ql.open(src).metadata["tokenizer.ggml.pre"] == "default"
+
+
+def test_parts_of_metas_that_do_not_fit(tmp_path):
+    src = write_meta(tmp_path / "m", n_parts=2)
+    shutil.move(src / "consolidated.01.pth", src / "consolidated.02.pth")
+    refuse(src, "consolidated.01.pth: this part is missing", FileNotFoundError)
+    src = write_meta(tmp_path / "n", n_parts=2)
+    shutil.copy(write_meta(tmp_path / "one", n_parts=1) / "consolidated.00.pth", src / "consolidated.01.pth")
+    refuse(src, r"parts of shapes \[.*\], need equal ones")
+    edit(src / "params.json", dim=None)
+    refuse(src, "dim=None, need a positive number")
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_checkpoint(tmp_path) == tmp_path
+    with pytest.raises(FileNotFoundError, match="no such file or folder. Name a checkpoint's folder, or org/model"):
+        find_checkpoint(tmp_path / "no")
+
+
+def test_the_bundled_tokenizers_are_small():
+    assert all((GOLDEN / name).stat().st_size < 100_000 for name in ("tiny_spm.model", "tiny_bpe.json"))
