@@ -12,8 +12,10 @@ import made_models
 import numpy as np
 import pytest
 
+from quantlab.files.bundled import model_path
 from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
 from quantlab.files.imatrix_file import read_imatrix
+from quantlab.files.model import open as open_model
 from quantlab.transform.convert import convert
 from quantlab.transform.mixture import FTYPES
 from quantlab.transform.plan import plan
@@ -47,15 +49,17 @@ SOURCES = {  # file → how it is made
     "f32.gguf": lambda path: made_models.made_gguf(path, qtype="F32", seed=3),
     "tied.gguf": lambda path: made_models.made_gguf(path, tied=True),
     "narrow.gguf": lambda path: made_models.made_gguf(path, made_models.NARROW),
+    "tiny.gguf": lambda path: convert(model_path("tiny"), path, outtype="f16", progress=False),
 }
 
 
 def cases():
     """Yield every run: a key of the golden file (llama-quantize's arguments), the source and the options."""
     for ftype in FTYPES:
-        if ftype != "Q2_K_S":
-            yield f"wide.gguf {ftype}", "wide.gguf", dict(ftype=ftype)
-        yield f"--imatrix made.imatrix wide.gguf {ftype}", "wide.gguf", dict(ftype=ftype, imatrix="made.imatrix")
+        for source, matrix in (("wide.gguf", "made.imatrix"), ("tiny.gguf", "tiny.imatrix")):
+            if ftype != "Q2_K_S":
+                yield f"{source} {ftype}", source, dict(ftype=ftype)
+            yield f"--imatrix {matrix} {source} {ftype}", source, dict(ftype=ftype, imatrix=matrix)
     for arguments, options in OPTIONS.items():
         if arguments != "--allow-requantize":
             yield f"{arguments} wide.gguf Q4_K_M", "wide.gguf", dict(ftype="Q4_K_M", **options)
@@ -65,6 +69,16 @@ def cases():
     yield "--output-tensor-type q8_0 tied.gguf Q4_K_M", "tied.gguf", dict(ftype="Q4_K_M", output_tensor_type="q8_0")
 
 
+def make_sources(folder):
+    """Write every source and the matrices into a folder."""
+    for name, make in SOURCES.items():
+        make(folder / name)
+    made_models.made_imatrix(folder / "made.imatrix")
+    made_models.made_imatrix(folder / "made.dat", legacy=True)
+    made_models.made_imatrix(folder / "tiny.imatrix", vars(open_model("tiny").hparams))
+    made_models.made_shards(folder)
+
+
 CASES = {key: (source, options) for key, source, options in cases()}
 
 
@@ -72,11 +86,7 @@ CASES = {key: (source, options) for key, source, options in cases()}
 def made(tmp_path_factory):
     """A folder with every source and the matrices; tests run in it, since the matrix's path goes into the file."""
     folder = tmp_path_factory.mktemp("made")
-    for name, make in SOURCES.items():
-        make(folder / name)
-    made_models.made_imatrix(folder / "made.imatrix")
-    made_models.made_imatrix(folder / "made.dat", legacy=True)
-    made_models.made_shards(folder)
+    make_sources(folder)
     return folder
 
 
@@ -91,6 +101,12 @@ def work(made, tmp_path, monkeypatch):
 
 def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_the_digests_are_of_the_bundled_model_that_is_there():
+    assert GOLDEN["model.safetensors"] == sha256(model_path("tiny") / "model.safetensors"), (
+        "run write_quantize.py again"
+    )
 
 
 @pytest.mark.parametrize("key", CASES)

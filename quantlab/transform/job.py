@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,7 +109,7 @@ class Output:
     metadata: dict[str, Any]
     steps: tuple[Step, ...]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         """The bytes before the tensor data."""
         return pack_header(self.metadata, [step.spec for step in self.steps])

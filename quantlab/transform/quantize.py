@@ -231,7 +231,7 @@ def _source_files(source: Path) -> list[Path]:
         return sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     if not source.exists():
         return []  # a model that never was on a disk
-    return [h.path for h in shard_headers(read_header(source))] if source.suffix == ".gguf" else [source]
+    return [header.path for header in shard_headers(read_header(source))] if "-of-" in source.name else [source]
 
 
 def _sidecar(job: Job, records: list[dict]) -> str:
