@@ -115,7 +115,7 @@ def _options(
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="What to fetch: smollm2.")]) -> None:
+def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="What to fetch: smollm2.")]) -> None:
     """Fetch a model that is not bundled into the cache folder, checked by SHA-256, and print its path."""
     from quantlab.files.bundled import fetch
 
@@ -309,7 +309,7 @@ def table(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def notebook(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="The notebook's name, without .ipynb.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The notebook's name, without .ipynb.")],
 ) -> None:
     """Run a notebook: quantlab notebook NAME [-p KEY VALUE]…
 

@@ -131,7 +131,8 @@ def model_path(name: str | os.PathLike) -> Path:
     if not Path(name).exists():
         known = ", ".join([*_names(data_dir() / "models"), *_FETCHED])
         raise FileNotFoundError(
-            f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: {known}"
+            f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: {known}; "
+            f"for sizes alone also one of: {', '.join(shapes())}"
         )
     return Path(name)
 
