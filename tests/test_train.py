@@ -85,6 +85,16 @@ def test_what_is_not_prose(text):
     assert clean.is_prose(PROSE)
 
 
+def test_what_is_an_explanation():
+    text = (
+        f"{PROSE} That is why the scale is as large as it is, and why the smaller weights of the block lose the most."
+    )
+    assert clean.is_explanation(text)
+    assert not clean.is_explanation(PROSE)  # too short
+    assert not clean.is_explanation(text.replace("the scale is", "`scale` is"))
+    assert not clean.is_explanation("He who has a house that is in the wood is not to be found at the sea. " * 3)
+
+
 def test_a_paragraph_is_kept_once():
     seen = set()
     assert clean.document(["## A heading", PROSE, PROSE.upper().capitalize()], seen) == f"## A heading\n\n{PROSE}"
@@ -106,13 +116,18 @@ def test_build_writes_corpus_heldout_and_ledger(tmp_path):
     folder.mkdir()
     (folder / ".done").touch()
     words = [chr(97 + i // 26) + chr(97 + i % 26) for i in range(201)]
-    for i, word in enumerate(words):
-        (folder / f"{i:03}.md").write_text(f"It is the word {word} that is to be found in this file.")
-    (row,) = corpus.build(tmp_path, tmp_path / "corpus.txt", sources=[source])
+    files = [f"It is the word {word} that is to be found in this file." for word in words]
+    files[7] = (
+        f"{PROSE} That is why the scale is as large as it is, and why the smaller weights of the block lose the most."
+    )
+    for i, text in enumerate(files):
+        (folder / f"{i:03}.md").write_text(text)
+    row, again = corpus.build(tmp_path, tmp_path / "corpus.txt", sources=[source])
     text, heldout = (tmp_path / "corpus.txt").read_text(), (tmp_path / "corpus.heldout.txt").read_text()
-    assert heldout == f"It is the word {words[100]} that is to be found in this file.\n\n"
-    assert heldout not in text and text[: len(text) // 2] * 2 == text
-    assert row["bytes"] * 2 == len(text) and json.loads((tmp_path / "corpus.json").read_text()) == [row]
+    assert heldout == f"{files.pop(100)}\n\n"
+    assert text == "".join(f"{part}\n\n" for part in files * 2 + files[7:8] * corpus.EXPLANATIONS)
+    assert row["bytes"] == len("\n\n".join(files)) + 2 and again["bytes"] == len(files[7]) + 2
+    assert json.loads((tmp_path / "corpus.json").read_text()) == [row, again]
 
 
 def test_a_package_that_is_not_there(tmp_path, monkeypatch):

@@ -24,11 +24,13 @@ from the packages below, each under its own permissive licence, whose text is no
 
 {command}
 
-{steps} steps of {batch} windows of {n_ctx} tokens, {tokens:.2f} million tokens in {minutes:.0f} minutes on 2 CPU cores
-shared with other work; matrix products in bfloat16, weights and moments in float32. Muon (momentum 0.95, weight decay
-{weight_decay}) for the matrices of the layers, AdamW (betas 0.9 and 0.95) for embedding, output and norms, gradient norm
-at most {clip:g}; learning rates up over {warmup} steps to {lr_inner:g} and {lr:g}, then straight down to zero as the time
-runs out; seed {seed}. {note}
+{steps} steps of {batch} windows of {n_ctx} tokens, {tokens:.2f} million tokens in {minutes:.0f} minutes on 2 CPU
+cores shared with other work; matrix products in bfloat16, weights and moments in float32. Muon (momentum 0.95, weight
+decay {weight_decay}) for the matrices of the layers, AdamW (betas 0.9 and 0.95) for embedding, output and norms,
+gradient norm at most {clip:g}; learning rates up over {warmup} steps to {lr_inner:g} and {lr:g}, then straight down to
+zero as the time runs out; seed {seed}.
+
+{note}
 
 | step | million tokens | minutes | learning rate, share of the highest | loss | held-out loss |
 |---:|---:|---:|---:|---:|---:|
@@ -106,7 +108,7 @@ def card(
         steps=last["step"],
         tokens=last["tokens"] / 1e6,
         minutes=last["minutes"],
-        total=sum(row["bytes"] for row in ledger) / 1e6,
+        total=sum(row["bytes"] for row in ledger if row["version"]) / 1e6,
         repeated=sum(row["bytes"] * row["repeat"] for row in ledger) / 1e6,
         history=_rows(
             (

@@ -53,6 +53,12 @@ _COMMON = set(
     "the a an of to in is are and or that it for be with as this by on if not can you will from which when has have "
     "was at than then but its their there each one into".split()
 )
+_SUBJECT = re.compile(
+    r"weight|bits?\b|bytes?\b|quanti[sz]|precision|round|float|matri|memory|errors?\b|compress|models?\b|scal(e|ing)|tensor|"
+    r"blocks?\b|layer|files?\b|numbers?\b|values?\b|perplexity|probabilit|distribut|entropy|divergence|token|vector|column|"
+    r"rows?\b|averag|mean\b|squar|varian|norm|loss|bandwidth|processor|cache|integer|zero|measur|trained|training|language|"
+    r"storage|store[sd]?\b|smaller|larger|exact|approximat"
+)
 
 
 class _Page(HTMLParser):
@@ -199,6 +205,15 @@ def is_prose(paragraph: str) -> bool:
     if text.count("`") > 0.4 * len(words) or sum(c.isupper() for c in text) > 0.15 * len(text):
         return False
     return sum(word.strip(".,;:()`").lower() in _COMMON for word in words) >= 0.22 * len(words)
+
+
+def is_explanation(paragraph: str) -> bool:
+    """Tell whether a paragraph of prose explains something about data or numbers without naming any code."""
+    if len(paragraph) < 150 or re.search(r"[`_*#/<>\\]|[a-z][A-Z]|\.\w|\w\(|[A-Z]{5}|e\.g|\d{4}", paragraph):
+        return False
+    words = paragraph.split()
+    common = sum(word.strip(".,;:()").lower() in _COMMON for word in words)
+    return common >= 0.36 * len(words) and bool(_SUBJECT.search(paragraph.lower()))
 
 
 def _foreign(text: str) -> float:

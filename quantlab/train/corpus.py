@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TextIO
 from zipfile import ZipFile
 
-from quantlab.train.clean import document, html_paragraphs, markdown_paragraphs, python_paragraphs
+from quantlab.train.clean import document, html_paragraphs, is_explanation, markdown_paragraphs, python_paragraphs
 
 OVERLAP = 50  # characters that the corpus may not share with a text that the model is judged on
 HELD_OUT = 200  # one document in so many is kept for the held-out loss
+EXPLANATIONS = 10  # how often paragraphs that explain in plain words stand in the corpus, besides where they come from
 
 
 @dataclass(frozen=True)
@@ -207,15 +208,20 @@ def build_from_library(out: Path, n_bytes: int) -> list[dict]:
             texts.append(text)
     source = Source("Python's standard library", platform.python_version(), "PSF-2.0")
     with open(out, "w", encoding="utf-8") as file, open(out.with_suffix(".heldout.txt"), "w", encoding="utf-8") as held:
-        ledger = [_write(source, texts, file, held, one_in=20)]
+        _hold_out(texts, held, one_in=20)
+        ledger = [_write(source, texts, file)]
     out.with_suffix(".json").write_text(json.dumps(ledger, indent=1))
     return ledger
 
 
-def _write(source: Source, texts: list[str], file: TextIO, held: TextIO, one_in: int = HELD_OUT) -> dict:
-    """Write a source's documents, one in so many to the held-out file; return its line of the ledger."""
-    held.write("".join(f"{text}\n\n" for text in texts[one_in // 2 :: one_in]))
+def _hold_out(texts: list[str], file: TextIO, one_in: int) -> None:
+    """Move one document in so many from `texts` to the held-out file."""
+    file.write("".join(f"{text}\n\n" for text in texts[one_in // 2 :: one_in]))
     del texts[one_in // 2 :: one_in]
+
+
+def _write(source: Source, texts: list[str], file: TextIO) -> dict:
+    """Write a source's documents as often as it says; return its line of the ledger."""
     text = "".join(f"{text}\n\n" for text in texts)
     file.write(text * source.repeat)
     return {
@@ -279,13 +285,15 @@ def build(folder: Path, out: Path, *, judged: list[Path] = (), sources: list[Sou
     Returns
     -------
     list of dict
-        Per source: package, version, licence, repeat, bytes, sha256.
+        Per source: package, version, licence, repeat, bytes, sha256. The last line are the paragraphs that explain
+        something in plain words: they stand in the corpus again, because texts such as the primer are written so.
 
     Raises
     ------
     OSError
         If a package cannot be downloaded.
     """
+    explained = []
     seen, ledger, forbidden = set(), [], set().union(*(fingerprints(path.read_text()) for path in judged))
     heldout = out.with_suffix(".heldout.txt")
     with (
@@ -297,6 +305,10 @@ def build(folder: Path, out: Path, *, judged: list[Path] = (), sources: list[Sou
             paths = files_of(fetch(source, folder), source.files)
             texts = [document(paragraphs, seen) for paragraphs in pool.map(read, paths, chunksize=8)]
             texts = [kept for text in texts if (kept := without_overlap(text, forbidden))]
-            ledger.append(_write(source, texts, file, held))
+            _hold_out(texts, held, HELD_OUT)
+            ledger.append(_write(source, texts, file))
+            explained += [part for text in texts for part in text.split("\n\n") if is_explanation(part)]
+        again = Source("explanations in all of them", "", "", repeat=EXPLANATIONS)
+        ledger.append(_write(again, explained, file))
     out.with_suffix(".json").write_text(json.dumps(ledger, indent=1))
     return ledger
