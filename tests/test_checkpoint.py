@@ -176,6 +176,11 @@ def test_the_tokenizer_of_another_model(tmp_path):
         ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tokenizer.model: is a tiktoken file"),
         ("added_tokens.json", b'{"a": "b"}', "added token has id 'b', need a whole number"),
         ("added_tokens.json", b"[1]", "added_tokens.json: holds a list, need a JSON table"),
+        (
+            "added_tokens.json",
+            b'{"a": [' + b"[]," * 2_000_000,
+            "added_tokens.json: 4000002 values, need at most 3000000",
+        ),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder: 'x' is no token"),
         ("README.md", b"---\na: [\n---\n", "README.md or generation_config.json cannot be read"),
     ],

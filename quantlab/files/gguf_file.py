@@ -34,11 +34,12 @@ from quantlab.files.recognize import looks_like
 __all__ = ["Header", "TensorInfo", "TensorSpec", "pack_header", "read_header", "row_nbytes", "write_gguf"]
 
 ALIGNMENT = 32
-MAX_HEADER = 64 << 20  # bytes; a vocabulary of 262 k tokens with its merges takes 12 MB
+MAX_HEADER = 32 << 20  # bytes; a vocabulary of 262 k tokens with its merges takes 12 MB
+MAX_TEXT = 8 << 20  # bytes of one string
 MAX_STRINGS = 1_500_000  # in one file; bounds the memory that a header of tiny strings can cost
 MAX_KEYS = MAX_TENSORS = 1 << 16
 MAX_NAME, MAX_KEY = 127, 65535  # bytes
-MAX_DEPTH = 4  # of arrays in arrays
+MAX_DEPTH, MAX_NESTED = 4, 4096  # how deep, and how many in a file, arrays may lie in arrays
 
 # GGUF value type -> NumPy scalar; bool, string and array have no entry
 _NUMBERS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32}
@@ -147,7 +148,7 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self.path, self.file, self.size = path, file, size
-        self.buffer, self.pos, self.n_strings = b"", 0, 0
+        self.buffer, self.pos, self.n_strings, self.n_nested = b"", 0, 0, 0
 
     def bad(
         self, what: str, remedy: str = "The file is damaged or hostile; get it again from its source."
@@ -224,8 +225,8 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for i in range(n_keys):
         key = cursor.string(f"key {i}", MAX_KEY)
-        if not key or key in metadata:
-            raise cursor.bad(f"key {i} is {key!r}, need a name that is not empty and not there already")
+        if not key or key in metadata or not key.isprintable():
+            raise cursor.bad(f"key {i} is {key!r}, need a printable name that is not there already")
         value_type = cursor.number("I", key)
         metadata[key] = _read_value(cursor, value_type, key, 0)
     return metadata
@@ -238,7 +239,7 @@ def _read_value(cursor: _Cursor, value_type: int, key: str, depth: int) -> Any:
     if value_type == _BOOL:
         return bool(cursor.number("B", key))
     if value_type == _STRING:
-        return cursor.string(key, MAX_HEADER)
+        return cursor.string(key, MAX_TEXT)
     if value_type != _ARRAY:
         raise cursor.bad(f"{key}: value type {value_type}, need 0 to 12")
     if depth == MAX_DEPTH:
@@ -250,8 +251,9 @@ def _read_value(cursor: _Cursor, value_type: int, key: str, depth: int) -> Any:
     if item_type == _STRING:
         return cursor.strings(count, key)
     if item_type == _ARRAY:
-        if count > MAX_KEYS:
-            raise cursor.bad(f"{key}: {count} arrays in an array, need at most {MAX_KEYS}")
+        cursor.n_nested += count
+        if cursor.n_nested > MAX_NESTED:
+            raise cursor.bad(f"{key} brings the file to {cursor.n_nested} arrays in arrays, need at most {MAX_NESTED}")
         return [_read_value(cursor, _ARRAY, key, depth + 1) for _ in range(count)]
     if item_type == _BOOL:
         return _read_numbers(cursor, np.uint8, count, key) != 0
@@ -278,6 +280,8 @@ def _alignment_of(cursor: _Cursor, metadata: dict[str, Any]) -> int:
 def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
     """Read one entry of the tensor table: name, shape, type, offset in the data part."""
     name = cursor.string("tensor name", MAX_NAME)
+    if not name.isprintable():
+        raise cursor.bad(f"tensor name {name!r}, need printable characters")
     n_dims = cursor.number("I", name)
     if not 1 <= n_dims <= 4:
         raise cursor.bad(f"{name}: n_dims={n_dims}, need 1 to 4")

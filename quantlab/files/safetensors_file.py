@@ -20,7 +20,7 @@ from quantlab.files.recognize import looks_like
 
 __all__ = ["read_safetensors"]
 
-MAX_HEADER = 32 << 20  # bytes; a checkpoint of 50 k tensors takes 8 MB
+MAX_HEADER = 8 << 20  # bytes; 50 k tensors take 6 MB
 MAX_TENSORS = 1 << 16
 _DAMAGED = "The file is damaged or hostile; download it again."
 
@@ -81,6 +81,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> StoredTensor:
     """Check one entry of the header against the file."""
+    if not name.isprintable():
+        raise ValueError(f"{path}: tensor name {name[:80]!r}, need printable characters. {_DAMAGED}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{path}: {name}: entry needs dtype, shape and data_offsets. {_DAMAGED}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

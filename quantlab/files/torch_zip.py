@@ -186,8 +186,8 @@ def _read_legacy(path: Path) -> dict[str, StoredTensor]:
         offset, offsets = stream.tell(), {}
         numbers = {view.storage.key: view.storage for view in _views(path, table).values()}
         for key in keys if isinstance(keys, list) else []:
-            if key not in numbers:
-                raise ValueError(f"{path}: storage {key!r} belongs to no tensor. {_DAMAGED}")
+            if not isinstance(key, str) or key not in numbers:
+                raise ValueError(f"{path}: storage {str(key)[:80]!r} belongs to no tensor. {_DAMAGED}")
             file.seek(offset)
             numel = int.from_bytes(file.read(8), "little")
             offsets[key] = offset + 8
@@ -210,6 +210,9 @@ def _views(path: Path, table: Any) -> dict[str, _View]:
             f"{path}: holds a {type(table).__name__}, need a table of tensors. Name a checkpoint's weights."
         )
     views = {name: value for name, value in table.items() if isinstance(value, _View) and isinstance(name, str)}
+    for name in views:
+        if not name.isprintable():
+            raise ValueError(f"{path}: tensor name {name[:80]!r}, need printable characters. {_DAMAGED}")
     if not views:
         raise ValueError(f"{path}: holds no tensors. Name a checkpoint's weights.")
     return views

@@ -11,6 +11,7 @@ from quantlab.files.torch_zip import read_torch
 __all__ = ["index_weights", "meta_parts", "read_json", "read_weights"]
 
 MAX_JSON = 64 << 20  # bytes; the largest tokenizer.json has 33 MB
+MAX_VALUES = 3_000_000  # in a JSON file; that tokenizer has 2 million
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,8 +26,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, need at most {MAX_JSON}. Download it again.")
+    raw = path.read_bytes()
+    n_values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if n_values > MAX_VALUES:
+        raise ValueError(f"{path}: {n_values} values, need at most {MAX_VALUES}. Download it again.")
     try:
-        table = json.loads(path.read_bytes())
+        table = json.loads(raw)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
         raise ValueError(f"{path}: is no JSON ({reason}). Download it again.") from None
