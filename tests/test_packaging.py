@@ -50,6 +50,7 @@ def installed(wheel, tmp_path_factory):
     dependencies = site / "dependencies-of-the-test-environment.pth"
     dependencies.write_text(f"{own}\n")  # after the wheel's own folder; .pth files of that folder are not read
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    env["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # nbconvert's templates
 
     def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
