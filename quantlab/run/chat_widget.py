@@ -109,7 +109,5 @@ class ChatWidget:
         ]
         self._shown.value = "".join(lines) + (f"<p style='color:gray'>{escape(note)}</p>" if note else "")
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.box)
+    def _repr_mimebundle_(self, **options):
+        return self.box._repr_mimebundle_(**options)

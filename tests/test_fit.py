@@ -1,0 +1,235 @@
+"""What a model takes to run: against the buffer sizes that llama.cpp logs, and in numbers done by hand."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import sparse_models
+
+from quantlab.files import bundled
+from quantlab.files.bundled import model_path
+from quantlab.run.compute_buffer import Arena, compute_bytes
+from quantlab.run.fit import GIB, VRAM_RESERVE, fit
+from quantlab.transform.quantize import quantize
+
+MIB = 1024**2
+LOGGED = {"model": r"model buffer size = +([\d.]+)", "kv": r"KV buffer size = +([\d.]+)"} | {
+    "compute": r"compute buffer size = +([\d.]+)",
+    "output": r"output buffer size = +([\d.]+)",
+}
+LOAD = """
+import json, os, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.verbosity, params.warmup, params.fit_params = sys.argv[1], 5, False, sys.argv[3] == "dry"
+for name, value in json.loads(sys.argv[2]).items():
+    if name == "flash_attn_type":
+        value = xllamacpp.llama_flash_attn_type(value)
+    if name.startswith("cache_type"):
+        value = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{value}")
+    setattr(params, name, value)
+server = xllamacpp.Server(params)  # kept: one that goes before it runs waits for ever
+os._exit(0)
+"""
+
+
+def shape(n_vocab, n_embd, n_ff, n_layer, n_head, n_head_kv):
+    head_dim = n_embd // n_head
+    return SimpleNamespace(arch="llama", n_expert=0, tied_embeddings=False, name="made", n_ctx=32768, n_vocab=n_vocab,
+                           n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head=n_head, n_head_kv=n_head_kv,
+                           head_dim=head_dim)  # fmt: skip
+
+
+YI = shape(64000, 7168, 20480, 60, 56, 8)
+SHAPES = {
+    "all heads with keys": shape(4000, 512, 1408, 4, 8, 8),
+    "few heads with keys": shape(9000, 256, 512, 3, 8, 2),
+    "wide feed-forward": shape(600, 256, 4096, 2, 4, 4),
+    "narrow feed-forward": shape(1000, 1024, 2048, 2, 8, 2),
+}
+
+
+def logged(path, **options) -> dict[str, float]:
+    """Load a model with llama.cpp and add up the buffers of each kind in its log, in MiB."""
+    pytest.importorskip("xllamacpp")
+    command = [sys.executable, "-c", LOAD, str(path), json.dumps(options), "load"]
+    log = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    found = {kind: [float(size) for size in re.findall(pattern, log)] for kind, pattern in LOGGED.items()}
+    assert found["compute"], log[-2000:]
+    return {kind: sum(sizes) for kind, sizes in found.items()}
+
+
+def close(bytes_: int, mib: float) -> bool:
+    """Equal to the two decimals of the log; buffers below 1 MiB are rounded to whole pages."""
+    return bytes_ / MIB == pytest.approx(mib, rel=0.002, abs=0.02)
+
+
+def check(path, n_ctx: int) -> None:
+    row, log = fit(path, ftype="COPY", n_ctx=n_ctx).rows[0], logged(path, n_ctx=n_ctx)
+    assert (row.bytes + row.repacked_bytes) / MIB == pytest.approx(log["model"], rel=0.05)
+    assert close(row.kv_bytes, log["kv"])
+    assert close(row.compute_bytes, log["compute"])
+    assert close(row.output_bytes, log["output"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return {ftype: quantize("tiny", folder / f"{ftype}.gguf", ftype=ftype) for ftype in ("F16", "Q4_K_M")}
+
+
+@pytest.mark.parametrize("n_ctx", [256, 512])
+@pytest.mark.parametrize("ftype", ["F16", "Q4_K_M"])
+def test_the_bundled_model_takes_what_llama_cpp_logs(tiny, ftype, n_ctx):
+    check(tiny[ftype], n_ctx)
+
+
+@pytest.mark.parametrize("n_ctx", [512, 4096])
+def test_smollm2_takes_what_llama_cpp_logs(n_ctx):
+    try:
+        path = model_path("smollm2")
+    except FileNotFoundError:
+        pytest.skip("smollm2 is not fetched")
+    check(path, n_ctx)
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_compute_buffer_of_many_shapes(tmp_path, name, flash_attn):
+    path = sparse_models.sparse_gguf(tmp_path / "a.gguf", SHAPES[name], "F16")
+    for n_ctx, n_ubatch in [(300, 512), (8192, 128)]:
+        log = logged(path, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn_type=int(flash_attn))
+        ours = compute_bytes(SHAPES[name], n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn)
+        assert close(ours, log["compute"])
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_quantized_cache(tmp_path, kind):
+    path = sparse_models.sparse_gguf(tmp_path / "a.gguf", SHAPES["narrow feed-forward"], "F16")
+    row = fit(path, ftype="COPY", n_ctx=2048, cache_type_k=kind, cache_type_v=kind.lower()).rows[0]
+    log = logged(path, n_ctx=2048, cache_type_k=kind, cache_type_v=kind)
+    assert close(row.kv_bytes, log["kv"])
+    assert row.compute_bytes / MIB == pytest.approx(log["compute"], rel=0.01)
+
+
+@pytest.mark.parametrize("n_ctx", [2048, 4096])
+def test_yi_34b_takes_what_llama_cpp_projects(tmp_path, n_ctx):
+    """llama.cpp works out what it would need without loading; the file is a hole, and the process is then ended."""
+    pytest.importorskip("xllamacpp")
+    path = sparse_models.sparse_gguf(tmp_path / "yi.gguf", YI, "Q8_0")
+    command = [sys.executable, "-c", LOAD, str(path), json.dumps({"n_ctx": n_ctx}), "dry"]
+    log, end = "", time.monotonic() + 60
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while "projected to use" not in log and time.monotonic() < end:
+            log += process.stderr.readline()
+        process.kill()
+    row = fit("yi-34b", ftype="Q8_0", n_ctx=n_ctx).rows[0]
+    assert close(row.compute_bytes, float(re.search(LOGGED["compute"], log)[1]))
+    total = row.bytes + row.kv_bytes + row.compute_bytes
+    assert total / MIB == pytest.approx(float(re.search(r"projected to use (\d+) MiB", log)[1]), rel=1e-4)
+
+
+def test_yi_34b_by_hand():
+    row = fit("yi-34b", ftype="Q8_0", n_ctx=4096).rows[0]
+    assert row.kv_bytes == 60 * 4096 * (8 * 128) * 2 * 2 == 960 * MIB  # layers, cells, a row of K, K and V, F16
+    assert row.output_bytes == 64000 * 4
+    n_weights = 2 * 64000 * 7168 + 60 * (2 * 7168 * 7168 + 2 * 7168 * 1024 + 3 * 7168 * 20480)
+    assert row.bytes == n_weights * 34 // 32 + (60 * 2 + 1) * 7168 * 4  # Q8_0: 34 bytes for 32 weights; norms in F32
+    ffn = 512 * 20480 * 4  # gate, up and their product stand side by side, beside five rows of 7168
+    assert row.compute_bytes == pytest.approx(3 * ffn + 5 * 512 * 7168 * 4 + 512 * 4096 * 2, rel=1e-3)
+
+
+def test_layers_are_counted_from_the_output_on():
+    rows = [fit("yi-34b", ftype="Q8_0", n_gpu_layers=n).rows[0] for n in (0, 1, 2, 61, 99)]
+    assert rows[0].vram_bytes == 0
+    layer, output = rows[0].layer_bytes[0], 64000 * 7168 * 34 // 32 + 7168 * 4
+    copied = 7168 * 20480 * 34 // 32  # the largest matrix, on its way through the card
+    assert rows[1].vram_bytes == VRAM_RESERVE + output + rows[0].compute_bytes + copied
+    assert rows[2].vram_bytes - rows[1].vram_bytes == layer + rows[0].kv_bytes // 60
+    assert rows[3] == rows[4]
+    assert rows[3].ram_bytes < 1.1 * 64000 * 7168 * 34 // 32
+
+
+def test_the_articles_command_on_24_gib():
+    command = {"ftype": "Q8_0", "vram": "24GiB", "ram": "32GiB", "n_ctx": 2048}
+    assert not fit("yi-34b", n_gpu_layers=50, **command).rows[0].fits
+    best = fit("yi-34b", **command).rows[0]
+    assert best.fits and 40 <= best.n_gpu_layers < 50
+    assert not fit("yi-34b", **command | {"n_gpu_layers": best.n_gpu_layers + 1}).rows[0].fits
+
+
+def test_the_longest_context_fits_and_one_block_more_does_not():
+    there = {"ftype": "Q4_K_M", "vram": "20.2GiB", "ram": 1 * GIB, "n_gpu_layers": None}
+    longest = fit("yi-34b", **there).rows[0].n_ctx_max
+    assert 256 <= longest < 4096
+    assert fit("yi-34b", n_ctx=longest, **there).rows[0].fits
+    assert not fit("yi-34b", n_ctx=longest + 256, **there).rows[0].fits
+
+
+def test_it_agrees_with_xllamacpp(tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    llama = SimpleNamespace(**vars(shape(32000, 4096, 11008, 32, 32, 32)))
+    path = sparse_models.sparse_gguf(tmp_path / "7b.gguf", llama, "Q4_K_M")
+    for gib in (3, 5, 8):
+        card = [{"name": "CUDA", "memory_free": gib * GIB}]
+        theirs = xllamacpp.estimate_gpu_layers(card, str(path), [], 2048, 512, 1, "f16").layers
+        ours = fit("llama-7b", ftype="Q4_K_M", vram=f"{gib}GiB", ram="64GiB", n_ctx=2048).rows[0].n_gpu_layers
+        assert theirs <= ours <= theirs + 3  # they reserve the scores of attention, which is not stored any more
+
+
+def test_from_the_third_layer_on_nothing_is_added():
+    deep = [compute_bytes(SimpleNamespace(**vars(YI) | {"n_layer": n}), n_ctx=512) for n in (3, 4, 60)]
+    assert deep[0] == deep[1] == deep[2]
+
+
+def test_the_arena_takes_the_tightest_hole():
+    arena = Arena()
+    a, b, c, d = (arena.take(size) for size in (100, 10, 50, 10))
+    arena.give_back(a, 100)
+    arena.give_back(c, 50)
+    assert arena.take(40) == c
+    assert arena.take(100) == a
+    arena.give_back(b, 10)
+    arena.give_back(d, 10)
+    assert (arena.peak, arena.take(11)) == (170, 150)  # 10 bytes lie between the two that are free, the rest at the end
+    assert (arena.peak, arena.take(10), arena.peak) == (170, 100, 170)
+
+
+def test_every_shape_every_type():
+    for name in bundled.shapes():
+        result = fit(name, vram="24GiB", ram="64GiB", n_ctx=2048)
+        frame = result.to_frame()
+        assert (frame["bytes"].diff().dropna() <= 0).all()
+        assert set(frame["where"]) <= {"card", "card and memory", "memory", "nowhere"}
+
+
+def test_what_it_shows():
+    result = fit("yi-34b", ftype="Q4_K_M", vram="24GiB", ram="32GiB")
+    assert "per layer" in str(result) and "card" in result._repr_html_()
+    document = json.loads(result.to_json())
+    assert document["schema"] == 1
+    assert document["rows"][0]["ftype"] == "Q4_K_M"
+    layers = result.layers()
+    assert len(layers) == 60 and layers["on_card"].all()
+    assert fit("yi-34b", ftype="Q4_K_M", vram="12GiB", ram="32GiB").layers()["on_card"].is_monotonic_increasing
+
+
+def test_bad_input(tiny):
+    for options, message in [
+        ({"n_ctx": 4097}, "n_ctx=4097, must be 1 to 4096"),
+        ({"n_ctx": 0}, "n_ctx=0"),
+        ({"n_ubatch": 0}, "n_ubatch=0"),
+        ({"vram": "much"}, "memory=much"),
+        ({"cache_type_k": "q3_k"}, "cache type=q3_k"),
+        ({"cache_type_v": "q8_0", "flash_attn": False}, "needs flash attention"),
+        ({"n_gpu_layers": -1}, "n_gpu_layers=-1"),
+        ({"ftype": "COPY"}, "no file to copy"),
+        ({"ftype": "Q9"}, "ftype=Q9"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit("yi-34b", **options)
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        fit("no-such-model")
