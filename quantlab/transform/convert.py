@@ -82,7 +82,7 @@ def convert(
     _check_room(outfile, header + model.nbytes)
     if progress:
         tqdm.write(_plan_line(src, outfile, model, header), file=sys.stderr)
-    blocks = _ahead(_reads(model))
+    blocks = _ahead(_reads(model), encodes=outtype != "auto")
     data = (islice(blocks, _n_blocks(tensor)) for tensor in model)
     with replacing(outfile, overwrite=overwrite) as part:
         with tqdm(total=model.nbytes, unit="B", unit_scale=True, desc=outfile.name, disable=not progress) as bar:
@@ -137,9 +137,9 @@ def _reads(model: Model) -> Iterator[Callable[[], np.ndarray]]:
             yield lambda tensor=tensor, start=start, step=step: tensor.rows(start, min(start + step, tensor.nrows))
 
 
-def _ahead(reads: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
-    """Carry out reads in another thread, a few before their results are asked for."""
-    with ThreadPoolExecutor(1) as pool:
+def _ahead(reads: Iterable[Callable[[], np.ndarray]], *, encodes: bool) -> Iterator[np.ndarray]:
+    """Carry out reads in another thread, a few before their results are asked for; `encodes`: they use kernels."""
+    with ThreadPoolExecutor(1, initializer=_use_one_thread if encodes else None) as pool:
         pending: deque[Future] = deque()
         try:
             for read in reads:
@@ -151,6 +151,13 @@ def _ahead(reads: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _use_one_thread() -> None:
+    """Let kernels called from this thread stay in it: beside the disk, more threads would only wait for each other."""
+    import numba
+
+    numba.set_num_threads(1)
 
 
 def _warn_of_loss(loss: RangeLoss) -> None:
