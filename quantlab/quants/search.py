@@ -221,15 +221,16 @@ def make_qx_quants(x, at, w, found, levels, n, nmax):
     peak = select(zero, ONE, peak)
     for i in range(0, 16 * n, 16):
         store(found, WX + i, load(w, at + i) * load(x, at + i))
+    wraps = any_lane(magnitude == np.float32(np.inf))  # else |iscale * x| stays below nmax + 1
     best_iscale = -np.float32(nmax) / peak
-    sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, best_iscale, magnitude)
+    sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, best_iscale, wraps)
     scale = select(sum_l2 != ZERO, sum_lx / sum_l2, ZERO)
     best = scale * sum_lx
     for step in range(-9, 10):
         if step == 0:
             continue
         iscale = -(np.float32(nmax) + TENTH * np.float32(step)) / peak
-        sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, iscale, magnitude)
+        sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, iscale, wraps)
         better = (sum_l2 > ZERO) & (sum_lx * sum_lx > best * sum_l2)
         scale = select(better, sum_lx / sum_l2, scale)
         best = select(better, scale * sum_lx, best)
@@ -241,9 +242,8 @@ def make_qx_quants(x, at, w, found, levels, n, nmax):
 
 
 @inlined_kernel
-def _sums(x, at, w, found, n, nmax, iscale, magnitude):
+def _sums(x, at, w, found, n, nmax, iscale, wraps):
     """Return the weighted sums of x * l and of l * l over blocks of `n`."""
-    wraps = any_lane(~(absolute(iscale) * magnitude < IN_RANGE))
     low, high = np.float32(-nmax), np.float32(nmax - 1)
     sum_lx = lanes(ZERO)
     sum_l2 = lanes(ZERO)

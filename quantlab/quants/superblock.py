@@ -7,6 +7,7 @@ import numpy as np
 from quantlab.quants.lanes import (
     from_half,
     gather,
+    inlined_kernel,
     kernel,
     lanes,
     load,
@@ -115,13 +116,13 @@ def put_half(head, at, half):
     scatter(head, at + 1, 32, half >> 8)
 
 
-@kernel
+@inlined_kernel
 def signed_byte(v):
     """Return what an int becomes when it is stored as int8."""
     return ((v & 0xFF) ^ 0x80) - 0x80
 
 
-@kernel
+@inlined_kernel
 def offset_levels(x, at, ws, k, i, size, nmax):
     """Return the levels of 16 weights of super-block `k`, from weight `i` on, where ``x ≈ d * l - m``."""
     d = ws.d[i // size * 16 + k]
@@ -130,7 +131,7 @@ def offset_levels(x, at, ws, k, i, size, nmax):
     return maximum(0, minimum(nmax, nearest_int((load(x, at + i) + ws.m[i // size * 16 + k]) / d)))
 
 
-@kernel
+@inlined_kernel
 def signed_levels(x, at, ws, k, i, nmax):
     """Return the levels, made positive, of 16 weights of super-block `k`, from weight `i` on, where ``x ≈ d * l``."""
     d = ws.d[i + k]
