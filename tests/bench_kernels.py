@@ -16,9 +16,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import ggml_library
 import llvmlite.binding
@@ -53,7 +50,7 @@ def real_rows():
             flat.append(tensor.floats().ravel())
             if sum(map(len, flat)) >= wanted:
                 break
-    return model.path.name, np.resize(np.concatenate(flat), (MANY, WIDTH))
+    return f"Weights of {model.path.stem}", np.resize(np.concatenate(flat), (MANY, WIDTH))
 
 
 def both_ways(mode, qtype, x, imatrix, threads):
@@ -67,7 +64,7 @@ def both_ways(mode, qtype, x, imatrix, threads):
         if mode == "decode":
             quants.dequantize(data, qtype, x.shape, out=floats)
         else:
-            quants.quantize(x, qtype, imatrix if mode == "imatrix" else None, out=data)
+            quants.quantize(x, qtype, imatrix if mode == "imatrix" else None)
 
     def theirs_part(part):
         if mode == "decode":
@@ -102,7 +99,8 @@ def measure(mode, qtype, rows, imatrix, threads, repetitions):
 
 def cell(speeds):
     low, middle, high = np.percentile(speeds, [25, 50, 75])
-    return f"{middle:.3g} ± {(high - low) / 2:.1g}" if middle < 1000 else f"{middle:.0f} ± {(high - low) / 2:.0f}"
+    digits = 0 if middle >= 100 else 1
+    return f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
 def table(title, rows, imatrix, types, threads, repetitions):
@@ -146,9 +144,9 @@ print(time.perf_counter() - start)
 
 
 def start(types):
-    """Print what the first calls of a fresh process take, with an empty cache of compiled kernels and with a full one."""
+    """Print how long the first calls of a fresh process take, with and without compiled kernels on disk."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"NUMBA_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = os.environ | {"NUMBA_CACHE_DIR": cache}
 
         def run(types):
             command = [sys.executable, "-c", START, *types]

@@ -31,7 +31,7 @@ def golden(qtype):
     x, importances = rows.every_kind(512), rows.importances(512)
     assert digest(x) == GOLDEN["input"]["sha256"]
     ours = {"plain": digest(quants.quantize(x, qtype))}
-    if qtype in naive.WEIGHTED_ENCODERS:
+    if qtype in naive.WEIGHTED:
         ours |= {kind: digest(quants.quantize(x, qtype, weights)) for kind, weights in importances.items()}
     assert ours == GOLDEN["encoded"][qtype]
     if qtype in GOLDEN["decoded"]:

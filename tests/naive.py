@@ -17,6 +17,8 @@ Source: llama.cpp, ggml/src/ggml-quants.c and ggml-impl.h.
 
 # ruff: noqa: E741 - a level is called l here, as in C
 
+from functools import partial
+
 import numpy as np
 
 F = np.float32
@@ -295,33 +297,30 @@ def importance(x, qw, sigma2):
     return [q * np.sqrt(sigma2 + v * v) for v, q in zip(x, qw, strict=True)]
 
 
-def q4_0(x):
-    d = absmax(x)[1] / F(-8)
+def legacy_block(head, levels, nmax):
+    """Scale (and minimum), fifth bits where levels go beyond 15, nibbles."""
+    return bytes_of(*map(half, head), fifth_bits(levels) if nmax > 15 else [], nibbles(levels))
+
+
+def q4_0(x, w=None, nmax=8):
+    if w is not None:
+        d, levels = make_qx_quants(nmax, x, w)
+        return legacy_block([d], levels, 2 * nmax - 1)
+    d = absmax(x)[1] / F(-nmax)
     inverse = F(1) / d if d else F(0)
-    return bytes_of(half(d), nibbles([min(15, c_int8(c_int(v * inverse + F(8.5)))) & 255 for v in x]))
+    levels = [min(2 * nmax - 1, c_int8(c_int(v * inverse + F(nmax + 0.5)))) & 255 for v in x]
+    return legacy_block([d], levels, 2 * nmax - 1)
 
 
-def q5_0(x):
-    d = absmax(x)[1] / F(-16)
-    inverse = F(1) / d if d else F(0)
-    levels = [min(31, c_int8(c_int(v * inverse + F(16.5)))) & 255 for v in x]
-    return bytes_of(half(d), fifth_bits(levels), nibbles(levels))
-
-
-def q4_1(x):
+def q4_1(x, w=None, nmax=15):
+    if w is not None:
+        d, levels, minus_min = make_qkx_quants(nmax, x, w, -0.9, 0.05, 36)
+        return legacy_block([d, -minus_min], levels, nmax)
     low = min(x)
-    d = (max(x) - low) / F(15)
+    d = (max(x) - low) / F(nmax)
     inverse = F(1) / d if d else F(0)
-    levels = [min(15, c_int8(c_int((v - low) * inverse + F(0.5)))) & 255 for v in x]
-    return bytes_of(half(d), half(low), nibbles(levels))
-
-
-def q5_1(x):
-    low = min(x)
-    d = (max(x) - low) / F(31)
-    inverse = F(1) / d if d else F(0)
-    levels = [c_int((v - low) * inverse + F(0.5)) & 255 for v in x]
-    return bytes_of(half(d), half(low), fifth_bits(levels), nibbles(levels))
+    levels = [min(nmax, c_int8(c_int((v - low) * inverse + F(0.5)))) & 255 for v in x]
+    return legacy_block([d, low], levels, nmax)
 
 
 def q8_levels(x):
@@ -341,26 +340,6 @@ def q8_1(x):
     return bytes_of(half(d), half(F(sum(levels)) * d), levels)
 
 
-def q4_0_weighted(x, w):
-    d, levels = make_qx_quants(8, x, w)
-    return bytes_of(half(d), nibbles(levels))
-
-
-def q5_0_weighted(x, w):
-    d, levels = make_qx_quants(16, x, w)
-    return bytes_of(half(d), fifth_bits(levels), nibbles(levels))
-
-
-def q4_1_weighted(x, w):
-    d, levels, minus_min = make_qkx_quants(15, x, w, -0.9, 0.05, 36)
-    return bytes_of(half(d), half(-minus_min), nibbles(levels))
-
-
-def q5_1_weighted(x, w):
-    d, levels, minus_min = make_qkx_quants(31, x, w, -0.9, 0.05, 36)
-    return bytes_of(half(d), half(-minus_min), fifth_bits(levels), nibbles(levels))
-
-
 # ---- super-blocks of 256: sub-blocks with their own scales, which are integers times the super-block's
 
 
@@ -375,6 +354,14 @@ def relevel(x, levels, d, m, low, high):
     return [clamp(low, nearest_int((v + m) / d), high) - low for v in x]
 
 
+def weighted_search(sub, qw, sigma2, nmax, top):
+    """Search by importance; then levels 0..top for the scales and for the minima: found, d, ls, dmin, lm."""
+    weights = [importance(s, q, sigma2) for s, q in zip(sub, groups(qw, len(sub[0])), strict=True)]
+    found = [make_qkx_quants(nmax, s, w, -0.9, 0.05, 36) for s, w in zip(sub, weights, strict=True)]
+    sums = [sum_of(w) for w in weights]
+    return found, *make_qp_quants(top, [f[0] for f in found], sums), *make_qp_quants(top, [f[2] for f in found], sums)
+
+
 def q2_k(x, qw=None):
     sub = groups(x, 16)
     if qw is None:
@@ -383,12 +370,7 @@ def q2_k(x, qw=None):
         d, ls = plain_levels(scales, 15)
         dmin, lm = plain_levels(mins, 15)
     else:
-        sigma2 = sigma2_of(x)
-        weights = [importance(s, q, sigma2) for s, q in zip(sub, groups(qw, 16), strict=True)]
-        found = [make_qkx_quants(3, s, w, -0.9, 0.05, 36) for s, w in zip(sub, weights, strict=True)]
-        sums = [sum_of(w) for w in weights]
-        d, ls = make_qp_quants(15, [f[0] for f in found], sums)
-        dmin, lm = make_qp_quants(15, [f[2] for f in found], sums)
+        found, d, ls, dmin, lm = weighted_search(sub, qw, sigma2_of(x), 3, 15)
     packed = [(int(s) | int(m) << 4) & 255 for s, m in zip(ls, lm, strict=True)]
     d, dmin = half(d), half(dmin)
     levels = []
@@ -433,17 +415,13 @@ def q45_k(x, qw, nmax, rmin, nstep):
     """What Q4_K and Q5_K share: 8 sub-blocks of 32 with a scale and a minimum of 6 bits. Returns head and levels."""
     sub = groups(x, 32)
     if qw is None:
-        weights = [[np.sqrt(sigma2_of(s)) + abs(v) for v in s] for s in sub]
+        means = [np.sqrt(sigma2_of(s)) for s in sub]
+        weights = [[mean + abs(v) for v in s] for s, mean in zip(sub, means, strict=True)]
         found = [make_qkx_quants(nmax, s, w, rmin, 0.1, nstep) for s, w in zip(sub, weights, strict=True)]
         d, ls = six_bit_levels([f[0] for f in found])
         dmin, lm = six_bit_levels([f[2] for f in found])
     else:
-        sigma2 = sigma2_of(x, 2)
-        weights = [importance(s, q, sigma2) for s, q in zip(sub, groups(qw, 32), strict=True)]
-        found = [make_qkx_quants(nmax, s, w, -0.9, 0.05, 36) for s, w in zip(sub, weights, strict=True)]
-        sums = [sum_of(w) for w in weights]
-        d, ls = make_qp_quants(63, [f[0] for f in found], sums)
-        dmin, lm = make_qp_quants(63, [f[2] for f in found], sums)
+        found, d, ls, dmin, lm = weighted_search(sub, qw, sigma2_of(x, 2), nmax, 63)
         if nmax == 31:  # Q5_K limits them once more, Q4_K does not
             ls, lm = np.minimum(ls, 63), np.minimum(lm, 63)
     d, dmin, packed = half(d), half(dmin), scales_and_mins_of_6_bits(ls, lm)
@@ -503,13 +481,10 @@ def q8_k(x):
 # ---- rows
 
 ENCODERS = {
-    **{"Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "Q8_0": q8_0, "Q8_1": q8_1},
-    **{"Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "Q8_K": q8_k},
+    **{"Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": partial(q4_0, nmax=16), "Q5_1": partial(q4_1, nmax=31), "Q8_0": q8_0},
+    **{"Q8_1": q8_1, "Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "Q8_K": q8_k},
 }
-WEIGHTED_ENCODERS = {
-    **{"Q4_0": q4_0_weighted, "Q4_1": q4_1_weighted, "Q5_0": q5_0_weighted, "Q5_1": q5_1_weighted},
-    **{"Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k},
-}
+WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def quantize(x, qtype, imatrix=None):
@@ -527,4 +502,4 @@ def _blocks(row, qtype, imatrix, n):
     if n == 32:  # blocks of 32 take the mean square of the whole row; super-blocks their own
         weights = importance(row, weights, sigma2_of(row))
     for block, w in zip(groups(row, n), groups(weights, n), strict=True):
-        yield WEIGHTED_ENCODERS[qtype](block, w)
+        yield ENCODERS[qtype](block, w)

@@ -127,20 +127,28 @@ def _bytes_around_zero(x, i):
 
 
 @kernel
-def _store_fifth_bits(out, o, low, high):
-    """Write bit 4 of 32 codes as a little-endian uint32."""
-    qh = lane_bits((low & 16) != 0) | lane_bits((high & 16) != 0) << 16
-    for byte in range(4):
-        out[o + byte] = (qh >> 8 * byte) & 255
+def _store_codes(out, o, low, high, fifth):
+    """Write 32 codes: fifth bits first, as a little-endian uint32, if the type has them."""
+    if fifth:
+        qh = lane_bits((low & 16) != 0) | lane_bits((high & 16) != 0) << 16
+        for byte in range(4):
+            out[o + byte] = (qh >> 8 * byte) & 255
+        o += 4
+    store(out, o, (low & 15) | (high & 15) << 4)
 
 
 @kernel
-def _fifth_bits(data, o):
-    """Read 32 single bits as 0 or 16 per lane."""
-    low = np.int32(data[o]) | np.int32(data[o + 1]) << 8
-    high = np.int32(data[o + 2]) | np.int32(data[o + 3]) << 8
-    ones = load(ONE_BIT, 0)
-    return select((ones & low) != 0, 16, 0), select((ones & high) != 0, 16, 0)
+def _load_codes(data, o, fifth):
+    """Read 32 codes."""
+    fifth_low, fifth_high = lanes(0), lanes(0)
+    if fifth:
+        bits_low = np.int32(data[o]) | np.int32(data[o + 1]) << 8
+        bits_high = np.int32(data[o + 2]) | np.int32(data[o + 3]) << 8
+        ones = load(ONE_BIT, 0)
+        fifth_low, fifth_high = select((ones & bits_low) != 0, 16, 0), select((ones & bits_high) != 0, 16, 0)
+        o += 4
+    q = load(data, o)
+    return (q & 15) | fifth_low, (q >> 4) | fifth_high
 
 
 @kernel
@@ -169,183 +177,123 @@ def _chunks(n_weights):
     return (n_weights // QK + CHUNK - 1) // CHUNK
 
 
-# ---- Q4_0, 18 bytes: d float16 @0, qs 16 bytes @2 (two codes per byte).   weight = (code - 8) * d
+# ---- Q4_0, 18 bytes: d float16 @0, qs 16 bytes @2 (two codes per byte).          weight = (code - 8) * d
+#      Q5_0, 22 bytes: d float16 @0, qh 4 bytes @2 (bit j is the fifth bit of code j), qs 16 bytes @6.
+#                                                                                  weight = (code - 16) * d
 
 
 @parallel_kernel
+def _encode_around_zero(x, fifth, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    size, nmax = (22, 16) if fifth else (18, 8)
+    for chunk in prange(_chunks(x.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, x.size // QK - first)
+        d = np.zeros(CHUNK, np.float32)
+        for b in range(n):
+            d[b], low, high = _around_zero(x, (first + b) * QK, nmax)
+            _store_codes(out, (first + b) * size + 2, low, high, fifth)
+        _store_halves(d, n, out, first * size, size)
+
+
+@parallel_kernel
+def _decode_around_zero(data, fifth, out):
+    data, out = data.reshape(-1), out.reshape(-1)
+    size, nmax = (22, 16) if fifth else (18, 8)
+    for chunk in prange(_chunks(out.size)):
+        first = chunk * CHUNK
+        n = min(CHUNK, out.size // QK - first)
+        d = np.empty(CHUNK, np.float32)
+        _load_halves(data, first * size, size, n, d)
+        for b in range(n):
+            low, high = _load_codes(data, (first + b) * size + 2, fifth)
+            store(out, (first + b) * QK, to_float(low - nmax) * d[b])
+            store(out, (first + b) * QK + 16, to_float(high - nmax) * d[b])
+
+
 def encode_q4_0(x, out):
     """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    for chunk in prange(_chunks(x.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, x.size // QK - first)
-        d = np.zeros(CHUNK, np.float32)
-        for b in range(n):
-            d[b], low, high = _around_zero(x, (first + b) * QK, 8)
-            store(out, (first + b) * 18 + 2, low | high << 4)
-        _store_halves(d, n, out, first * 18, 18)
+    _encode_around_zero(x, False, out)
 
 
-@parallel_kernel
 def decode_q4_0(data, out):
     """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    for chunk in prange(_chunks(out.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, out.size // QK - first)
-        d = np.empty(CHUNK, np.float32)
-        _load_halves(data, first * 18, 18, n, d)
-        for b in range(n):
-            q = load(data, (first + b) * 18 + 2)
-            store(out, (first + b) * QK, to_float((q & 15) - 8) * d[b])
-            store(out, (first + b) * QK + 16, to_float((q >> 4) - 8) * d[b])
+    _decode_around_zero(data, False, out)
 
 
-# ---- Q4_1, 20 bytes: d float16 @0, m float16 @2, qs 16 bytes @4.   weight = code * d + m
-
-
-@parallel_kernel
-def encode_q4_1(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    for chunk in prange(_chunks(x.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, x.size // QK - first)
-        d, m = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
-        for b in range(n):
-            d[b], m[b], low, high = _above_minimum(x, (first + b) * QK, 15)
-            store(out, (first + b) * 20 + 4, low | high << 4)
-        _store_halves(d, n, out, first * 20, 20)
-        _store_halves(m, n, out, first * 20 + 2, 20)
-
-
-@parallel_kernel
-def decode_q4_1(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    for chunk in prange(_chunks(out.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, out.size // QK - first)
-        d, m = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-        _load_halves(data, first * 20, 20, n, d)
-        _load_halves(data, first * 20 + 2, 20, n, m)
-        for b in range(n):
-            q = load(data, (first + b) * 20 + 4)
-            store(out, (first + b) * QK, to_float(q & 15) * d[b] + m[b])
-            store(out, (first + b) * QK + 16, to_float(q >> 4) * d[b] + m[b])
-
-
-# ---- Q5_0, 22 bytes: d float16 @0, qh 4 bytes @2 (fifth bit of code j in bit j), qs 16 bytes @6.
-#      weight = (code - 16) * d
-
-
-@parallel_kernel
 def encode_q5_0(x, out):
     """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    for chunk in prange(_chunks(x.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, x.size // QK - first)
-        d = np.zeros(CHUNK, np.float32)
-        for b in range(n):
-            d[b], low, high = _around_zero(x, (first + b) * QK, 16)
-            _store_fifth_bits(out, (first + b) * 22 + 2, low, high)
-            store(out, (first + b) * 22 + 6, low & 15 | (high & 15) << 4)
-        _store_halves(d, n, out, first * 22, 22)
+    _encode_around_zero(x, True, out)
 
 
-@parallel_kernel
 def decode_q5_0(data, out):
     """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    for chunk in prange(_chunks(out.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, out.size // QK - first)
-        d = np.empty(CHUNK, np.float32)
-        _load_halves(data, first * 22, 22, n, d)
-        for b in range(n):
-            fifth_low, fifth_high = _fifth_bits(data, (first + b) * 22 + 2)
-            q = load(data, (first + b) * 22 + 6)
-            store(out, (first + b) * QK, to_float((q & 15 | fifth_low) - 16) * d[b])
-            store(out, (first + b) * QK + 16, to_float((q >> 4 | fifth_high) - 16) * d[b])
+    _decode_around_zero(data, True, out)
 
 
-# ---- Q5_1, 24 bytes: d float16 @0, m float16 @2, qh 4 bytes @4, qs 16 bytes @8.   weight = code * d + m
+# ---- Q4_1, 20 bytes: d float16 @0, m float16 @2, qs 16 bytes @4.                 weight = code * d + m
+#      Q5_1, 24 bytes: d float16 @0, m float16 @2, qh 4 bytes @4, qs 16 bytes @8.  weight = code * d + m
 
 
 @parallel_kernel
-def encode_q5_1(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+def _encode_above_minimum(x, fifth, out):
     x, out = x.reshape(-1), out.reshape(-1)
+    size, nmax = (24, 31) if fifth else (20, 15)
     for chunk in prange(_chunks(x.size)):
         first = chunk * CHUNK
         n = min(CHUNK, x.size // QK - first)
         d, m = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
         for b in range(n):
-            d[b], m[b], low, high = _above_minimum(x, (first + b) * QK, 31)
-            _store_fifth_bits(out, (first + b) * 24 + 4, low, high)
-            store(out, (first + b) * 24 + 8, low & 15 | (high & 15) << 4)
-        _store_halves(d, n, out, first * 24, 24)
-        _store_halves(m, n, out, first * 24 + 2, 24)
+            d[b], m[b], low, high = _above_minimum(x, (first + b) * QK, nmax)
+            _store_codes(out, (first + b) * size + 4, low, high, fifth)
+        _store_halves(d, n, out, first * size, size)
+        _store_halves(m, n, out, first * size + 2, size)
 
 
 @parallel_kernel
-def decode_q5_1(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+def _decode_above_minimum(data, fifth, out):
     data, out = data.reshape(-1), out.reshape(-1)
+    size = 24 if fifth else 20
     for chunk in prange(_chunks(out.size)):
         first = chunk * CHUNK
         n = min(CHUNK, out.size // QK - first)
         d, m = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-        _load_halves(data, first * 24, 24, n, d)
-        _load_halves(data, first * 24 + 2, 24, n, m)
+        _load_halves(data, first * size, size, n, d)
+        _load_halves(data, first * size + 2, size, n, m)
         for b in range(n):
-            fifth_low, fifth_high = _fifth_bits(data, (first + b) * 24 + 4)
-            q = load(data, (first + b) * 24 + 8)
-            store(out, (first + b) * QK, to_float(q & 15 | fifth_low) * d[b] + m[b])
-            store(out, (first + b) * QK + 16, to_float(q >> 4 | fifth_high) * d[b] + m[b])
+            low, high = _load_codes(data, (first + b) * size + 4, fifth)
+            store(out, (first + b) * QK, to_float(low) * d[b] + m[b])
+            store(out, (first + b) * QK + 16, to_float(high) * d[b] + m[b])
 
 
-# ---- Q8_0, 34 bytes: d float16 @0, qs 32 int8 @2.   weight = code * d
-
-
-@parallel_kernel
-def encode_q8_0(x, out):
+def encode_q4_1(x, out):
     """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    for chunk in prange(_chunks(x.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, x.size // QK - first)
-        d = np.zeros(CHUNK, np.float32)
-        for b in range(n):
-            d[b], low, high = _bytes_around_zero(x, (first + b) * QK)
-            store(out, (first + b) * 34 + 2, low)
-            store(out, (first + b) * 34 + 18, high)
-        _store_halves(d, n, out, first * 34, 34)
+    _encode_above_minimum(x, False, out)
 
 
-@parallel_kernel
-def decode_q8_0(data, out):
+def decode_q4_1(data, out):
     """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    codes = data.view(np.int8)
-    for chunk in prange(_chunks(out.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, out.size // QK - first)
-        d = np.empty(CHUNK, np.float32)
-        _load_halves(data, first * 34, 34, n, d)
-        for b in range(n):
-            store(out, (first + b) * QK, to_float(load(codes, (first + b) * 34 + 2)) * d[b])
-            store(out, (first + b) * QK + 16, to_float(load(codes, (first + b) * 34 + 18)) * d[b])
+    _decode_above_minimum(data, False, out)
 
 
-# ---- Q8_1, 36 bytes: d float16 @0, s float16 @2 (d times the sum of the codes), qs 32 int8 @4.   weight = code * d
+def encode_q5_1(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    _encode_above_minimum(x, True, out)
+
+
+def decode_q5_1(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    _decode_above_minimum(data, True, out)
+
+
+# ---- Q8_0, 34 bytes: d float16 @0, qs 32 int8 @2.                                weight = code * d
+#      Q8_1, 36 bytes: d float16 @0, s float16 @2 (d times the sum of the codes), qs 32 int8 @4.
 
 
 @parallel_kernel
-def encode_q8_1(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+def _encode_bytes(x, sums, out):
     x, out = x.reshape(-1), out.reshape(-1)
+    size = 36 if sums else 34
     for chunk in prange(_chunks(x.size)):
         first = chunk * CHUNK
         n = min(CHUNK, x.size // QK - first)
@@ -353,25 +301,45 @@ def encode_q8_1(x, out):
         for b in range(n):
             d[b], low, high = _bytes_around_zero(x, (first + b) * QK)
             s[b] = np.float32(total(low + high)) * d[b]
-            store(out, (first + b) * 36 + 4, low)
-            store(out, (first + b) * 36 + 20, high)
-        _store_halves(d, n, out, first * 36, 36)
-        _store_halves(s, n, out, first * 36 + 2, 36)
+            store(out, (first + b + 1) * size - 32, low)
+            store(out, (first + b + 1) * size - 16, high)
+        _store_halves(d, n, out, first * size, size)
+        if sums:
+            _store_halves(s, n, out, first * size + 2, size)
 
 
 @parallel_kernel
-def decode_q8_1(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+def _decode_bytes(data, size, out):
     data, out = data.reshape(-1), out.reshape(-1)
     codes = data.view(np.int8)
     for chunk in prange(_chunks(out.size)):
         first = chunk * CHUNK
         n = min(CHUNK, out.size // QK - first)
         d = np.empty(CHUNK, np.float32)
-        _load_halves(data, first * 36, 36, n, d)
+        _load_halves(data, first * size, size, n, d)
         for b in range(n):
-            store(out, (first + b) * QK, to_float(load(codes, (first + b) * 36 + 4)) * d[b])
-            store(out, (first + b) * QK + 16, to_float(load(codes, (first + b) * 36 + 20)) * d[b])
+            store(out, (first + b) * QK, to_float(load(codes, (first + b + 1) * size - 32)) * d[b])
+            store(out, (first + b) * QK + 16, to_float(load(codes, (first + b + 1) * size - 16)) * d[b])
+
+
+def encode_q8_0(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    _encode_bytes(x, False, out)
+
+
+def decode_q8_0(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    _decode_bytes(data, 34, out)
+
+
+def encode_q8_1(x, out):
+    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    _encode_bytes(x, True, out)
+
+
+def decode_q8_1(data, out):
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    _decode_bytes(data, 36, out)
 
 
 # ---- with an importance matrix: scale (and minimum) are searched for, in 16 rows side by side

@@ -1,15 +1,12 @@
 """Write kernels.json: digests of what ggml's own C functions make of the rows of tests/rows.py.
 
-Run by hand, with libggml-python installed: `python tests/golden/write_kernels.py`.
+Run by hand, with libggml-python installed: `PYTHONPATH=tests python tests/golden/write_kernels.py`.
 """
 
 import json
-import sys
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ggml_library
 import naive
@@ -27,7 +24,7 @@ def main():
     for qtype in naive.ENCODERS:
         plain = ggml_library.quantize(x, qtype)
         encoded[qtype] = {"plain": digest(plain)}
-        if qtype in naive.WEIGHTED_ENCODERS:
+        if qtype in naive.WEIGHTED:
             for kind, weights in importances.items():
                 encoded[qtype][kind] = digest(ggml_library.quantize(x, qtype, weights))
         if qtype != "Q8_1":  # ggml has no decoder for it
