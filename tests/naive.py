@@ -382,10 +382,8 @@ def q2_k(x, qw=None):
 def plain_levels(values, nmax):
     """Values >= 0 as integers 0..nmax times one scale, set by the largest; returns the scale and the integers."""
     top = max([F(0), *values])
-    if not top > 0:
-        return F(0), [0] * len(values)
-    inverse = F(nmax) / top
-    return top / F(nmax), [nearest_int(inverse * v) for v in values]
+    inverse = F(nmax) / top if top > 0 else F(0)
+    return top / F(nmax), [nearest_int(inverse * v) & 255 for v in values]
 
 
 def q3_k(x, qw=None):
@@ -418,23 +416,17 @@ def q45_k(x, qw, nmax, rmin, nstep):
         means = [np.sqrt(sigma2_of(s)) for s in sub]
         weights = [[mean + abs(v) for v in s] for s, mean in zip(sub, means, strict=True)]
         found = [make_qkx_quants(nmax, s, w, rmin, 0.1, nstep) for s, w in zip(sub, weights, strict=True)]
-        d, ls = six_bit_levels([f[0] for f in found])
-        dmin, lm = six_bit_levels([f[2] for f in found])
+        d, ls = plain_levels([f[0] for f in found], 63)
+        dmin, lm = plain_levels([f[2] for f in found], 63)
     else:
         found, d, ls, dmin, lm = weighted_search(sub, qw, sigma2_of(x, 2), nmax, 63)
-        if nmax == 31:  # Q5_K limits them once more, Q4_K does not
-            ls, lm = np.minimum(ls, 63), np.minimum(lm, 63)
+    if qw is None or nmax == 31:  # weighted Q4_K alone does not limit them
+        ls, lm = np.minimum(ls, 63), np.minimum(lm, 63)
     d, dmin, packed = half(d), half(dmin), scales_and_mins_of_6_bits(ls, lm)
     levels = []
     for s, (_, first, _), sc, m in zip(sub, found, *unpack_6_bits(packed), strict=True):
         levels += relevel(s, first, from_half(d) * F(sc), from_half(dmin) * F(m), 0, nmax)
     return bytes_of(d, dmin, packed), np.array(levels, np.uint8)
-
-
-def six_bit_levels(values):
-    top = max([F(0), *values])
-    inverse = F(63) / top if top > 0 else F(0)
-    return top / F(63), [min(63, nearest_int(inverse * v) & 255) for v in values]
 
 
 def q4_k(x, qw=None):
