@@ -24,7 +24,7 @@ from quantlab.transform.plan import SizeTable, sizes
 # the rows of llama.cpp's table, widest first
 FTYPES = "F32 F16 Q8_0 Q6_K Q5_1 Q5_K_M Q5_K_S Q5_0 Q4_1 Q4_K_M Q4_K_S Q4_0 Q3_K_L Q3_K_M Q3_K_S Q2_K COPY".split()
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}
-_LARGE = 10**9  # weights; a model from here on is measured on 16 chunks unless more are asked for
+_LARGE = 10**8  # weights; a model from here on is measured on 16 chunks unless more are asked for
 _LARGE_CHUNKS = 16
 
 
@@ -225,7 +225,7 @@ def size_ppl(
     n_ctx : int
         Tokens per chunk.
     chunks : int, optional
-        How many chunks are measured; by default the whole text, and 16 chunks of models of 10⁹ weights and more.
+        How many chunks are measured; by default the whole text, and 16 chunks of models of 10⁸ weights and more.
     memory : str or int, optional
         Memory to stay within, such as `8GiB`.
 
