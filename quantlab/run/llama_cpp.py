@@ -14,7 +14,8 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class Engine:
             try:
                 self._server = xllamacpp.Server(params)
             except RuntimeError:
-                raise ValueError(f"{self.path}: llama.cpp cannot load it: {_reason(log())}.") from None
+                raise ValueError(f"{self.path}: llama.cpp cannot load it: {_reason(log)}.") from None
         self.complete({"prompt": "", "n_predict": 1})  # a server that is closed before it runs would wait for ever
 
     @property
@@ -250,7 +251,10 @@ def _captured_stderr():
             os.close(kept)
 
 
-def _reason(log: str) -> str:
-    """The first error of llama.cpp's log, without time and place."""
-    lines = [re.sub(r"^[\d.]+ E ", "", line) for line in log.splitlines() if " E " in line]
-    return lines[0].split(": ", 1)[-1].strip().rstrip(".") if lines else "it gives no reason"
+def _reason(log: Callable[[], str]) -> str:
+    """The first error of llama.cpp's log, without time and place. A thread of its own writes it: wait for its end."""
+    waited = time.monotonic()
+    while "exiting due to" not in log() and time.monotonic() - waited < 1:
+        time.sleep(0.01)
+    lines = [line.partition(" E ")[2] for line in log().splitlines() if " E " in line]
+    return re.sub(r"^\w+: (error \w+ model: )?", "", lines[0]).strip().rstrip(".") if lines else "it gives no reason"

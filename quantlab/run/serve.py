@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ def is_loopback(host: str) -> bool:
 def serve(
     model: str | Path, options: Options, *, report: Callable[[str], object], warn: Callable[[str], object]
 ) -> None:
-    """Serve a model until Ctrl-C or SIGTERM.
+    """Serve a model until Ctrl-C or SIGTERM, which end the process with status 0.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ def serve(
     options : Options
         The web page is always served.
     report, warn : callable
-        Take a line each: where it listens; what is risky about it. Neither ever holds the key.
+        Take a line each and write it at once: where it listens; what is risky about it. Neither holds the key.
 
     Raises
     ------
@@ -49,12 +50,13 @@ def serve(
         )
     with killable():
         engine = Engine(model, replace(options, ui=True))
-    with engine, ended() as end:
+    with ended() as end:
         report(f"{engine.path.name} is served at {engine.address}: web page, and API at {engine.address}/v1")
         if options.api_key:
             report("Requests need the key that --api-key gave.")
         report("Ctrl-C ends it.")
         end.wait()
+    os._exit(0)  # closing the engine would wait for ever for an answer that is still being written
 
 
 @contextmanager

@@ -1,0 +1,160 @@
+"""Conversations with the bundled model: history, options, stopping; in the terminal and in a notebook."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from quantlab.run.chat import HELP, Conversation, Sampling, talk
+from quantlab.run.llama_cpp import Engine, Options, as_gguf
+from quantlab.transform.quantize import quantize
+
+GREEDY = Sampling(temp=0, n_predict=12)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    pytest.importorskip("xllamacpp")
+    return quantize("tiny", tmp_path_factory.mktemp("chat") / "tiny.gguf", ftype="F16")
+
+
+@pytest.fixture(scope="module")
+def engine(path):
+    with Engine(path, Options(n_threads=1)) as engine:
+        yield engine
+
+
+def answer(conversation: Conversation, text: str) -> str:
+    return "".join(conversation.ask(text))
+
+
+def test_a_conversation_has_a_history(engine):
+    conversation = Conversation(engine, "You are terse.", GREEDY)
+    first = answer(conversation, "What is a weight?")
+    second = answer(conversation, "And a scale?")
+    assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 2]
+    assert [message["content"] for message in conversation.messages] == [
+        "You are terse.",
+        "What is a weight?",
+        first,
+        "And a scale?",
+        second,
+    ]
+    assert conversation.n_tokens == 12 and conversation.speed > 0
+    conversation.clear()
+    assert conversation.messages == [{"role": "system", "content": "You are terse."}]
+
+
+def test_the_history_is_what_the_model_sees(engine):
+    with_history, without = Conversation(engine, "", GREEDY), Conversation(engine, "", GREEDY)
+    answer(with_history, "one two three " * 8)
+    assert answer(with_history, "x") != answer(without, "x")
+
+
+def test_the_same_seed_gives_the_same_answer(engine):
+    answers = [answer(Conversation(engine, "", Sampling(temp=1.5, seed=seed, n_predict=12)), "a") for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_stopped_answer_stays_in_the_history(engine):
+    conversation = Conversation(engine, "", Sampling(temp=0, n_predict=400))
+    asked = conversation.ask("Tell me everything.")
+    said = [next(asked) for _ in range(3)]
+    asked.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": "".join(said)}
+    assert answer(Conversation(engine, "", GREEDY), "Still there?")
+
+
+def test_a_conversation_beyond_the_context(engine):
+    conversation = Conversation(engine, "", GREEDY)
+    with pytest.raises(ValueError, match="exceeds the available context size"):
+        answer(conversation, "word " * 600)
+    assert conversation.messages == []
+
+
+def scripted(*lines):
+    """A terminal where these lines are typed; KeyboardInterrupt stands for Ctrl-C."""
+    rest = iter(lines)
+
+    def read(prompt):
+        line = next(rest, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    return read
+
+
+def test_the_terminal(engine):
+    written = []
+    conversation = Conversation(engine, "", GREEDY)
+    talk(conversation, scripted("", "hello", "/help", KeyboardInterrupt, "/clear"), written.append)
+    text = "".join(written)
+    assert text.count(HELP) == 3
+    assert "[12 tokens, " in text and "per second]" in text and "Forgotten." in text
+    assert conversation.messages == []
+    talk(conversation, scripted("word " * 600, "/exit", "never read"), written.append)
+    assert "a larger --ctx-size holds more" in written[-1]
+
+
+def test_ctrl_c_in_the_terminal_stops_the_answer_and_not_the_program(path):
+    command = [sys.executable, "-m", "quantlab.cli", "chat", str(path), "-t", "1", "--temp", "0", "--predict", "450"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdin.write(b"Tell me everything.\n")
+        process.stdin.flush()
+        text = b""
+        while text.count(b"\n") < 3 or len(text.rsplit(b"> ", 1)[-1]) < 12:  # some of the answer is there
+            text += os.read(process.stdout.fileno(), 64)
+        process.send_signal(signal.SIGINT)
+        while b"stopped]" not in text:
+            text += os.read(process.stdout.fileno(), 4096)
+        rest, errors = process.communicate(b"And now?\n", timeout=60)
+    assert b"per second]" in rest
+    assert process.returncode == 0
+    assert b"Traceback" not in errors
+
+
+def test_the_widget(engine):
+    widgets = pytest.importorskip("ipywidgets")
+    from quantlab.run.chat_widget import ChatWidget
+
+    widget = ChatWidget(engine, sampling=GREEDY)
+    assert isinstance(widget.box, widgets.VBox)
+    widget.line.value = "<b>hello</b>"  # as typing and Enter do
+    widget.wait()
+    assert "&lt;b&gt;hello" in widget._shown.value and "12 tokens" in widget._shown.value
+    assert widget.line.value == ""
+    widget.clear.click()
+    assert widget._shown.value == "" and widget.conversation.messages == []
+    widget.line.value = "word " * 600
+    widget.wait()
+    assert "exceeds" in widget._shown.value
+
+
+def test_a_checkpoint_is_converted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("quantlab.run.llama_cpp.runs_dir", lambda: tmp_path)
+    path = as_gguf("tiny")
+    written = path.stat().st_mtime_ns
+    assert as_gguf("tiny") == path == tmp_path / "run" / "tiny.gguf"
+    assert path.stat().st_mtime_ns == written
+
+
+def test_without_the_extra_one_line_names_it(path):
+    code = "import sys; sys.modules['xllamacpp'] = None; from quantlab.cli import main; main()"
+    for word in (["chat", str(path)], ["serve", "-m", str(path)]):
+        done = subprocess.run([sys.executable, "-c", code, *word], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "pip install -e .[run]" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_bad_input(path, tmp_path):
+    with pytest.raises(ValueError, match="ctx-size=513, must be 1 to 512"):
+        Engine(path, Options(n_ctx=513))
+    with pytest.raises(FileNotFoundError, match="nothing.gguf"):
+        Engine("nothing.gguf")
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="cut.gguf"):
+        Engine(tmp_path / "cut.gguf")
