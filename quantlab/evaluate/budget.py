@@ -1,19 +1,17 @@
 """How much memory, disk and time a pass takes, worked out before it starts, and how it is cut to fit the memory."""
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from quantlab.evaluate.dense import Workers
-from quantlab.evaluate.llama import ROWS, layer_shapes
+from quantlab.evaluate.llama import QUERIES, ROWS, layer_shapes
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.variants import Variant
-from quantlab.transform.plan import parse_bytes
+from quantlab.transform.plan import parse_bytes, tensor_bytes
 
 PROCESS = 400 << 20  # bytes that Python, its packages and compiled code take by themselves
 ROWS_AT_ONCE = 4096  # tokens that a layer is applied to at a time, where memory allows
@@ -34,8 +32,8 @@ class Budget:
         Variants whose logits are computed beside the base's at a time.
     logit_rows : int
         Positions whose logits a thread computes at a time.
-    scratch : Path or None
-        Folder of the hidden states; None keeps them in memory.
+    in_memory : bool
+        Whether the hidden states stay in memory; else they are in files.
     memory, disk : int
         Bytes needed at most.
     seconds : float
@@ -45,18 +43,18 @@ class Budget:
     chunks_at_once: int
     outputs_at_once: int
     logit_rows: int
-    scratch: Path | None
+    in_memory: bool
     memory: int
     disk: int
     seconds: float
 
     def __str__(self) -> str:
-        where = f", hidden states in {self.scratch} ({self.disk / 2**20:.0f} MiB)" if self.scratch else ""
-        return f"memory {self.memory / 2**30:.2f} GiB{where}; about {self.seconds / 60:.1f} minutes"
+        disk = "" if self.in_memory else f", {self.disk / 2**30:.2f} GiB on disk"
+        return f"memory {self.memory / 2**30:.2f} GiB{disk}; about {self.seconds / 60:.1f} minutes"
 
 
 def fit(
-    variants: Sequence[Variant], windows: Windows, workers: Workers, memory: str | int | None, scratch: Path | None
+    variants: Sequence[Variant], windows: Windows, workers: Workers, memory: str | int | None, keep_states: bool
 ) -> Budget:
     """Cut a pass so that it stays within `memory`.
 
@@ -68,96 +66,68 @@ def fit(
     workers : Workers
     memory : str, int or None
         Bytes, or a text such as `8GiB`. None allows three quarters of the machine's memory.
-    scratch : Path or None
-        Where hidden states are kept so that a stopped run resumes. None keeps them in memory, or where they do not fit,
-        in a temporary folder.
+    keep_states : bool
+        Whether the hidden states go to files even where there is memory for them, so that a stopped run resumes.
 
     Raises
     ------
     ValueError
         If the pass does not fit however it is cut; the text says how much it needs.
     """
-    allowed = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4 if memory is None else parse_bytes(memory)
-    )
-    hparams, n_ctx = variants[0].model.hparams, windows.tokens.shape[1]
+    allowed = _physical_memory() * 3 // 4 if memory is None else parse_bytes(memory)
+    hparams, (n_chunks, n_ctx) = variants[0].model.hparams, windows.tokens.shape
     states = 4 * windows.tokens.size * hparams.n_embd * len(variants)
     logit_rows = max(16, min(128, LOGITS // hparams.n_vocab))
-    chunks, outputs, in_memory = max(1, ROWS_AT_ONCE // n_ctx), max(1, len(variants) - 1), scratch is None
+    chunks, outputs = min(n_chunks, max(1, ROWS_AT_ONCE // n_ctx)), max(1, len(variants) - 1)
+    in_memory = not keep_states
 
     def needed() -> int:
-        kept = states if in_memory else 0
-        layer = _layer_bytes(variants, n_ctx, min(chunks, len(windows.tokens)), in_memory, workers.n_threads)
-        return (
-            PROCESS
-            + kept
-            + max(layer, _output_bytes(variants, min(outputs, len(variants) - 1), logit_rows, workers.n_threads))
-        )
+        layer = _layer_bytes(variants, n_ctx, chunks, in_memory, workers.n_threads)
+        output = _output_bytes(variants, outputs, logit_rows, workers.n_threads)
+        return PROCESS + in_memory * states + max(layer, output)
 
     while needed() > allowed and (chunks > 1 or outputs > 1 or in_memory):
-        if in_memory and states > allowed // 4:
+        if in_memory and (states > allowed // 4 or chunks == outputs == 1):
             in_memory = False
-        elif chunks > 1 or outputs > 1:
-            chunks, outputs = max(1, chunks // 2), max(1, outputs // 2)
         else:
-            in_memory = False
+            chunks, outputs = max(1, chunks // 2), max(1, outputs // 2)
     if needed() > allowed:
-        raise ValueError(
-            f"memory={memory or allowed}, must be at least {needed() / 2**30:.2f} GiB for this model. Give more, or a smaller n_ctx."
-        )
-    if not in_memory and scratch is None:
-        scratch = Path(tempfile.mkdtemp(prefix="quantlab-"))
+        least = f"must be at least {needed() / 2**30:.2f} GiB for this model"
+        raise ValueError(f"memory={memory or allowed}, {least}. Give more, or a smaller n_ctx.")
     disk = 0 if in_memory else 2 * states
-    return Budget(
-        min(chunks, len(windows.tokens)),
-        outputs,
-        logit_rows,
-        scratch,
-        needed(),
-        disk,
-        _seconds(variants, windows, workers),
-    )
+    seconds = _seconds(variants, windows, workers)
+    return Budget(chunks, outputs, logit_rows, in_memory, needed(), disk, seconds)
 
 
-def _sizes(variant: Variant, index: int) -> dict[str, int]:
-    """Weights of each tensor of a layer."""
-    return {name: int(np.prod(shape)) for name, shape in layer_shapes(variant.model, index).items()}
+def _physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _layer_bytes(variants: Sequence[Variant], n_ctx: int, chunks: int, in_memory: bool, n_threads: int) -> int:
     """Bytes that applying a layer takes at most, hidden states in memory aside."""
     base = variants[0].model
     hparams = base.hparams
-    sizes = _sizes(variants[0], hparams.n_layer // 2)
-    stored = sum(base.tensor(name).nbytes for name in sizes)
-    distinct = {
-        (id(v.model), name, v.types[name])
-        for v in variants[1:]
-        for name in sizes
-        if v.types[name] != base.tensor(name).qtype
+    shapes = layer_shapes(base, hparams.n_layer // 2)
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+    stored = {
+        (v.model.path, name, v.types[name]): tensor_bytes(shape, v.types[name])
+        for v in variants
+        for name, shape in shapes.items()
     }
-    encoded = sum(sizes[name] for _, name, _ in distinct)  # a byte per weight is more than any k-quant takes
-    rows = chunks * n_ctx
-    activations = rows * (2 * hparams.n_head + 2 * hparams.n_head_kv) * hparams.head_dim + (
-        0 if in_memory else rows * hparams.n_embd
-    )
+    states = 0 if in_memory else hparams.n_embd
+    activations = chunks * n_ctx * (2 * (hparams.n_head + hparams.n_head_kv) * hparams.head_dim + states)
     group = hparams.n_head // hparams.n_head_kv
-    per_thread = ROWS * (4 * hparams.n_embd + 3 * hparams.n_ff) + 128 * group * (n_ctx + 2 * hparams.head_dim)
-    return (
-        4 * sum(sizes.values())
-        + stored
-        + encoded
-        + 4 * max(sizes.values())
-        + 4 * activations
-        + 4 * n_threads * per_thread
-    )
+    attention = QUERIES * group * (n_ctx + hparams.head_dim)
+    per_thread = ROWS * (4 * hparams.n_embd + 4 * hparams.n_ff) + attention
+    return sum(stored.values()) + 4 * (sum(sizes) + max(sizes) + activations + n_threads * per_thread)
 
 
 def _output_bytes(variants: Sequence[Variant], outputs: int, logit_rows: int, n_threads: int) -> int:
     """Bytes that the output matrices of the base and `outputs` variants take, with a block of logits of each thread."""
     hparams = variants[0].model.hparams
     matrix = hparams.n_vocab * hparams.n_embd
-    return 4 * matrix * (1 + outputs) + 3 * matrix + 2 * 4 * n_threads * logit_rows * hparams.n_vocab
+    return 4 * matrix * (1 + outputs) + (3 + outputs) * matrix + 8 * n_threads * logit_rows * hparams.n_vocab
 
 
 def _seconds(variants: Sequence[Variant], windows: Windows, workers: Workers) -> float:

@@ -37,11 +37,11 @@ def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
     if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= hparams.n_vocab:
         raise ValueError(f"tokens: shape={tokens.shape}, must be a row of ids within 0:{hparams.n_vocab}.")
     variant = as_is(model)
-    weights = Weights(model, [variant])
     used, place = np.unique(tokens, return_inverse=True)
-    x = weights.rows(variant, "token_embd.weight", used)[place]
     factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
     with Workers() as workers:
+        weights = Weights(model, [variant], workers)
+        x = weights.rows(variant, "token_embd.weight", used)[place]
         llama = Llama(hparams, len(tokens), mode, workers, factors)
         qkv = np.empty((len(tokens), llama.qkv_width), np.float32)
         for index in range(hparams.n_layer):

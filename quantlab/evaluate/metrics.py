@@ -1,6 +1,6 @@
 """From scores of single tokens to the figures of a table.
 
-Source: llama-perplexity (tools/perplexity/perplexity.cpp of llama.cpp), which these definitions follow figure by figure;
+Source: llama-perplexity (tools/perplexity/perplexity.cpp of llama.cpp), which these definitions follow in every figure;
 the overlaps, flips and bootstrap intervals are additions.
 """
 

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -255,17 +258,30 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
     windows, record = cut(
         read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules
     )
-    scratch = None if scratch is None else Path(scratch)
     key = _key(variants, windows, record)
-    with Workers() as workers:
-        budget = fit(variants, windows, workers, memory, scratch)
+    with Workers() as workers, ExitStack() as stack:
+        budget = fit(variants, windows, workers, memory, keep_states=scratch is not None)
+        if scratch is None and not budget.in_memory:
+            scratch = stack.enter_context(TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True))
+        if scratch is not None:
+            scratch = Path(scratch)
+            _check_disk(scratch, budget.disk)
         if progress:
             tqdm.write(f"{len(variants)} × {windows.tokens.size} tokens: {budget}", file=sys.stderr)
         steps = base.hparams.n_layer + 1  # the bar counts whole steps of tokens and shows tokens
         shown = dict(unit="tokens", unit_scale=1 / steps, disable=not progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=steps * windows.tokens.size * len(variants), bar_format=bar_format, **shown) as bar:
-            return record, Sweep(variants, windows, mode, budget, workers, key, bar).run(), variants
+            return record, Sweep(variants, windows, mode, budget, workers, key, scratch, bar).run(), variants
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """Refuse a folder that has no room for the hidden states."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    held = sum(path.stat().st_size for path in folder.glob("states-*.f32"))
+    free = shutil.disk_usage(existing).free + held
+    if free < needed:
+        raise OSError(f"{folder}: {free} bytes free, the hidden states need {needed}. Give another scratch folder.")
 
 
 def _key(variants: list[Variant], windows: Windows, record: Protocol) -> str:

@@ -12,8 +12,8 @@ from quantlab.files.vocab import Vocab
 
 # name -> what it scores
 PROTOCOLS = {
-    "llama.cpp": "the second half of each window; BOS, where the vocabulary wants it, replaces each window's first token",
-    "full": "every token but the first of each window; BOS, where the vocabulary wants it, starts the text",
+    "llama.cpp": "the second half of each window; BOS, where there is one, replaces the first token of each",
+    "full": "every token but the first of each window; BOS, where there is one, starts the text",
 }
 
 

@@ -4,6 +4,7 @@ embeddings → layer 0: every variant, every chunk → … → last layer → lo
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -30,7 +31,9 @@ class Sweep:
         How much is done at once.
     workers : Workers
     key : str
-        What the hidden states in `budget.scratch` belong to.
+        What the hidden states in `scratch` belong to.
+    scratch : Path or None
+        Folder of the hidden states; None keeps them in memory.
     bar : tqdm
         Counts tokens of all variants.
     """
@@ -43,15 +46,16 @@ class Sweep:
         budget: Budget,
         workers: Workers,
         key: str,
+        scratch: Path | None,
         bar: tqdm,
     ):
         base = variants[0].model
         self.variants, self.windows, self.budget, self.workers, self.bar = variants, windows, budget, workers, bar
         self.base, self.hparams = base, base.hparams
-        self.weights = Weights(base, variants)
+        self.weights = Weights(base, variants, workers)
         factors = base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in base else None
         self.llama = Llama(base.hparams, windows.tokens.shape[1], mode, workers, factors)
-        self.states = HiddenStates(len(variants), *windows.tokens.shape, base.hparams.n_embd, budget.scratch, key)
+        self.states = HiddenStates(len(variants), *windows.tokens.shape, base.hparams.n_embd, scratch, key)
         self._share = windows.tokens.size  # of the bar that one layer of one variant is worth, or its output
 
     def run(self) -> list[TokenScores]:
@@ -60,11 +64,13 @@ class Sweep:
             self._embed()
         self.bar.update(self._share * self.states.layer * len(self.variants))
         memory = np.empty(max(layer_weights(self.base, i) for i in range(self.hparams.n_layer)), np.float32)
+        rows = self.budget.chunks_at_once * self.windows.tokens.shape[1]
+        qkv = np.empty((rows, self.llama.qkv_width), np.float32)
         for index in range(self.states.layer, self.hparams.n_layer):
-            self._layer(index, memory)
-        del memory
+            self._layer(index, memory, qkv)
+        del memory, qkv
         scores = self._score()
-        self.states.close(delete=self.budget.scratch is not None)
+        self.states.close(delete=True)
         return scores
 
     def _batches(self) -> list[slice]:
@@ -81,10 +87,8 @@ class Sweep:
                 self.states.write(i, chunks, table[place[chunks]])
         self.states.advance()
 
-    def _layer(self, index: int, memory: np.ndarray) -> None:
+    def _layer(self, index: int, memory: np.ndarray, qkv: np.ndarray) -> None:
         """Apply layer `index` of every variant to every chunk."""
-        n_ctx = self.windows.tokens.shape[1]
-        qkv = np.empty((self.budget.chunks_at_once * n_ctx, self.llama.qkv_width), np.float32)
         for i, variant in enumerate(self.variants):
             layer = load_layer(
                 variant.model, index, lambda name, out, v=variant: self.weights.fill(v, name, out), memory
@@ -105,6 +109,7 @@ class Sweep:
         for group in blocks(len(self.variants) - 1, self.budget.outputs_at_once) or [slice(0, 0)]:
             members = [0] * (group.start == 0) + list(range(1, len(self.variants)))[group]
             outputs = {i: self._output(i) if i else base for i in members}
+            self.weights.forget()
             scored = range(self.windows.scored.start, self.windows.scored.stop)
             pieces = [
                 (chunk, rows)
@@ -123,7 +128,6 @@ class Sweep:
         norm, matrix = (np.empty(variant.model.tensor(n).shape, np.float32) for n in ("output_norm.weight", name))
         self.weights.fill(variant, "output_norm.weight", norm)
         qtype = self.weights.fill(variant, name, matrix)
-        self.weights.forget()
         return norm, Matrix(matrix, ((slice(0, len(matrix)), qtype),))
 
     def _logits(self, i: int, output: tuple[np.ndarray, Matrix], chunk: int, rows: slice, name: str) -> np.ndarray:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from quantlab import quants
+from quantlab.evaluate.dense import Workers, blocks
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.transform.mixture import Recipe, choose_types
 from quantlab.transform.plan import tensor_bytes
 
-_ROWS = 8192  # rows of the embedding matrix that are read at a time
+_ROWS = 2048  # rows of a matrix that are read or converted at a time
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Weights:
     `forget` drops all that, and belongs at the end of each layer.
     """
 
-    def __init__(self, base: Model, variants: Sequence[Variant]):
-        self._base = base
+    def __init__(self, base: Model, variants: Sequence[Variant], workers: Workers):
+        self._base, self._workers = base, workers
         self._wanted = Counter(self._key(variant, name) for variant in variants for name in variant.types)
         self._stored: dict[str, np.ndarray] = {}
         self._encoded: dict[tuple, np.ndarray] = {}
@@ -148,11 +149,11 @@ class Weights:
         """Put the values of tensor `name` of `variant` into `out` [float32, the tensor's shape]; return its type."""
         tensor, qtype = variant.model.tensor(name), variant.types[name]
         if variant.model is not self._base:
-            _decode(tensor.load(), qtype, out)
+            self._decode(tensor.load(), qtype, out)
         elif qtype == tensor.qtype:
-            _decode(self._load(name), qtype, out)
+            self._decode(self._load(name), qtype, out)
         else:
-            _decode(self._encode(variant, name, out), qtype, out)
+            self._decode(self._encode(variant, name, out), qtype, out)
         return qtype
 
     def rows(self, variant: Variant, name: str, indices: np.ndarray) -> np.ndarray:
@@ -164,7 +165,7 @@ class Weights:
             if low == high:
                 continue
             stored = tensor.rows(start, min(start + _ROWS, tensor.nrows))[indices[low:high] - start]
-            x = _decode(stored, tensor.qtype, found[low:high])
+            x = self._decode(stored, tensor.qtype, found[low:high])
             if qtype != tensor.qtype:
                 quants.roundtrip(x, qtype, variant.imatrix.get(name), name=name, out=x)
         return found
@@ -186,21 +187,20 @@ class Weights:
             return self._encoded[key]
         x, stored_as = self._load(name), self._base.tensor(name).qtype
         if x.dtype == np.uint8:
-            x = _decode(x, stored_as, space)
+            x = self._decode(x, stored_as, space)
         data = quants.quantize(x, variant.types[name], variant.imatrix.get(name), name=name)
         if self._wanted[key] > 1:
             self._encoded[key] = data
         return data
 
+    def _decode(self, stored: np.ndarray, qtype: str, out: np.ndarray) -> np.ndarray:
+        """Put the values of a tensor as `LazyTensor.load` gives it into `out` [float32], and return that."""
+        if stored.dtype == np.uint8:
+            return quants.dequantize(stored, qtype, out.shape, out=out)
+        self._workers.map(lambda rows: np.copyto(out[rows], stored[rows]), blocks(len(out), _ROWS))
+        return out
+
     @staticmethod
     def _key(variant: Variant, name: str) -> tuple:
         """What makes the bytes of a tensor the same in two variants."""
         return id(variant.model), name, variant.types[name], id(variant.imatrix.get(name))
-
-
-def _decode(stored: np.ndarray, qtype: str, out: np.ndarray) -> np.ndarray:
-    """Put the values of a tensor as `LazyTensor.load` gives it into `out` [float32], and return that."""
-    if stored.dtype == np.uint8:
-        return quants.dequantize(stored, qtype, out.shape, out=out)
-    out[...] = stored
-    return out

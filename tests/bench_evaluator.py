@@ -1,0 +1,135 @@
+"""Speed of the evaluator: tokens per second, and the share of what BLAS reaches on this machine in the same run.
+
+    python tests/bench_evaluator.py [MODEL [TEXT]] [--chunks N] [--llama-perplexity PATH]
+
+With the path of a llama-perplexity it is run on the same files (GGUF only), and the ratio is printed.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+import quantlab as ql
+from quantlab.evaluate import budget
+from quantlab.evaluate.dense import Matrix, Workers
+from quantlab.evaluate.llama import Layer, Llama
+from quantlab.evaluate.protocol import cut
+from quantlab.evaluate.sweep import Sweep
+from quantlab.evaluate.variants import as_is, resolve
+from quantlab.files.bundled import model_path, read_text
+from quantlab.files.hparams import Hparams
+
+EIGHT = ["Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"]
+N_CTX = 512
+
+
+def operations(hparams, tokens: int, scored: int) -> int:
+    """Useful floating-point operations of a forward pass, attention to what comes before included."""
+    q, kv = hparams.n_head * hparams.head_dim, hparams.n_head_kv * hparams.head_dim
+    layer = hparams.n_embd * (2 * q + 2 * kv) + 3 * hparams.n_embd * hparams.n_ff + q * (N_CTX + 1)
+    return 2 * (hparams.n_layer * layer * tokens + hparams.n_vocab * hparams.n_embd * scored)
+
+
+def timed_pass(model, specs: list, text, chunks: int, workers: Workers) -> tuple[float, int, int]:
+    """Seconds of one pass over a model and its variants, tokens, and operations of the base alone."""
+    windows, _ = cut(text, model.vocab, n_ctx=N_CTX, chunks=chunks, name="llama.cpp", mode="float", rules="current")
+    variants = [as_is(model), *resolve(model, specs)]
+    plan = budget.fit(variants, windows, workers, None, False)
+    start = time.perf_counter()
+    Sweep(variants, windows, "float", plan, workers, "", None, tqdm(disable=True)).run()
+    return (
+        time.perf_counter() - start,
+        windows.tokens.size,
+        operations(model.hparams, windows.tokens.size, windows.targets.size),
+    )
+
+
+def wide_layer(workers: Workers) -> float:
+    """Operations per second of one layer of Llama-7B's shape over four chunks."""
+    n_embd, n_ff, n_head, rows = 4096, 11008, 32, 4 * N_CTX
+    hparams = Hparams(
+        "llama",
+        32000,
+        N_CTX,
+        n_embd,
+        n_ff,
+        1,
+        n_head,
+        n_head,
+        n_embd // n_head,
+        n_embd // n_head,
+        1e-5,
+        1e4,
+        None,
+        0,
+        False,
+    )
+    rng = np.random.default_rng(0)
+
+    def matrix(n_out: int, n_in: int) -> Matrix:
+        return Matrix(rng.standard_normal((n_out, n_in), np.float32) / n_in**0.5, ((slice(0, n_out), "F32"),))
+
+    ones = np.ones(n_embd, np.float32)
+    square, gate_up, down = matrix(n_embd, n_embd), matrix(2 * n_ff, n_embd), matrix(n_embd, n_ff)
+    layer = Layer(ones, matrix(3 * n_embd, n_embd), None, None, None, square, None, ones, gate_up, down)
+    llama = Llama(hparams, N_CTX, "float", workers)
+    x, qkv = rng.standard_normal((rows, n_embd), np.float32), np.empty((rows, llama.qkv_width), np.float32)
+    best = np.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        llama.forward(layer, x, qkv)
+        best = min(best, time.perf_counter() - start)
+    return operations(hparams, rows, 0) / best
+
+
+def llama_perplexity(tool: str, model: Path, text, chunks: int, n_threads: int) -> float:
+    """Tokens per second of llama-perplexity, from its own account of the passes."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8", newline="") as file:
+        file.write(text.text)
+        file.flush()
+        command = [tool, "-m", model, "-f", file.name, "-c", N_CTX, "--chunks", chunks, "-t", n_threads]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return float(re.search(r"prompt eval time.*?([\d.]+) tokens per second", done.stdout + done.stderr)[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="tiny")
+    parser.add_argument("text", nargs="?", default="primer")
+    parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--llama-perplexity", metavar="PATH")
+    parser.add_argument("--no-variants", action="store_true")
+    options = parser.parse_args()
+    path, text = model_path(options.model), read_text(options.text)
+    model = ql.open(path)
+    with Workers() as workers:
+        timed_pass(model, [], text, 1, workers)  # compiles
+        peak = budget.peak(workers, repeats=10)
+        seconds, tokens, work = timed_pass(model, [], text, options.chunks, workers)
+        peak = max(peak, budget.peak(workers, repeats=10))
+        print(f"{workers.n_threads} threads, BLAS peak {peak / 1e9:.0f} GFLOP/s")
+        speed = tokens / seconds
+        print(
+            f"{path.name}: {speed:.0f} tokens/s, {work / seconds / 1e9:.0f} GFLOP/s, {work / seconds / peak:.0%} of peak"
+        )
+        wide = wide_layer(workers)
+        print(f"4096-wide layer: {wide / 1e9:.0f} GFLOP/s, {wide / peak:.0%} of peak")
+        if not options.no_variants:
+            timed_pass(model, EIGHT, text, 1, workers)
+            nine = timed_pass(model, EIGHT, text, options.chunks, workers)[0]
+            print(
+                f"base and {len(EIGHT)} variants: {nine:.1f} s, {nine / seconds:.2f} times the base alone ({seconds:.1f} s)"
+            )
+    if options.llama_perplexity:
+        theirs = llama_perplexity(options.llama_perplexity, path, text, options.chunks, workers.n_threads)
+        print(f"llama-perplexity: {theirs:.0f} tokens/s; ours is {speed / theirs:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()
