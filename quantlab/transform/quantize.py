@@ -19,6 +19,7 @@ from quantlab.files.gguf_shards import shard_headers
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import check_output, replacing
+from quantlab.transform.checksum import Checksum
 from quantlab.transform.job import FLOATS, Job, Step
 from quantlab.transform.plan import MIB, SLAB, plan
 from quantlab.transform.unfinished import Sink, Unfinished, beside
@@ -159,18 +160,14 @@ def _read(steps: Iterable[Step], old: _Reusable | None) -> Iterator[tuple[Step, 
 
 
 def _slabs(tensor) -> Iterator[tuple[np.ndarray, str | None]]:
-    """Yield a tensor's rows in slabs, with the last one the SHA-256 of all."""
+    """Yield a tensor's rows in slabs, with the last one the checksum of all."""
     n = max(1, SLAB // tensor.shape[-1])
-    digest = hashlib.sha256()
+    digest = Checksum()
     for start in range(0, tensor.nrows, n):
         stop = min(start + n, tensor.nrows)
         rows = tensor.rows(start, stop)
-        digest.update(_bytes(rows))
+        digest.update(rows)
         yield rows, digest.hexdigest() if stop == tensor.nrows else None
-
-
-def _bytes(rows: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
 
 def _encode(step: Step, rows: np.ndarray) -> np.ndarray:
@@ -180,8 +177,8 @@ def _encode(step: Step, rows: np.ndarray) -> np.ndarray:
         if qtype in FLOATS and not np.isfinite(rows).all():
             raise ValueError(f"{tensor.name}: has NaN or infinite values, must be finite. Check where it came from.")
         return rows
-    if tensor.qtype not in FLOATS:
-        rows = quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
+    if tensor.qtype != "F32":
+        rows = quants.dequantize(rows.view(np.uint8), tensor.qtype, (len(rows), tensor.shape[-1]))
     return quants.quantize(rows, qtype, step.weights, name=tensor.name)
 
 
@@ -196,9 +193,7 @@ def _tensor_line(i: int, n: int, step: Step, is_old: bool, codes: np.ndarray) ->
     line = f"[{i:4}/{n:4}] {tensor.name:<26} {shape:>16}  {tensor.qtype:>4} → {choice.qtype:<4} {sizes}"
     line += "  reused" if is_old else "" if choice.why in ("base", "kept") else f"  ({choice.why})"
     if codes.any():
-        sixteen = codes.reshape(min(16, codes.size), -1).sum(
-            axis=1
-        )  # neighbours together
+        sixteen = codes.reshape(min(16, codes.size), -1).sum(axis=1)  # neighbours together
         line += "  codes: " + " ".join(f"{share:.3f}" for share in sixteen / sixteen.sum())
     return line
 
