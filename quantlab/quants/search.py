@@ -223,14 +223,14 @@ def make_qx_quants(x, at, w, found, levels, n, nmax):
         store(found, WX + i, load(w, at + i) * load(x, at + i))
     wraps = any_lane(magnitude == np.float32(np.inf))  # else |iscale * x| stays below nmax + 1
     best_iscale = -np.float32(nmax) / peak
-    sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, best_iscale, wraps)
+    sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, best_iscale, False, wraps)
     scale = select(sum_l2 != ZERO, sum_lx / sum_l2, ZERO)
     best = scale * sum_lx
     for step in range(-9, 10):
         if step == 0:
             continue
         iscale = -(np.float32(nmax) + TENTH * np.float32(step)) / peak
-        sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, iscale, wraps)
+        sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, iscale, step >= 5, wraps)
         better = (sum_l2 > ZERO) & (sum_lx * sum_lx > best * sum_l2)
         scale = select(better, sum_lx / sum_l2, scale)
         best = select(better, scale * sum_lx, best)
@@ -242,8 +242,8 @@ def make_qx_quants(x, at, w, found, levels, n, nmax):
 
 
 @inlined_kernel
-def _sums(x, at, w, found, n, nmax, iscale, wraps):
-    """Return the weighted sums of x * l and of l * l over blocks of `n`."""
+def _sums(x, at, w, found, n, nmax, iscale, beyond, wraps):
+    """Return the weighted sums of x * l and of l * l over blocks of `n`; `beyond`: levels below -`nmax` may come up."""
     low, high = np.float32(-nmax), np.float32(nmax - 1)
     sum_lx = lanes(ZERO)
     sum_l2 = lanes(ZERO)
@@ -252,7 +252,9 @@ def _sums(x, at, w, found, n, nmax, iscale, wraps):
         if wraps:
             l = level(v, -nmax, nmax - 1)
         else:
-            l = maximum(minimum(v + ROUNDER - ROUNDER, high), low)
+            l = minimum(v + ROUNDER - ROUNDER, high)
+            if beyond:
+                l = maximum(l, low)
         sum_lx = sum_lx + load(found, WX + i) * l
         sum_l2 = sum_l2 + load(w, at + i) * l * l
     return sum_lx, sum_l2
