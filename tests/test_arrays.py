@@ -6,15 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ggml_library
 import ml_dtypes
 import numpy as np
 import pandas as pd
 import pytest
 import rows
+from ggml_library import needs_libggml
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 
+import quantlab as ql
 from quantlab import quants
+from quantlab.files import bundled
 from quantlab.quants import arrays
 
 NAME = "blk.0.attn_q.weight"
@@ -257,6 +261,30 @@ def test_bytes_to_decode_are_checked():
         quants.code_histogram(np.zeros(145, np.uint8), "Q4_K")
     with pytest.raises(ValueError, match=r"x: shape=\(0, 32\), must not be empty"):
         quants.errors(np.zeros((0, 32), np.float32), "Q4_0")
+
+
+# ---- real weights
+
+
+@pytest.mark.slow
+@needs_libggml
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_every_tensor_of_a_model_same_as_libggml(name):
+    try:
+        path = bundled.model_path(name)
+    except FileNotFoundError:
+        pytest.skip(f"{name} has not been fetched")
+    table = quants.types()
+    for tensor in ql.open(path):
+        if len(tensor.shape) != 2:
+            continue
+        x, weights = tensor.floats(), rows.importances(tensor.shape[1])["squares"]
+        for qtype in ("Q8_0", *table.index[table["uses_imatrix"]]):
+            if tensor.shape[1] % quants.block_size(qtype):
+                continue
+            for imatrix in (None, weights):
+                ours = quants.quantize(x, qtype, imatrix)
+                np.testing.assert_array_equal(ours, ggml_library.quantize(x, qtype, imatrix), f"{tensor.name} {qtype}")
 
 
 # ---- cost
