@@ -13,7 +13,7 @@ from quantlab.study import notebooks
 
 NAMES = notebooks.names()
 QUICK = {"size_ppl_table": {"chunks": 2, "ftypes": ["Q8_0", "Q4_K_M", "Q2_K", "COPY"]}}
-NEEDS = {"train_the_bundled_model": "torch"}
+NEEDS = {"train_the_bundled_model": "torch", "run_it": "xllamacpp"}
 
 
 def read(name: str) -> nbformat.NotebookNode:

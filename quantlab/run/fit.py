@@ -91,7 +91,7 @@ class FitRow:
         return "card" if self.n_gpu_layers > len(self.layer_bytes) else "card and memory"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """What a model takes to run, per ftype.
 
@@ -159,6 +159,8 @@ class Fit:
             low, high = layers["bytes"].min(), layers["bytes"].max()
             lines.append(f"per layer: weights {low:.2f} to {high:.2f} MiB, KV {layers['kv_bytes'][0]:.2f} MiB")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<p>{self._title()}</p>{self._shown().to_html(index=False)}"

@@ -47,7 +47,7 @@ class Continuation:
         return "".join(self.pieces)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """One prompt, continued by several models; the first is what the others are compared with.
 
@@ -83,6 +83,8 @@ class Generation:
             shown = f"{before}[{first}]{after}" if first else before
             lines.append(f"{row.variant:>10} {row.n_same:4} same: {shown!r}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         rows = []
