@@ -156,6 +156,14 @@ def test_a_large_vocabulary_opens_fast(tmp_path):
     assert time.perf_counter() - begin < 0.6
 
 
+def test_the_content_decides_not_the_name(tmp_path):
+    write(tmp_path / "a.bin", METADATA, {})
+    assert ql.open(tmp_path / "a.bin").metadata["a.bool"] is True
+    (tmp_path / "b.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="This looks like a torch file"):
+        ql.open(tmp_path / "b.gguf")
+
+
 def shards(folder, x):
     """Write two shards of one tensor each."""
     for i in range(2):

@@ -20,6 +20,8 @@ from quantlab.files.vocab import Vocab
 
 __all__ = ["LazyTensor", "Model", "open"]
 
+_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin")  # names of single files of weights
+
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -227,13 +229,18 @@ def open(path: str | Path) -> Model:
     np.float32(64.0)
     """
     path = model_path(path)
-    if path.is_dir() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    if path.is_dir() or path.suffix in _CHECKPOINTS and path.is_file() and not _starts_as_gguf(path):
         from quantlab.files.checkpoint import open_checkpoint  # imports this module
 
         return open_checkpoint(path)
     headers = shard_headers(read_header(path))
     metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
     return Model(path, metadata, [tensor for header in headers for tensor in _lazy_tensors(header)])
+
+
+def _starts_as_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _lazy_tensors(header: Header) -> Iterator[LazyTensor]:
