@@ -1,0 +1,60 @@
+"""The plan of a pass: bytes read from text, and how a pass is cut to fit."""
+
+import llama_models
+import pytest
+
+import quantlab as ql
+from quantlab.evaluate import budget, perplexity
+from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.protocol import cut
+from quantlab.evaluate.variants import as_is
+from quantlab.files.bundled import read_text
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("8GiB", 8 << 30), ("512M", 512 << 20), ("1.5 kib", 1536), (1000, 1000), ("4gb", 4 << 30)]
+)
+def test_bytes_are_read_from_text(text, n_bytes):
+    assert budget.parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "eight", "-1GiB", "0", "8GiBs"])
+def test_what_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(ValueError, match="must be a positive number of bytes such as 8GiB"):
+        budget.parse_bytes(text)
+
+
+@pytest.fixture
+def variants(tmp_path):
+    return [as_is(ql.open(llama_models.write_model(tmp_path / "llama2", "llama2")))] * 4
+
+
+def test_less_memory_cuts_the_pass_finer(variants):
+    windows, _ = cut(
+        read_text("primer"), variants[0].model.vocab, n_ctx=512, chunks=None, name="full", mode="float", rules="current"
+    )
+    with Workers() as workers:
+        wide = budget.fit(variants, windows, workers, None, False)
+        kept = budget.fit(variants, windows, workers, None, True)
+        narrow = budget.fit(variants, windows, workers, wide.memory - 1, False)
+        least = budget.fit(variants, windows, workers, budget.PROCESS + (12 << 20), False)
+    assert wide.in_memory and wide.disk == 0
+    assert not kept.in_memory and kept.disk == 2 * 4 * 4 * windows.tokens.size * variants[0].model.hparams.n_embd
+    assert narrow.memory < wide.memory
+    assert (least.in_memory, least.chunks_at_once) == (False, 1)
+
+
+def test_a_pass_in_pieces_on_disk_gives_the_same(tmp_path, monkeypatch):
+    folder = llama_models.write_model(tmp_path / "llama2", "llama2")
+    options = {"n_ctx": 64, "chunks": 6, "progress": False}
+    whole = ql.compare(folder, ["Q8_0", "Q4_0"], "primer", **options)
+    monkeypatch.setattr(perplexity, "fit", lambda *args, **kwargs: budget.Budget(2, 1, 16, False, 0, 0, 0.0))
+    pieces = ql.compare(folder, ["Q8_0", "Q4_0"], "primer", **options)
+    for a, b in zip(whole.rows, pieces.rows, strict=True):
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-6)  # products of other sizes may add up in another order
+        assert a["kld_mean"] == pytest.approx(b["kld_mean"], rel=1e-5)
+
+
+def test_a_full_disk_is_noticed_before_the_run(tmp_path):
+    with pytest.raises(OSError, match="bytes free, the hidden states need"):
+        perplexity._check_disk(tmp_path / "scratch", 1 << 60)
