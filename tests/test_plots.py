@@ -76,3 +76,13 @@ def test_a_picture_is_small_enough_for_the_web(frame, tmp_path):
 def test_nothing_to_show(frame):
     with pytest.raises(ValueError, match="no quantized row has a perplexity. Measure the model first."):
         plots.bpw_against_ppl(frame[frame["ftype"] == "F16"])
+
+
+def test_memory_stacks_the_parts_and_draws_what_there_is():
+    frame = pd.DataFrame({"ftype": ["F16", "Q4_0"], "bytes": [8 << 30, 2 << 30], "kv_bytes": [1 << 30] * 2})
+    frame = frame.assign(compute_bytes=1 << 29, output_bytes=1 << 28)
+    ax = plots.memory(frame, vram=4 << 30, ram=6 << 30, title="a model")
+    ends = {round(bar.get_y()): bar.get_x() + bar.get_width() for bar in ax.patches}
+    assert sorted(ends.values()) == [3.75, 9.75]
+    assert [line.get_xdata()[0] for line in ax.lines] == [4, 6, 10]
+    assert "GiB" in ax.get_xlabel()

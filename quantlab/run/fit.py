@@ -227,7 +227,7 @@ def fit(
 
     >>> row = fit("yi-34b", ftype="Q8_0", vram="24GiB", ram="32GiB", n_ctx=2048, n_gpu_layers=50).rows[0]
     >>> row.fits, round(row.vram_bytes / 1024**3, 1)
-    (False, 29.0)
+    (False, 28.7)
     """
     name, hparams, shapes, source = look_up(model)
     n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx
