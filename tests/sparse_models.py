@@ -35,12 +35,12 @@ def metadata_of(shape) -> dict:
     }
 
 
-def sparse_gguf(path: Path, shape, ftype: str) -> Path:
-    """Write a file of `ftype` whose weights are all zero."""
+def sparse_gguf(path: Path, shape, ftype: str, **more) -> Path:
+    """Write a file of `ftype` whose weights are all zero; `more` is metadata of the architecture."""
     shapes = tensor_shapes(shape)
     types = {name: choice.qtype for name, choice in choose_types(shape, shapes, ftype).items()}
     specs = [TensorSpec(name, dims, types[name]) for name, dims in shapes.items()]
-    header = pack_header(metadata_of(shape), specs)
+    header = pack_header(metadata_of(shape) | {f"llama.{key}": value for key, value in more.items()}, specs)
     with open(path, "wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(-(-spec.nbytes // 32) * 32 for spec in specs))

@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sparse_models
 
@@ -217,7 +218,12 @@ def test_what_it_shows():
     assert fit("yi-34b", ftype="Q4_K_M", vram="12GiB", ram="32GiB").layers()["on_card"].is_monotonic_increasing
 
 
-def test_bad_input(tiny):
+def test_bad_input(tmp_path):
+    experts = sparse_models.sparse_gguf(
+        tmp_path / "a.gguf", SHAPES["wide feed-forward"], "F16", expert_count=np.uint32(8)
+    )
+    with pytest.raises(ValueError, match="n_expert=8, only dense models"):
+        fit(experts)
     for options, message in [
         ({"n_ctx": 4097}, "n_ctx=4097, must be 1 to 4096"),
         ({"n_ctx": 0}, "n_ctx=0"),

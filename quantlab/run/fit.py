@@ -213,7 +213,7 @@ def fit(
     FileNotFoundError
         If there is no such model.
     ValueError
-        If an option is out of range, or `n_ctx` is beyond the context that the model was trained for.
+        If an option is out of range, `n_ctx` is beyond the context of the model's training, or it is no dense model.
 
     Notes
     -----
@@ -230,6 +230,8 @@ def fit(
     (False, 28.7)
     """
     name, hparams, shapes, source = look_up(model)
+    if getattr(hparams, "n_expert", 0):
+        raise ValueError(f"{name}: n_expert={hparams.n_expert}, only dense models are known. Ask llama.cpp itself.")
     n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)
     if n_gpu_layers is not None and not 0 <= n_gpu_layers:
