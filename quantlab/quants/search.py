@@ -141,6 +141,7 @@ def _fit(x, w, found, n, block, tried, nmax, steps):
     spread = load(found, HIGH + at) - low
     iscale = steps / spread
     reach = maximum(absolute(spread), absolute(load(found, SMALLEST + at) - low))
+    # Rounding in floats is quicker than nearest_int, and the same as long as nothing can wrap.
     wraps = any_lane(~(absolute(iscale) * reach < IN_RANGE))
     top = np.float32(nmax)
     sum_l = lanes(ZERO)
