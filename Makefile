@@ -33,12 +33,15 @@ bench: $(VENV)/.test  ## the kernels beside ggml's and the evaluator beside the 
 scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b [LAYERS=n] through the real convert and quantize paths
 	$(BIN)/python tests/scale.py $(SHAPE) $(if $(LAYERS),--layers $(LAYERS))
 
-pictures: $(VENV)/.lab  ## the notebooks' pictures for readers on the web
-	$(BIN)/quantlab notebook --pictures
+pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(wildcard notebooks/*.ipynb))  ## the notebooks' pictures for readers on the web
 
-check-long: $(VENV)/.test  ## what takes long: the slow tests, and SmolLM2's table
+notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
+	$(BIN)/quantlab notebook $* --picture $@
+
+check-long: $(VENV)/.test  ## what takes long: the slow tests, SmolLM2's table, a published shape
 	$(BIN)/python -m pytest
 	$(MAKE) table MODEL=smollm2
+	$(MAKE) scale
 
 lint: $(VENV)/.test  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -310,6 +310,9 @@ def table(
 def notebook(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The notebook's name, without .ipynb.")],
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE", help="Write its first figure as PNG.")
+    ] = None,
 ) -> None:
     """Run a notebook: quantlab notebook NAME [-p KEY VALUE]…
 
@@ -321,6 +324,8 @@ def notebook(
     if len(ctx.args) % 3 or any(flag != "-p" for flag in flags):
         raise typer.BadParameter("parameters are given as -p KEY VALUE", param_hint="-p")
     folder = notebooks.run(name, dict(zip(keys, values, strict=True)))
+    if picture:
+        notebooks.picture(name, folder, picture)
     for table in sorted(folder.glob("*.txt")):
         typer.echo(table.read_text(encoding="utf-8"))
     typer.echo(f"In {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

@@ -107,6 +107,16 @@ def test_the_size_ppl_table_leaves_its_results(tmp_path):
     assert {row["variant"]: row["bytes"] for row in rows}["F16"] / 2**20 == pytest.approx(65593.31, abs=0.005)
 
 
+def test_the_first_figure_is_the_picture(tmp_path):
+    shown = nbformat.v4.new_output("display_data", {"image/png": "aGVsbG8=\n"})
+    cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("1", outputs=[shown])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    assert notebooks.picture("a", tmp_path, tmp_path / "a.png").read_bytes() == b"hello"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells[:1]), tmp_path / "a.ipynb")
+    with pytest.raises(ValueError, match="a: shows no figure"):
+        notebooks.picture("a", tmp_path, tmp_path / "b.png")
+
+
 def test_pictures_are_small():
     pictures = list((notebooks_dir() / "pictures").glob("*.png"))
     assert pictures

@@ -4,6 +4,7 @@ What a run leaves lies in one folder: the executed notebook, an HTML copy, and w
 """
 
 import ast
+import base64
 import difflib
 import re
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.files.bundled import notebooks_dir, runs_dir
+from quantlab.files.output import replacing
 
 
 def names() -> list[str]:
@@ -78,6 +80,36 @@ def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
         ) from None
     _write_html(executed)
     return folder
+
+
+def picture(name: str, folder: Path, path: str | Path) -> Path:
+    """Write the first figure of an executed notebook as PNG.
+
+    Parameters
+    ----------
+    name : str
+        The notebook's name.
+    folder : Path
+        What `run` returned.
+    path : str or Path
+        The picture; a file of that name is replaced.
+
+    Raises
+    ------
+    ValueError
+        If the notebook shows no figure.
+    """
+    import nbformat
+
+    cells = nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
+    figures = [
+        output.data for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    if not figures:
+        raise ValueError(f"{name}: shows no figure. See {folder / name}.ipynb")
+    with replacing(path, overwrite=True) as part:
+        part.write_bytes(base64.b64decode(figures[0]["image/png"]))
+    return Path(path)
 
 
 def _folder_name(name: str, given: Mapping[str, Any]) -> str:
