@@ -78,10 +78,13 @@ def both_ways(mode, qtype, x, imatrix, threads):
     return ours, theirs if ggml_library.library() else None
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def speed(function, n):
+    """Million weights per second of a function that handles `n`, called again and again for a tenth of a second."""
+    calls, start = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - start < 0.1:
+        function()
+        calls += 1
+    return calls * n / (time.perf_counter() - start) / 1e6
 
 
 def measure(mode, qtype, rows, imatrix, threads, repetitions):
@@ -91,9 +94,9 @@ def measure(mode, qtype, rows, imatrix, threads, repetitions):
     ours()  # compiles
     speeds = [], []
     for _ in range(repetitions):
-        speeds[0].append(x.size / seconds(ours) / 1e6)
+        speeds[0].append(speed(ours, x.size))
         if theirs:
-            speeds[1].append(x.size / seconds(theirs) / 1e6)
+            speeds[1].append(speed(theirs, x.size))
     return [np.array(s) for s in speeds]
 
 
