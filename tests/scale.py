@@ -1,8 +1,8 @@
 """Made weights of a published shape through the real convert and quantize paths: times, speed, memory, sizes.
 
-`python tests/scale.py yi-34b` makes every weight when it is asked for and counts the bytes that would be written: the
-files would take 160 GB. `python tests/scale.py llama-7b --disk` (and `yi-34b --layers 12 --disk`) writes a sharded
-checkpoint, converts it to an F16 file, quantizes both, compares the bytes, and removes everything.
+`python tests/scale.py llama-7b` (and `yi-34b --layers 12`) writes a sharded checkpoint, converts it to an F16 file,
+quantizes both, compares the bytes, and removes everything. Where the disk has no room for that, as for the 160 GB of
+`yi-34b`, or with `--count`, every weight is made when it is asked for and what would be written is only counted.
 """
 
 import argparse
@@ -236,16 +236,19 @@ def main() -> None:
     parser.add_argument("shape", choices=bundled.shapes())
     parser.add_argument("--layers", type=int, help="only so many layers")
     parser.add_argument("--ftype", default="Q5_K_M")
-    parser.add_argument("--disk", action="store_true", help="through files, removed afterwards")
+    parser.add_argument("--count", action="store_true", help="write nothing, count the bytes")
     parser.add_argument("--folder", help="where the files go for the time; default: the system's folder for such")
     options = parser.parse_args()
     shape = bundled.shape(options.shape)
     shape["n_layer"] = options.layers or shape["n_layer"]
-    on = "on disk" if options.disk else "counted"
-    print(f"{shape['name']}, {shape['n_layer']} layers, {options.ftype}, {on}; {sys.version.split()[0]}", flush=True)
     with tempfile.TemporaryDirectory(prefix="quantlab-scale-", dir=options.folder) as folder:
+        n_bytes = sum(tensor.data.nbytes for tensor in made_checkpoint(shape).values())
+        fits = 3 * n_bytes < shutil.disk_usage(folder).free  # checkpoint, F16 file, two outputs
+        way = on_disk if fits and not options.count else in_memory
+        how = f"{shape['n_layer']} layers, {options.ftype}, {way.__name__.replace('_', ' ')}"
+        print(f"{shape['name']}, {how}; Python {sys.version.split()[0]}", flush=True)
         write_config(Path(folder), shape)
-        (on_disk if options.disk else in_memory)(Path(folder), shape, options.ftype)
+        way(Path(folder), shape, options.ftype)
 
 
 if __name__ == "__main__":
