@@ -150,6 +150,15 @@ def test_without_the_extra_one_line_names_it(path):
         assert "pip install -e .[run]" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_layers_on_a_card_that_is_not_there_are_warned_of(path):
+    import xllamacpp
+
+    if any("GPU" in device["type"].name for device in xllamacpp.get_device_info()):
+        pytest.skip("there is a graphics card")
+    with pytest.warns(UserWarning, match="n-gpu-layers=5, but this xllamacpp finds no graphics card"):
+        Engine(path, Options(n_threads=1, n_gpu_layers=5)).close()
+
+
 def test_bad_input(path, tmp_path):
     with pytest.raises(ValueError, match="ctx-size=513, must be 1 to 512"):
         Engine(path, Options(n_ctx=513))

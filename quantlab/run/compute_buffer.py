@@ -61,7 +61,7 @@ class Arena:
 
 
 def compute_bytes(
-    hparams, *, n_ctx: int, n_ubatch: int = 512, n_outputs: int = 1, flash_attn: bool = True, kv_quantized: bool = False
+    hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool = True, kv_quantized: bool = False
 ) -> int:
     """Compute the size of llama.cpp's compute buffer.
 
@@ -73,8 +73,6 @@ def compute_bytes(
         Tokens of context, as asked for.
     n_ubatch : int
         Most tokens that go through the model at once.
-    n_outputs : int
-        Most rows of logits of one batch: 1 in a chat or a server with one slot, `n_ubatch` in llama-perplexity.
     flash_attn : bool
         Whether attention runs without storing its scores, as it does by default.
     kv_quantized : bool
@@ -95,7 +93,7 @@ def compute_bytes(
     n_tokens, n_cells = min(n_ctx, n_ubatch), cells(n_ctx)
     rotated = kv_quantized and hparams.head_dim % 64 == 0
     inputs = _inputs(hparams, n_tokens, n_cells, flash_attn)
-    return _peak(inputs + _nodes(hparams, n_tokens, n_cells, n_outputs, flash_attn, rotated))
+    return _peak(inputs + _nodes(hparams, n_tokens, n_cells, flash_attn, rotated))
 
 
 def input_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool = True) -> int:
@@ -111,7 +109,7 @@ def cells(n_ctx: int) -> int:
 
 
 def _inputs(hparams, n_tokens: int, n_cells: int, flash_attn: bool) -> list[Node]:
-    """What is set from outside before a batch runs; it is never written over."""
+    """What is set from outside before a batch runs; `mixed_…` is for batches of tokens and embeddings together."""
     n_embd_kv = hparams.head_dim * hparams.n_head_kv
     return [
         Node("tokens", n_tokens * I32),
@@ -126,7 +124,7 @@ def _inputs(hparams, n_tokens: int, n_cells: int, flash_attn: bool) -> list[Node
     ]
 
 
-def _nodes(hparams, n_tokens: int, n_cells: int, n_outputs: int, flash_attn: bool, rotated: bool) -> list[Node]:
+def _nodes(hparams, n_tokens: int, n_cells: int, flash_attn: bool, rotated: bool) -> list[Node]:
     """All results of one batch, in the order of their computation."""
     row = n_tokens * F32
     nodes = [
@@ -139,8 +137,8 @@ def _nodes(hparams, n_tokens: int, n_cells: int, n_outputs: int, flash_attn: boo
     for i in range(n_layer):
         source = f"{i - 1}.out" if i else "inp"
         nodes += _attention(hparams, f"{i}.", source, row, n_cells, flash_attn, rotated)
-        if i == n_layer - 1:  # from here on only the rows whose logits are wanted
-            row = min(n_outputs, n_tokens) * F32
+        if i == n_layer - 1:  # from here on only the last token, whose logits are wanted
+            row = F32
             nodes.append(Node("out_rows", row * hparams.n_embd, (nodes[-1].name,)))
             nodes.append(Node("inp_rows", row * hparams.n_embd, (source,)))
             nodes.append(Node(f"{i}.ffn_inp", row * hparams.n_embd, ("out_rows", "inp_rows"), in_place=True))

@@ -223,7 +223,14 @@ def fit(
 
     Examples
     --------
-    The article's command, on one card of 24 GiB:
+    The article of December 2023 gives for Yi-34B "76 to 85 GB" unquantized, "about 46 GB" at 8 bit and "about 21 GB"
+    at 4 bit. The weights in GB:
+
+    >>> weights = fit("yi-34b").to_frame().set_index("ftype")["bytes"] / 1e9
+    >>> weights[["F16", "Q8_0", "Q4_K_M"]].round(1).tolist()
+    [68.8, 36.5, 20.7]
+
+    Its command, on one card of 24 GiB:
 
     >>> row = fit("yi-34b", ftype="Q8_0", vram="24GiB", ram="32GiB", n_ctx=2048, n_gpu_layers=50).rows[0]
     >>> row.fits, round(row.vram_bytes / 1024**3, 1)

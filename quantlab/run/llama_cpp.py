@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Engine:
         self.path = as_gguf(model)
         self.n_ctx = _context(self.path, options.n_ctx)
         _check_port(options.host, options.port)
+        _check_card(xllamacpp, options.n_gpu_layers)
         params = _params(xllamacpp, self.path, self.n_ctx, options)
         with _captured_stderr() as log:
             try:
@@ -199,6 +201,16 @@ def _context(path: Path, n_ctx: int | None) -> int:
     if not 1 <= n_ctx <= most:
         raise ValueError(f"{path.name}: ctx-size={n_ctx}, must be 1 to {most}, the context it was trained for.")
     return n_ctx
+
+
+def _check_card(xllamacpp, n_gpu_layers: int | None) -> None:
+    """Warn where layers are wanted on a card that this build of llama.cpp does not know."""
+    if n_gpu_layers and not any("GPU" in device["type"].name for device in xllamacpp.get_device_info()):
+        warnings.warn(
+            f"n-gpu-layers={n_gpu_layers}, but this xllamacpp finds no graphics card: all layers run on the CPU. "
+            "The package on PyPI is for CPUs; those for CUDA, ROCm and Vulkan come from xllamacpp's own index.",
+            stacklevel=3,
+        )
 
 
 def _check_port(host: str, port: int) -> None:
