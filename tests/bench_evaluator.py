@@ -115,16 +115,15 @@ def main() -> None:
         peak = max(peak, budget.peak(workers, repeats=10))
         print(f"{workers.n_threads} threads, BLAS peak {peak / 1e9:.0f} GFLOP/s")
         speed = tokens / seconds
-        print(
-            f"{path.name}: {speed:.0f} tokens/s, {work / seconds / 1e9:.0f} GFLOP/s, {work / seconds / peak:.0%} of peak"
-        )
+        reached = work / seconds
+        print(f"{path.name}: {speed:.0f} tokens/s, {reached / 1e9:.0f} GFLOP/s, {reached / peak:.0%} of peak")
         wide = wide_layer(workers)
         print(f"4096-wide layer: {wide / 1e9:.0f} GFLOP/s, {wide / peak:.0%} of peak")
         if not options.no_variants:
             timed_pass(model, EIGHT, text, 1, workers)
             nine = timed_pass(model, EIGHT, text, options.chunks, workers)[0]
             print(
-                f"base and {len(EIGHT)} variants: {nine:.1f} s, {nine / seconds:.2f} times the base alone ({seconds:.1f} s)"
+                f"base and {len(EIGHT)} variants: {nine:.1f} s, {nine / seconds:.2f} times the base's {seconds:.1f} s"
             )
     if options.llama_perplexity:
         theirs = llama_perplexity(options.llama_perplexity, path, text, options.chunks, workers.n_threads)
