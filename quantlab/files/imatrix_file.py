@@ -115,9 +115,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     header = read_header(path)
     missing = [key for key in _KEYS if key not in header.metadata]
     if missing:
-        raise ValueError(
-            f"{path}: {missing[0]} is missing, must be there in an importance matrix. Check the name."
-        )
+        raise ValueError(f"{path}: {missing[0]} is missing, must be there in an importance matrix. Check the name.")
     datasets, chunk_count, chunk_size = (header.metadata[key] for key in _KEYS)
     if not isinstance(datasets, list) or not np.size(chunk_count) == np.size(chunk_size) == 1 or int(chunk_size) < 1:
         raise ValueError(f"{path}: imatrix.chunk_size={chunk_size}, must be a positive number. The file is damaged.")
@@ -203,9 +201,7 @@ def write_imatrix(matrix: ImportanceMatrix, path: str | Path, *, legacy: bool = 
         If a matrix of means is to be written as GGUF; `merge` it first.
     """
     if matrix.is_legacy and not legacy:
-        raise ValueError(
-            f"{path}: the matrix holds means, a GGUF matrix needs sums. Merge it first."
-        )
+        raise ValueError(f"{path}: the matrix holds means, a GGUF matrix needs sums. Merge it first.")
     with replacing(path, overwrite=overwrite) as part:
         if legacy:
             part.write_bytes(b"".join(_legacy_parts(matrix)))
