@@ -2,7 +2,8 @@
 
 Both run in this process, taking turns, on the same rows with the same number of threads; ggml's rows are shared out
 among Python threads, which its functions let run. Figures are million weights per second, the median over the
-repetitions ± half the distance between the quartiles. Where libggml-python is not installed, ours stand alone.
+repetitions ± half the distance between the quartiles: of processor time with one thread, so that other programs do not
+count, and of elapsed time with more. Where libggml-python is not installed, ours stand alone.
 `NUMBA_NUM_THREADS` limits the threads, `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` the instructions:
 
     NUMBA_CPU_NAME=x86-64-v3 NUMBA_CPU_FEATURES= NUMBA_CACHE_DIR=$(mktemp -d) python tests/bench_kernels.py
@@ -78,13 +79,13 @@ def both_ways(mode, qtype, x, imatrix, threads):
     return ours, theirs if ggml_library.library() else None
 
 
-def speed(function, n):
+def speed(function, n, clock):
     """Million weights per second of a function that handles `n`, called again and again for a tenth of a second."""
-    calls, start = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < 0.1:
+    calls, start = 0, clock()
+    while calls == 0 or clock() - start < 0.1:
         function()
         calls += 1
-    return calls * n / (time.perf_counter() - start) / 1e6
+    return calls * n / (clock() - start) / 1e6
 
 
 def measure(mode, qtype, rows, imatrix, threads, repetitions):
@@ -92,11 +93,12 @@ def measure(mode, qtype, rows, imatrix, threads, repetitions):
     x = rows[: FEW if mode == "imatrix" or (mode == "plain" and qtype in K_TYPES) else MANY]
     ours, theirs = both_ways(mode, qtype, x, imatrix, threads)
     ours()  # compiles
+    clock = time.process_time if threads == 1 else time.perf_counter
     speeds = [], []
     for _ in range(repetitions):
-        speeds[0].append(speed(ours, x.size))
+        speeds[0].append(speed(ours, x.size, clock))
         if theirs:
-            speeds[1].append(speed(theirs, x.size))
+            speeds[1].append(speed(theirs, x.size, clock))
     return [np.array(s) for s in speeds]
 
 
