@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.files.imatrix_file import ImportanceMatrix, write_imatrix
 from quantlab.transform.plan import tensor_shapes
@@ -30,7 +31,7 @@ def made_weights(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
     return values
 
 
-def metadata_of(shape: Shape) -> dict:
+def metadata_of(shape) -> dict:
     """The keys that llama.cpp needs to load such a model for quantizing."""
     return {
         "general.architecture": "llama",
@@ -56,6 +57,14 @@ def made_gguf(path: Path, hparams: dict = WIDE, qtype: str = "F16", *, tied: boo
         del shapes["output.weight"]
     specs, data = _tensors(shapes, qtype, seed)
     write_gguf(path, metadata_of(shape), specs, data)
+    return path
+
+
+def gguf_of(path: Path, folder: Path) -> Path:
+    """Write a checkpoint's weights as F16 under made metadata: only other weights make another file."""
+    model = open_checkpoint(folder, "f16")
+    specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
+    write_gguf(path, metadata_of(model.hparams), specs, (tensor.load() for tensor in model))
     return path
 
 

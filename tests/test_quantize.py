@@ -49,7 +49,7 @@ SOURCES = {  # file → how it is made
     "f32.gguf": lambda path: made_models.made_gguf(path, qtype="F32", seed=3),
     "tied.gguf": lambda path: made_models.made_gguf(path, tied=True),
     "narrow.gguf": lambda path: made_models.made_gguf(path, made_models.NARROW),
-    "tiny.gguf": lambda path: convert(model_path("tiny"), path, outtype="f16", progress=False),
+    "tiny.gguf": lambda path: made_models.gguf_of(path, model_path("tiny")),
 }
 
 
