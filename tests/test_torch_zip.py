@@ -79,10 +79,21 @@ HOSTILE = {
     "no tensors": (pickle.dumps({"x": 1}, 2), "holds no tensors"),
     "a list": (pickle.dumps([1], 2), "holds a list, need a table of tensors"),
     "steps": (b"\x80\x02" + b"]" * 2_000_100 + b".", "pickle takes more than 2000000 steps"),
-    "past the storage": (tensor(shape=(5,)), r"tensor of shape \(5,\) from element 0 in a storage of 4"),
+    "past the storage": (
+        tensor(shape=(5,)),
+        r"tensor of shape \(5,\), strides \(1,\), from element 0 in a storage of 4",
+    ),
     "huge shape": (tensor(shape=(1 << 30,) * 3, stride=(1,) * 3), "in a storage of 4"),
     "negative offset": (tensor(offset=-1), "contradicts itself"),
-    "strided": (tensor(shape=(2, 2), stride=(1, 2)), r"has stride \(1, 2\), need \(2, 1\)"),
+    "strides past the storage": (
+        tensor(shape=(2, 2), stride=(3, 1)),
+        r"strides \(3, 1\), from element 0 in a storage of 4",
+    ),
+    "repeated element": (tensor(shape=(1 << 30,), stride=(0,)), r"strides \(0,\), from element 0 in a storage of 4"),
+    "strides of three axes": (
+        tensor(shape=(1, 2, 2), stride=(4, 1, 2)),
+        r"x: shape \(1, 2, 2\) has strides \(4, 1, 2\)",
+    ),
     "unknown storage": (tensor(kind="QInt8Storage"), "pickle names 'torch.QInt8Storage'"),
 }
 
@@ -95,6 +106,19 @@ def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, monkeypatch, nam
         read_torch(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"), [(0, (3, 4), (1, 3)), (1, (2, 3), (4, 1)), (2, (5,), (2,)), (1, (2, 2), (6, 2))]
+)
+def test_strided_tensors_are_read_as_torch_shows_them(tmp_path, offset, shape, strides):
+    storage = np.arange(12, dtype=np.float32)
+    path = zipped(tmp_path / "a.pth", tensor(12, offset, shape, strides), data__0=storage.tobytes())
+    expected = np.lib.stride_tricks.as_strided(storage[offset:], shape, [4 * stride for stride in strides])
+    found = read_torch(path)["x"]
+    assert found.shape == shape and np.array_equal(found.rows(0, found.nrows).reshape(shape), expected)
+    for row in range(found.nrows):
+        assert np.array_equal(found.rows(row, row + 1), np.atleast_2d(expected)[row : row + 1])
 
 
 def test_bad_archives_get_one_line(tmp_path):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
-__all__ = ["PLAIN_DTYPES", "ByteRange", "StoredTensor"]
+__all__ = ["PLAIN_DTYPES", "ByteRange", "StoredTensor", "StridedTensor"]
 
 # ggml types whose rows are plain numbers; rows of every other type are uint8 blocks
 PLAIN_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
@@ -75,3 +76,23 @@ class StoredTensor:
     def nrows(self) -> int:
         """Number of rows of `shape[-1]` values."""
         return prod(self.shape[:-1])
+
+
+@dataclass(frozen=True)
+class StridedTensor(StoredTensor):
+    """A matrix or vector whose values do not lie side by side; `strides` are those of a row and of a column, in values.
+
+    `data` reaches from the first value to the last.
+    """
+
+    strides: tuple[int, int]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read rows `start:stop` of the tensor seen as (nrows, n_per_row), with all that lies between their values."""
+        number, n_per_row = np.dtype(PLAIN_DTYPES[self.dtype]), self.shape[-1]
+        down, across = (stride * number.itemsize for stride in self.strides)
+        if start == stop:
+            return np.empty((0, n_per_row), number)
+        end = (stop - 1) * down + (n_per_row - 1) * across + number.itemsize
+        values = self.data.read(start * down, end).view(number)
+        return np.ascontiguousarray(as_strided(values, (stop - start, n_per_row), (down, across)))

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor
+from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor, StridedTensor
 from quantlab.files.recognize import looks_like
 
 __all__ = ["read_torch"]
@@ -60,11 +60,18 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _View:
-    """What a pickle says of a tensor: a storage seen from `offset` (elements) on, in `shape`."""
+    """What a pickle says of a tensor: a storage seen from `offset` on, in `shape`; offset and `strides` in elements."""
 
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the elements lie side by side, in C order."""
+        dense = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        return all(s == d for s, d, n in zip(self.strides, dense, self.shape, strict=True) if n > 1)
 
 
 @dataclass(frozen=True)
@@ -224,10 +231,21 @@ def _stored(path: Path, table: Any, locate: Callable[[_Storage], int]) -> dict[s
     for name, view in _views(path, table).items():
         if view.storage not in offsets:
             offsets[view.storage] = locate(view.storage)
-        itemsize = np.dtype(PLAIN_DTYPES[view.storage.dtype]).itemsize
-        data = ByteRange(path, offsets[view.storage] + view.offset * itemsize, prod(view.shape) * itemsize)
-        tensors[name] = StoredTensor(name, view.storage.dtype, view.shape or (1,), data)
+        dtype, shape = view.storage.dtype, view.shape or (1,)
+        itemsize = np.dtype(PLAIN_DTYPES[dtype]).itemsize
+        data = ByteRange(path, offsets[view.storage] + view.offset * itemsize, _reach(view) * itemsize)
+        if view.is_dense:
+            tensors[name] = StoredTensor(name, dtype, shape, data)
+        elif len(shape) <= 2:
+            tensors[name] = StridedTensor(name, dtype, shape, data, (0, *view.strides)[-2:])
+        else:
+            raise ValueError(f"{path}: {name}: shape {shape} has strides {view.strides}. Save it as contiguous.")
     return tensors
+
+
+def _reach(view: _View) -> int:
+    """Return the number of elements from a tensor's first to its last."""
+    return 1 + sum(stride * (n - 1) for stride, n in zip(view.strides, view.shape, strict=True))
 
 
 def _run(path: Path, stream: io.BytesIO) -> Any:
@@ -367,12 +385,14 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any
     counts = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or len(shape) != len(stride) or not all(map(_is_count, counts)):
         raise TypeError(storage)
-    if prod(shape) == 0 or len(shape) > 8 or offset + prod(shape) > storage.numel:
-        raise ValueError(f"tensor of shape {shape} from element {offset} in a storage of {storage.numel}. {_DAMAGED}")
-    dense = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    if any(s != d for s, d, n in zip(stride, dense, shape, strict=True) if n > 1):
-        raise ValueError(f"tensor of shape {shape} has stride {stride}, need {tuple(dense)}. Save it as contiguous.")
-    return _View(storage, offset, tuple(shape))
+    view = _View(storage, offset, tuple(shape), tuple(stride))
+    # a tensor that shows an element many times is refused as well: it would be larger than the file
+    if len(shape) > 8 or prod(shape) == 0 or offset + max(prod(shape), _reach(view)) > storage.numel:
+        raise ValueError(
+            f"tensor of shape {shape}, strides {stride}, from element {offset} in a storage of {storage.numel}. "
+            f"{_DAMAGED}"
+        )
+    return view
 
 
 def _parameter(data: Any, *_: Any) -> Any:
