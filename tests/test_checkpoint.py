@@ -1,5 +1,6 @@
 """files/checkpoint.py and what it reads: folders that fit together open, and every other one gets one line."""
 
+import base64
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from checkpoints import GOLDEN, tensors, write_checkpoint, write_meta, write_saf
 import quantlab as ql
 from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.hub import find_checkpoint
+from quantlab.files.vocab import Vocab, text_of_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer .* is not in llama.cpp's list")
 
@@ -173,7 +175,9 @@ def test_the_tokenizer_of_another_model(tmp_path):
     [
         ("tokenizer.model", b"\xff" * 100, "tokenizer.model: is no SentencePiece model"),
         ("tokenizer.model", b"", "tokenizer.model: is no SentencePiece model"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tokenizer.model: is a tiktoken file"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "a token is there twice, or one of the 256 bytes is not there"),
+        ("tokenizer.model", b"IQ== 0\nIg== 2\n", r"tokenizer.model: line 2 is b'Ig== 2', need a token in base64 and 1"),
+        ("tokenizer.model", b"IQ== 0\n!!! 1\n", r"tokenizer.model: line 2 is b'!!! 1', need a token in base64 and 1"),
         ("added_tokens.json", b'{"a": "b"}', "added token has id 'b', need a whole number"),
         ("added_tokens.json", b"[1]", "added_tokens.json: holds a list, need a JSON table"),
         (
@@ -204,6 +208,32 @@ def test_broken_tokenizer_json(tmp_path, change, text):
     src = write_checkpoint(tmp_path / "m", "smollm")
     edit(src / "tokenizer.json", **change)
     refuse(src, text)
+
+
+def test_metas_llama_3_reads_as_its_tokenizer_json(tmp_path):
+    """344 tokens of tiny_bpe.json as tiktoken writes them, and the 256 special tokens fill the embedding's 600 rows."""
+    table = json.loads((GOLDEN / "tiny_bpe.json").read_text())
+    texts = sorted(table["vocab"], key=table["vocab"].get)[:344]
+    byte_of = {text_of_bytes(bytes([byte])): byte for byte in range(256)}
+    pieces = [bytes(byte_of[char] for char in text) for text in texts]
+    src = write_meta(tmp_path / "m")
+    lines = [b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces)]
+    (src / "tokenizer.model").write_bytes(b"".join(lines))
+    model = ql.open(src)
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    assert model.metadata["tokenizer.ggml.tokens"][:346] == [*texts, *special] and model.vocab.n_vocab == 600
+    assert (model.vocab.bos_id, model.vocab.eos_id, model.vocab.add_bos, model.vocab.pre) == (
+        344,
+        345,
+        True,
+        "llama-bpe",
+    )
+    merges = [f"{left} {right}" for left, right in table["merges"] if table["vocab"][left + right] < 344]
+    by_json = Vocab.from_metadata(model.metadata | {"tokenizer.ggml.merges": merges})
+    for text in ("the other  theatre, in 2024\n\n is not that of its author", "naïve — 🦙 \0", "x" * 300):
+        assert model.vocab.encode(text).tolist() == by_json.encode(text).tolist()
+        assert model.vocab.decode(model.vocab.encode(text)) == text
+    assert model.vocab.encode("<|eot_id|>", parse_special=True).tolist() == [344, 344 + 9]
 
 
 def test_an_unknown_pre_tokenizer_gets_a_warning(tmp_path):

@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer files as GGUF metadata, with the keys, types and order of llama.cpp's converter.
 
     tokenizer.model                      SentencePiece                        -> tokenizer.ggml.model "llama"
+    tokenizer.model of Llama 3           tiktoken's byte-level BPE            -> "gpt2"
     tokenizer.json with byte fallback    the same vocabulary without scores   -> "llama"
     tokenizer.json without               byte-level BPE                       -> "gpt2"
 
@@ -19,6 +20,7 @@ from quantlab.files.checkpoint_metadata import Config
 from quantlab.files.pretokenizer_hashes import CHECK_TEXT, NAME_BY_HASH
 from quantlab.files.pretokenizers import GPT2_REGEX, name_of_regexes
 from quantlab.files.special_tokens import special_metadata
+from quantlab.files.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens
 from quantlab.files.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from quantlab.files.weights import read_json
 
@@ -44,12 +46,15 @@ def vocab_metadata(folder: Path, config: Config) -> dict[str, Any]:
     if config.arch == "llama" and isinstance(prefix, bool):
         keys["tokenizer.ggml.add_space_prefix"] = prefix
     model = tokenizer.get("model") if isinstance(tokenizer.get("model"), dict) else {}
-    if (folder / "tokenizer.model").is_file():
-        keys |= _sentencepiece(folder, tokenizer_config, config.n_vocab)
+    raw = _read_model(folder / "tokenizer.model")
+    if raw is not None and not is_tiktoken(raw):
+        keys |= _sentencepiece(folder, raw, tokenizer_config, config.n_vocab)
     elif model.get("byte_fallback") and config.arch == "llama":
         keys |= _without_scores(folder, tokenizer, tokenizer_config, config.n_vocab)
     elif model:
         keys |= _byte_level(folder, tokenizer, config.n_vocab)
+    elif raw is not None:
+        keys |= _tiktoken(folder, raw, config)
     else:
         raise FileNotFoundError(
             f"{folder}: holds neither tokenizer.model nor tokenizer.json. Download the whole checkpoint."
@@ -77,9 +82,34 @@ def _too_large(folder: Path, n_tokens: int, n_vocab: int) -> ValueError:
     )
 
 
-def _sentencepiece(folder: Path, tokenizer_config: dict[str, Any], n_vocab: int) -> dict[str, Any]:
+def _read_model(path: Path) -> bytes | None:
+    """Return the bytes of tokenizer.model, None where there is none."""
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_MODEL:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, need at most {MAX_MODEL}. Download it again.")
+    return path.read_bytes()
+
+
+def _tiktoken(folder: Path, raw: bytes, config: Config) -> dict[str, Any]:
+    """Read Meta's Llama 3; what the tokenizer.json of the same model says of its special tokens is written out here."""
+    tokens, merges = read_tiktoken(folder / "tokenizer.model", raw)
+    special = special_tokens(is_3_1=config.rope["rope_type"] == "llama3")
+    n_tokens = len(tokens) + len(special)
+    if n_tokens > config.n_vocab:
+        raise _too_large(folder, n_tokens, config.n_vocab)
+    padding = [f"[PAD{i}]" for i in range(n_tokens, config.n_vocab)]
+    types = [NORMAL] * len(tokens) + [CONTROL] * len(special) + [UNUSED] * len(padding)
+    keys = _vocabulary("gpt2", "llama-bpe", [*tokens, *special, *padding], None, types)
+    keys["tokenizer.ggml.merges"] = merges
+    for role, text in (("bos", "<|begin_of_text|>"), ("eos", "<|end_of_text|>")):
+        keys[f"tokenizer.ggml.{role}_token_id"] = np.uint32(len(tokens) + special.index(text))
+    return keys | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False}
+
+
+def _sentencepiece(folder: Path, raw: bytes, tokenizer_config: dict[str, Any], n_vocab: int) -> dict[str, Any]:
     """Read tokenizer.model, then the tokens that two more files add."""
-    processor = _load_sentencepiece(folder / "tokenizer.model")
+    processor = _load_sentencepiece(folder / "tokenizer.model", raw)
     n_pieces = processor.vocab_size()
     if n_pieces > n_vocab:
         raise _too_large(folder, n_pieces, n_vocab)
@@ -96,16 +126,9 @@ def _sentencepiece(folder: Path, tokenizer_config: dict[str, Any], n_vocab: int)
     return _vocabulary("llama", "default", tokens, scores, types) | special_metadata(folder, n_vocab=n_vocab)
 
 
-def _load_sentencepiece(path: Path) -> Any:
+def _load_sentencepiece(path: Path, raw: bytes) -> Any:
     from sentencepiece import SentencePieceProcessor
 
-    if path.stat().st_size > MAX_MODEL:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, need at most {MAX_MODEL}. Download it again.")
-    raw = path.read_bytes()
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", raw[:200]):
-        raise ValueError(
-            f"{path}: is a tiktoken file, need SentencePiece. Put the model's tokenizer.json in its place."
-        )
     try:
         processor = SentencePieceProcessor()
         processor.LoadFromSerializedProto(raw)

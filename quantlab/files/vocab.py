@@ -19,7 +19,7 @@ import numpy as np
 
 from quantlab.files.pretokenizers import pre_tokenizer
 
-__all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Vocab"]
+__all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Vocab", "text_of_bytes"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
@@ -288,6 +288,18 @@ def _byte_of_char() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = _byte_of_char()
+_CHAR_OF_BYTE = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
+
+
+def text_of_bytes(raw: bytes) -> str:
+    """Return the text of the byte-level BPE token that stands for these bytes.
+
+    Examples
+    --------
+    >>> text_of_bytes(b" the")
+    'Ġthe'
+    """
+    return "".join(_CHAR_OF_BYTE[byte] for byte in raw)
 
 
 def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
