@@ -15,6 +15,7 @@ _NAMES = {
     "convert": "quantlab.transform.convert",
     "quantize": "quantlab.transform.quantize",
     "sizes": "quantlab.transform.plan",
+    "inspect": "quantlab.transform.inspect",
     "perplexity": "quantlab.evaluate.perplexity",
     "compare": "quantlab.evaluate.perplexity",
     "fit": "quantlab.run.fit",

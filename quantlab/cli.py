@@ -155,6 +155,17 @@ def sizes(
     report(sizes(shape, rules=rules), json)
 
 
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    json: JsonPath = None,
+) -> None:
+    """Print what is in a model: metadata, tensors, types, sizes, and the mixture where it is a known one."""
+    from quantlab.transform.inspect import inspect
+
+    report(inspect(file), json)
+
+
 def _strings(name: str, metavar: str, text: str):
     """An option that may be given several times."""
     return Annotated[list[str] | None, typer.Option(name, metavar=metavar, help=text)]

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from html import escape
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange
 from quantlab.files.gguf_file import Header, read_header, row_nbytes
 from quantlab.files.gguf_shards import shard_headers
 from quantlab.files.hparams import Hparams
+from quantlab.files.metadata_table import metadata_table
 from quantlab.files.vocab import Vocab
 
 __all__ = ["LazyTensor", "Model", "open"]
@@ -192,7 +194,8 @@ class Model:
         return f"Model({self.path.name}: {self.n_weights} weights, {self.nbytes} bytes; tensors: {types})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.tensors.to_html(max_rows=12, index=False)}"
+        tables = (metadata_table(self.metadata).to_html(index=False), self.tensors.to_html(max_rows=12, index=False))
+        return f"<p>{escape(repr(self))}</p>" + "".join(tables)  # tables escape by themselves; names are strangers'
 
 
 def open(path: str | Path) -> Model:
