@@ -21,8 +21,8 @@ from quantlab.files.output import check_output, replacing
 
 __all__ = ["convert"]
 
-BLOCK = 4 << 20  # bytes of output per piece of work
-AHEAD = 3  # pieces that are read while one is written
+BLOCK = 1 << 20  # bytes of output per piece of work; larger arrays come as fresh pages, whose zeroing takes most time
+AHEAD = 8  # pieces that are read while one is written
 
 
 def convert(
