@@ -72,7 +72,7 @@ def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
             {**values, "out": str(folder)},
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except papermill.PapermillExecutionError as error:
         raise ValueError(
