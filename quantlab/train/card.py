@@ -18,7 +18,7 @@ tied.
 ## Licence
 
 The weights and the tokenizer are under the licence of this project (MIT, `LICENSE` in this folder). They were learned
-from the packages below, each under its own permissive licence, whose text is not part of this repository.
+from the packages below, each under its own permissive licence; their text is not part of this repository.
 
 ## Training
 
@@ -36,7 +36,8 @@ zero as the time runs out; seed {seed}.
 |---:|---:|---:|---:|---:|---:|
 {history}
 
-Losses in nats per token, the loss as a mean since the line above. Held out is one document in 200.
+Losses in nats per token, the loss as a mean over the minutes since the checkpoint before. Held out is one document in
+200.
 
 ## Measured on `primer.md`
 
