@@ -303,8 +303,9 @@ def _note_on_the_base(model: Model) -> list[str]:
     most = packed[0]
     return [
         f"The base is already quantized (its types: {', '.join(packed)}): Δppl counts from there, not from the "
-        f"original weights. The {most} row says little about {most}: packing again what was unpacked from {most} gives "
-        f"back nearly the same numbers."
+        f"original weights. The {most} row says little about {most}, since packing again what was unpacked from {most} "
+        f"gives back nearly the same numbers; the other rows round numbers that lie on {most}'s steps to steps of "
+        f"their own, so a wider type can do worse than a narrower one."
     ]
 
 
