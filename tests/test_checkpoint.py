@@ -114,6 +114,7 @@ def test_missing_and_unknown_tensors(tmp_path):
     refuse(src, r"output_norm.weight: shape=\(63,\), the configuration asks for \(64,\)")
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
 CONFIGS = [
     ({"architectures": ["FalconForCausalLM"]}, r"architectures=\['FalconForCausalLM'\], need one of LlamaForCausalLM"),
     ({"architectures": None}, "architectures=None, need one of"),
@@ -127,6 +128,19 @@ CONFIGS = [
     ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0, need a positive number"),
     ({"rope_scaling": {"type": "strange"}}, "rope_type='strange', need default, linear, yarn or llama3"),
     ({"rope_scaling": {"type": "linear"}}, "factor=None, need a positive number"),
+    ({"architectures": [["x"]]}, r"architectures=\[\['x'\]\], need one of"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, need a positive number of at most 1024"),
+    ({"vocab_size": 10**12}, "vocab_size=1000000000000, need a positive number"),
+    ({"hidden_size": 10**4000}, "hidden_size=a number of 13288 bits, need a positive number"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0, need a positive number"),
+    ({"head_dim": -1}, "head_dim=-1, need a positive number"),
+    ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1}}, "high_freq_factor=1, the second must be the larger"),
+    ({"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": "x"}}, "original_max_.*='x', need a positive"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1 << 40}},
+        "original_max_.* need",
+    ),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": [1]}}, r"beta_fast=\[1\], need a positive number"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is set, need plain weights"),
 ]
 
@@ -186,13 +200,28 @@ def test_the_tokenizer_of_another_model(tmp_path):
             "added_tokens.json: 4000002 values, need at most 3000000",
         ),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder: 'x' is no token"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"%s": {}}}' % (b"9" * 5000),
+            "added_tokens_decoder: '999",
+        ),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "chat_template holds half a surrogate pair"),
+        ("generation_config.json", b'{"top_k": "x"}', "README.md or generation_config.json cannot be read"),
+        ("generation_config.json", b'{"top_k": 99999999999999999999}', "README.md or generation_config.json cannot be"),
+        ("generation_config.json", b'{"a":' * 100_000, "generation_config.json: is no JSON|cannot be read"),
         ("README.md", b"---\na: [\n---\n", "README.md or generation_config.json cannot be read"),
+        ("README.md", b"---\nlicense: [1]\ntags: [7]\n---\n", "README.md or generation_config.json cannot be read"),
+        ("README.md", b"---\na: &a [x, x]\nb: [*a, *a]\n---\n", "README.md: front matter refers to its own parts"),
+        ("README.md", b"---\n" + b"a\n" * 200_000 + b"---\n", "README.md: front matter longer than 262144 bytes"),
     ],
 )
 def test_broken_tokenizer_files(tmp_path, name, content, text):
     src = write_checkpoint(tmp_path / "m", "llama1")
     (src / name).write_bytes(content)
     refuse(src, text)
+
+
+GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
 
 
 @pytest.mark.parametrize(
@@ -202,12 +231,46 @@ def test_broken_tokenizer_files(tmp_path, name, content, text):
         ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "added token has id -1"),
         ({"added_tokens": [7]}, "added token 7 has no text"),
         ({"decoder": {"type": "Nothing"}}, "tokenizer.json cannot be read"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [GROWING] * 12}},
+            "its normalizer makes a text more than 64",
+        ),
     ],
 )
 def test_broken_tokenizer_json(tmp_path, change, text):
     src = write_checkpoint(tmp_path / "m", "smollm")
     edit(src / "tokenizer.json", **change)
     refuse(src, text)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"chat_template": [1, {"name": [2], "template": "a"}], "bos_token": [1]},
+        {"additional_special_tokens": 7, "bos_token": {"content": [1]}, "added_tokens_decoder": [1]},
+    ],
+)
+@pytest.mark.parametrize("name", ["llama1", "smollm", "llama_hf"])
+def test_strange_settings_of_a_tokenizer_are_passed_over(tmp_path, name, config):
+    src = write_checkpoint(tmp_path / "m", name)
+    (src / "tokenizer_config.json").write_text(json.dumps(config))
+    assert ql.open(src).vocab.n_vocab == 640
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [(b"\xff", "byte 0 is no UTF-8"), (b"a" * 2_000_000, "2000000 bytes, need at most 1048576")]
+)
+def test_broken_chat_templates(tmp_path, content, text):
+    src = write_checkpoint(tmp_path / "m", "smollm")
+    (src / "chat_template.jinja").write_bytes(content)
+    edit(src / "tokenizer_config.json", chat_template=None)
+    refuse(src, f"chat_template.jinja: {text}")
+
+
+def test_ids_that_no_token_can_have_are_passed_over(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "smollm")
+    edit(src / "config.json", pad_token_id=1 << 40, unk_token_id=-1)
+    assert "tokenizer.ggml.unknown_token_id" not in ql.open(src).metadata
 
 
 def test_metas_llama_3_reads_as_its_tokenizer_json(tmp_path):

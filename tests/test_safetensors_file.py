@@ -46,7 +46,7 @@ BAD = {
     "no JSON": (b'{"x": ', "header is no JSON that counts"),
     "deep JSON": (b'{"x": ' + b"[" * 100_000, "header is no JSON that counts"),
     "same name": (b'{"x": {}, "x": {}}', r"header is no JSON that counts \(a name occurs twice\)"),
-    "broken name": ({"a\nb": 7}, r"tensor name 'a\\nb', need printable characters"),
+    "broken name": ({"a\nb": 7}, r"tensor name 'a\\nb', need at most 256 printable characters"),
     "no entry": ({"x": 7}, "x: entry needs dtype, shape and data_offsets"),
     "dtype": (lying(dtype="F8_E4M3"), "x: dtype='F8_E4M3', need one of F32 F16 BF16"),
     "negative": (lying(shape=[-2, -2]), r"x: shape=\[-2, -2\], .* need whole numbers"),

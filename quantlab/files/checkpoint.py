@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -113,7 +114,18 @@ def open_checkpoint(path: str | Path, outtype: str = "auto", *, loss: RangeLoss 
     n_weights = sum(tensor.n_weights for tensor in tensors)
     metadata = general_metadata(folder, config, n_weights) | hparams_metadata(config, qtype)
     metadata |= vocab_metadata(folder, config)
+    _check_texts(folder, metadata)
     return Model(path, metadata, tensors)
+
+
+def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse texts that no file can hold: JSON can write half a character."""
+    for key, value in metadata.items():
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        try:
+            "".join(texts).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{folder}: {key} holds half a surrogate pair. Download the tokenizer again.") from None
 
 
 def _read_sources(path: Path, config: Config) -> dict[str, StoredTensor | _Joined]:

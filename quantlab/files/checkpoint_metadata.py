@@ -3,6 +3,7 @@
 Source: `conversion/base.py` and `conversion/llama.py` of llama.cpp; the defaults of transformers' configurations.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.constants import LlamaFileType
 
+from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 
 __all__ = ["Config", "general_metadata", "hparams_metadata", "read_config", "rope_factors"]
 
+MAX_LAYERS = 1024  # the deepest models have about 130; the table of names grows with them
+MAX_CARD = 1 << 18  # bytes of a model card's front matter
 _ARCH_OF_CLASS = {
     "LlamaForCausalLM": "llama",
     "LLaMAForCausalLM": "llama",
@@ -31,6 +35,7 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 }
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+_YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
 _SCALARS = {
     GGUFValueType.UINT32: np.uint32,
     GGUFValueType.INT32: np.int32,
@@ -78,12 +83,17 @@ def read_config(folder: Path) -> Config:
     raise FileNotFoundError(f"{folder}: holds neither config.json nor params.json. Name a checkpoint's folder.")
 
 
-def _number(path: Path, table: dict[str, Any], key: str, default: Any = None, *, whole: bool = True) -> Any:
+def _number(
+    path: Path, table: dict[str, Any], key: str, default: Any = None, *, whole: bool = True, most: int = (1 << 31) - 1
+) -> Any:
     """Return a positive number of a configuration."""
     value = table.get(key)
     value = default if value is None else value
-    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 1 << 31:
-        raise ValueError(f"{path}: {key}={value!r}, need a positive number. Take the configuration of this checkpoint.")
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value <= most:
+        raise ValueError(
+            f"{path}: {key}={short(value)}, need a positive number of at most {most}. "
+            f"Take the configuration of this checkpoint."
+        )
     return value
 
 
@@ -91,9 +101,10 @@ def _hugging_face(path: Path) -> Config:
     table = read_json(path)
     classes = table.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
-    if name not in _ARCH_OF_CLASS:
+    if not isinstance(name, str) or name not in _ARCH_OF_CLASS:
         raise ValueError(
-            f"{path}: architectures={classes!r}, need one of {' '.join(_ARCH_OF_CLASS)}. Use llama.cpp's converter."
+            f"{path}: architectures={short(classes)}, need one of {' '.join(_ARCH_OF_CLASS)}. "
+            f"Use llama.cpp's converter."
         )
     if table.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config is set, need plain weights. Take the unquantized checkpoint.")
@@ -113,7 +124,7 @@ def _hugging_face(path: Path) -> Config:
         n_ctx=n_ctx,
         n_embd=n_embd,
         n_ff=_number(path, table, "intermediate_size"),
-        n_layer=_number(path, table, "num_hidden_layers"),
+        n_layer=_number(path, table, "num_hidden_layers", most=MAX_LAYERS),
         n_head=n_head,
         n_head_kv=_number(path, table, "num_key_value_heads", defaults.get("num_key_value_heads", n_head)),
         head_dim=_number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head),
@@ -127,18 +138,31 @@ def _rope(path: Path, table: dict[str, Any], n_ctx: int) -> dict[str, Any]:
     """Gather what old (`rope_scaling`, `rope_theta`) and new (`rope_parameters`) files say of rotary positions."""
     rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_scaling={rope!r}, need a table. Take the configuration of this checkpoint.")
+        raise ValueError(
+            f"{path}: rope_scaling={short(rope)}, need a table. Take the configuration of this checkpoint."
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope = rope | {"rope_type": kind}
     if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "su", "longrope"):
         raise ValueError(
-            f"{path}: rope_type={kind!r}, need default, linear, yarn or llama3. Use llama.cpp's converter."
+            f"{path}: rope_type={short(kind)}, need default, linear, yarn or llama3. Use llama.cpp's converter."
         )
     if kind in ("yarn", "llama3"):
         rope.setdefault("original_max_position_embeddings", table.get("original_max_position_embeddings") or n_ctx)
     numbers = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
     for key in numbers.get(kind, []):
         _number(path, rope, key, whole=False)
+    if kind in ("yarn", "llama3"):
+        _number(path, rope, "original_max_position_embeddings")
+    for key in _YARN if kind == "yarn" else ():
+        if rope.get(key) is not None:
+            _number(path, rope, key, whole=False)
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        raise ValueError(
+            f"{path}: low_freq_factor={low}, high_freq_factor={high}, the second must be the larger. "
+            f"Take the configuration of this checkpoint."
+        )
     base = _number(path, rope, "rope_theta", table.get("rope_theta") or 10000.0, whole=False)
     return {"rope_base": base, "rope": rope}
 
@@ -162,7 +186,7 @@ def _meta(folder: Path) -> Config:
         n_ctx=n_ctx,
         n_embd=n_embd,
         n_ff=0,
-        n_layer=_number(path, table, "n_layers"),
+        n_layer=_number(path, table, "n_layers", most=MAX_LAYERS),
         n_head=n_head,
         n_head_kv=_number(path, table, "n_kv_heads", n_head),
         head_dim=n_embd // n_head,
@@ -197,22 +221,41 @@ def rope_factors(config: Config) -> np.ndarray | None:
 def general_metadata(folder: Path, config: Config, n_weights: int) -> dict[str, Any]:
     """Return the `general.*` keys: names from the folder and its model card, sampling defaults, licence."""
     folder = folder.resolve()
+    _check_card(folder / "README.md")
     try:
         found = Metadata.load(None, folder, None, n_weights)
-    except Exception as error:  # the model card is free text: YAML and the library's guesses may fail in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        penalty = read_json(folder / "generation_config.json").get("repetition_penalty")
+        if found.sampling_penalty_repeat is None:
+            found.sampling_penalty_repeat = penalty
+        found.name = found.name or folder.name
+        found.size_label = found.size_label or size_label(n_weights, n_weights, 0, 0)
+        writer = GGUFWriter(path=None, arch=config.arch)
+        writer.add_type("model")
+        found.set_gguf_meta_model(writer)
+        return {key: _typed(value.value, value.type) for key, value in writer.kv_data[0].items()}
+    except Exception as error:  # both files are free text: YAML and the library's guesses may fail in many ways
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(
             f"{folder}: README.md or generation_config.json cannot be read ({reason}). Mend or remove it."
         ) from None
-    penalty = read_json(folder / "generation_config.json").get("repetition_penalty")
-    if found.sampling_penalty_repeat is None:
-        found.sampling_penalty_repeat = penalty
-    found.name = found.name or folder.name
-    found.size_label = found.size_label or size_label(n_weights, n_weights, 0, 0)
-    writer = GGUFWriter(path=None, arch=config.arch)
-    writer.add_type("model")
-    found.set_gguf_meta_model(writer)
-    return {key: _typed(value.value, value.type) for key, value in writer.kv_data[0].items()}
+
+
+def _check_card(path: Path) -> None:
+    """Refuse a model card whose front matter is too long to be parsed, or refers to itself and so may explode."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        lines = file.read(MAX_CARD).split(b"\n")
+    if lines[0].strip() != b"---":
+        return
+    if path.stat().st_size > MAX_CARD and b"---" not in map(bytes.strip, lines[1:]):
+        raise ValueError(f"{path}: front matter longer than {MAX_CARD} bytes. Mend or remove it.")
+    text = b"\n".join(lines)
+    anchors, aliases = (
+        set(re.findall(rb"(?m)(?:^|[\s\[,{:-])" + sign + rb"([^\s,\]}]+)", text)) for sign in (b"&", rb"\*")
+    )
+    if anchors & aliases:
+        raise ValueError(f"{path}: front matter refers to its own parts. Mend or remove it.")
 
 
 def _typed(value: Any, value_type: GGUFValueType) -> Any:

@@ -1,8 +1,9 @@
-"""Say what a file is by its first bytes."""
+"""Say what a stranger's file is by its first bytes, and what a value in it is, in few characters."""
 
 import struct
+from typing import Any
 
-__all__ = ["looks_like"]
+__all__ = ["looks_like", "short"]
 
 _STARTS = [
     (b"PK\x03\x04", "This looks like a torch file; run quantlab convert first."),
@@ -36,3 +37,15 @@ def looks_like(start: bytes) -> str:
     if not start:
         return "The file is empty; download it again."
     return "This is no model file that quantlab knows."
+
+
+def short(value: Any) -> str:
+    """Return a stranger's value as text that fits an error line.
+
+    Examples
+    --------
+    >>> short([1, "a"]), short(10**4000)
+    ("[1, 'a']", 'a number of 13288 bits')
+    """
+    text = f"a number of {value.bit_length()} bits" if type(value) is int and value.bit_length() > 64 else repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"

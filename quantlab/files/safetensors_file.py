@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor
-from quantlab.files.recognize import looks_like
+from quantlab.files.recognize import looks_like, short
 
 __all__ = ["read_safetensors"]
 
 MAX_HEADER = 8 << 20  # bytes; 50 k tensors take 6 MB
 MAX_TENSORS = 1 << 16
+MAX_NAME = 256  # characters
 _DAMAGED = "The file is damaged or hostile; download it again."
 
 
@@ -81,17 +82,19 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> StoredTensor:
     """Check one entry of the header against the file."""
-    if not name.isprintable():
-        raise ValueError(f"{path}: tensor name {name[:80]!r}, need printable characters. {_DAMAGED}")
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise ValueError(f"{path}: tensor name {name[:80]!r}, need at most {MAX_NAME} printable characters. {_DAMAGED}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{path}: {name}: entry needs dtype, shape and data_offsets. {_DAMAGED}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in PLAIN_DTYPES:
         raise ValueError(
-            f"{path}: {name}: dtype={dtype!r}, need one of {' '.join(PLAIN_DTYPES)}. Take an unquantized checkpoint."
+            f"{path}: {name}: dtype={short(dtype)}, need one of {' '.join(PLAIN_DTYPES)}. "
+            f"Take an unquantized checkpoint."
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or len(shape) > 8:
-        raise ValueError(f"{path}: {name}: shape={shape!r}, data_offsets={offsets!r}, need whole numbers. {_DAMAGED}")
+        what = f"shape={short(shape)}, data_offsets={short(offsets)}"
+        raise ValueError(f"{path}: {name}: {what}, need whole numbers. {_DAMAGED}")
     begin, end = offsets
     nbytes = prod(shape) * np.dtype(PLAIN_DTYPES[dtype]).itemsize
     if end - begin != nbytes or nbytes == 0:

@@ -16,6 +16,7 @@ from quantlab.files.weights import read_json
 
 __all__ = ["special_metadata"]
 
+MAX_TEMPLATE = 1 << 20  # bytes
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # GGUF's names of the roles; the classifier's token has none
 _KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
@@ -46,7 +47,7 @@ def special_metadata(
     table = read_json(folder / "config.json")
     for role in roles:
         value = table.get(f"{role}_token_id")
-        if type(value) is int and value >= 0:
+        if type(value) is int and 0 <= value < 1 << 31:
             ids.setdefault(role, value)
     ids |= {role: token_id for role, token_id in (fixed or {}).items() if role not in ids}
     keys: dict[str, Any] = {}
@@ -78,7 +79,7 @@ def _from_tokenizer_config(
             adds.setdefault(role, adds_role)
         text = _content(config.get(f"{role}_token"))
         token_id = added.get(text) if isinstance(text, str) else None
-        if type(token_id) is int and token_id >= 0:
+        if type(token_id) is int and 0 <= token_id < 1 << 31:
             ids.setdefault(role, token_id)
 
 
@@ -155,16 +156,26 @@ def _separates(pair: list, first: str | None, last: str | None, config: dict, eo
     return separates or bool(len(between) == 2 and between[1] and between[1] in separators)
 
 
+def _read_text(path: Path) -> str:
+    """Read a template's file."""
+    if path.stat().st_size > MAX_TEMPLATE:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, need at most {MAX_TEMPLATE}. Download it again.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is no UTF-8. Download it again.") from None
+
+
 def _chat_template(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the chat template, or several by name; files beside the configuration stand in for it."""
     template = config.get("chat_template")
     if "chat_template" not in config:
         jinja = folder / "chat_template.jinja"
         if jinja.is_file():
-            template = jinja.read_text(encoding="utf-8")
+            template = _read_text(jinja)
             more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
             if more:
-                named = [{"name": path.stem, "template": path.read_text(encoding="utf-8")} for path in more]
+                named = [{"name": path.stem, "template": _read_text(path)} for path in more]
                 template = [{"name": "default", "template": template}, *named]
         else:
             template = read_json(folder / "chat_template.json").get("chat_template")
@@ -172,7 +183,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         return {"tokenizer.chat_template": template}
     keys: dict[str, Any] = {}
     names, default = [], None
-    for choice in template if isinstance(template, list) else []:
+    choices = template if isinstance(template, list) else []
+    for choice in (choice for choice in choices if isinstance(choice, dict)):
         name = "".join(char if char in ascii_letters + digits else "_" for char in str(choice.get("name", "")))
         if name == "default":
             default = choice.get("template")

@@ -11,6 +11,7 @@ Source: `conversion/base.py` of llama.cpp (_set_vocab_sentencepiece, _set_vocab_
 import hashlib
 import re
 import warnings
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from quantlab.files.checkpoint_metadata import Config
 from quantlab.files.pretokenizer_hashes import CHECK_TEXT, NAME_BY_HASH
 from quantlab.files.pretokenizers import GPT2_REGEX, name_of_regexes
+from quantlab.files.recognize import short
 from quantlab.files.special_tokens import special_metadata
 from quantlab.files.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens
 from quantlab.files.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -27,6 +29,7 @@ from quantlab.files.weights import read_json
 __all__ = ["vocab_metadata"]
 
 MAX_MODEL = 32 << 20  # bytes of a tokenizer.model
+MAX_GROWTH = 64  # times that a normalizer may lengthen the text that the pre-tokenizer is recognized by
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 
@@ -151,7 +154,7 @@ def _piece_type(processor: Any, token_id: int) -> int:
 def _check_id(folder: Path, token_id: Any, n_vocab: int) -> None:
     if type(token_id) is not int or token_id < 0:
         raise ValueError(
-            f"{folder}: added token has id {token_id!r}, need a whole number. Download the tokenizer again."
+            f"{folder}: added token has id {short(token_id)}, need a whole number. Download the tokenizer again."
         )
     if token_id >= n_vocab:
         raise _too_large(folder, token_id + 1, n_vocab)
@@ -162,9 +165,13 @@ def _decoder_entries(folder: Path, tokenizer_config: dict[str, Any], n_vocab: in
     table = tokenizer_config.get("added_tokens_decoder", {})
     entries = []
     for key, entry in table.items() if isinstance(table, dict) else []:
-        if not key.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        if (
+            not re.fullmatch("[0-9]{1,10}", key)
+            or not isinstance(entry, dict)
+            or not isinstance(entry.get("content"), str)
+        ):
             raise ValueError(
-                f"{folder}: added_tokens_decoder: {key!r} is no token. Download tokenizer_config.json again."
+                f"{folder}: added_tokens_decoder: {short(key)} is no token. Download tokenizer_config.json again."
             )
         _check_id(folder, int(key), n_vocab)
         entries.append((int(key), entry["content"], bool(entry.get("special")) or _looks_special(entry["content"])))
@@ -191,7 +198,7 @@ def _ids(folder: Path, tokenizer: dict[str, Any], n_vocab: int) -> tuple[dict[in
     entries = {}
     for entry in added:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-            raise ValueError(f"{folder}: tokenizer.json: added token {entry!r} has no text. Download it again.")
+            raise ValueError(f"{folder}: tokenizer.json: added token {short(entry)} has no text. Download it again.")
         _check_id(folder, entry.get("id"), n_vocab)
         texts[entry["id"]], entries[entry["id"]] = entry["content"], entry
     if not texts:
@@ -205,8 +212,10 @@ def _without_scores(
     """Read a SentencePiece vocabulary that is there as tokenizer.json alone; it keeps no scores."""
     texts, entries = _ids(folder, tokenizer, n_vocab)
     contents = [tokenizer_config.get(f"{role}_token") for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    contents += tokenizer_config.get("additional_special_tokens") or []
-    special = {entry.get("content") if isinstance(entry, dict) else entry for entry in contents}
+    more = tokenizer_config.get("additional_special_tokens")
+    contents += more if isinstance(more, list) else []
+    contents = [entry.get("content") if isinstance(entry, dict) else entry for entry in contents]
+    special = {content for content in contents if isinstance(content, str)}
     tokens, types = [], []
     n_base = len(tokenizer["model"]["vocab"])
     for token_id in range(len(texts)):
@@ -249,13 +258,18 @@ def _merge(folder: Path, merge: Any) -> str:
         return merge
     if isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge):
         return " ".join(part.replace(" ", "Ġ") for part in merge)
-    raise ValueError(f"{folder}: tokenizer.json: merge {merge!r}, need two texts. Download it again.")
+    raise ValueError(f"{folder}: tokenizer.json: merge {short(merge)}, need two texts. Download it again.")
 
 
 def _pre(folder: Path, tokenizer: dict[str, Any]) -> str:
     """Recognize the pre-tokenizer: by what it makes of a test text, as llama.cpp does, else by its expressions."""
     from tokenizers import Tokenizer
 
+    if _growth(tokenizer.get("normalizer")) > MAX_GROWTH:
+        raise ValueError(
+            f"{folder}: tokenizer.json: its normalizer makes a text more than {MAX_GROWTH} times as long. "
+            f"The file is hostile."
+        )
     try:
         ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(CHECK_TEXT).ids
     except Exception as error:  # the library raises bare Exception
@@ -275,6 +289,15 @@ def _pre(folder: Path, tokenizer: dict[str, Any]) -> str:
         stacklevel=2,
     )
     return name or "default"
+
+
+def _growth(entry: Any) -> int:
+    """Return how many times longer a normalizer may make a text."""
+    if not isinstance(entry, dict):
+        return 1
+    if isinstance(entry.get("normalizers"), list):
+        return prod(min(_growth(step), MAX_GROWTH + 1) for step in entry["normalizers"][:MAX_GROWTH])
+    return max(1, *(len(entry[key]) for key in ("content", "prepend") if isinstance(entry.get(key), str)), 1)
 
 
 def _regexes(entry: Any) -> tuple[str, ...]:

@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor, StridedTensor
-from quantlab.files.recognize import looks_like
+from quantlab.files.recognize import looks_like, short
 
 __all__ = ["read_torch"]
 
 MAX_PICKLE = 32 << 20  # bytes
 MAX_DIRECTORY = 8 << 20  # bytes of the zip's table of contents
+MAX_NAME = 256  # characters
 MAX_STEPS = 2_000_000  # of the machine; a tensor takes about 45
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DAMAGED = "The file is damaged or hostile; download it again."
@@ -218,8 +219,10 @@ def _views(path: Path, table: Any) -> dict[str, _View]:
         )
     views = {name: value for name, value in table.items() if isinstance(value, _View) and isinstance(name, str)}
     for name in views:
-        if not name.isprintable():
-            raise ValueError(f"{path}: tensor name {name[:80]!r}, need printable characters. {_DAMAGED}")
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise ValueError(
+                f"{path}: tensor name {name[:80]!r}, need at most {MAX_NAME} printable characters. {_DAMAGED}"
+            )
     if not views:
         raise ValueError(f"{path}: holds no tensors. Name a checkpoint's weights.")
     return views
@@ -389,8 +392,8 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any
     # a tensor that shows an element many times is refused as well: it would be larger than the file
     if len(shape) > 8 or prod(shape) == 0 or offset + max(prod(shape), _reach(view)) > storage.numel:
         raise ValueError(
-            f"tensor of shape {shape}, strides {stride}, from element {offset} in a storage of {storage.numel}. "
-            f"{_DAMAGED}"
+            f"tensor of shape {short(shape)}, strides {short(stride)}, from element {offset} "
+            f"in a storage of {storage.numel}. {_DAMAGED}"
         )
     return view
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.files.byte_range import StoredTensor
+from quantlab.files.recognize import short
 from quantlab.files.safetensors_file import read_safetensors
 from quantlab.files.torch_zip import read_torch
 
@@ -91,10 +92,12 @@ def _index_parts(folder: Path, parts: list[str], index_path: Path) -> dict[str, 
 def _check_weight_map(index_path: Path, weight_map: Any) -> None:
     """Refuse an index that is no table of names, or that points out of its folder."""
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index_path}: weight_map={weight_map!r}, need a table. Download it again.")
+        raise ValueError(f"{index_path}: weight_map={short(weight_map)}, need a table. Download it again.")
     for name, part in weight_map.items():
         if not isinstance(part, str) or part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
-            raise ValueError(f"{index_path}: {name}: file {part!r}, need a plain file name. The index is hostile.")
+            raise ValueError(
+                f"{index_path}: {name[:80]}: file {short(part)}, need a plain file name. The index is hostile."
+            )
 
 
 def meta_parts(folder: Path) -> list[dict[str, StoredTensor]]:
