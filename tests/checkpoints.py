@@ -176,7 +176,7 @@ def _pickled(weights: dict[str, np.ndarray], *, legacy: bool) -> bytes:
 
     out = [b"\x80\x02ccollections\nOrderedDict\n)R("]
     for i, (key, value) in enumerate(weights.items()):
-        strides = [int(np.prod(value.shape[axis + 1 :])) for axis in range(value.ndim)]
+        strides = [stride // value.itemsize for stride in value.strides]
         out += [text(key), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
         out += [
             text("storage"),
@@ -204,7 +204,7 @@ def write_torch(path: Path, weights: dict[str, np.ndarray]) -> None:
         archive.writestr("archive/data.pkl", _pickled(weights, legacy=False))
         archive.writestr("archive/byteorder", "little")
         for i, value in enumerate(weights.values()):
-            archive.writestr(f"archive/data/{i}", value.tobytes())
+            archive.writestr(f"archive/data/{i}", value.tobytes("A"))  # as it lies in memory
         archive.writestr("archive/version", "3\n")
 
 

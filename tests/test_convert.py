@@ -10,12 +10,23 @@ import checkpoints
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import DTYPES, GOLDEN, content_digest, tensors, write_checkpoint, write_meta, write_safetensors
+from checkpoints import (
+    DTYPES,
+    GOLDEN,
+    content_digest,
+    tensors,
+    write_checkpoint,
+    write_meta,
+    write_safetensors,
+    write_torch,
+)
 
 import quantlab as ql
+from quantlab.files.bundled import model_path
+from quantlab.files.torch_zip import read_torch
 from quantlab.transform.convert import convert
 
-CURRENT, OLD = json.loads((GOLDEN / "convert.json").read_text()).values()
+CURRENT, OLD, BUNDLED = json.loads((GOLDEN / "convert.json").read_text()).values()
 pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer .* is not in llama.cpp's list")
 
 
@@ -27,6 +38,13 @@ def test_files_equal_the_current_converters(tmp_path, folder):
         path = convert(src, outtype=outtype, progress=False)
         assert path == src / f"ggml-model-{outtype.upper()}.gguf"
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digest, outtype
+
+
+@pytest.mark.filterwarnings("ignore:.* became zero in F16")
+@pytest.mark.parametrize("outtype", BUNDLED)
+def test_the_bundled_model_equals_the_current_converters(tmp_path, outtype):
+    path = convert(model_path("tiny"), tmp_path / "a.gguf", outtype=outtype, progress=False)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == BUNDLED[outtype]
 
 
 @pytest.mark.parametrize("folder", OLD)
@@ -133,6 +151,16 @@ def test_an_existing_output_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="ggml-model-BF16.gguf: exists already"):
         convert(src, progress=False)
     convert(src, overwrite=True, progress=False)
+
+
+def test_a_matrix_with_strides_gives_the_same_bytes(tmp_path):
+    """Meta's parts may hold views, here every matrix as the transpose of its storage."""
+    src = write_meta(tmp_path / "m", n_parts=1)
+    expected = content_digest(convert(src, progress=False))
+    stored = read_torch(src / "consolidated.00.pth")
+    weights = {name: np.asfortranarray(x.rows(0, x.nrows).reshape(x.shape)) for name, x in stored.items()}
+    write_torch(src / "consolidated.00.pth", weights)
+    assert content_digest(convert(src, overwrite=True, progress=False)) == expected
 
 
 def test_an_unknown_outtype_is_refused(tmp_path):
