@@ -21,7 +21,7 @@ table: $(VENV)/.lab  ## the size/ppl table of MODEL=tiny or smollm2: printed, an
 	@$(BIN)/quantlab notebook size_ppl_table -p model "$(MODEL)"
 
 test: $(VENV)/.test  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
 	$(BIN)/jupyter lab notebooks
@@ -38,8 +38,8 @@ pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(wildcard noteb
 notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
 	$(BIN)/quantlab notebook $* --picture $@
 
-check-long: $(VENV)/.test  ## what takes long: the slow tests, SmolLM2's table, a published shape
-	$(BIN)/python -m pytest
+check-long: $(VENV)/.test  ## what takes long: 50 killed runs, SmolLM2's table, a published shape
+	$(BIN)/python -m pytest -m "slow or long"
 	$(MAKE) table MODEL=smollm2
 	$(MAKE) scale
 

@@ -60,7 +60,7 @@ def start(folder):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_leave_a_whole_file_or_none_and_go_on_to_the_same_bytes(tmp_path):
     source = made_models.made_gguf(tmp_path / "in.gguf", LARGER)
     begin = time.perf_counter()
