@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_models import NARROW, Shape, metadata_of
 
 import quantlab as ql
 from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
@@ -249,3 +250,21 @@ def test_any_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, data):
         read_header(path)
     except ValueError as error:
         assert "\n" not in str(error) and str(error).startswith(str(path))
+
+
+@pytest.mark.parametrize("value", [np.float32(np.nan), np.float32(np.inf), "x", np.array([1, 2]), [], [["a"]]], ids=str)
+@pytest.mark.parametrize(
+    "key",
+    ["split.count", "split.no", "general.file_type", "llama.block_count", "llama.rope.scaling.type"]
+    + [f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "bos_token_id", "add_bos_token")],
+)
+def test_values_of_the_wrong_kind_get_one_line_or_do_no_harm(tmp_path, key, value):
+    path = tmp_path / "a.gguf"
+    vocabulary = {"model": "gpt2", "tokens": ["a", "b"], "merges": [], "pre": "gpt-2"}
+    metadata = metadata_of(Shape(**NARROW)) | {f"tokenizer.ggml.{name}": text for name, text in vocabulary.items()}
+    write_gguf(path, metadata | {key: value}, [], [])
+    for ask in (lambda model: model.ftype, lambda model: model.hparams, lambda model: model.vocab):
+        try:
+            ask(ql.open(path))
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)

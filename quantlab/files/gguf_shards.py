@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 from quantlab.files.gguf_file import Header, read_header
+from quantlab.files.recognize import short
 
 __all__ = ["shard_headers", "shard_path"]
 
@@ -42,7 +45,7 @@ def shard_headers(header: Header) -> list[Header]:
     ValueError
         If a shard has another number than its name says, or tensors are missing or there twice.
     """
-    count = int(header.metadata.get("split.count", 1))
+    count = _whole(header, "split.count", 1)
     if count <= 1:
         return [header]
     if count > MAX_SHARDS:
@@ -53,14 +56,22 @@ def shard_headers(header: Header) -> list[Header]:
             raise FileNotFoundError(f"{path}: this shard of {count} is missing. Download it beside the others.")
     headers = [read_header(path) for path in paths]
     for index, shard in enumerate(headers):
-        if shard.metadata.get("split.no") != index or shard.metadata.get("split.count") != count:
-            number = shard.metadata.get("split.no")
+        number = _whole(shard, "split.no", -1)
+        if number != index or _whole(shard, "split.count", 1) != count:
             raise ValueError(f"{shard.path}: split.no={number}, need {index} of {count}. Download the shards again.")
     names = [tensor.name for shard in headers for tensor in shard.tensors]
-    expected = int(headers[0].metadata.get("split.tensors.count", len(names)))
+    expected = _whole(headers[0], "split.tensors.count", len(names))
     if len(set(names)) != len(names) or len(names) != expected:
         raise ValueError(
             f"{header.path}: {len(set(names))} different tensors in {len(names)} entries, "
             f"split.tensors.count={expected}. Download the shards again."
         )
     return headers
+
+
+def _whole(header: Header, key: str, default: int) -> int:
+    """Return a whole number of the metadata."""
+    value = header.metadata.get(key, default)
+    if not isinstance(value, np.integer | int):
+        raise ValueError(f"{header.path}: {key}={short(value)}, need a whole number. The file is damaged or hostile.")
+    return int(value)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from quantlab.files.recognize import short
+
 __all__ = ["Hparams", "RopeScaling"]
 
 
@@ -84,28 +86,35 @@ class Hparams:
         def number(key: str, default: Any = None) -> Any:
             value = metadata.get(f"{arch}.{key}", default)
             if not isinstance(value, np.generic | int | float) or isinstance(value, bool):
-                raise ValueError(f"{source}: {arch}.{key}={value!r}, need one number. Convert the checkpoint again.")
+                raise ValueError(
+                    f"{source}: {arch}.{key}={short(value)}, need one number. Convert the checkpoint again."
+                )
             return value.item() if isinstance(value, np.generic) else value
 
-        n_embd, n_head = number("embedding_length"), number("attention.head_count")
-        if min(n_embd, n_head, number("block_count"), number("attention.head_count_kv", n_head)) < 1 or n_embd % 2:
-            raise ValueError(f"{source}: n_embd={n_embd}, n_head={n_head}: need positive numbers. Convert again.")
-        head_dim = number("attention.key_length", n_embd // n_head)
+        def whole(key: str, default: Any = None, least: int = 1) -> int:
+            value = number(key, default)
+            if type(value) is not int or not least <= value < 1 << 31:
+                raise ValueError(f"{source}: {arch}.{key}={value}, need a whole number from {least} on. Convert again.")
+            return value
+
+        n_embd, n_head = whole("embedding_length"), whole("attention.head_count")
+        head_dim = whole("attention.key_length", max(1, n_embd // n_head))
+        tokens = metadata.get("tokenizer.ggml.tokens")
         return cls(
             arch=arch,
-            n_vocab=number("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
-            n_ctx=number("context_length"),
+            n_vocab=whole("vocab_size", len(tokens) if isinstance(tokens, list) else 0, least=0),
+            n_ctx=whole("context_length"),
             n_embd=n_embd,
-            n_ff=number("feed_forward_length"),
-            n_layer=number("block_count"),
+            n_ff=whole("feed_forward_length"),
+            n_layer=whole("block_count"),
             n_head=n_head,
-            n_head_kv=number("attention.head_count_kv", n_head),
+            n_head_kv=whole("attention.head_count_kv", n_head),
             head_dim=head_dim,
-            n_rot=number("rope.dimension_count", head_dim),
+            n_rot=whole("rope.dimension_count", head_dim),
             rms_eps=number("attention.layer_norm_rms_epsilon"),
             rope_base=number("rope.freq_base", 10000.0),
             rope_scaling=_rope_scaling(metadata, number),
-            n_expert=number("expert_count", 0),
+            n_expert=whole("expert_count", 0, least=0),
             tied_embeddings="output.weight" not in tensors,
         )
 
@@ -113,7 +122,7 @@ class Hparams:
 def _rope_scaling(metadata: Mapping[str, Any], number: Any) -> RopeScaling | None:
     arch = metadata["general.architecture"]
     kind = metadata.get(f"{arch}.rope.scaling.type", "linear" if f"{arch}.rope.scale_linear" in metadata else "none")
-    if kind == "none":
+    if not isinstance(kind, str) or kind == "none":
         return None
     factor = number("rope.scaling.factor", number("rope.scale_linear", 1.0))
     orig_ctx = number("rope.scaling.original_context_length", 0)

@@ -164,9 +164,9 @@ class Model:
 
     @property
     def ftype(self) -> int | None:
-        """Mixture number that the file gives (`general.file_type`), or None."""
+        """Mixture number that the file gives (`general.file_type`), None where it is no whole number."""
         number = self.metadata.get("general.file_type")
-        return None if number is None else int(number)
+        return int(number) if isinstance(number, np.integer) else None
 
     def tensor(self, name: str) -> LazyTensor:
         """Return the tensor called `name`.

@@ -6,6 +6,8 @@ expressions those of the models' own tokenizer files.
 
 from dataclasses import dataclass
 
+from quantlab.files.recognize import short
+
 __all__ = ["GPT2_REGEX", "PreTokenizer", "name_of_regexes", "pre_tokenizer"]
 
 # parts of the expressions
@@ -76,9 +78,9 @@ def pre_tokenizer(name: str, *, source: str = "vocabulary") -> PreTokenizer:
     >>> pre_tokenizer("smollm").regexes[0]
     '\\\\p{N}'
     """
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(
-            f"{source}: tokenizer.ggml.pre={name!r}, need one of {' '.join(sorted(_BY_NAME))}. "
+            f"{source}: tokenizer.ggml.pre={short(name)}, need one of {' '.join(sorted(_BY_NAME))}. "
             f"Use llama.cpp for this model's text."
         )
     return _BY_NAME[name]

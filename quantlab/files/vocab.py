@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.pretokenizers import pre_tokenizer
+from quantlab.files.recognize import short
 
 __all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Vocab", "text_of_bytes"]
 
@@ -90,9 +91,9 @@ class Vocab:
             If there is no vocabulary, or it contradicts itself, or is of a kind that is not read.
         """
         model = metadata.get("tokenizer.ggml.model")
-        if model not in ("llama", "gpt2"):
+        if not isinstance(model, str) or model not in ("llama", "gpt2"):
             raise ValueError(
-                f"{source}: tokenizer.ggml.model={model!r}, need 'llama' or 'gpt2'. Use llama.cpp for its text."
+                f"{source}: tokenizer.ggml.model={short(model)}, need 'llama' or 'gpt2'. Use llama.cpp for its text."
             )
         spm = model == "llama"
         tokens = _strings(metadata, "tokenizer.ggml.tokens", source)
@@ -107,10 +108,13 @@ class Vocab:
 
         def token_id(name: str, default: int | None) -> int | None:
             value = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
-            return int(value) if isinstance(value, np.generic | int) and 0 <= value < n_vocab else default
+            return next(
+                (int(i) for i in (value, default) if isinstance(i, np.integer | int) and 0 <= i < n_vocab), None
+            )
 
         def flag(name: str, default: bool) -> bool:
-            return bool(metadata.get(f"tokenizer.ggml.{name}", default))
+            value = metadata.get(f"tokenizer.ggml.{name}", default)
+            return bool(value) if isinstance(value, np.generic | bool) else default
 
         return cls(
             kind="spm" if spm else "bpe",
