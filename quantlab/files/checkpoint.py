@@ -302,9 +302,11 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
 
 def _count_loss(floats: np.ndarray, halves: np.ndarray, name: str, loss: RangeLoss) -> None:
     """Count what became infinite or zero; `halves` are the float16 bits."""
-    bits = halves & 0x7FFF
-    overflowed = int(np.count_nonzero(bits == 0x7C00))
-    vanished = int(np.count_nonzero(bits == 0)) - int(np.count_nonzero(floats == 0))
+    bits, overflowed, vanished = halves & 0x7FFF, 0, 0
+    if bits.max() == 0x7C00:  # seldom, and faster to find out than to count
+        overflowed = int(np.count_nonzero(bits == 0x7C00))
+    if bits.min() == 0:
+        vanished = int(np.count_nonzero(bits == 0)) - int(np.count_nonzero(floats == 0))
     if overflowed:
         loss.overflowed[name] = loss.overflowed.get(name, 0) + overflowed
     if vanished:
