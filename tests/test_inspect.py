@@ -1,6 +1,8 @@
 """transform/inspect.py: types, sizes and the mixture of a file; no stranger's file writes to terminal or page."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -66,3 +68,12 @@ def test_a_strangers_file_cannot_write_to_terminal_or_page(tmp_path):
 def test_long_values_are_shortened(tmp_path):
     write_gguf(tmp_path / "a.gguf", {"tokens": ["x" * 100] * 50_000, "text": "y" * 10_000}, [], [])
     assert len(str(inspect(tmp_path / "a.gguf"))) < 1000
+
+
+def test_the_word_inspect(tmp_path):
+    path = made_gguf(tmp_path / "a.gguf", NARROW)
+    done = subprocess.run(
+        [sys.executable, "-m", "quantlab.cli", "inspect", str(path), "--json", "-"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["protocol"]["mixtures"][0]["ftype"] == "F16"
+    assert "mixture: F16, rules current" in done.stderr
