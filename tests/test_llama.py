@@ -8,6 +8,7 @@ import pytest
 
 import quantlab as ql
 from quantlab.evaluate.logits import logits
+from quantlab.files.bundled import data_dir
 
 GOLDEN = Path(__file__).parent / "golden" / "transformers_logits.npz"
 
@@ -19,3 +20,23 @@ def test_logits_agree_with_transformers(name, tmp_path):
     found = logits(model, llama_models.TOKENS)[llama_models.SEEN]
     expected = np.load(GOLDEN)[name]
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_bundled_model_agrees_with_transformers():
+    model = ql.open(data_dir() / "models" / "tiny")
+    found = logits(model, llama_models.TOKENS)[llama_models.SEEN]
+    expected = np.load(GOLDEN)["tiny"]
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([], {}, "tokens: shape=\\(0,\\), must be a row of ids"),
+        ([1, 10**6], {}, "tokens: shape=\\(2,\\), must be a row of ids within 0:"),
+        ([1], {"mode": "exact"}, "mode=exact, must be one of"),
+    ],
+)
+def test_logits_of_nothing_sensible_are_refused(tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        logits(ql.open(data_dir() / "models" / "tiny"), tokens, **options)
