@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from llama_models import NAMES, SEEN, TOKENS, write_model
+from llama_models import NAMES, SEEN, TOKENS, write_model  # noqa: E402
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
