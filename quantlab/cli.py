@@ -9,7 +9,6 @@ import errno
 import os
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -208,7 +207,7 @@ def quantize(
     With --json, the plan: totals, and the type of every tensor.
     """
     from quantlab.transform.mixture import parse_tensor_type, read_tensor_types
-    from quantlab.transform.plan import plan
+    from quantlab.transform.plan import Plan, plan
     from quantlab.transform.quantize import quantize
 
     if not 2 <= len(files) <= 3:
@@ -223,13 +222,18 @@ def quantize(
     }  # fmt: skip
     options["tensor_types"] = [parse_tensor_type(text) for text in tensor_type or ()]
     options["tensor_types"] += [pair for path in tensor_type_file or () for pair in read_tensor_types(path)]
-    if dry_run or json:
-        planned = plan(src, outfile, **options)
-        typer.echo(planned.to_frame().to_string(index=False), err=json == "-")
-        report(planned, json)
-    if not dry_run:
-        lines = partial(typer.echo, err=json == "-")
-        quantize(src, outfile, reuse=reuse, histogram=histogram, overwrite=overwrite, report=lines, **options)
+
+    def say(item):
+        if isinstance(item, Plan) and (dry_run or json):
+            typer.echo(item.to_frame().to_string(index=False), err=json == "-")
+            report(item, json)
+        else:
+            typer.echo(item, err=json == "-")
+
+    if dry_run:
+        say(plan(src, outfile, **options))
+    else:
+        quantize(src, outfile, reuse=reuse, histogram=histogram, overwrite=overwrite, report=say, **options)
 
 
 TextName = Annotated[

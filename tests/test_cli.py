@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import quantlab
 from quantlab import cli
+from quantlab.files.gguf_file import read_header
 
 
 def quantlab_command(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -123,6 +124,16 @@ def test_a_json_path_that_cannot_be_written_is_refused_at_once(tmp_path):
 )
 def test_an_error_becomes_one_line(error, line):
     assert cli._line(error) == line
+
+
+def test_quantize_says_its_plan_once_and_keeps_standard_output_clean(tmp_path):
+    out = tmp_path / "out.gguf"
+    done = quantlab_command("quantize", "tiny", str(out), "Q4_0", "--json", "-")
+    assert done.returncode == 0 and done.stderr.count("peak memory") == 1
+    assert len(json.loads(done.stdout)["rows"]) == len(read_header(out).tensors)
+    done = quantlab_command("quantize", "tiny", str(out), "Q4_0", "--json", "-")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"quantlab: {out}: exists already. Choose another name or pass --overwrite.\n"
 
 
 def test_interrupt_is_clean(monkeypatch, capsys):

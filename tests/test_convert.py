@@ -185,6 +185,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert "Traceback" not in done.stderr and sorted(src.iterdir()) == before
 
 
+def test_no_file_of_the_checkpoint_is_replaced(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1")
+    before = (src / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"config\.json: is the input, must be another file"):
+        convert(src, src / "config.json", overwrite=True, progress=False)
+    assert (src / "config.json").read_bytes() == before
+
+
 def test_the_word_convert(tmp_path):
     src = write_checkpoint(tmp_path / "m", "llama1")
     done = quantlab("convert", src, "--outtype", "f16", "--outfile", tmp_path / "a.gguf")

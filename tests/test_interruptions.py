@@ -31,7 +31,7 @@ from quantlab.transform.quantize import quantize
 source, disk = sys.argv[1], Path(sys.argv[2])
 
 def fill(line):
-    if line.startswith("[  20/"):
+    if str(line).startswith("[  20/"):
         with open(disk / "filler", "wb", buffering=0) as file:
             try:
                 while True:
@@ -46,8 +46,8 @@ except OSError as error:
 assert sorted(path.name for path in disk.iterdir()) == ["filler", "out.gguf.part", "out.gguf.part.json"]
 (disk / "filler").unlink()
 lines = []
-quantize(source, disk / "out.gguf", ftype="Q4_K_M", report=lines.append)
-print(*[line for line in lines if line.startswith("going on after")])
+quantize(source, disk / "out.gguf", ftype="Q4_K_M", report=lambda line: lines.append(str(line)))
+print(*[line for line in lines if str(line).startswith("going on after")])
 sys.stdout.flush()
 os.write(1, (disk / "out.gguf").read_bytes())
 """

@@ -175,8 +175,6 @@ def test_a_tensor_type_file_is_split_at_white_space(tmp_path):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"ftype=Q4_KM, must be one of .* Did you mean Q4_K_M\?"):
         find_ftype("Q4_KM")
-    with pytest.raises(ValueError, match="ftype=99"):
-        find_ftype(99)
     with pytest.raises(ValueError, match=r"tensor type: type=Q4K.* Did you mean Q4_K\?"):
         find_qtype("Q4K")
     with pytest.raises(ValueError, match="rules=2024, must be one of current 2023-12"):
@@ -185,12 +183,25 @@ def test_bad_input():
         qtypes("Q4_0", hparams={"arch": "gpt2"}, shapes={"output.weight": (32, 32)})
     with pytest.raises(ValueError, match="ftype=Q2_K_S: rules=2023-12, must be current"):
         qtypes("Q2_K_S", rules="2023-12")
+    with pytest.raises(ValueError, match=r"ftype=99, must be one of 0 1 32 .*, or a name such as Q4_K_M"):
+        find_ftype(99)
+    with pytest.raises(ValueError, match=r"name=\[\[:digit:\]\], must be a regular expression"):
+        qtypes("Q4_0", tensor_types=[("[[:digit:]]", "Q4_0")])
     with pytest.raises(ValueError, match=r"tensor type: name=\(, must be a regular expression"):
         qtypes("Q4_0", tensor_types=[("(", "Q4_0")])
     with pytest.raises(ValueError, match="tensor types: ftype=F16, must be a quantized one"):
         qtypes("F16", tensor_types=[("attn", "Q4_0")])
     with pytest.raises(ValueError, match="tensor type=attn_v, must read NAME=TYPE"):
         parse_tensor_type("attn_v")
+
+
+def test_a_bad_tensor_type_file_is_named(tmp_path):
+    (tmp_path / "types.txt").write_bytes(b"\xff\xfe=")
+    with pytest.raises(ValueError, match=r"types\.txt: must be a text of NAME=TYPE entries"):
+        read_tensor_types(tmp_path / "types.txt")
+    (tmp_path / "types.txt").write_text("attn_v Q6_K")
+    with pytest.raises(ValueError, match=r"types\.txt: tensor type=attn_v, must read NAME=TYPE"):
+        read_tensor_types(tmp_path / "types.txt")
 
 
 def test_a_recipe_file_of_expressions_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import checkpoints
@@ -159,7 +160,7 @@ def test_default_output_stands_beside_the_input(work):
 
 def test_lines_tell_shape_type_size_and_codes(work):
     lines = []
-    quantize("wide.gguf", "out.gguf", ftype="Q4_0", report=lines.append, histogram=True)
+    quantize("wide.gguf", "out.gguf", ftype="Q4_0", report=lambda line: lines.append(str(line)), histogram=True)
     line = next(line for line in lines if "blk.3.ffn_down.weight" in line)
     found = re.search(r"256 × 512 +F16 → Q4_0 0\.25 → 0\.07 MiB  codes: ([0-9. ]+)", line)
     shares = [float(share) for share in found[1].split()]
@@ -194,7 +195,14 @@ def test_a_checkpoint_is_quantized_in_one_pass(tmp_path, name):
     for via, outtype in ((None, "auto"), ("f16", "f16")):
         two = quantize(convert(folder, tmp_path / f"{outtype}.gguf", outtype=outtype), ftype="Q4_K_M")
         lines = []
-        one = quantize(folder, tmp_path / "one.gguf", ftype="Q4_K_M", via=via, report=lines.append, overwrite=True)
+        one = quantize(
+            folder,
+            tmp_path / "one.gguf",
+            ftype="Q4_K_M",
+            via=via,
+            report=lambda line, lines=lines: lines.append(str(line)),
+            overwrite=True,
+        )
         assert one.read_bytes() == two.read_bytes()
         assert ("keep the checkpoint's precision" in lines[0]) == (via is None)
         two.unlink()
@@ -213,37 +221,37 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(work, n):
 
     def stop(line):
         seen.append(line)
-        if line.startswith(f"[{n:4}/"):
+        if str(line).startswith(f"[{n:4}/"):
             raise Stop
 
     with pytest.raises(Stop):
         quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=stop)
     assert not Path("out.gguf").exists() and Path("out.gguf.part").exists()
     lines = []
-    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=lines.append)
+    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=lambda line: lines.append(str(line)))
     assert sha256("out.gguf") == GOLDEN["wide.gguf Q4_K_M"]
-    assert n == 1 or any(line.startswith("going on after") for line in lines)
+    assert n == 1 or any(str(line).startswith("going on after") for line in lines)
     assert sorted(path.name for path in work.glob("out*")) == ["out.gguf", "out.gguf.json"]
 
 
 def test_a_state_of_another_job_is_begun_anew(work):
     def stop(line):
-        if line.startswith("[  40/"):
+        if str(line).startswith("[  40/"):
             raise Stop
 
     with pytest.raises(Stop):
         quantize("wide.gguf", "out.gguf", ftype="Q5_K_M", report=stop)
     lines = []
-    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=lines.append)
+    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=lambda line: lines.append(str(line)))
     assert sha256("out.gguf") == GOLDEN["wide.gguf Q4_K_M"]
-    assert not any(line.startswith("going on after") for line in lines)
+    assert not any(str(line).startswith("going on after") for line in lines)
 
 
 def test_interrupted_shards_go_on(work):
     shard = "made-00001-of-00002.gguf"
 
     def stop(line):
-        if line.startswith("[  60/"):
+        if str(line).startswith("[  60/"):
             raise Stop
 
     with pytest.raises(Stop):
@@ -257,7 +265,7 @@ def test_interrupted_shards_go_on(work):
 def test_unchanged_tensors_are_reused(work):
     quantize("wide.gguf", "old.gguf", ftype="Q4_K_S")
     lines = []
-    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf", report=lines.append)
+    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf", report=lambda line: lines.append(str(line)))
     assert sha256("out.gguf") == GOLDEN["wide.gguf Q4_K_M"]
     reused = [line for line in lines if line.endswith("reused")]
     before, after = (read_header(name).tensors for name in ("old.gguf", "out.gguf"))
@@ -268,10 +276,17 @@ def test_tensors_whose_source_or_matrix_changed_are_not_reused(work):
     made_models.made_gguf(work / "second.gguf", seed=5)
     quantize("second.gguf", "old.gguf", ftype="Q4_K_M")
     lines = []
-    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf", report=lines.append)
+    quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf", report=lambda line: lines.append(str(line)))
     assert sha256("out.gguf") == GOLDEN["wide.gguf Q4_K_M"]
     assert not any(line.endswith("reused") for line in lines)
-    quantize("wide.gguf", "m.gguf", ftype="Q4_K_M", imatrix="made.imatrix", reuse="out.gguf", report=lines.append)
+    quantize(
+        "wide.gguf",
+        "m.gguf",
+        ftype="Q4_K_M",
+        imatrix="made.imatrix",
+        reuse="out.gguf",
+        report=lambda line, lines=lines: lines.append(str(line)),
+    )
     assert sha256("m.gguf") == GOLDEN["--imatrix made.imatrix wide.gguf Q4_K_M"]
 
 
@@ -305,6 +320,45 @@ def test_outputs_are_not_overwritten_and_inputs_never(work):
         quantize("wide.gguf", "none/out.gguf", ftype="Q8_0")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "config"])
+def test_no_file_of_a_checkpoint_is_replaced(tmp_path, name):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(model_path("tiny"), folder)
+    before = {path.name: sha256(path) for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="is the input, must be another file"):
+        quantize(folder, folder / name, ftype="Q4_0", overwrite=True)  # config: its digests would be config.json
+    assert {path.name: sha256(path) for path in folder.iterdir()} == before
+
+
+def test_the_second_shard_of_the_input_is_not_replaced(work):
+    shards = sorted(work.glob("*-of-*.gguf"))
+    before = sha256(shards[1])
+    with pytest.raises(ValueError, match="is the input, must be another file"):
+        quantize(shards[0], shards[1], ftype="Q4_0", overwrite=True)
+    assert sha256(shards[1]) == before
+
+
+def test_one_file_of_weights_may_be_called_a_shard(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(model_path("tiny"), folder)
+    only = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert quantize(only, tmp_path / "out.gguf", ftype="Q4_0").stat().st_size < only.stat().st_size
+
+
+def test_what_has_no_effect_is_told(work):
+    lines = []
+    quantize(
+        "wide.gguf",
+        "out.gguf",
+        ftype="Q4_0",
+        tensor_types=[("^attn_v", "Q8_0")],
+        report=lambda line, lines=lines: lines.append(str(line)),
+    )
+    assert "no tensor has a name that fits ^attn_v" in lines[0]
+    options = {"imatrix": "made.imatrix", "include_weights": ["no such name"]}
+    assert "leave no entry of the importance matrix" in str(plan("wide.gguf", ftype="Q4_0", **options))
+
+
 def test_nan_leaves_nothing_behind(work):
     header = read_header("wide.gguf")
     specs = [TensorSpec(t.name, t.shape, t.qtype) for t in header.tensors]
@@ -336,9 +390,20 @@ def test_bad_input(work):
     quantize("wide.gguf", "q4.gguf", ftype="Q4_0")
     with pytest.raises(ValueError, match=r"type=Q6_K, is quantized already|type=Q4_0, is quantized already"):
         quantize("q4.gguf", "out.gguf", ftype="Q5_0")
-    for override in ("a", "a=int", "a=int:x", "a=bool:yes", "a=list:1", "a=str:" + "x" * 128, "=int:3"):
+    for override in (
+        "a",
+        "a=int",
+        "a=int:x",
+        "a=bool:yes",
+        "a=list:1",
+        "a=str:" + "x" * 128,
+        "=int:3",
+        "a=int:4294967296",
+    ):
         with pytest.raises(ValueError, match="override="):
             quantize("wide.gguf", "out.gguf", ftype="Q4_0", override_kv=[override])
+    with pytest.raises(ValueError, match=r"key=general\.alignment, must be left alone"):
+        quantize("wide.gguf", "out.gguf", ftype="Q4_0", override_kv=["general.alignment=int:0"])
     with pytest.raises(ValueError, match="via=f16 rounds a checkpoint, this is a GGUF model"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_0", via="f16")
     with pytest.raises(ValueError, match="keep_split applies to GGUF files"):
@@ -349,7 +414,7 @@ def test_bad_input(work):
 @pytest.mark.skipif(os.name != "posix", reason="files are locked where fcntl is")
 def test_two_runs_do_not_write_the_same_file(work):
     def second(line):
-        if line.startswith("[  10/"):
+        if str(line).startswith("[  10/"):
             quantize("wide.gguf", "out.gguf", ftype="Q4_0")
 
     with pytest.raises(OSError, match=r"out\.gguf: another run is writing it"):

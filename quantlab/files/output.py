@@ -2,11 +2,11 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_output", "replacing"]
+__all__ = ["beside", "check_apart", "check_output", "replacing"]
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -29,6 +29,23 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: folder {path.parent} does not exist. Create it first.")
     return path
+
+
+def check_apart(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is one of the input's files, whatever its name and whatever else is allowed.
+
+    Raises
+    ------
+    ValueError
+        If `path` is one of `inputs`.
+    """
+    if path.exists() and any(path.samefile(file) for file in inputs if file.exists()):
+        raise ValueError(f"{path}: is the input, must be another file. Name another output.")
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """Return the path that stands beside `path` with `suffix` added to its name."""
+    return path.with_name(path.name + suffix)
 
 
 @contextmanager

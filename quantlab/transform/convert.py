@@ -17,7 +17,7 @@ from quantlab.files.checkpoint import OUTTYPES, RangeLoss, open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, write_gguf
 from quantlab.files.hub import find_checkpoint
 from quantlab.files.model import LazyTensor, Model
-from quantlab.files.output import check_output, replacing
+from quantlab.files.output import check_apart, check_output, replacing
 
 __all__ = ["convert"]
 
@@ -61,7 +61,8 @@ def convert(
     FileExistsError
         If the output exists and `overwrite` is false.
     ValueError
-        If a file of the checkpoint is damaged or of a kind that is not read, or a weight is not finite.
+        If a file of the checkpoint is damaged or of a kind that is not read, a weight is not finite, or the output is
+        one of the checkpoint's files.
     OSError
         If the disk has not enough room.
 
@@ -77,6 +78,7 @@ def convert(
     name = OUTTYPES[outtype] or _own_type(model)
     folder = src if src.is_dir() else src.parent
     outfile = check_output(folder / f"ggml-model-{name}.gguf" if outfile is None else outfile, overwrite=overwrite)
+    check_apart(outfile, (file for file in folder.iterdir() if file.suffix != ".gguf"))
     specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
     header = len(pack_header(model.metadata, specs))
     _check_room(outfile, header + model.nbytes)

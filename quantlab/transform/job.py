@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from quantlab.files.hparams import Hparams
 from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
+from quantlab.files.output import beside, check_apart
 from quantlab.quants import block_size
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
 
@@ -156,7 +158,7 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     Raises
     ------
     FileNotFoundError, ValueError
-        If the source cannot be opened, or an option has no meaning for it.
+        If the source cannot be opened, an option has no meaning for it, or the output is one of the source's files.
     """
     ftype = find_ftype(options.ftype)
     model = _open(src, options.via)
@@ -164,6 +166,8 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     shards = _shards(model, options.keep_split)
     tensors = {tensor.name: tensor for tensor in model}
     overrides = dict(parse_override(text) for text in options.override_kv)
+    if "general.alignment" in overrides:
+        raise ValueError("override: key=general.alignment, must be left alone: the tensors' places depend on it.")
     matrix, matrix_keys = _matrix(options)
     choices = choose_types(
         Hparams.from_metadata(model.metadata | overrides, tensors, source=str(model.path)),
@@ -181,6 +185,11 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
     if not options.via and model.path.is_dir() and any(tensor.qtype in ("BF16", "F32") for tensor in model):
         notes.append("weights keep the checkpoint's precision; --via f16 rounds them as a conversion to F16 would")
+    idle = [regex for regex, _ in options.tensor_types if not any(re.search(regex.lower(), name) for name in tensors)]
+    if idle:
+        notes.append(f"tensor types: no tensor has a name that fits {', '.join(idle)}")
+    if options.imatrix is not None and not matrix:
+        notes.append("the weights that are included or not excluded leave no entry of the importance matrix")
     missing = [name for name, step in steps.items() if matrix and step.weights is None and not step.is_kept]
     if missing:
         notes.append(f"{len(missing)} tensors have no entry in the importance matrix: {_first(missing)}")
@@ -306,8 +315,10 @@ def parse_override(text: str) -> tuple[str, Any]:
             return key, np.uint32(abs(int(value)))
         if kind == "float":
             return key, np.float32(value)
-    except (ValueError, OverflowError):
+    except ValueError:
         raise ValueError(f"override={text}, must give a number after {kind}:") from None
+    except OverflowError:
+        raise ValueError(f"override={text}, must be at most {2**32 - 1}, as an int is written in 32 bits") from None
     if kind == "bool" and value in ("true", "false"):
         return key, value == "true"
     if kind == "str":
@@ -353,10 +364,25 @@ def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) ->
         paths = [shard_path(first, number, count) for number in range(1, count + 1)]
     else:
         paths = [path]
+    inputs = (
+        [file for file in folder.glob("*") if file.suffix != ".gguf"]
+        if model.path.is_dir()
+        else source_files(model.path)
+    )
     for out in paths:
-        if out.exists() and model.path.exists() and out.samefile(model.path):
-            raise ValueError(f"{out}: is the input, must be another file. Name another output.")
+        check_apart(out, inputs)
+        check_apart(beside(out, ".json"), inputs)  # the digests for a later run
     return paths
+
+
+def source_files(path: Path) -> list[Path]:
+    """Return the files that the weights of the model at `path` come from."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    if not path.exists():
+        return []  # a model that never was on a disk
+    is_shard = path.suffix == ".gguf" and "-of-" in path.name
+    return [header.path for header in shard_headers(read_header(path))] if is_shard else [path]
 
 
 def _outputs(paths: Sequence[Path | None], shards, steps: Mapping[str, Step], metadata: dict) -> tuple[Output, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def find_ftype(ftype: str | int) -> Ftype:
     Raises
     ------
     ValueError
-        If there is no such ftype; the text names the nearest one.
+        If there is no such ftype; the text names the nearest one, or the numbers.
 
     Examples
     --------
@@ -104,6 +105,10 @@ def find_ftype(ftype: str | int) -> Ftype:
     name = str(ftype).upper()
     found = FTYPES.get(name) or _BY_ALIAS.get(name) or (_BY_NUMBER.get(int(name)) if name.isdecimal() else None)
     if found is None:
+        if name.isdecimal():
+            raise ValueError(
+                f"ftype={ftype}, must be one of {' '.join(map(str, _BY_NUMBER))}, or a name such as Q4_K_M"
+            )
         near = difflib.get_close_matches(name, [*FTYPES, *_BY_ALIAS], n=1, cutoff=0.0)[0]
         raise ValueError(f"ftype={ftype}, must be one of {' '.join(FTYPES)}. Did you mean {near}?")
     return found
@@ -340,8 +345,10 @@ def _parse_tensor_types(tensor_types: Iterable[tuple[str, str]]) -> list[tuple[r
     compiled = []
     for text, qtype in tensor_types:
         try:
-            regex = re.compile(text.lower())
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # a class such as [[:digit:]] would fit something else
+                regex = re.compile(text.lower())
+        except (re.error, FutureWarning) as error:
             raise ValueError(f"tensor type: name={text}, must be a regular expression ({error})") from None
         compiled.append((regex, find_qtype(qtype, f"tensor type {text}")))
     return compiled
@@ -367,9 +374,14 @@ def read_tensor_types(path: str | Path) -> list[tuple[str, str]]:
     Raises
     ------
     ValueError
-        If an entry does not read ``name=type``.
+        If the file is no text, or an entry does not read ``name=type``.
     """
-    return [parse_tensor_type(entry) for entry in Path(path).read_text(encoding="utf-8").split()]
+    try:
+        return [parse_tensor_type(entry) for entry in Path(path).read_text(encoding="utf-8").split()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: must be a text of NAME=TYPE entries. Check the name.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from quantlab import quants
 from quantlab.files import bundled
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
+from quantlab.files.output import beside
 from quantlab.quants import block_bytes, block_size, row_bytes
 from quantlab.transform.job import Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
@@ -31,7 +32,7 @@ MIB = 1024**2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SLAB = 1 << 22  # weights that are read, quantized and written at once
 IN_FLIGHT = 6  # slabs in memory at once: some read ahead, one quantized, some behind to be written
-SAMPLE = 1 << 20  # weights of the calibration
+SAMPLE = 1 << 18  # weights of the calibration
 
 
 @dataclass(frozen=True)
@@ -342,11 +343,16 @@ def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, 
     FileNotFoundError, ValueError
         If the source cannot be opened or an option is not valid. What else speaks against it stands in `refusals`.
     """
-    job = make_job(src, outfile, Options(ftype=ftype, **options))
+    return plan_of(make_job(src, outfile, Options(ftype=ftype, **options)))
+
+
+def plan_of(job: Job) -> Plan:
+    """Work out what a job that is known will read, write and need; see `plan`."""
     steps = job.steps
-    first = job.outputs[0].path
     written = sum(len(output.header) for output in job.outputs)
-    written += sum(-(-step.spec.nbytes // 32) * 32 for step in steps)
+    written += sum(
+        -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
+    )
     slab = max(min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps)
     return Plan(
         job,
@@ -354,7 +360,7 @@ def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, 
         written,
         _memory_now() + IN_FLIGHT * 4 * slab,
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        None if first is None else _free_disk(first),
+        _free_disk([output.path for output in job.outputs if output.path is not None]),
         _kernel_seconds(job),
     )
 
@@ -364,12 +370,15 @@ def _memory_now() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _free_disk(path: Path) -> int:
-    """Return the bytes free where `path` will be, those of an unfinished output of that name included."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: folder {path.parent} does not exist. Create it first.")
-    parts = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.part"))
-    return shutil.disk_usage(path.parent).free + parts
+def _free_disk(paths: Sequence[Path]) -> int | None:
+    """Return the bytes free where `paths` will be, those of unfinished outputs of these names included."""
+    if not paths:
+        return None
+    folder = paths[0].parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{paths[0]}: folder {folder} does not exist. Create it first.")
+    parts = [beside(path, ".part") for path in paths]
+    return shutil.disk_usage(folder).free + sum(part.stat().st_size for part in parts if part.exists())
 
 
 def _kernel_seconds(job: Job) -> float:

@@ -15,14 +15,13 @@ from tqdm.auto import tqdm
 
 from quantlab import quants
 from quantlab.files.gguf_file import read_header
-from quantlab.files.gguf_shards import shard_headers
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
-from quantlab.files.output import check_output, replacing
+from quantlab.files.output import beside, check_output, replacing
 from quantlab.transform.checksum import Checksum
-from quantlab.transform.job import FLOATS, Job, Step
-from quantlab.transform.plan import MIB, SLAB, plan
-from quantlab.transform.unfinished import Sink, Unfinished, beside
+from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_files
+from quantlab.transform.plan import MIB, SLAB, Plan, plan_of
+from quantlab.transform.unfinished import Sink, Unfinished
 
 AHEAD = 2  # slabs that are read, and slabs that wait to be written, while one is quantized
 
@@ -35,7 +34,7 @@ def quantize(
     reuse: str | Path | None = None,
     histogram: bool = False,
     overwrite: bool = False,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[Plan | str], None] | None = None,
     **options,
 ) -> Path | None:
     """Quantize a model.
@@ -59,7 +58,7 @@ def quantize(
     overwrite : bool
         Whether an output that exists may be replaced.
     report : callable, optional
-        Called with the plan, then with one line per tensor. Default: a progress bar.
+        Called with the `Plan`, then with one line per tensor. Default: a progress bar.
     **options
         The fields of `quantlab.transform.job.Options`: rules, imatrix, include_weights, exclude_weights, tensor_types,
         output_tensor_type, token_embedding_type, pure, leave_output_tensor, allow_requantize, keep_split, override_kv,
@@ -88,14 +87,14 @@ def quantize(
 
     Source: llama.cpp, src/llama-quant.cpp, for what the file contains and in which order.
     """
-    planned = plan(src, outfile, ftype=ftype, **options)
-    job = planned.job
+    job = make_job(src, outfile, Options(ftype=ftype, **options))
     for output in job.outputs:
         if output.path is not None:
             check_output(output.path, overwrite=overwrite)
-    planned.check()
+    plan = plan_of(job)
+    plan.check()
     if report is not None:
-        report(str(planned))
+        report(plan)
     old = _Reusable(Path(reuse)) if reuse is not None else None
     if job.outputs[0].path is None:
         _run(job, Sink(outfile, job.outputs[0]), old, histogram, report)
@@ -211,22 +210,13 @@ def _digest(weights: np.ndarray | None) -> str | None:
 
 def _identity(job: Job) -> str:
     """Return a digest of all that the output's bytes depend on; source files count by name, size and time."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _source_files(job.source)]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source_files(job.source)]
     digest = hashlib.sha256(json.dumps([stats, job.options.via]).encode())
     for output in job.outputs:
         digest.update(output.header)
     for step in job.steps:
         digest.update(str(_digest(step.weights)).encode())
     return digest.hexdigest()
-
-
-def _source_files(source: Path) -> list[Path]:
-    """Return the files that a model's weights come from."""
-    if source.is_dir():
-        return sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
-    if not source.exists():
-        return []  # a model that never was on a disk
-    return [header.path for header in shard_headers(read_header(source))] if "-of-" in source.name else [source]
 
 
 def _sidecar(job: Job, records: list[dict]) -> str:

@@ -11,22 +11,17 @@ import errno
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from quantlab.files.output import beside
 from quantlab.transform.job import Output
 
 try:
     import fcntl
 except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None
-
-
-def beside(path: Path, suffix: str) -> Path:
-    """Return the path that stands beside `path` with `suffix` added to its name."""
-    return path.with_name(path.name + suffix)
 
 
 class Unfinished:
