@@ -372,6 +372,19 @@ def test_nan_leaves_nothing_behind(work):
         assert not list(work.glob("out*"))
 
 
+def test_values_beyond_f16_are_refused_as_llama_quantize_does(work):
+    header = read_header("f32.gguf")
+    specs = [TensorSpec(t.name, t.shape, t.qtype) for t in header.tensors]
+    data = [tensor.load() for tensor in open_model("f32.gguf")]
+    at = next(i for i, spec in enumerate(specs) if spec.name == "blk.0.attn_q.weight")
+    data[at][3, 5] = 1e5
+    write_gguf("large.gguf", header.metadata, specs, data)
+    with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight: has values beyond 65504, F16 cannot hold them"):
+        quantize("large.gguf", "out.gguf", ftype="F16")
+    assert not list(work.glob("out*"))
+    assert quantize("large.gguf", "out.gguf", ftype="BF16").exists()
+
+
 def test_bad_input(work):
     with pytest.raises(ValueError, match=r"ftype=Q4_M.* Did you mean Q4_K_M\?"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_M")

@@ -178,7 +178,10 @@ def _encode(step: Step, rows: np.ndarray) -> np.ndarray:
         return rows
     if tensor.qtype != "F32":
         rows = quants.dequantize(rows.view(np.uint8), tensor.qtype, (len(rows), tensor.shape[-1]))
-    return quants.quantize(rows, qtype, step.weights, name=tensor.name)
+    encoded = quants.quantize(rows, qtype, step.weights, name=tensor.name)
+    if qtype == "F16" and not np.isfinite(encoded.view(np.float16)).all():
+        raise ValueError(f"{tensor.name}: has values beyond 65504, F16 cannot hold them. Choose BF16 or F32.")
+    return encoded
 
 
 # ---- what users see
