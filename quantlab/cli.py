@@ -87,9 +87,10 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: typer.echo(f"quantlab: {message}", err=True)
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("quantlab: interrupted", err=True)
-        sys.exit(130)
+    except SystemExit as left:
+        if left.code == 130:  # how typer passes a KeyboardInterrupt on, without a word
+            typer.echo("quantlab: interrupted", err=True)
+        raise
     except (ValueError, OSError, ImportError, MemoryError) as error:
         typer.echo(f"quantlab: {_line(error)}", err=True)
         sys.exit(1)

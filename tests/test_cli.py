@@ -137,12 +137,14 @@ def test_quantize_says_its_plan_once_and_keeps_standard_output_clean(tmp_path):
 
 
 def test_interrupt_is_clean(monkeypatch, capsys):
+    @cli.app.command(name="interrupted", hidden=True)
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["quantlab", "interrupted"])
     with pytest.raises(SystemExit) as left:
         cli.main()
+    cli.app.registered_commands.pop()
     assert left.value.code == 130
     assert capsys.readouterr().err == "quantlab: interrupted\n"
 
