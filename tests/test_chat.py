@@ -1,9 +1,11 @@
 """Conversations with the bundled model: history, options, stopping; in the terminal and in a notebook."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -99,18 +101,28 @@ def test_the_terminal(engine):
     assert "a larger --ctx-size holds more" in written[-1]
 
 
+def interrupt_answer(process) -> bool:
+    """Ask, press Ctrl-C when the answer has begun, and tell whether it came before the answer's end."""
+    process.stdin.write(b"/clear\nTell me everything.\n")
+    process.stdin.flush()
+    text = b""
+    while len(text.partition(b"Forgotten.")[2]) < 20:  # some of the answer is there
+        text += os.read(process.stdout.fileno(), 64) or pytest.fail(text.decode())
+    process.send_signal(signal.SIGINT)
+    while not re.search(rb"per second(, stopped)?\]", text):
+        text += os.read(process.stdout.fileno(), 4096) or pytest.fail(text.decode())
+    return b"stopped]" in text
+
+
 def test_ctrl_c_in_the_terminal_stops_the_answer_and_not_the_program(path):
     command = [sys.executable, "-m", "quantlab.cli", "chat", str(path), "-t", "1", "--temp", "0", "--predict", "450"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
-        process.stdin.write(b"Tell me everything.\n")
-        process.stdin.flush()
-        text = b""
-        while text.count(b"\n") < 3 or len(text.rsplit(b"> ", 1)[-1]) < 12:  # some of the answer is there
-            text += os.read(process.stdout.fileno(), 64)
-        process.send_signal(signal.SIGINT)
-        while b"stopped]" not in text:
-            text += os.read(process.stdout.fileno(), 4096)
+        limit = threading.Timer(120, process.kill)  # ends every wait below
+        limit.start()
+        while not interrupt_answer(process):
+            assert process.poll() is None
+        limit.cancel()
         rest, errors = process.communicate(b"And now?\n", timeout=60)
     assert b"per second]" in rest
     assert process.returncode == 0
