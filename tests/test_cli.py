@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import quantlab
 from quantlab import cli
+from quantlab.cli import options
 from quantlab.files.gguf_file import read_header
 
 
@@ -81,8 +82,8 @@ def word():
     app = typer.Typer()
 
     @app.command()
-    def word(json: cli.JsonPath = None):
-        cli.report(Result(), json)
+    def word(json: options.JsonPath = None):
+        options.report(Result(), json)
 
     return lambda *arguments: CliRunner().invoke(app, arguments)
 

@@ -1,0 +1,54 @@
+"""The command line: `quantlab WORD …`, each word a few lines over one public function.
+
+A word imports what it needs inside its body, so that `quantlab --help` starts at once. It checks nothing itself: the
+public function raises a built-in exception with a whole sentence, and `main` prints that sentence as one line and exits
+with 1. The words stand in the order of a day's work: files, measure, run.
+"""
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+import quantlab
+from quantlab.cli import files, measure, run  # noqa: F401 (each registers its words)
+from quantlab.cli.options import app
+
+
+def _line(error: BaseException) -> str:
+    """The one line that is printed for an error."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def main() -> None:
+    """Run the command line: exit status 0, 1 with one line for an error, 2 for wrong usage, 130 when interrupted."""
+    warnings.showwarning = lambda message, *_: typer.echo(f"quantlab: {message}", err=True)
+    try:
+        app()
+    except SystemExit as left:
+        if left.code == 130:  # how typer passes a KeyboardInterrupt on, without a word
+            typer.echo("quantlab: interrupted", err=True)
+        raise
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        typer.echo(f"quantlab: {_line(error)}", err=True)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantlab {quantlab.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Convert, quantize and measure GGUF models."""

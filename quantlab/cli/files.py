@@ -1,0 +1,131 @@
+"""The words that read and write files: fetch, convert, sizes, inspect, quantize."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantlab.cli.options import JsonPath, Overwrite, Rules, app, report
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="What to fetch: smollm2.")]) -> None:
+    """Fetch a model that is not bundled into the cache folder, checked by SHA-256, and print its path."""
+    from quantlab.files.bundled import fetch
+
+    typer.echo(str(fetch(name)))
+
+
+@app.command()
+def convert(
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint's folder or file of weights, or org/model on the hub.")
+    ],
+    outfile: Annotated[
+        Path | None, typer.Option("--outfile", help="Default: ggml-model-<TYPE>.gguf in the checkpoint's folder.")
+    ] = None,
+    outtype: Annotated[
+        str, typer.Option("--outtype", metavar="auto|f32|f16|bf16|q8_0", help="auto keeps the checkpoint's own type.")
+    ] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a checkpoint to GGUF: safetensors, .bin, .pth, .pt; Llama 1-3, Mistral, Yi, SmolLM, Qwen 2 and 3."""
+    from quantlab.transform.convert import convert
+
+    typer.echo(str(convert(src, outfile, outtype=outtype, overwrite=overwrite)))
+
+
+@app.command()
+def sizes(
+    shape: Annotated[
+        str, typer.Argument(metavar="SHAPE|FILE", help="A bundled shape (yi-34b), a GGUF file or a checkpoint.")
+    ],
+    rules: Rules = "current",
+    json: JsonPath = None,
+) -> None:
+    """Print the exact size of every ftype, without any weights."""
+    from quantlab.transform.plan import sizes
+
+    report(sizes(shape, rules=rules), json)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    json: JsonPath = None,
+) -> None:
+    """Print what is in a model: metadata, tensors, types, sizes, and the mixture where it is a known one."""
+    from quantlab.transform.inspect import inspect
+
+    report(inspect(file), json)
+
+
+def _strings(name: str, metavar: str, text: str):
+    """An option that may be given several times."""
+    return Annotated[list[str] | None, typer.Option(name, metavar=metavar, help=text)]
+
+
+def _flag(name: str, text: str):
+    return Annotated[bool, typer.Option(name, help=text)]
+
+
+@app.command()
+def quantize(
+    files: Annotated[
+        list[str], typer.Argument(metavar="IN [OUT] FTYPE", help="GGUF file or checkpoint; output; mixture.")
+    ],
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, of either format.")] = None,
+    include_weights: _strings("--include-weights", "NAME", "Use the matrix only where the name contains this.") = None,
+    exclude_weights: _strings("--exclude-weights", "NAME", "Do not use it where the name contains this.") = None,
+    tensor_type: _strings("--tensor-type", "REGEX=TYPE", "Type of the tensors so named; the first that fits.") = None,
+    tensor_type_file: _strings("--tensor-type-file", "FILE", "More of these, between white space.") = None,
+    output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.weight.")] = None,
+    pure: _flag("--pure", "The base type for all tensors.") = False,
+    leave_output_tensor: _flag("--leave-output-tensor", "Keep output.weight as it is.") = False,
+    allow_requantize: _flag("--allow-requantize", "Quantize what is quantized already.") = False,
+    keep_split: _flag("--keep-split", "Write the same shards as the input has.") = False,
+    override_kv: _strings("--override-kv", "KEY=TYPE:VALUE", "Metadata to set: int, float, bool or str.") = None,
+    no_fallback: _flag("--no-fallback", "Refuse where rows do not fit the type's blocks.") = False,
+    via: Annotated[str | None, typer.Option(metavar="f16", help="Round a checkpoint to F16 first.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(metavar="OLD", help="Copy what did not change from an older output.")
+    ] = None,
+    histogram: _flag("--histogram", "Show how often each code is used, per tensor.") = False,
+    dry_run: _flag("--dry-run", "Stop after the plan; write nothing.") = False,
+    rules: Rules = "current",
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Quantize a GGUF file or a checkpoint; a run that was interrupted goes on where it stopped.
+
+    With --json, the plan: totals, and the type of every tensor.
+    """
+    from quantlab.transform.mixture import parse_tensor_type, read_tensor_types
+    from quantlab.transform.plan import Plan, plan
+    from quantlab.transform.quantize import quantize
+
+    if not 2 <= len(files) <= 3:
+        raise typer.BadParameter("give IN FTYPE, or IN OUT FTYPE", param_hint="IN [OUT] FTYPE")
+    src, outfile, ftype = files[0], files[1] if len(files) == 3 else None, files[-1]
+    options = {
+        "ftype": ftype, "rules": rules, "imatrix": imatrix, "include_weights": include_weights or (),
+        "exclude_weights": exclude_weights or (), "output_tensor_type": output_tensor_type,
+        "token_embedding_type": token_embedding_type, "pure": pure, "leave_output_tensor": leave_output_tensor,
+        "allow_requantize": allow_requantize, "keep_split": keep_split, "override_kv": override_kv or (),
+        "fallback": not no_fallback, "via": via,
+    }  # fmt: skip
+    options["tensor_types"] = [parse_tensor_type(text) for text in tensor_type or ()]
+    options["tensor_types"] += [pair for path in tensor_type_file or () for pair in read_tensor_types(path)]
+
+    def say(item):
+        if isinstance(item, Plan) and (dry_run or json):
+            typer.echo(item.to_frame().to_string(index=False), err=json == "-")
+            report(item, json)
+        else:
+            typer.echo(item, err=json == "-")
+
+    if dry_run:
+        say(plan(src, outfile, **options))
+    else:
+        quantize(src, outfile, reuse=reuse, histogram=histogram, overwrite=overwrite, report=say, **options)

@@ -1,0 +1,95 @@
+"""The words that run a model: fit, chat, serve."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantlab.cli.options import JsonPath, Rules, app, report
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help="tiny, yi-34b, a GGUF file or a checkpoint.")],
+    ftype: Annotated[str | None, typer.Option("--ftype", metavar="FTYPE", help="Only this mixture.")] = None,
+    vram: Annotated[str, typer.Option(metavar="24GiB", help="Memory of the graphics card.")] = "0",
+    ram: Annotated[str | None, typer.Option(metavar="32GiB", help="Memory of the machine; this one's.")] = None,
+    n_ctx: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 4096.")] = None,
+    n_gpu_layers: Annotated[
+        int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the card; the most that fit.")
+    ] = None,
+    cache_type_k: Annotated[str, typer.Option("-ctk", "--cache-type-k", help="Type of the K cache.")] = "f16",
+    cache_type_v: Annotated[str, typer.Option("-ctv", "--cache-type-v", help="Type of the V cache.")] = "f16",
+    n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size", help="Tokens that are computed at once.")] = 512,
+    flash_attn: Annotated[
+        bool, typer.Option("--flash-attn/--no-flash-attn", help="Attention without stored scores.")
+    ] = True,
+    rules: Rules = "current",
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the parts as bars.")] = None,
+    json: JsonPath = None,
+) -> None:
+    """Print what a model takes to run, and how many layers and how long a context fit."""
+    from quantlab.run.fit import fit
+
+    options = {"ftype": ftype, "vram": vram, "ram": ram, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "rules": rules}
+    options |= {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v, "n_ubatch": n_ubatch}
+    result = fit(model, flash_attn=flash_attn, **options)
+    report(result, json)
+    if plot is not None:
+        from quantlab.study import plots
+
+        plots.save(plots.memory(result.to_frame(), vram=result.vram, ram=result.ram, title=result.model), plot)
+
+
+RunContext = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 2048.")]
+GpuLayers = Annotated[
+    int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the graphics card; what llama.cpp finds.")
+]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Threads; what llama.cpp finds.")]
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    system: Annotated[str, typer.Option("-sys", "--system-prompt", help="What the model is told first.")] = "",
+    n_ctx: RunContext = None,
+    n_gpu_layers: GpuLayers = None,
+    threads: Threads = None,
+    temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", help="Only from so many of the likeliest; 0 from all.")] = 40,
+    top_p: Annotated[float, typer.Option("--top-p", help="Only from the likeliest of this probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option("--min-p", help="Only from this share of the likeliest's.")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="Above 1, repeats are rarer.")] = 1.0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="-1 takes a random one.")] = -1,
+    n_predict: Annotated[int, typer.Option("-n", "--predict", "--n-predict", help="Tokens per answer at most.")] = -1,
+) -> None:
+    """Talk to a model in the terminal; Ctrl-C stops an answer, Ctrl-D leaves."""
+    from quantlab.run.chat import Conversation, Sampling, talk
+    from quantlab.run.llama_cpp import Engine, Options
+    from quantlab.run.serve import killable
+
+    sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed, n_predict)
+    with killable():
+        engine = Engine(model, Options(n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=threads))
+    with engine:
+        talk(Conversation(engine, system, sampling))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option("-m", "--model", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    n_ctx: RunContext = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 8080,
+    n_gpu_layers: GpuLayers = None,
+    threads: Threads = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="Requests must give this key.")
+    ] = None,
+) -> None:
+    """Serve a model: llama.cpp's web page, and an API for OpenAI's clients."""
+    from quantlab.run.llama_cpp import Options
+    from quantlab.run.serve import serve
+
+    options = Options(n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=threads, host=host, port=port, api_key=api_key)
+    serve(model, options, report=typer.echo, warn=lambda line: typer.echo(line, err=True))
