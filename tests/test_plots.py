@@ -4,11 +4,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
 from quantlab.study import plots
+from quantlab.study.plots import damage
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def frame():
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
-    plots.plt.close("all")
+    plt.close("all")
 
 
 def test_bpw_against_ppl_shows_every_quantized_row(frame):
@@ -58,12 +60,12 @@ def test_labels_do_not_overlap(frame):
 
 
 def test_a_given_axes_is_drawn_on(frame):
-    _, ax = plots.plt.subplots()
+    _, ax = plt.subplots()
     assert plots.bpw_against_ppl(frame, ax=ax) is ax
 
 
 def test_colours_differ_in_grey_too():
-    greys = sorted(0.3 * r + 0.59 * g + 0.11 * b for r, g, b in (to_rgb(look[2]) for look in plots._FAMILIES))
+    greys = sorted(0.3 * r + 0.59 * g + 0.11 * b for r, g, b in (to_rgb(look[2]) for look in damage._FAMILIES))
     assert greys[1] - greys[0] > 0.05
 
 

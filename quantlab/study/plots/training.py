@@ -1,0 +1,34 @@
+"""Figures of training: how a model learned."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from quantlab.study.plots.style import BLUE, VERMILION
+
+
+def loss_curve(history: pd.DataFrame, *, unigram: float, ax: Axes | None = None) -> Axes:
+    """Plot how a model learned: loss over tokens seen.
+
+    Parameters
+    ----------
+    history : pd.DataFrame
+        Columns `tokens`, `loss` and `heldout`, nats per token: the lines of a training run's history.
+    unigram : float
+        Loss of a model that knows only the tokens' frequencies, nats per token.
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    for column, colour, label in (("loss", BLUE, "training text"), ("heldout", VERMILION, "held-out text")):
+        ax.plot(history["tokens"] / 1e6, history[column], color=colour, marker="o", ms=3, label=label)
+    ax.axhline(unigram, color="0.4", lw=1, ls="--", label=f"frequencies alone: {unigram:.2f}")
+    ax.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax
