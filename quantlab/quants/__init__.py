@@ -1,19 +1,23 @@
 """Numbers ↔ bytes: ggml's tensor encodings on NumPy arrays, byte for byte as llama.cpp writes them.
 
-`arrays` and `losses` hold the functions below; `floats`, `legacy` and `kquants` hold one encoder and one decoder per
-type, written over the vectors of `lanes`; `search` holds the searches for the best scale. Nothing here knows of files.
+`arrays`, `codebook` and `losses` hold the functions below; `floats`, `legacy` and `kquants` hold one encoder and one
+decoder per type, written over the vectors of `lanes`; `search` holds the searches for the best scale. Nothing here
+knows of files.
 """
 
 from quantlab.quants.arrays import block_bytes, block_size, dequantize, quantize, roundtrip, row_bytes, types
-from quantlab.quants.losses import Errors, code_histogram, errors
+from quantlab.quants.codebook import code_histogram, codes, grid
+from quantlab.quants.losses import Errors, errors
 
 __all__ = [
     "Errors",
     "block_bytes",
     "block_size",
     "code_histogram",
+    "codes",
     "dequantize",
     "errors",
+    "grid",
     "quantize",
     "roundtrip",
     "row_bytes",

@@ -1,14 +1,12 @@
-"""What an encoding loses on an array: error measures, and which codes it uses."""
+"""What an encoding loses on an array: error measures."""
 
 import json
 from dataclasses import dataclass, field
 from math import log10
-from typing import NamedTuple
 
 import numpy as np
 
 from quantlab.quants.arrays import (
-    PIECE,
     WEIGHTED,
     block_bytes,
     block_size,
@@ -17,83 +15,7 @@ from quantlab.quants.arrays import (
     float_pieces,
     quantize,
 )
-
-
-class _Bits(NamedTuple):
-    """Where a type keeps `width` bits of every code: bytes start..stop of the block, in runs of `run` bytes; the
-    lowest bits of a run's bytes belong to `run` neighbouring weights, the next bits to the next `run` weights."""
-
-    start: int
-    stop: int
-    run: int
-    width: int
-
-    def take(self, blocks: np.ndarray) -> np.ndarray:
-        """These bits of every weight, in the weights' order: uint8 (n_blocks, weights)."""
-        runs = blocks[:, self.start : self.stop].reshape(len(blocks), -1, 1, self.run)
-        shifts = np.arange(0, 8, self.width, dtype=np.uint8)[:, None]
-        return (runs >> shifts & np.uint8((1 << self.width) - 1)).reshape(len(blocks), -1)
-
-
-# type -> the places of its codes' bits, lowest bits first
-_CODES = {
-    "Q4_0": (_Bits(2, 18, 16, 4),),
-    "Q4_1": (_Bits(4, 20, 16, 4),),
-    "Q5_0": (_Bits(6, 22, 16, 4), _Bits(2, 6, 1, 1)),
-    "Q5_1": (_Bits(8, 24, 16, 4), _Bits(4, 8, 1, 1)),
-    "Q8_0": (_Bits(2, 34, 32, 8),),
-    "Q2_K": (_Bits(16, 80, 32, 2),),
-    "Q3_K": (_Bits(32, 96, 32, 2), _Bits(0, 32, 32, 1)),
-    "Q4_K": (_Bits(16, 144, 32, 4),),
-    "Q5_K": (_Bits(48, 176, 32, 4), _Bits(16, 48, 32, 1)),
-    "Q6_K": (_Bits(0, 128, 64, 4), _Bits(128, 192, 32, 2)),
-}
-
-
-def code_histogram(data, qtype: str) -> np.ndarray:
-    """Count how often each code is used: a type that leaves levels empty wastes bits.
-
-    Parameters
-    ----------
-    data : np.ndarray [dtype=uint8]
-        Encoded blocks, in any shape with whole blocks.
-    qtype : str
-        Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K or Q6_K.
-
-    Returns
-    -------
-    np.ndarray [shape=(2**bits,), dtype=int64]
-        Counts in the order of the codes' values (Q8_0: from -128 to 127).
-
-    Raises
-    ------
-    ValueError
-        If `qtype` has no codes of one width, or `data` is not whole blocks of uint8.
-
-    Examples
-    --------
-    >>> code_histogram(quantize(np.full(256, -1, np.float32), "Q2_K"), "Q2_K").sum()
-    np.int64(256)
-    """
-    if qtype not in _CODES:
-        raise ValueError(f"qtype={qtype!r}, has no table of codes. Choose one of {', '.join(_CODES)}.")
-    data = np.ascontiguousarray(data)
-    if data.dtype != np.uint8 or data.size % block_bytes(qtype):
-        raise ValueError(
-            f"data: {data.size} of {data.dtype}, must be whole {qtype} blocks of {block_bytes(qtype)} uint8. "
-            "Check the type of the tensor."
-        )
-    places = _CODES[qtype]
-    counts = np.zeros(1 << sum(place.width for place in places), np.int64)
-    blocks = data.reshape(-1, block_bytes(qtype))
-    step = PIECE // block_size(qtype)
-    for start in range(0, len(blocks), step):
-        codes, shift = 0, 0
-        for place in places:
-            codes = codes | place.take(blocks[start : start + step]) << shift
-            shift += place.width
-        counts += np.bincount(codes.ravel(), minlength=len(counts))
-    return np.roll(counts, 128) if qtype == "Q8_0" else counts
+from quantlab.quants.codebook import CODES, code_histogram
 
 
 @dataclass(frozen=True)
@@ -186,7 +108,7 @@ def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
         noise += float(np.square(difference, dtype=np.float64).sum())
         signal += float(np.square(piece, dtype=np.float64).sum())
         largest = max(largest, float(difference.max()))
-        if qtype in _CODES:
+        if qtype in CODES:
             codes = code_histogram(data, qtype) + (codes if codes.size else 0)
     relative = (noise / signal) ** 0.5 if signal else 0.0
     return Errors(
