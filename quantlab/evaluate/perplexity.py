@@ -20,7 +20,7 @@ from quantlab.evaluate.dense import Workers
 from quantlab.evaluate.llama import MODES, check_model
 from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same
 from quantlab.evaluate.sweep import Sweep
-from quantlab.evaluate.variants import Variant, as_is, resolve
+from quantlab.evaluate.variants import Variant, as_is, resolve, steps
 from quantlab.files.bundled import model_path, read_text
 from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import Model
@@ -268,10 +268,9 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
             _check_disk(scratch, budget.disk)
         if progress:
             tqdm.write(f"{len(variants)} × {windows.tokens.size} tokens: {budget}", file=sys.stderr)
-        steps = base.hparams.n_layer + 1  # the bar counts whole steps of tokens and shows tokens
-        shown = dict(unit="tokens", unit_scale=1 / steps, disable=not progress)
+        shown = dict(unit="tokens", unit_scale=1 / (base.hparams.n_layer + 1), disable=not progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
-        with tqdm(total=steps * windows.tokens.size * len(variants), bar_format=bar_format, **shown) as bar:
+        with tqdm(total=steps(variants) * windows.tokens.size, bar_format=bar_format, **shown) as bar:
             return record, Sweep(variants, windows, mode, budget, workers, key, scratch, bar).run(), variants
 
 

@@ -1,6 +1,8 @@
 """One pass over the base model that evaluates all variants: layer after layer, each layer's weights read once.
 
 embeddings → layer 0: every variant, every chunk → … → last layer → logits of the scored positions → token scores
+
+A variant that agrees with an earlier one in its first layers takes over that one's hidden states there.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from quantlab.evaluate.llama import Llama, layer_weights, load_layer
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.states import HiddenStates
-from quantlab.evaluate.variants import Variant, Weights
+from quantlab.evaluate.variants import Variant, Weights, identity, shared_layers
 
 
 class Sweep:
@@ -55,6 +57,7 @@ class Sweep:
         self.weights = Weights(base, variants, workers)
         factors = base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in base else None
         self.llama = Llama(base.hparams, windows.tokens.shape[1], mode, workers, factors)
+        self.shared = shared_layers(variants)
         self.states = HiddenStates(len(variants), *windows.tokens.shape, base.hparams.n_embd, scratch, key)
         self._share = windows.tokens.size  # of the bar that one layer of one variant is worth, or its output
 
@@ -62,7 +65,8 @@ class Sweep:
         """Do the whole pass, from where the hidden states on disk leave off."""
         if self.states.layer < 0:
             self._embed()
-        self.bar.update(self._share * self.states.layer * len(self.variants))
+        done = self.states.layer - np.array([max(0, layer) for _, layer in self.shared])
+        self.bar.update(self._share * int(done.clip(0).sum()))
         memory = np.empty(max(layer_weights(self.base, i) for i in range(self.hparams.n_layer)), np.float32)
         rows = self.budget.chunks_at_once * self.windows.tokens.shape[1]
         qkv = np.empty((rows, self.llama.qkv_width), np.float32)
@@ -82,6 +86,8 @@ class Sweep:
         used, place = np.unique(self.windows.tokens, return_inverse=True)
         place = place.reshape(self.windows.tokens.shape)
         for i, variant in enumerate(self.variants):
+            if self.shared[i][1] >= 0:
+                continue
             table = self.weights.rows(variant, "token_embd.weight", used)
             for chunks in self._batches():
                 self.states.write(i, chunks, table[place[chunks]])
@@ -89,12 +95,15 @@ class Sweep:
 
     def _layer(self, index: int, memory: np.ndarray, qkv: np.ndarray) -> None:
         """Apply layer `index` of every variant to every chunk."""
-        for i, variant in enumerate(self.variants):
+        for i, variant in reversed(list(enumerate(self.variants))):  # in memory, `write` replaces what others take over
+            source, since = self.shared[i]
+            if since > index:
+                continue
             layer = load_layer(
                 variant.model, index, lambda name, out, v=variant: self.weights.fill(v, name, out), memory
             )
             for chunks in self._batches():
-                x = self.states.read(i, chunks)
+                x = self.states.read(i, chunks) if since < index else self.states.read(source, chunks).copy()
                 rows = x.reshape(-1, self.hparams.n_embd)
                 self.llama.forward(layer, rows, qkv[: len(rows)])
                 self.states.write(i, chunks, x)
@@ -108,7 +117,7 @@ class Sweep:
         base = self._output(0)
         for group in blocks(len(self.variants) - 1, self.budget.outputs_at_once) or [slice(0, 0)]:
             members = [0] * (group.start == 0) + list(range(1, len(self.variants)))[group]
-            outputs = {i: self._output(i) if i else base for i in members}
+            outputs = {i: base if self._same_output(i) else self._output(i) for i in members}
             self.weights.forget()
             scored = range(self.windows.scored.start, self.windows.scored.stop)
             pieces = [
@@ -121,6 +130,13 @@ class Sweep:
             del outputs
         return scores
 
+    def _same_output(self, i: int) -> bool:
+        """Whether a variant has the base's output norm and output matrix."""
+        if self.variants[i].model is not self.base:
+            return False
+        names = ["output_norm.weight", "output.weight" if "output.weight" in self.base else "token_embd.weight"]
+        return all(identity(self.variants[i], name) == identity(self.variants[0], name) for name in names)
+
     def _output(self, i: int) -> tuple[np.ndarray, Matrix]:
         """Output norm and output matrix of a variant."""
         variant = self.variants[i]
@@ -132,7 +148,8 @@ class Sweep:
 
     def _logits(self, i: int, output: tuple[np.ndarray, Matrix], chunk: int, rows: slice, name: str) -> np.ndarray:
         """Logits of some scored positions of a chunk, in this thread's space called `name`."""
-        first = self.windows.first
+        first, (source, since) = self.windows.first, self.shared[i]
+        i = source if since == self.hparams.n_layer else i
         x = self.states.read(i, slice(chunk, chunk + 1))[0, first + rows.start : first + rows.stop]
         normed = self.workers.scratch("normed", *x.shape)
         logits = self.workers.scratch(name, len(x), len(output[1].weight))

@@ -11,7 +11,7 @@ from quantlab import quants
 from quantlab.evaluate.dense import Workers, blocks
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
-from quantlab.transform.mixture import Recipe, choose_types
+from quantlab.transform.mixture import Recipe, choose_types, layer_of
 from quantlab.transform.plan import tensor_bytes
 
 _ROWS = 2048  # rows of a matrix that are read or converted at a time
@@ -141,7 +141,7 @@ class Weights:
 
     def __init__(self, base: Model, variants: Sequence[Variant], workers: Workers):
         self._base, self._workers = base, workers
-        self._wanted = Counter(self._key(variant, name) for variant in variants for name in variant.types)
+        self._wanted = Counter(identity(variant, name) for variant in variants for name in variant.types)
         self._stored: dict[str, np.ndarray] = {}
         self._encoded: dict[tuple, np.ndarray] = {}
 
@@ -182,7 +182,7 @@ class Weights:
 
     def _encode(self, variant: Variant, name: str, space: np.ndarray) -> np.ndarray:
         """Bytes of a base tensor in the variant's type; `space` is float32 of its shape, to work in."""
-        key = self._key(variant, name)
+        key = identity(variant, name)
         if key in self._encoded:
             return self._encoded[key]
         x, stored_as = self._load(name), self._base.tensor(name).qtype
@@ -200,7 +200,52 @@ class Weights:
         self._workers.map(lambda rows: np.copyto(out[rows], stored[rows]), blocks(len(out), _ROWS))
         return out
 
-    @staticmethod
-    def _key(variant: Variant, name: str) -> tuple:
-        """What makes the bytes of a tensor the same in two variants."""
-        return id(variant.model), name, variant.types[name], id(variant.imatrix.get(name))
+
+def identity(variant: Variant, name: str) -> tuple:
+    """Return what is equal for two variants exactly if their tensors of this name have the same bytes."""
+    qtype = variant.types[name]
+    kept = qtype == variant.model.tensor(name).qtype
+    return id(variant.model), name, qtype, None if kept else id(variant.imatrix.get(name))
+
+
+def shared_layers(variants: Sequence[Variant]) -> list[tuple[int, int]]:
+    """Find out how far each variant agrees with an earlier one, so that this part is computed once.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+        Of one shape.
+
+    Returns
+    -------
+    list of (int, int)
+        For each variant which of `variants` it follows (the first of those that it follows longest, for the first
+        itself 0), and the layer whose input it takes over from that one: 0 with the same embeddings, `n_layer` where
+        only the output differs or nothing does, -1 where there is nothing to take over.
+    """
+    tensors = [_by_layer(variant) for variant in variants]
+    shared = [(0, -1)]
+    for i in range(1, len(variants)):
+        agreed = [_agreement(tensors[i], tensors[j]) for j in range(i)]
+        shared.append((agreed.index(max(agreed)), max(agreed)))
+    return shared
+
+
+def steps(variants: Sequence[Variant]) -> int:
+    """Return how many layers and outputs a pass over the variants computes."""
+    n_layer = variants[0].model.hparams.n_layer
+    return sum(n_layer + 1 - max(0, layer) for _, layer in shared_layers(variants))
+
+
+def _by_layer(variant: Variant) -> list[list[tuple]]:
+    """Identities of the embeddings, of layer 0's tensors, of layer 1's, …"""
+    found = [[] for _ in range(variant.model.hparams.n_layer + 1)]
+    for name in variant.types:
+        if not name.startswith("output"):
+            found[layer_of(name) + 1].append(identity(variant, name))
+    return found
+
+
+def _agreement(a: Sequence, b: Sequence) -> int:
+    """Index of the last of the first elements that are the same in both, -1 for none."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)) - 1
