@@ -2,6 +2,8 @@
 
 import json
 
+import nbformat
+import pandas as pd
 import pytest
 
 import quantlab as ql
@@ -48,7 +50,7 @@ def test_a_model_that_is_not_here_has_sizes_and_published_differences_and_a_comm
     assert list(rows.index) == [ftype for ftype in tables.FTYPES if ftype != "COPY"]
     assert rows.loc["Q4_K_M", "bytes"] == 4080263168
     assert rows.loc["Q2_K", "published_delta_ppl"] == 0.6717
-    assert rows["ppl"].isna().all()
+    assert rows[["ppl", "kld_mean"]].isna().all(axis=None)
     assert "quantlab table FOLDER -f primer --rules 2023-12 --chunks 8 -c 512`, about " in table.notes[0]
     assert "published Δppl" in str(table)
 
@@ -78,6 +80,7 @@ def test_rows_of_a_measured_model(table):
     assert rows.loc["Q2_K", "delta_ppl"] == pytest.approx(rows.loc["Q2_K", "ppl"] - rows.loc["COPY", "ppl"])
     assert rows.loc["Q2_K", "delta_ppl"] != 0 < rows.loc["Q2_K", "delta_ppl_se"]
     assert rows.loc["Q2_K", "bpw"] < 4 < rows.loc["F16", "bpw"]
+    assert rows.loc["COPY", "kld_mean"] == 0 < rows.loc["Q2_K", "kld_se"] < rows.loc["Q2_K", "kld_mean"]
     assert rows["published_delta_ppl"].isna().all()
     assert table.notes == ()
 
@@ -99,7 +102,8 @@ def test_the_table_as_text(table):
     lines = str(table).splitlines()
     assert lines[0] == "tiny: primer, 2 chunks of 512 tokens, rules current"
     assert "published" not in lines[2]
-    assert "±" in next(line for line in lines if "Q2_K" in line)
+    assert lines[2].split() == ["ftype", "MiB", "bpw", "ppl", "Δppl", "KLD"]
+    assert next(line for line in lines if "Q2_K" in line).count("±") == 3
 
 
 def test_a_quantized_base_is_said_to_be_one(tmp_path):
@@ -107,6 +111,70 @@ def test_a_quantized_base_is_said_to_be_one(tmp_path):
     (note,) = tables._note_on_the_base(open_model(path))
     assert "already quantized (its types: Q4_1, Q6_K)" in note
     assert "The Q4_1 row says little about Q4_1" in note
+
+
+def test_the_pareto_front_is_what_no_other_row_beats():
+    frame = pd.DataFrame(
+        {"ftype": list("abcdef"), "bytes": [1, 2, 2, 3, 4, 9], "kld_mean": [0.9, 0.5, 0.4, 0.4, 0.1, None]}
+    )
+    assert tables.pareto(frame)["ftype"].tolist() == ["a", "c", "e"]
+    assert tables.pareto(frame.iloc[::-1])["ftype"].tolist() == ["a", "c", "e"]
+    assert tables.pareto(frame.iloc[[5]]).empty
+
+
+def left_by_a_run(folder, rows, n_ctx=512, rules="current", exception=None, **parameters):
+    """What a papermill run leaves in its folder, by hand."""
+    cell = nbformat.v4.new_code_cell(
+        'model: str = "tiny"  # name\nbits: list[int] = [4, 2]', metadata={"tags": ["parameters"]}
+    )
+    ran = {"parameters": parameters, "exception": exception, "end_time": "2026-01-01T00:00:00"}
+    folder.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": ran}), folder / "a.ipynb")
+    protocol = dict.fromkeys(tables._COMPARABLE, "x") | {"n_ctx": n_ctx, "rules": rules}
+    (folder / "a.json").write_text(json.dumps({"schema": 1, "protocol": protocol, "rows": rows}))
+
+
+def test_a_grid_of_runs_is_one_table(tmp_path):
+    left_by_a_run(tmp_path / "a-1", [{"variant": "Q4_0", "ppl": 7.0}, {"variant": "Q2_K", "ppl": 9.0}])
+    left_by_a_run(tmp_path / "a-2", [{"variant": "Q2_K", "ppl": 8.0}], rules="2023-12", model="other", out="there")
+    found = ql.tables.collect(tmp_path)
+    assert found.index.names == ["protocol", "notebook", "run", "variant"]
+    assert found["model"].tolist() == ["tiny", "tiny", "other"]
+    assert found["bits"].tolist() == ["4,2"] * 3
+    assert found["ppl"].tolist() == [7.0, 9.0, 8.0]
+    assert not found["failed"].any()
+    assert "out" not in found
+    assert len(found.index.unique("protocol")) == 1  # the rules are what the grid varies
+
+
+def test_runs_of_different_protocols_are_kept_apart(tmp_path):
+    for n_ctx in (256, 512):
+        left_by_a_run(tmp_path / str(n_ctx), [{"variant": "Q2_K", "ppl": 9.0}], n_ctx=n_ctx)
+    labels = ql.tables.collect(tmp_path).index.unique("protocol")
+    assert len(labels) == 2
+    assert [" × 256, " in labels[0], " × 512, " in labels[1]] == [True, True]
+
+
+def test_a_failed_run_and_one_without_results_have_a_row(tmp_path):
+    left_by_a_run(tmp_path / "failed", [{"variant": "Q2_K", "ppl": 9.0}], exception=True, model="no-such")
+    left_by_a_run(tmp_path / "without", [])
+    (tmp_path / "no-run.ipynb").write_text('{"cells": [], "metadata": {}}')
+    found = ql.tables.collect(tmp_path).droplevel(["protocol", "notebook", "variant"])
+    assert found["failed"].to_dict() == {"failed": True, "without": False}
+    assert found["model"].to_dict() == {"failed": "no-such", "without": "tiny"}
+    assert "ppl" not in found
+
+
+def test_a_parameter_and_a_result_of_one_name_are_told_apart(tmp_path):
+    left_by_a_run(tmp_path / "run", [{"variant": "Q2_K", "bits": 2.6}])
+    (row,) = ql.tables.collect(tmp_path).to_dict("records")
+    assert (row["bits"], row["parameter bits"]) == (2.6, "4,2")
+
+
+def test_nothing_to_collect(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="no executed notebook in it. Run one: quantlab notebook"):
+            ql.tables.collect(folder)
 
 
 def test_unknown_names_are_refused():

@@ -1,11 +1,13 @@
-"""Records → DataFrames: the size/ppl table, and published figures beside exact and measured ones."""
+"""Records → DataFrames: the size/ppl table, published figures beside exact and measured ones, grids of runs."""
 
+import ast
+import hashlib
 import html
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from quantlab.transform.plan import SizeTable, sizes
 
 # the rows of llama.cpp's table, widest first
 FTYPES = "F32 F16 Q8_0 Q6_K Q5_1 Q5_K_M Q5_K_S Q5_0 Q4_1 Q4_K_M Q4_K_S Q4_0 Q3_K_L Q3_K_M Q3_K_S Q2_K COPY".split()
+_MEASURED = ("ppl", "ppl_se", "delta_ppl", "delta_ppl_se", "kld_mean", "kld_se")
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}
 _LARGE = 10**8  # weights; a model from here on is measured on 16 chunks unless more are asked for
 _LARGE_CHUNKS = 16
@@ -133,8 +136,9 @@ class SizePpl:
     protocol : dict
         How it was measured; of a model that is not there, what its sizes rest on.
     rows : tuple of dict
-        `ftype`, `bytes`, `bpw`, then `ppl`, `ppl_se`, `delta_ppl` (above the base), `delta_ppl_se`, all None where
-        nothing was measured, and `published_delta_ppl` (above F16), None where the model is none of the published ones.
+        `ftype`, `bytes`, `bpw`, then `ppl`, `ppl_se`, `delta_ppl` (above the base), `delta_ppl_se`, `kld_mean` (from
+        the base, nats), `kld_se`, all None where nothing was measured, and `published_delta_ppl` (above F16), None
+        where the model is none of the published ones.
     notes : tuple of str
         What a reader must know about these rows.
     """
@@ -171,6 +175,7 @@ class SizePpl:
                 "bpw": f"{row['bpw']:.2f}",
                 "ppl": _with_error(row["ppl"], row["ppl_se"]),
                 "Δppl": _with_error(row["delta_ppl"], row["delta_ppl_se"], sign="+"),
+                "KLD": _with_error(row["kld_mean"], row["kld_se"], digits=5),
                 "published Δppl": _with_error(row["published_delta_ppl"], None, sign="+"),
             }
             for row in self.rows
@@ -193,10 +198,10 @@ class SizePpl:
         return f"{self.model}: {said['text']}, {said['chunks']} chunks of {said['n_ctx']} tokens, rules {said['rules']}"
 
 
-def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+def _with_error(value: float | None, error: float | None, sign: str = "", digits: int = 4) -> str:
     if value is None:
         return ""
-    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def size_ppl(
@@ -256,7 +261,7 @@ def _sizes_alone(table: SizeTable, names: Sequence[str], text: str | Path, chunk
     found = {row.ftype: row for row in table.rows}
     delta = _published_delta_ppl(table.model, table.rules)
     there = [found[name] for name in names if name in found]
-    rows = [_row(row.ftype, row.bytes, row.bpw, published_delta=delta.get(row.ftype)) for row in there]
+    rows = [_row(row.ftype, row.bytes, row.bpw, {}, delta.get(row.ftype)) for row in there]
     hours = _estimated_hours(table.n_weights, chunks * n_ctx, len(rows) + 1)
     note = (
         f"{table.model} is not here, its perplexities are empty. With its weights in FOLDER: "
@@ -280,15 +285,15 @@ def _measured(model: Model, comparison: Comparison, names: Sequence[str], rules:
     published_delta = _published_delta_ppl(_published_name(model), rules)
     rows = []
     for ftype in names:
-        measured = (by_ftype[ftype][key] for key in ("bytes", "bpw", "ppl", "ppl_se", "delta_ppl", "delta_ppl_se"))
-        rows.append(_row(ftype, *measured, published_delta.get(ftype)))
+        found = by_ftype[ftype]
+        rows.append(_row(ftype, found["bytes"], found["bpw"], found, published_delta.get(ftype)))
     notes = [*_note_on_the_base(model), *_note_on_fallbacks(model)]
     return SizePpl(base["variant"], asdict(comparison.protocol), tuple(rows), tuple(notes))
 
 
-def _row(ftype, n_bytes, bpw, ppl=None, ppl_se=None, delta=None, delta_se=None, published_delta=None) -> dict:
-    numbers = {"bpw": bpw, "ppl": ppl, "ppl_se": ppl_se, "delta_ppl": delta, "delta_ppl_se": delta_se}
-    numbers["published_delta_ppl"] = published_delta
+def _row(ftype: str, n_bytes: int, bpw: float, measured: Mapping[str, float], published_delta: float | None) -> dict:
+    """One row of the table; what was not measured is None."""
+    numbers = {"bpw": bpw, **{key: measured.get(key) for key in _MEASURED}, "published_delta_ppl": published_delta}
     return {"ftype": ftype, "bytes": int(n_bytes)} | {k: None if v is None else float(v) for k, v in numbers.items()}
 
 
@@ -320,3 +325,113 @@ def _note_on_fallbacks(model: Model) -> list[str]:
         f"Rows of {lengths} weights are no multiple of 256: {share:.0%} of the weights fall back from k-quants to "
         f"legacy types, so these files are larger than their names say."
     ]
+
+
+def pareto(frame: pd.DataFrame, size: str = "bytes", damage: str = "kld_mean") -> pd.DataFrame:
+    """Return the rows that no other row beats: none is both smaller (or as small) and less damaged.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        A row per variant; rows without a damage are left out.
+    size, damage : str
+        The two columns, both better when smaller.
+
+    Returns
+    -------
+    pd.DataFrame
+        By ascending size, descending damage; of equal rows the first.
+
+    Examples
+    --------
+    >>> pareto(pd.DataFrame({"bytes": [3, 1, 2], "kld_mean": [0.1, 0.3, 0.4]}))["bytes"].tolist()
+    [1, 3]
+    """
+    ordered = frame[frame[damage].notna()].sort_values([size, damage], kind="stable")
+    best_so_far = ordered[damage].cummin().shift(fill_value=math.inf)
+    return ordered[ordered[damage] < best_so_far].reset_index(drop=True)
+
+
+# ── a grid of notebook runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+# what figures must share to stand side by side; rules and versions may differ, they are what some grids vary
+_COMPARABLE = ("name", "mode", "text", "text_sha256", "tokens_sha256", "tokenizer", "n_ctx", "chunks", "bos")
+
+
+def collect(folder: str | Path) -> pd.DataFrame:
+    """Collect a grid of notebook runs as one table: the parameters and the results of every run folder.
+
+    A run folder holds an executed notebook, as `quantlab notebook` and papermill leave it, and JSON results
+    (`schema`, `protocol`, `rows`). A run without such results, or one that failed, has one row, with its parameters.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Searched with all folders below: `data/runs`.
+
+    Returns
+    -------
+    pd.DataFrame
+        A row per run and variant. The index says what belongs together: `protocol` (rows of one protocol are
+        comparable; perplexities of two are not), `notebook`, `run` (the folder), `variant`. Columns: `failed`, the
+        parameters, then the results; a parameter called as a result is becomes `parameter NAME`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or no executed notebook in it.
+    """
+    folder = Path(folder)
+    rows = [row for path in sorted(folder.rglob("*.ipynb")) for row in _rows_of_run(folder, path)]
+    if not rows:
+        raise FileNotFoundError(f"{folder}: no executed notebook in it. Run one: quantlab notebook NAME -p KEY VALUE")
+    frame = pd.DataFrame(rows).set_index(["protocol", "notebook", "run", "variant"])
+    return frame.sort_index(level=["protocol", "notebook", "run"], sort_remaining=False, kind="stable")
+
+
+def _rows_of_run(folder: Path, notebook: Path) -> list[dict]:
+    """The rows of one run folder; none if the notebook was not executed by papermill."""
+    document = json.loads(notebook.read_text(encoding="utf-8"))
+    said = document.get("metadata", {}).get("papermill")
+    if said is None or ".ipynb_checkpoints" in notebook.parts:
+        return []
+    parameters = {**_defaults(document), **said["parameters"]}
+    parameters = {key: ",".join(map(str, v)) if isinstance(v, list) else v for key, v in parameters.items()}
+    parameters.pop("out", None)
+    failed = bool(said.get("exception")) or said.get("end_time") is None
+    run = {"notebook": notebook.stem, "run": str(notebook.parent.relative_to(folder)), "failed": failed}
+    found = [] if failed else _results(notebook.parent)
+    if not found:
+        return [{"protocol": "", "variant": "", **run, **parameters}]
+    rows = []
+    for protocol, results in found:
+        for row in results:
+            told = {f"parameter {key}" if key in row else key: value for key, value in parameters.items()}
+            rows.append({"protocol": protocol, "variant": "", **run, **told, **row})
+    return rows
+
+
+def _defaults(notebook: Mapping) -> dict:
+    """The values in the cell tagged `parameters`: literals, by convention."""
+    tagged = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    statements = (line for cell in tagged for line in ast.parse("".join(cell["source"])).body)
+    return {s.target.id: ast.literal_eval(s.value) for s in statements if isinstance(s, ast.AnnAssign)}
+
+
+def _results(folder: Path) -> list[tuple[str, list[dict]]]:
+    """Protocol and rows of every result in a run folder."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and "schema" in document and document.get("rows"):
+            found.append((_protocol_label(document.get("protocol", {})), document["rows"]))
+    return found
+
+
+def _protocol_label(protocol: Mapping) -> str:
+    """What a reader tells protocols apart by, and a digest of all that must be the same for figures to compare."""
+    if "tokens_sha256" not in protocol:
+        return "sizes alone"
+    p = {key: protocol.get(key) for key in _COMPARABLE}
+    digest = hashlib.sha256(json.dumps(p).encode()).hexdigest()[:6]
+    return f"{p['text']}, {p['chunks']} × {p['n_ctx']}, {p['name']}, {p['mode']}, {digest}"
