@@ -18,6 +18,8 @@ _NAMES = {
     "inspect": "quantlab.transform.inspect",
     "perplexity": "quantlab.evaluate.perplexity",
     "compare": "quantlab.evaluate.perplexity",
+    "imatrix": "quantlab.evaluate.imatrix",
+    "sensitivity": "quantlab.study.sensitivity",
     "fit": "quantlab.run.fit",
     "generate": "quantlab.run.generate",
 }

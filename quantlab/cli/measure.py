@@ -1,11 +1,11 @@
-"""The words that measure and study: perplexity, compare, table, notebook."""
+"""The words that measure and study: perplexity, compare, table, imatrix, notebook."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import JsonPath, Rules, app, report
+from quantlab.cli.options import JsonPath, Overwrite, Rules, app, report
 
 TextName = Annotated[
     str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled, wikitext-2-raw or a text file.")
@@ -90,6 +90,56 @@ def table(
         tables.size_ppl(model, text, ftypes=names, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory),
         json,
     )
+
+
+@app.command()
+def imatrix(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="tiny, smollm2, a GGUF file or a checkpoint.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("-f", "--file", metavar="TEXT", help="What to calibrate on; sampled.")
+    ] = None,
+    outfile: Annotated[Path | None, typer.Option("-o", "--output-file", help="Default: imatrix.gguf.")] = None,
+    in_file: Annotated[
+        list[Path] | None, typer.Option("--in-file", help="A matrix to be added; repeat it for more.")
+    ] = None,
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
+    process_output: Annotated[
+        bool, typer.Option("--process-output", help="Collect for output.weight as well.")
+    ] = False,
+    legacy: Annotated[bool, typer.Option("--legacy", help="Write the older format, .dat.")] = False,
+    show_statistics: Annotated[
+        bool, typer.Option("--show-statistics", help="Print a table of every tensor's inputs.")
+    ] = False,
+    mode: Mode = "float",
+    memory: Memory = None,
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Collect an importance matrix on a text; without MODEL, add up the --in-file's, or show the statistics of one."""
+    from quantlab.evaluate.imatrix import imatrix
+    from quantlab.files.imatrix_file import merge, read_imatrix
+    from quantlab.files.output import replacing
+
+    if model is None and text is not None:
+        raise typer.BadParameter("a text is of use only with a MODEL", param_hint="-f")
+    files = in_file or []
+    if model is None and show_statistics and outfile is None:
+        report(read_imatrix(files[0]) if len(files) == 1 else merge(map(read_imatrix, files), chunk_size=n_ctx), json)
+        return
+    outfile = outfile or Path("imatrix.gguf")
+    with replacing(outfile, overwrite=overwrite) as part:
+        if model is None:
+            matrix = merge(map(read_imatrix, files), chunk_size=n_ctx)
+        else:
+            options = {"process_output": process_output, "in_files": files, "mode": mode, "memory": memory}
+            matrix = imatrix(model, text or "sampled", n_ctx=n_ctx, chunks=chunks, **options)
+        matrix.save(part, legacy=legacy, overwrite=True)
+    typer.echo(str(outfile), err=json == "-")
+    if show_statistics or json:
+        report(matrix, json)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

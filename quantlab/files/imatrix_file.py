@@ -17,15 +17,18 @@ Source: llama.cpp, common/imatrix-loader.cpp, tools/imatrix/imatrix.cpp and tool
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
+from quantlab.files.imatrix_statistics import statistics
 from quantlab.files.output import replacing
 
 _KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
@@ -34,7 +37,7 @@ _MAX_ENTRIES = 1 << 16
 _MAX_NAME = 1 << 10  # bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImportanceMatrix:
     """Squared activations by tensor name.
 
@@ -84,6 +87,29 @@ class ImportanceMatrix:
         """Return the matrix with the entries whose names pass `wanted`."""
         names = [name for name in self.sums if wanted(name)]
         return replace(self, sums={n: self.sums[n] for n in names}, counts={n: self.counts[n] for n in names})
+
+    def save(self, path: str | Path, *, legacy: bool = False, overwrite: bool = False) -> Path:
+        """Write the matrix to a file, see `write_imatrix`."""
+        return write_imatrix(self, path, legacy=legacy, overwrite=overwrite)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the statistics of each tensor, see `imatrix_statistics.statistics`."""
+        return statistics(self)
+
+    def to_json(self) -> str:
+        """Return what it was collected on, and the statistics, as JSON."""
+        protocol = {"datasets": self.datasets, "chunks": self.chunk_count, "n_ctx": self.chunk_size}
+        return json.dumps({"schema": 1, "protocol": protocol, "rows": self.to_frame().to_dict("records")})
+
+    def __str__(self) -> str:
+        text = ", ".join(self.datasets) or "an unnamed text"
+        head = f"importance matrix of {len(self.sums)} tensors: {self.chunk_count} chunks of {text}"
+        return f"{head}\n{self.to_frame().to_string(index=False, float_format='{:.4g}'.format)}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format="{:.4g}".format)
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
@@ -273,6 +299,8 @@ def merge(matrices: Iterable[ImportanceMatrix], *, chunk_size: int = 512) -> Imp
             counts[name] = counts[name] + count if name in counts else count
         datasets += matrix.datasets
     if not sums:
-        raise ValueError("merge: no importance matrix was given, must be at least one")
+        raise ValueError(
+            "merge: no importance matrix was given, must be at least one. Give a model, or files with --in-file."
+        )
     most = max(int(count.max()) for count in counts.values())
     return ImportanceMatrix(sums, counts, most // chunk_size, chunk_size, datasets)
