@@ -80,6 +80,20 @@ def test_nothing_to_show(frame):
         plots.bpw_against_ppl(frame[frame["ftype"] == "F16"])
 
 
+def test_size_against_kld_draws_a_front_per_rule_set_and_what_both_have_once():
+    now = {"rules": "current", "ftype": ["F16", "Q8_0", "Q4_0", "Q2_K"], "bpw": [16.0, 8.5, 4.5, 3.0]}
+    now = pd.DataFrame({**now, "kld_mean": [0.0, 0.001, 0.05, 0.3], "kld_se": 0.0001})
+    then = now.assign(rules="2023-12")
+    then.loc[3, ["bpw", "kld_mean"]] = 3.4, 0.2
+    ax = plots.size_against_kld(pd.concat([now, then]), title="a model")
+    assert sorted(text.get_text() for text in ax.texts) == ["Q2_K", "Q2_K", "Q4_0", "Q8_0"]
+    fronts = {line.get_label(): list(line.get_xdata()) for line in ax.lines if line.get_label().startswith("Pareto")}
+    assert fronts == {"Pareto front, rules current": [3, 4.5, 8.5], "Pareto front, rules 2023-12": [3.4, 4.5, 8.5]}
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "KL divergence (nats per token)")
+    with pytest.raises(ValueError, match="size_against_kld: no quantized row has a KL divergence"):
+        plots.size_against_kld(now[:1])
+
+
 def test_memory_stacks_the_parts_and_draws_what_there_is():
     frame = pd.DataFrame({"ftype": ["F16", "Q4_0"], "bytes": [8 << 30, 2 << 30], "kv_bytes": [1 << 30] * 2})
     frame = frame.assign(compute_bytes=1 << 29, output_bytes=1 << 28)

@@ -6,11 +6,13 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 from quantlab.study.plots.style import BLUE, VERMILION
+from quantlab.study.tables import pareto
 
 _FAMILIES = (  # label, what the names of its ftypes look like, colour, marker
     ("k-quants (super-blocks of 256)", r"^Q\d_K", BLUE, "o"),
     ("legacy types (blocks of 32)", r"^Q\d_[01]", VERMILION, "s"),
 )
+_RULE_SETS = ((BLUE, "o", "-"), (VERMILION, "s", "--"))  # colour, marker and line of each curve
 
 
 def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
@@ -58,16 +60,57 @@ def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = N
     return ax
 
 
-def _label_points(ax: Axes, frame: pd.DataFrame) -> None:
+def size_against_kld(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Plot the damage of each ftype over its size, with the Pareto front of each rule set.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        Columns `rules`, `ftype`, `bpw` (bits per weight), `kld_mean`, `kld_se` (nats). Rows that are no quantized type
+        or have no divergence are left out; a ftype that is the same by both rule sets is drawn once.
+    title : str
+        Model and text.
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        If no quantized row has a KL divergence.
+    """
+    shown = frame[frame["ftype"].str.match(r"^Q\d_") & (frame["kld_mean"] > 0)]
+    if shown.empty:
+        raise ValueError("size_against_kld: no quantized row has a KL divergence. Measure the model first.")
+    points = shown.drop_duplicates(["ftype", "bpw"])
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    for (rules, rows), (colour, marker, line) in zip(shown.groupby("rules", sort=False), _RULE_SETS, strict=False):
+        front, new = pareto(rows, "bpw"), points[points["rules"] == rules]
+        look = {"fmt": marker, "color": colour, "ms": 5, "lw": 1, "capsize": 3}
+        ax.errorbar(new["bpw"], new["kld_mean"], yerr=new["kld_se"], label=f"rules {rules}", **look)
+        ax.plot(front["bpw"], front["kld_mean"], color=colour, lw=1, ls=line, label=f"Pareto front, rules {rules}")
+    ax.set(xlabel="size (bits per weight)", ylabel="KL divergence (nats per token)", title=title, yscale="log")
+    ax.margins(x=0.09)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    _label_points(ax, points, "kld_mean")
+    return ax
+
+
+def _label_points(ax: Axes, frame: pd.DataFrame, y: str = "ppl") -> None:
     """Write each point's ftype beside it, where no other label or point is."""
     ax.figure.canvas.draw()
     places = [(7, 0, "left"), (-7, 0, "right"), (7, 9, "left"), (7, -9, "left"), (-7, 9, "right"), (-7, -9, "right")]
-    points = ax.transData.transform(frame[["bpw", "ppl"]])
+    points = ax.transData.transform(frame[["bpw", y]])
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    for name, x, y in zip(frame["ftype"], frame["bpw"], frame["ppl"], strict=True):
+    for name, *point in frame[["ftype", "bpw", y]].itertuples(index=False):
         for dx, dy, side in [*places, *((dx, 2 * dy, side) for dx, dy, side in places[2:])]:
             label = ax.annotate(
-                name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center_baseline", fontsize=8
+                name, point, (dx, dy), textcoords="offset points", ha=side, va="center_baseline", fontsize=8
             )
             box = label.get_window_extent()
             if not any(box.overlaps(other) for other in taken):
