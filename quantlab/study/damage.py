@@ -1,0 +1,202 @@
+"""Measure what single changes of a model cost: bundles of changes, each bundle one pass over the model, anywhere.
+
+A bundle holds changes that begin in neighbouring layers. Its pass computes the base and the starting point once, and
+every change from its first layer on. A bundle is plain data, so that it can be measured in this process, in another, or
+on another machine that sees the model's file.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numba
+import numpy as np
+from threadpoolctl import ThreadpoolController
+from tqdm.auto import tqdm
+
+from quantlab.evaluate.budget import fit
+from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.metrics import TokenScores, mean_and_error
+from quantlab.evaluate.protocol import Windows
+from quantlab.evaluate.sweep import Sweep
+from quantlab.evaluate.variants import Variant, as_is, steps
+from quantlab.files.model import open as open_model
+from quantlab.study.damage_cache import DamageCache
+
+PASSES = 8  # a bundle's changes cost as much as so many passes over the model: few enough to lose, many enough to share
+CHANGES = 32  # of a bundle at most: each has hidden states of its own
+ATTEMPTS = 3  # at a task whose worker was lost
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Changes that are measured in one pass.
+
+    Attributes
+    ----------
+    model : Path
+        The base.
+    windows : Windows
+    mode : str
+        As for `quantlab.perplexity`.
+    memory : str, int or None
+    start : dict[str, str]
+        Tensor → type of the starting point that each change is a change of.
+    imatrix : Mapping[str, np.ndarray]
+        Weights per column.
+    changes : tuple of dict[str, str]
+        Tensor → new type.
+    keys : tuple of dict
+        What each change's damage is kept under.
+    cache : Path or None
+    threads : int or None
+        None takes numba's number.
+    """
+
+    model: Path
+    windows: Windows
+    mode: str
+    memory: str | int | None
+    start: dict[str, str]
+    imatrix: Mapping[str, np.ndarray]
+    changes: tuple[dict[str, str], ...]
+    keys: tuple[dict, ...]
+    cache: Path | None
+    threads: int | None
+
+    def variants(self) -> list[Variant]:
+        """The base, the starting point where it is another, and one variant per change."""
+        model = open_model(self.model)
+        base = as_is(model)
+        starts = [Variant("start", model, self.start, self.imatrix)] if self.start != base.types else []
+        changed = [Variant(str(i), model, self.start | c, self.imatrix) for i, c in enumerate(self.changes)]
+        return [base, *starts, *changed]
+
+    def measure(self, bar: tqdm | None = None) -> list[dict]:
+        """Return the damage of each change; what was measured is in the cache by then.
+
+        BLAS is held to one thread, so that the same bits come out wherever the same kind of CPU does it.
+        """
+        ThreadpoolController().limit(limits=1, user_api="blas")  # and stays so: bundles may run side by side
+        variants, cache = self.variants(), DamageCache(self.cache)
+        with threads(self.threads), Workers() as workers, tqdm(disable=True) as silent:
+            budget = fit(variants, self.windows, workers, self.memory, keep_states=False)
+            sweep = Sweep(variants, self.windows, self.mode, budget, workers, "", None, bar or silent)
+            base, *others = sweep.run()
+        start = others.pop(0) if len(others) > len(self.changes) else base
+        found = [_damage(scores, start, base) for scores in others]
+        for key, damage in zip(self.keys, found, strict=True):
+            cache.put(key, damage)
+        return found
+
+
+def _damage(scores: TokenScores, start: TokenScores, base: TokenScores) -> dict:
+    """The figures of one change; differences are paired token by token."""
+    kld, kld_se = mean_and_error(scores.kld)
+    ln_ratio, ln_ratio_se = mean_and_error(scores.nll - base.nll)
+    delta, delta_se = mean_and_error(scores.kld - start.kld)
+    start_kld, start_se = mean_and_error(start.kld)
+    row = {"kld_mean": kld, "kld_se": kld_se, "ln_ratio": ln_ratio, "ln_ratio_se": ln_ratio_se}
+    return row | {"delta_kld": delta, "delta_kld_se": delta_se, "start_kld_mean": start_kld, "start_kld_se": start_se}
+
+
+@contextmanager
+def threads(wanted: int | None):
+    """Let numba take `wanted` threads for work that begins in this one; None changes nothing."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(wanted or before, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def cut(n_layer: int, first_layers: Sequence[int]) -> list[list[int]]:
+    """Cut changes into bundles.
+
+    Parameters
+    ----------
+    n_layer : int
+    first_layers : sequence of int
+        First layer that each change computes anew: 0 for the embeddings too, `n_layer` for the output alone.
+
+    Returns
+    -------
+    list of list of int
+        Indices of changes, those of the first layers first: they take longest.
+    """
+    bundles, work = [], 0
+    for i in sorted(range(len(first_layers)), key=lambda i: (first_layers[i], i)):
+        if not bundles or work >= PASSES * (n_layer + 1) or len(bundles[-1]) >= CHANGES:
+            bundles, work = [*bundles, []], 0
+        bundles[-1].append(i)
+        work += n_layer + 1 - first_layers[i]
+    return bundles
+
+
+def perform(task, bar: tqdm | None = None) -> list[dict]:
+    """Measure a task; what an executor is given."""
+    return task.measure(bar)
+
+
+def run(tasks: Sequence, work: Sequence[int], executor: Executor | None, bar: tqdm) -> list[list[dict]]:
+    """Measure tasks here, or through an executor.
+
+    Parameters
+    ----------
+    tasks : sequence of Bundle
+        Or of anything else with `measure`.
+    work : sequence of int
+        How far each task moves the bar.
+    executor : concurrent.futures.Executor or None
+    bar : tqdm
+
+    Returns
+    -------
+    list of list of dict
+        In the order of `tasks`. A task whose worker was lost is given to another one.
+
+    Raises
+    ------
+    OSError
+        If the executor cannot go on, or a task lost its worker three times.
+    """
+    if executor is None:
+        return [perform(task, bar) for task in tasks]
+    found, pending = [None] * len(tasks), {}
+    try:
+        for i in range(len(tasks)):
+            pending[executor.submit(perform, tasks[i])] = (i, 1)
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                i, attempt = pending.pop(future)
+                try:
+                    found[i] = future.result()
+                    bar.update(work[i])
+                except Exception as error:
+                    if not _worker_was_lost(error) or attempt == ATTEMPTS:
+                        raise
+                    pending[executor.submit(perform, tasks[i])] = (i, attempt + 1)
+    except Exception as error:
+        if not _worker_was_lost(error):
+            raise
+        raise OSError(
+            f"executor: {type(error).__name__}, a worker was lost and the executor cannot replace it. "
+            "What was measured is kept: call again with a new executor."
+        ) from error
+    finally:
+        for future in pending:
+            future.cancel()
+    return found
+
+
+def _worker_was_lost(error: BaseException) -> bool:
+    """Whether a task failed through no fault of its own; Dask's error is known by its name alone."""
+    return isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ == "KilledWorker"
+
+
+def work_of(bundle: Bundle) -> int:
+    """Return how far a bundle moves the bar: tokens times layers and outputs."""
+    return steps(bundle.variants()) * bundle.windows.tokens.size

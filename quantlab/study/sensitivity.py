@@ -1,0 +1,418 @@
+"""How much damage each tensor does at each type: measured one change at a time, or predicted from a sample of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+from threadpoolctl import ThreadpoolController
+from tqdm.auto import tqdm
+
+from quantlab.evaluate import protocol as protocols
+from quantlab.evaluate.llama import MODES, check_model
+from quantlab.evaluate.variants import Variant, as_is, resolve
+from quantlab.files.bundled import cache_dir, read_text
+from quantlab.files.imatrix_file import read_imatrix
+from quantlab.files.model import Model
+from quantlab.files.model import open as open_model
+from quantlab.files.output import replacing
+from quantlab.quants import block_size
+from quantlab.study import damage, proxy
+from quantlab.study.damage_cache import DamageCache, json_digest, matrix_digests, model_digest
+from quantlab.transform.mixture import FALLBACK, find_qtype, is_quantizable, layer_of
+from quantlab.transform.plan import tensor_bytes
+
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_SHOWN = ["group", "qtype", "bytes", "delta_kld", "delta_kld_se", "ln_ratio", "ln_ratio_se", "error", "measured"]
+_KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A group of tensors at another type.
+
+    Attributes
+    ----------
+    group : str
+        Name of the group; of a tensor that stands for itself, the tensor's.
+    qtype : str
+        The type that was asked for.
+    types : dict[str, str]
+        Tensor → the type that it gets; another one where its rows do not fit the blocks of `qtype`.
+    """
+
+    group: str
+    qtype: str
+    types: dict[str, str]
+
+    @property
+    def layer(self) -> int | None:
+        """Layer of its tensors, -1 for those of no layer; None if they are of several."""
+        layers = {layer_of(name) for name in self.types}
+        return layers.pop() if len(layers) == 1 else None
+
+    @property
+    def kind(self) -> str | None:
+        """Kind of its tensors; None if they are of several."""
+        kinds = {kind_of(name) for name in self.types}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def first_layer(self, n_layer: int) -> int:
+        """Return the first layer that is computed anew, `n_layer` for the output alone."""
+        return min(n_layer if name.startswith("output") else max(0, layer_of(name)) for name in self.types)
+
+
+@dataclass(frozen=True, repr=False)
+class Sensitivity:
+    """What each change of a model costs, one change at a time.
+
+    Attributes
+    ----------
+    protocol : dict
+        What was measured and how, with the digests of model, text, tokens, matrix and starting point.
+    start : dict
+        `kld_mean` and `kld_se` of the starting point itself: 0 where that is the base.
+    rows : tuple of dict
+        One per group and type: `group`, `layer`, `kind`, `qtype`, `tensors`, `types`, `n_weights`, `bytes`, `kld_mean`,
+        `kld_se`, `ln_ratio`, `ln_ratio_se` (the whole model against the base, nats per token), `delta_kld`,
+        `delta_kld_se` (what the change adds to the starting point), `error` (the proxy), `measured`.
+    calibration : dict or None
+        How well the proxy ranks and predicts, where it was asked to.
+    """
+
+    protocol: dict
+    start: dict
+    rows: tuple[dict, ...]
+    calibration: dict | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the rows as a table, without the lists of tensors."""
+        return pd.DataFrame([{k: v for k, v in row.items() if k not in ("tensors", "types")} for row in self.rows])
+
+    def to_json(self) -> str:
+        """Return everything as JSON; what is not known is null."""
+        document = {"schema": 1, "protocol": self.protocol, "start": self.start, "calibration": self.calibration}
+        return json.dumps(document | {"rows": self.rows})
+
+    def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
+        """Write `to_json` to a file."""
+        with replacing(path, overwrite=overwrite) as part:
+            part.write_text(self.to_json() + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sensitivity":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it holds something else.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = tuple(found["rows"])
+            if found["schema"] != 1 or not all({"group", "types", "delta_kld"} <= row.keys() for row in rows):
+                raise KeyError("schema")
+            return cls(found["protocol"], found["start"], rows, found["calibration"])
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file. Write one with quantlab sensitivity --json.") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: is no sensitivity. Write one with quantlab sensitivity --json.") from None
+
+    def __str__(self) -> str:
+        p = self.protocol
+        around = "the base" if p["around"] is None else f"{p['around']}, KLD {self.start['kld_mean']:.6g}"
+        head = f"{p['model']} on {p['text']}: {p['chunks']} chunks of {p['n_ctx']} tokens, changes of {around}"
+        lines = [head, self._shown().to_string(index=False, float_format="{:.4g}".format)]
+        return "\n".join(lines + ([proxy.describe(self.calibration)] if self.calibration else []))
+
+    __repr__ = __str__
+
+    def _shown(self) -> pd.DataFrame:
+        return self.to_frame()[_SHOWN]
+
+    def _repr_html_(self) -> str:
+        return self._shown().to_html(index=False, float_format="{:.4g}".format)
+
+
+def sensitivity(
+    model,
+    text="sampled",
+    *,
+    types: Sequence[str] = TYPES,
+    groups: str | Mapping[str, Sequence[str]] | None = None,
+    imatrix=None,
+    around=None,
+    rules: str = "current",
+    sample: int | None = None,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    protocol: str = "llama.cpp",
+    mode: str = "float",
+    memory: str | int | None = None,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    cache: str | Path | bool = True,
+    progress: bool = True,
+) -> Sensitivity:
+    """Measure what each tensor, or group of tensors, costs at each type, everything else as it is.
+
+    Parameters
+    ----------
+    model : str, Path or Model
+        A GGUF file, a checkpoint folder, a bundled model's name, or an opened model.
+    text : str, Path or Text
+        What to calibrate on. Judge on another text.
+    types : sequence of str
+        Candidate types. Where a tensor's rows do not fit a type's blocks, it gets what llama-quantize would give it.
+    groups : str, mapping or None
+        None: each tensor by itself. `layer`: all tensors of a layer at once. `kind`: all `ffn_down` at once, all
+        `attn_v`, …. A mapping gives tensor names by group.
+    imatrix : str, Path or ImportanceMatrix, optional
+        Importance matrix: it weights the quantization, and the proxy's errors.
+    around : str, Path or Recipe, optional
+        A ftype or recipe that is the starting point of each change, instead of the base.
+    rules : str
+        Rule set of a ftype.
+    sample : int, optional
+        Measure only so many layers of each kind, spread from first to last, and predict the others by the proxy.
+        Only with `groups=None`.
+    n_ctx, chunks, protocol, mode, memory
+        As for `quantlab.perplexity`.
+    threads : int, optional
+        Threads of each task; default: numba's number, with an executor 1.
+    executor : concurrent.futures.Executor, optional
+        Does the tasks, `dask.distributed.Client(…).get_executor()` for one; it needs to see the model's file.
+    cache : str, Path or bool
+        Folder that keeps what was measured, so that the same call goes on where it was stopped; True takes the user's
+        cache folder, False keeps nothing.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    FileNotFoundError
+        If model, text or matrix is not there.
+    ValueError
+        If a type, group, option or the architecture is not known, the text is too short or the memory too small.
+    OSError
+        If workers were lost and the executor cannot replace them.
+    """
+    base = model if isinstance(model, Model) else open_model(model)
+    check_model(base)
+    if mode not in MODES:
+        raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
+    start = _start(base, around, rules, read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix)
+    changes = plan_changes(base, types, groups)
+    if sample is not None and (groups is not None or sample < 1):
+        raise ValueError(f"sample={sample}, must be at least 1, and groups=None. Leave sample out to measure all.")
+    windows, record = protocols.cut(
+        read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules
+    )
+    folder = cache_dir() / "damages" if cache is True else Path(cache) if cache else None
+    study = _Study(base, start, windows, record, memory, threads or (executor and 1), folder, model_digest(base))
+    wanted = changes if sample is None else proxy.sample(changes, base.hparams.n_layer, sample)
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
+        damages = study.measure(wanted, executor, progress)
+        errors = study.errors(changes, executor, progress)
+    return study.result(changes, damages, errors, around, groups, sample)
+
+
+def _start(base: Model, around, rules: str, matrix) -> Variant:
+    """The starting point, with the matrix by tensor."""
+    if around is None:
+        return Variant("base", base, as_is(base).types, {} if matrix is None else matrix.entries)
+    start = resolve(base, [around], rules=rules, imatrix=matrix)[0]
+    if start.model is not base:
+        raise ValueError(f"around={around}, must be a ftype or a recipe. Save the types of the file as a recipe.")
+    return start
+
+
+def kind_of(name: str) -> str:
+    """Return what a tensor is called without layer and `.weight`: `ffn_down`, `output`."""
+    return name.removesuffix(".weight").split(".", 2)[-1]
+
+
+def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | None) -> list[Change]:
+    """List the changes of a model: groups in the order of the layers, types as given.
+
+    Raises
+    ------
+    ValueError
+        If a type or a group is not known.
+    """
+    names = [tensor.name for tensor in model if is_quantizable(tensor.name, tensor.shape)]
+    names.sort(key=_place)
+    if groups is None:
+        members = {name: [name] for name in names}
+    elif groups in ("layer", "kind"):
+        members = {}
+        for name in names:
+            layer = layer_of(name)
+            key = f"blk.{layer}" if groups == "layer" and layer >= 0 else kind_of(name)
+            members.setdefault(key, []).append(name)
+    elif isinstance(groups, Mapping):
+        members = {key: sorted(group, key=_place) for key, group in groups.items()}
+    else:
+        raise ValueError(f"groups={groups}, must be None, layer, kind or a mapping from group to tensor names.")
+    if not types or not members or not all(members.values()):
+        raise ValueError("types and groups: must not be empty. Leave them out for the usual ones.")
+    unknown = [name for group in members.values() for name in group if name not in names]
+    if unknown:
+        raise ValueError(f"groups: {unknown[0]} is no tensor of {model.path} that can be quantized. See its .names.")
+    changes = {}  # two types may fall back to one
+    for key, group in members.items():
+        for qtype in map(find_qtype, types):
+            given = {name: _fitting(qtype, model.tensor(name).shape[-1]) for name in group}
+            if None not in given.values():
+                changes.setdefault((key, *given.values()), Change(key, _asked(qtype, given), given))
+    return list(changes.values())
+
+
+def _place(name: str) -> tuple:
+    """Sort key: embeddings, layers in the order of the forward pass, output."""
+    layer, kind = layer_of(name), kind_of(name)
+    outer = {"token_embd": -1, "output": 1 << 30}.get(kind, layer)
+    return outer, _KINDS.index(kind) if kind in _KINDS else -1, name
+
+
+def _fitting(qtype: str, n_per_row: int) -> str | None:
+    """`qtype` or what stands in for it, None where neither fits a row."""
+    return next((q for q in (qtype, FALLBACK.get(qtype)) if q and n_per_row % block_size(q) == 0), None)
+
+
+def _asked(qtype: str, given: Mapping[str, str]) -> str:
+    """The type that a change is called by: the one that all its tensors get, else the one that was asked for."""
+    return next(iter(given.values())) if len(set(given.values())) == 1 else qtype
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What all measurements of one call share."""
+
+    base: Model
+    start: Variant
+    windows: protocols.Windows
+    record: protocols.Protocol
+    memory: str | int | None
+    threads: int | None
+    folder: Path | None
+    digest: str
+
+    def measure(self, changes: Sequence[Change], executor: Executor | None, progress: bool) -> dict[int, dict]:
+        """Damage by id of the change, from the cache where it is known."""
+        cache, keys = DamageCache(self.folder), [self._key(change) for change in changes]
+        found = [cache.get(key) for key in keys]
+        missing = [i for i, damage_ in enumerate(found) if damage_ is None]
+        n_layer = self.base.hparams.n_layer
+        firsts = [changes[i].first_layer(n_layer) for i in missing]
+        bundles = [[missing[j] for j in bundle] for bundle in damage.cut(n_layer, firsts)]
+        tasks = [self._bundle([changes[i] for i in bundle], [keys[i] for i in bundle]) for bundle in bundles]
+        work = [damage.work_of(task) for task in tasks]
+        shown = dict(desc=f"{len(missing)} changes", unit="tokens", unit_scale=1 / (n_layer + 1), disable=not progress)
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
+        with tqdm(total=sum(work), bar_format=bar_format, **shown) as bar:
+            for bundle, results in zip(bundles, damage.run(tasks, work, executor, bar), strict=True):
+                for i, result in zip(bundle, results, strict=True):
+                    found[i] = result
+                    if executor is not None:  # whose workers may have a disk of their own
+                        cache.put(keys[i], result)
+        return {id(change): result for change, result in zip(changes, found, strict=True)}
+
+    def _bundle(self, changes: Sequence[Change], keys: Sequence[dict]) -> damage.Bundle:
+        return damage.Bundle(
+            model=self.base.path.absolute(),
+            windows=self.windows,
+            mode=self.record.mode,
+            memory=self.memory,
+            start=self.start.types,
+            imatrix=dict(self.start.imatrix),
+            changes=tuple(change.types for change in changes),
+            keys=tuple(keys),
+            cache=self.folder and self.folder.absolute(),
+            threads=self.threads,
+        )
+
+    def _key(self, change: Change) -> dict:
+        """Everything that a damage depends on."""
+        types = self.start.types | change.types
+        altered = {name: qtype for name, qtype in types.items() if qtype != self.base.tensor(name).qtype}
+        record = asdict(self.record) | {"text": None, "rules": None}
+        used = {name: w for name, w in self.start.imatrix.items() if name in altered}
+        start = json_digest(self.start.types)
+        return {
+            "what": "damage", "model": self.digest, "protocol": record, "start": start, "change": change.types,
+            "imatrix": json_digest(matrix_digests(used)),
+        }  # fmt: skip
+
+    def errors(self, changes: Sequence[Change], executor: Executor | None, progress: bool) -> dict[tuple, float]:
+        """The proxy by tensor and type, from the cache where it is known."""
+        cache, found, tasks = DamageCache(self.folder), {}, []
+        wanted = dict.fromkeys(pair for change in changes for pair in change.types.items())
+        for name in dict.fromkeys(name for name, _ in wanted):
+            weights = self.start.imatrix.get(name)
+            matrix = None if weights is None else matrix_digests({name: weights})[name]
+            keys = {
+                qtype: {"what": "error", "model": self.digest, "tensor": name, "qtype": qtype, "imatrix": matrix}
+                for tensor, qtype in wanted
+                if tensor == name
+            }
+            found |= {(name, qtype): cache.get(key) for qtype, key in keys.items()}
+            keys = {qtype: key for qtype, key in keys.items() if found[name, qtype] is None}
+            if keys:
+                tasks.append(proxy.ErrorTask(self.base.path.absolute(), name, keys, weights, self.folder, self.threads))
+        work = [self.base.tensor(task.name).n_weights * len(task.keys) for task in tasks]
+        with tqdm(total=sum(work), desc="errors", unit="weights", unit_scale=True, disable=not progress) as bar:
+            for task, results in zip(tasks, damage.run(tasks, work, executor, bar), strict=True):
+                for (qtype, key), result in zip(task.keys.items(), results, strict=True):
+                    found[task.name, qtype] = result
+                    if executor is not None:
+                        cache.put(key, result)
+        return {pair: result["error"] for pair, result in found.items()}
+
+    def result(self, changes, damages: dict[int, dict], errors: dict[tuple, float], around, groups, sample):
+        """Put everything known of each change in a row; predict what was not measured."""
+        rows = [self._row(change, damages.get(id(change)), errors) for change in changes]
+        calibration = None
+        if sample is not None:
+            rows, calibration = proxy.calibrated(rows, self.base.hparams.n_layer)
+        start = next(iter(damages.values()))
+        document = asdict(self.record) | {
+            "model": self.base.path.stem if self.base.path.is_file() else self.base.path.name,
+            "model_sha256": self.digest,
+            "imatrix": json_digest(matrix_digests(self.start.imatrix)) if self.start.imatrix else None,
+            "around": None if around is None else self.start.name,
+            "around_sha256": None if around is None else json_digest(self.start.types),
+            "groups": groups if groups is None or isinstance(groups, str) else "given",
+        }
+        return Sensitivity(
+            document, {"kld_mean": start["start_kld_mean"], "kld_se": start["start_kld_se"]}, tuple(rows), calibration
+        )
+
+    def _row(self, change: Change, damage_: dict | None, errors: dict[tuple, float]) -> dict:
+        tensors = [self.base.tensor(name) for name in change.types]
+        row = {
+            "group": change.group,
+            "layer": change.layer,
+            "kind": change.kind,
+            "qtype": change.qtype,
+            "tensors": list(change.types),
+            "types": change.types,
+            "n_weights": sum(tensor.n_weights for tensor in tensors),
+            "bytes": sum(tensor_bytes(tensor.shape, change.types[tensor.name]) for tensor in tensors),
+        }
+        figures = ("kld_mean", "kld_se", "ln_ratio", "ln_ratio_se", "delta_kld", "delta_kld_se")
+        row |= {figure: None if damage_ is None else damage_[figure] for figure in figures}
+        return row | {
+            "error": sum(errors[pair] for pair in change.types.items()),
+            "measured": damage_ is not None,
+        }
