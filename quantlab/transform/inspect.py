@@ -14,7 +14,7 @@ from quantlab.files.metadata_table import metadata_table
 from quantlab.files.model import Model, open
 from quantlab.transform.mixture import FALLBACK, FALLBACK_2023, FTYPES, RULES, Ftype, choose_types
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "inspect", "mixtures", "text_table"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Inspection:
 
     def __str__(self) -> str:
         tables = (self.types.reset_index(), metadata_table(self.model.metadata), self.model.tensors)
-        return "\n\n".join(["\n".join(self._lines()), *map(_text, tables)])
+        return "\n\n".join(["\n".join(self._lines()), *map(text_table, tables)])
 
     def _repr_html_(self) -> str:
         lines = "<br>".join(map(escape, self._lines()))
         return f"<p>{lines}</p>{self.types.to_html()}{self.model._repr_html_()}"
 
 
-def _text(table: pd.DataFrame) -> str:
+def text_table(table: pd.DataFrame) -> str:
     """Return a table as text, numbers to the right, all else to the left."""
     table = table.dropna(axis="columns", how="all")  # tensors of a checkpoint have no offset
     shown = {key: column.map("{:.4f}".format if column.dtype == float else str) for key, column in table.items()}
@@ -106,10 +106,10 @@ def inspect(path: str | Path) -> Inspection:
         If the file is damaged or of a kind that is not read.
     """
     model = open(path)
-    return Inspection(model, tuple(_mixtures(model)))
+    return Inspection(model, tuple(mixtures(model)))
 
 
-def _mixtures(model: Model) -> list[dict[str, Any]]:
+def mixtures(model: Model) -> list[dict[str, Any]]:
     """Find the mixtures that give every tensor the type it has."""
     has = {tensor.name: tensor.qtype for tensor in model}
     found = []

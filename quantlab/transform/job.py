@@ -168,7 +168,7 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     overrides = dict(parse_override(text) for text in options.override_kv)
     if "general.alignment" in overrides:
         raise ValueError("override: key=general.alignment, must be left alone: the tensors' places depend on it.")
-    matrix, matrix_keys = _matrix(options)
+    matrix, matrix_keys = matrix_of(options)
     choices = choose_types(
         Hparams.from_metadata(model.metadata | overrides, tensors, source=str(model.path)),
         {name: tensors[name].shape for names in shards for name in names},
@@ -179,9 +179,9 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
         keep_order=options.keep_split,
         **{name: getattr(options, name) for name in _TYPE_OPTIONS},
     )
-    steps = {n: Step(tensors[n], choice, _weights(tensors[n], choice, matrix)) for n, choice in choices.items()}
+    steps = {n: Step(tensors[n], choice, weights_of(tensors[n], choice, matrix)) for n, choice in choices.items()}
     number = _present_ftype(model) if ftype.number is None else ftype.number
-    metadata = _metadata(model.metadata, number, overrides, matrix_keys)
+    metadata = metadata_of(model.metadata, number, overrides, matrix_keys)
     outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
     if not options.via and model.path.is_dir() and any(tensor.qtype in ("BF16", "F32") for tensor in model):
         notes.append("weights keep the checkpoint's precision; --via f16 rounds them as a conversion to F16 would")
@@ -251,7 +251,7 @@ def _shards(model: Model, keep_split: bool) -> list[list[str]]:
     return [[t.name for t in sorted(header.tensors, key=lambda tensor: tensor.offset)] for header in headers]
 
 
-def _matrix(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the weights per tensor that the options leave over, and the metadata keys that record them."""
     if options.include_weights and options.exclude_weights:
         raise ValueError("include_weights and exclude_weights: only one of them may be given")
@@ -275,7 +275,7 @@ def _matrix(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return matrix.entries, keys
 
 
-def _weights(tensor: LazyTensor, choice: Choice, matrix: Mapping[str, np.ndarray]) -> np.ndarray | None:
+def weights_of(tensor: LazyTensor, choice: Choice, matrix: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Return the weights of one tensor's columns, None where it is kept or the matrix has none."""
     weights = matrix.get(tensor.name)
     if weights is None or choice.qtype == tensor.qtype:
@@ -326,7 +326,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     raise ValueError(f"override={text}, must have a type of int, float, bool (true or false) or str before the colon")
 
 
-def _metadata(source: Mapping[str, Any], ftype: int, *more: Mapping[str, Any]) -> dict[str, Any]:
+def metadata_of(source: Mapping[str, Any], ftype: int, *more: Mapping[str, Any]) -> dict[str, Any]:
     """Return the source's keys in their order without those of shards; what is set anew moves to the end."""
     version = np.uint32(QUANTIZATION_VERSION)
     metadata = {key: value for key, value in source.items() if not key.startswith("split.")}
