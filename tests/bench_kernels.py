@@ -15,10 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 
-import ggml_library
 import llvmlite.binding
 import numba
 import numpy as np
@@ -26,6 +23,7 @@ import numpy as np
 import quantlab as ql
 from quantlab import quants
 from quantlab.files import bundled
+from quantlab.study import ggml_library, speed
 
 WIDTH = 4096
 LEGACY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
@@ -45,60 +43,20 @@ def real_rows():
         model = ql.open(bundled.model_path("smollm2"))
     except FileNotFoundError:
         model = ql.open(bundled.model_path("tiny"))
-    flat, wanted = [], MANY * WIDTH
-    for tensor in model:
-        if len(tensor.shape) == 2:
-            flat.append(tensor.floats().ravel())
-            if sum(map(len, flat)) >= wanted:
-                break
-    return f"Weights of {model.path.stem}", np.resize(np.concatenate(flat), (MANY, WIDTH))
-
-
-def both_ways(mode, qtype, x, imatrix, threads):
-    """Two functions that do the same work, ours and ggml's (None without the library)."""
-    data = quants.quantize(x, qtype)
-    floats = np.empty_like(x)
-    parts = [slice(len(x) * i // threads, len(x) * (i + 1) // threads) for i in range(threads)]
-    pool = ThreadPoolExecutor(threads)
-
-    def ours():
-        if mode == "decode":
-            quants.dequantize(data, qtype, x.shape, out=floats)
-        else:
-            quants.quantize(x, qtype, imatrix if mode == "imatrix" else None)
-
-    def theirs_part(part):
-        if mode == "decode":
-            ggml_library.dequantize(data[part], qtype, WIDTH, floats[part])
-        else:
-            ggml_library.quantize(x[part], qtype, imatrix if mode == "imatrix" else None, data[part])
-
-    def theirs():
-        list(pool.map(theirs_part, parts))
-
-    return ours, theirs if ggml_library.library() else None
-
-
-def speed(function, n, clock):
-    """Million weights per second of a function that handles `n`, called again and again for a tenth of a second."""
-    calls, start = 0, clock()
-    while calls == 0 or clock() - start < 0.1:
-        function()
-        calls += 1
-    return calls * n / (clock() - start) / 1e6
+    return f"Weights of {model.path.stem}", speed.rows_of(model, MANY, WIDTH)
 
 
 def measure(mode, qtype, rows, imatrix, threads, repetitions):
     """Speeds of ours and of ggml's: two arrays, one value per repetition; the second is empty without the library."""
     x = rows[: FEW if mode == "imatrix" or (mode == "plain" and qtype in K_TYPES) else MANY]
-    ours, theirs = both_ways(mode, qtype, x, imatrix, threads)
+    ours, theirs = speed.pair(mode, qtype, x, threads, imatrix if mode == "imatrix" else None)
     ours()  # compiles
     clock = time.process_time if threads == 1 else time.perf_counter
     speeds = [], []
     for _ in range(repetitions):
-        speeds[0].append(speed(ours, x.size, clock))
+        speeds[0].append(speed.rate(ours, x.size, clock=clock))
         if theirs:
-            speeds[1].append(speed(theirs, x.size, clock))
+            speeds[1].append(speed.rate(theirs, x.size, clock=clock))
     return [np.array(s) for s in speeds]
 
 
@@ -176,8 +134,7 @@ def main():
     parser.add_argument("--start", action="store_true", help="measure compiling and first calls, too")
     arguments = parser.parse_args()
 
-    ggml = ggml_library.library()
-    theirs = f"libggml-python {version('libggml-python')} (ggml {ggml.ggml_version().decode()})" if ggml else "no ggml"
+    theirs = ggml_library.version() or "no ggml"
     cpu = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
     print(f"quantlab {ql.__version__}, numba {numba.__version__} for {cpu}; {theirs}; median ± half the quartiles'")
     print(f"distance of {arguments.repetitions} repetitions, rows of {WIDTH} weights, ours and ggml's in turns")

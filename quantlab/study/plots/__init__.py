@@ -1,8 +1,32 @@
 """DataFrame → matplotlib Axes: every figure of the notebooks, one file for each subject."""
 
 from quantlab.study.plots.damage import bpw_against_ppl, size_against_kld
+from quantlab.study.plots.errors import against_tails, by_layer, code_shares, error_map, histograms, percentile_bands
 from quantlab.study.plots.running import memory
+from quantlab.study.plots.speed import roofline, scaling, throughput
 from quantlab.study.plots.style import save
 from quantlab.study.plots.training import loss_curve
+from quantlab.study.plots.types import bit_budget, bit_map, block_weights, by_outlier, scale_search, snr_against_bits
 
-__all__ = ["bpw_against_ppl", "loss_curve", "memory", "save", "size_against_kld"]
+__all__ = [
+    "against_tails",
+    "bit_budget",
+    "bit_map",
+    "block_weights",
+    "bpw_against_ppl",
+    "by_layer",
+    "by_outlier",
+    "code_shares",
+    "error_map",
+    "histograms",
+    "loss_curve",
+    "memory",
+    "percentile_bands",
+    "roofline",
+    "save",
+    "scale_search",
+    "scaling",
+    "size_against_kld",
+    "snr_against_bits",
+    "throughput",
+]

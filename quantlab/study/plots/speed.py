@@ -1,0 +1,131 @@
+"""Figures of speed: types beside each other and beside ggml, threads, and the machine's roofline."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from quantlab.study.plots.style import BLUE, ORANGE, VERMILION
+
+_LOOKS = {"quantlab": (BLUE, ""), "ggml": (ORANGE, "//")}
+
+
+def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None = None) -> np.ndarray:
+    """Plot how fast types are encoded and decoded, ours beside ggml's.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        A row per type, direction, number of threads and library: `type`, `what`, `threads`, `by`, `speed`, `spread` in
+        million weights per second, as `quantlab.study.speed.measure` gives them.
+    title : str
+        Machine.
+    axes : np.ndarray of Axes, optional
+        Where to draw: a row per number of threads, columns for encoding and decoding; a new figure by default.
+
+    Returns
+    -------
+    np.ndarray of Axes
+    """
+    counts = sorted(frame["threads"].unique())
+    if axes is None:
+        figure, axes = plt.subplots(
+            len(counts), 2, figsize=(11, 0.6 + 2.9 * len(counts)), sharex=True, squeeze=False, layout="constrained"
+        )
+        figure.suptitle(title)
+    order = list(dict.fromkeys(frame["type"]))
+    for line, n in zip(axes, counts, strict=True):
+        for ax, what in zip(line, ("encode", "decode"), strict=True):
+            part = frame[(frame["threads"] == n) & (frame["what"] == what)]
+            libraries = [by for by in _LOOKS if by in set(part["by"])]
+            for i, by in enumerate(libraries):
+                rows = part[part["by"] == by].set_index("type").loc[order]
+                places = np.arange(len(order)) + (i - (len(libraries) - 1) / 2) * 0.4
+                colour, hatch = _LOOKS[by]
+                look = {"color": colour, "hatch": hatch, "ec": "white", "lw": 0.5, "label": by}
+                ax.bar(places, rows["speed"], 0.4, yerr=rows["spread"], capsize=2, **look)
+            ax.set_xticks(range(len(order)), order, rotation=45, ha="right")
+            ax.set(yscale="log", title=f"{what}, {n} thread{'s' if n > 1 else ''}")
+            ax.grid(axis="y", alpha=0.3)
+        line[0].set_ylabel("million weights per second")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    return axes
+
+
+def scaling(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Plot how many times as fast the most threads are as one.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        As for `throughput`; ours alone are drawn.
+    title : str
+        Machine.
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    ours = frame[frame["by"] == "quantlab"]
+    most = ours["threads"].max()
+    order = list(dict.fromkeys(ours["type"]))
+    for i, (what, colour, hatch) in enumerate((("encode", BLUE, ""), ("decode", ORANGE, "//"))):
+        part = ours[ours["what"] == what]
+        one, many = (part[part["threads"] == n].set_index("type").loc[order] for n in (ours["threads"].min(), most))
+        ratio = many["speed"] / one["speed"]
+        error = ratio * np.hypot(many["spread"] / many["speed"], one["spread"] / one["speed"])
+        look = {"color": colour, "hatch": hatch, "ec": "white", "lw": 0.5, "label": what}
+        ax.bar(np.arange(len(order)) + 0.4 * i - 0.2, ratio, 0.4, yerr=error, capsize=2, **look)
+    ax.axhline(most, color="0.3", ls="--", lw=1, label=f"{most} times: nothing in the way")
+    ax.axhline(1, color="0.3", ls=":", lw=1, label="one thread")
+    ax.set_xticks(range(len(order)), order)
+    ax.set(ylabel=f"speed of {most} threads over that of one", title=title)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def roofline(
+    frame: pd.DataFrame, *, bandwidth: float, peaks: dict[str, float], title: str = "", ax: Axes | None = None
+):
+    """Draw the machine's roofline, and the kernels under it.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        A row per type and direction: `type`, `what`, `intensity` (operations per byte), `operations` (per second), as
+        `quantlab.study.speed.roofline` gives them.
+    bandwidth : float
+        Of the memory, bytes per second.
+    peaks : dict
+        Label → operations per second: the flat parts of the roof.
+    title : str
+        Machine and threads.
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    x = np.geomspace(frame["intensity"].min() / 3, frame["intensity"].max() * 4, 200)
+    for (label, top), style in zip(peaks.items(), ("-", "--"), strict=False):
+        ax.plot(x, np.minimum(top, x * bandwidth) / 1e9, color="0.3", ls=style, label=f"{label}: {top / 1e9:.0f} G/s")
+    ax.plot([], [], " ", label=f"slope: memory, {bandwidth / 1e9:.1f} GB/s")
+    for what, colour, marker in (("encode", BLUE, "o"), ("decode", VERMILION, "s")):
+        rows = frame[frame["what"] == what]
+        ax.plot(rows["intensity"], rows["operations"] / 1e9, marker, color=colour, mec="black", ms=7, label=what)
+        for row in rows.sort_values("intensity").itertuples():
+            ax.annotate(
+                row.type, (row.intensity, row.operations / 1e9), (6, -3), textcoords="offset points", fontsize=8
+            )
+    ax.set(xscale="log", yscale="log", title=title)
+    ax.set(xlabel="operations per byte of memory read or written", ylabel="billion operations per second")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax

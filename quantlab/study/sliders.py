@@ -1,0 +1,49 @@
+"""Figures with sliders, for notebooks that are open in JupyterLab."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from quantlab.study import blocks
+from quantlab.study.plots.types import block_weights
+
+
+def outlier(x: np.ndarray, qtypes: list[str], *, qtype: str = "Q4_K", size: float = 8.0):
+    """Draw a block with an outlier, its size on a slider and the type in a list.
+
+    Parameters
+    ----------
+    x : np.ndarray [shape=(256,), dtype=float32, finite]
+        A block.
+    qtypes : list of str
+        Types to choose from.
+    qtype : str
+        The type at first.
+    size : float
+        The outlier's size at first, in rms of the block.
+
+    Returns
+    -------
+    ipywidgets.Widget or str
+        A line that says what is missing, where ipywidgets is not installed.
+    """
+    try:
+        import ipywidgets
+    except ImportError:
+        return "Sliders need ipywidgets: pip install 'gguf-quantlab[lab]'. The figure above shows one setting."
+
+    def draw(size, qtype):
+        block_weights(blocks.weights(blocks.with_outlier(x, size), qtype))
+        plt.show()
+
+    slider = ipywidgets.FloatSlider(
+        value=size,
+        max=max(40.0, size),
+        step=0.5,
+        description="outlier (rms of the block)",
+        continuous_update=False,
+        style={"description_width": "initial"},
+        layout={"width": "480px"},
+    )
+    return ipywidgets.interactive(
+        draw, size=slider, qtype=ipywidgets.Dropdown(options=qtypes, value=qtype, description="type")
+    )

@@ -1,0 +1,268 @@
+"""How fast the kernels are: beside ggml's own, and beside what this machine's memory and arithmetic allow."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numba
+import numpy as np
+import pandas as pd
+from numba import prange
+
+from quantlab import quants
+from quantlab.files.model import Model
+from quantlab.quants.lanes import lanes, load, parallel_kernel, store
+from quantlab.study import ggml_library
+
+_CHAINS = 12  # of independent additions and multiplications: enough to hide their latency
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Let the kernels take `n` threads, and as many as before when the block ends.
+
+    Raises
+    ------
+    ValueError
+        If numba was started with fewer.
+    """
+    most, before = numba.config.NUMBA_NUM_THREADS, numba.get_num_threads()
+    if not 1 <= n <= most:
+        raise ValueError(f"speed: threads={n}, must be from 1 to {most}. Start with NUMBA_NUM_THREADS={n} for more.")
+    numba.set_num_threads(n)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4, … up to the number of threads that numba was started with, that number included."""
+    most = numba.config.NUMBA_NUM_THREADS
+    return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
+
+
+def rows_of(model: Model, nrows: int, n_per_row: int = 4096) -> np.ndarray:
+    """Cut rows from a model's matrices, one after another; from the first one again when they do not suffice.
+
+    Returns
+    -------
+    np.ndarray [shape=(nrows, n_per_row), dtype=float32]
+    """
+    flat, wanted = [], nrows * n_per_row
+    for tensor in model:
+        if len(tensor.shape) == 2:
+            flat.append(tensor.floats().ravel())
+            if sum(map(len, flat)) >= wanted:
+                break
+    return np.resize(np.concatenate(flat), (nrows, n_per_row))
+
+
+def pair(
+    what: str, qtype: str, x: np.ndarray, n_threads: int, imatrix: np.ndarray | None = None
+) -> tuple[Callable[[], object], Callable[[], object] | None]:
+    """Make two functions that do the same work, ours and ggml's (None where the library is missing).
+
+    ggml's functions handle one thread's rows; they are shared out among Python threads, which those functions let run.
+
+    Parameters
+    ----------
+    what : str
+        `encode` or `decode`.
+    qtype : str
+        A type with kernels of ours.
+    x : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
+        The weights.
+    n_threads : int
+        For ggml; ours take what `threads` says.
+    imatrix : np.ndarray [shape=(n_per_row,), dtype=float32], optional
+        Weights of the errors, when encoding.
+    """
+    data, floats = quants.quantize(x, qtype), np.empty_like(x)
+    parts = [slice(len(x) * i // n_threads, len(x) * (i + 1) // n_threads) for i in range(n_threads)]
+    pool = ThreadPoolExecutor(n_threads)
+
+    def ours():
+        if what == "decode":
+            quants.dequantize(data, qtype, x.shape, out=floats)
+        else:
+            quants.quantize(x, qtype, imatrix)
+
+    def part_of_theirs(part):
+        if what == "decode":
+            ggml_library.dequantize(data[part], qtype, x.shape[1], floats[part])
+        else:
+            ggml_library.quantize(x[part], qtype, imatrix, data[part])
+
+    def theirs():
+        list(pool.map(part_of_theirs, parts))
+
+    return ours, theirs if ggml_library.library() else None
+
+
+def rate(function: Callable[[], object], n: int, *, clock: Callable[[], float], seconds: float = 0.1) -> float:
+    """Million weights per second of a function that handles `n`, called again and again for at least `seconds`."""
+    calls, start = 0, clock()
+    while calls == 0 or clock() - start < seconds:
+        function()
+        calls += 1
+    return calls * n / (clock() - start) / 1e6
+
+
+def measure(
+    qtypes: Iterable[str], x: np.ndarray, n_threads: Iterable[int], *, repetitions: int = 5, seconds: float = 0.05
+) -> pd.DataFrame:
+    """Measure how fast types are encoded and decoded, ours and ggml's in turns.
+
+    Parameters
+    ----------
+    qtypes : iterable of str
+        Types with kernels of ours.
+    x : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
+        The weights; of types whose encoder searches, only the first sixteenth is encoded at a time.
+    n_threads : iterable of int
+        Numbers of threads. With one, processor time is taken, so that other programs do not count; else elapsed time.
+    repetitions : int
+        How often each pair is measured.
+    seconds : float
+        How long each measurement lasts at least.
+
+    Returns
+    -------
+    pd.DataFrame
+        A row per type, direction, number of threads and library: `type`, `what` (`encode`, `decode`), `threads`, `by`
+        (`quantlab`, `ggml`), `speed` (million weights per second, the median), `spread` (half the distance between the
+        quartiles).
+
+    Raises
+    ------
+    ValueError
+        If there are more threads than numba was started with.
+    """
+    rows = []
+    for n in n_threads:
+        clock = time.process_time if n == 1 else time.perf_counter
+        for qtype in qtypes:
+            for what in ("encode", "decode"):
+                part = x[: len(x) // 16] if what == "encode" and qtype.endswith("_K") else x
+                with threads(n):
+                    speeds = _in_turns(pair(what, qtype, part, n), part.size, repetitions, clock, seconds)
+                rows += [
+                    {"type": qtype, "what": what, "threads": n, "by": by, **_middle(v)} for by, v in speeds.items()
+                ]
+    return pd.DataFrame(rows)
+
+
+def _in_turns(functions, n: int, repetitions: int, clock, seconds: float) -> dict[str, list[float]]:
+    """Speeds of both functions, measured in turns; one alone where the other is None."""
+    named = {by: function for by, function in zip(("quantlab", "ggml"), functions, strict=True) if function}
+    for function in named.values():
+        function()  # compiles, fills caches
+    speeds = {by: [] for by in named}
+    for _ in range(repetitions):
+        for by, function in named.items():
+            speeds[by].append(rate(function, n, clock=clock, seconds=seconds))
+    return speeds
+
+
+def _middle(values: list[float]) -> dict[str, float]:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"speed": middle, "spread": (high - low) / 2}
+
+
+def bandwidth(n_threads: int, *, mib: int = 256, repeats: int = 5) -> float:
+    """Measure the memory's bandwidth: bytes per second, read and written together, of copying large arrays.
+
+    Parameters
+    ----------
+    n_threads : int
+        Threads that copy at once, each a part.
+    mib : int
+        MiB of the array; many times the caches.
+    repeats : int
+        The best one counts.
+    """
+    source = np.ones(mib << 18, np.float32)
+    target = np.zeros_like(source)
+    parts = [slice(len(source) * i // n_threads, len(source) * (i + 1) // n_threads) for i in range(n_threads)]
+    best = np.inf
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
+            best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def peak(n_threads: int, *, rounds: int = 2_000_000, repeats: int = 5) -> float:
+    """Measure the arithmetic peak of lanes: float32 additions and multiplications per second, none of them fused.
+
+    Parameters
+    ----------
+    n_threads : int
+        Threads that calculate at once.
+    rounds : int
+        Steps of each thread.
+    repeats : int
+        The best one counts.
+
+    Raises
+    ------
+    ValueError
+        If there are more threads than numba was started with.
+    """
+    values = np.ones((n_threads, 16 * _CHAINS), np.float32)
+    best = np.inf
+    with threads(n_threads):
+        _multiply_and_add(values, 1)  # compiles
+        for _ in range(repeats):
+            start = time.perf_counter()
+            _multiply_and_add(values, rounds)
+            best = min(best, time.perf_counter() - start)
+    return n_threads * rounds * _CHAINS * 2 * 16 / best
+
+
+@parallel_kernel
+def _multiply_and_add(values, rounds):
+    """Carry twelve chains of a multiplication and an addition each, in registers."""
+    factor, summand = lanes(np.float32(0.999)), lanes(np.float32(0.001))
+    for i in prange(len(values)):
+        v = values[i]
+        a, b, c, d, e, f = load(v, 0), load(v, 16), load(v, 32), load(v, 48), load(v, 64), load(v, 80)
+        g, h, k, m, n, o = load(v, 96), load(v, 112), load(v, 128), load(v, 144), load(v, 160), load(v, 176)
+        for _ in range(rounds):
+            a, b, c = a * factor + summand, b * factor + summand, c * factor + summand
+            d, e, f = d * factor + summand, e * factor + summand, f * factor + summand
+            g, h, k = g * factor + summand, h * factor + summand, k * factor + summand
+            m, n, o = m * factor + summand, n * factor + summand, o * factor + summand
+        store(v, 0, a + b + c + d + e + f + g + h + k + m + n + o)
+
+
+def roofline(speeds: pd.DataFrame, operations: pd.DataFrame, n_threads: int) -> pd.DataFrame:
+    """Put speeds on the axes of a roofline: operations per byte of memory, and operations per second.
+
+    Parameters
+    ----------
+    speeds : pd.DataFrame
+        What `measure` returned.
+    operations : pd.DataFrame
+        What `quantlab.study.operations.count` returned.
+    n_threads : int
+        Which of the measurements.
+
+    Returns
+    -------
+    pd.DataFrame
+        A row per type and direction, ours alone: `type`, `what`, `speed` (million weights per second), `bytes` (read
+        and written per weight: a float32 and the block's share), `all` (operations per weight), `intensity` (operations
+        per byte), `operations` (per second), `traffic` (bytes per second).
+    """
+    kept = speeds[(speeds["threads"] == n_threads) & (speeds["by"] == "quantlab")]
+    frame = kept.merge(operations, on=["type", "what"])
+    frame["bytes"] = 4 + frame["type"].map(lambda q: quants.block_bytes(q) / quants.block_size(q))
+    return frame.assign(
+        intensity=frame["all"] / frame["bytes"],
+        operations=frame["all"] * frame["speed"] * 1e6,
+        traffic=frame["bytes"] * frame["speed"] * 1e6,
+    )[["type", "what", "speed", "bytes", "all", "intensity", "operations", "traffic"]]
