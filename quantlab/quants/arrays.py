@@ -123,7 +123,7 @@ def types():
     return pd.DataFrame(rows).set_index("type")
 
 
-def _kernel(verb: str, qtype: str, mode: str = ""):
+def kernel_of(verb: str, qtype: str, mode: str = ""):
     """The compiled function `<verb>_<qtype><mode>`; its module, and numba with it, is imported when first needed."""
     return getattr(import_module(f"quantlab.quants.{_KERNELS[qtype]}"), f"{verb}_{qtype.lower()}{mode}")
 
@@ -276,9 +276,9 @@ def _encode(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, out: np.ndarr
     if qtype == "F32":
         out[:] = x.view(np.uint8)
     elif imatrix is not None:
-        _kernel("encode", qtype, "_imatrix")(x, imatrix, out)
+        kernel_of("encode", qtype, "_imatrix")(x, imatrix, out)
     else:
-        _kernel("encode", qtype)(x, out)
+        kernel_of("encode", qtype)(x, out)
 
 
 def _decode(data: np.ndarray, qtype: str, out: np.ndarray) -> None:
@@ -286,7 +286,7 @@ def _decode(data: np.ndarray, qtype: str, out: np.ndarray) -> None:
     if qtype == "F32":
         out[:] = data.view(np.float32)
     elif qtype in _KERNELS:
-        _kernel("decode", qtype)(data, out)
+        kernel_of("decode", qtype)(data, out)
     else:
         from gguf.quants import dequantize as gguf_dequantize
 
