@@ -29,11 +29,21 @@ def test_bundled_model_agrees_with_transformers():
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_windows_know_nothing_of_each_other():
+    model = ql.open(data_dir() / "models" / "tiny")
+    windows = np.random.default_rng(0).integers(3, 2000, (3, 40))
+    together = logits(model, windows)
+    assert together.shape == (3, 40, 2048)
+    alone = np.stack([logits(model, window) for window in windows])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
-        ([], {}, "tokens: shape=\\(0,\\), must be a row of ids"),
-        ([1, 10**6], {}, "tokens: shape=\\(2,\\), must be a row of ids within 0:"),
+        ([], {}, "tokens: shape=\\(0,\\), must be a row or windows of ids"),
+        ([1, 10**6], {}, "tokens: shape=\\(2,\\), must be a row or windows of ids within 0:"),
+        ([[[1]]], {}, "tokens: shape=\\(1, 1, 1\\), must be a row or windows of ids"),
         ([1], {"mode": "exact"}, "mode=exact, must be one of"),
     ],
 )

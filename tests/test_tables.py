@@ -90,6 +90,15 @@ def test_the_table_agrees_with_compare(table):
     assert table.to_frame().set_index("ftype").loc["Q2_K", "ppl"] == rows.loc["Q2_K", "ppl"]
 
 
+def test_both_rules_measures_what_differs_and_repeats_what_does_not(table):
+    frame = tables.both_rules(table, "tiny").set_index(["rules", "ftype"])
+    now, then = frame.loc["current"], frame.loc["2023-12"]
+    assert sorted(then.index) == ["COPY", "F16", "Q2_K"]
+    assert now.loc["F16"].equals(then.loc["F16"])
+    assert then.loc["Q2_K", "bytes"] > now.loc["Q2_K", "bytes"]
+    assert then.loc["Q2_K", "kld_mean"] < now.loc["Q2_K", "kld_mean"]
+
+
 def test_the_table_as_json(table):
     document = json.loads(table.to_json())
     assert document["schema"] == 1

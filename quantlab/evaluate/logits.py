@@ -1,10 +1,9 @@
-"""Logits of a short run of tokens, for a look at what a model says next."""
+"""Logits of a few windows of tokens, for a look at what a model says next."""
 
 import numpy as np
 
-from quantlab.evaluate import fused
-from quantlab.evaluate.dense import Matrix, Workers
-from quantlab.evaluate.llama import MODES, Llama, check_model, load_layer
+from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.llama import MODES, Llama, check_model
 from quantlab.evaluate.variants import Weights, as_is
 
 
@@ -15,15 +14,15 @@ def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
     ----------
     model : Model
         An opened model.
-    tokens : array_like of int [shape=(n_tokens,)]
-        Token ids, BOS included where it is wanted.
+    tokens : array_like of int [shape=(n_tokens,) or (n_windows, n_tokens)]
+        Token ids, BOS included where it is wanted; the windows know nothing of each other.
     mode : str
         As for `perplexity`.
 
     Returns
     -------
-    np.ndarray [shape=(n_tokens, n_vocab), dtype=float32]
-        Row i says what follows tokens 0 … i.
+    np.ndarray [shape=(*tokens.shape, n_vocab), dtype=float32]
+        Row i of a window says what follows its tokens 0 … i.
 
     Raises
     ------
@@ -34,24 +33,22 @@ def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
     tokens, hparams = np.asarray(tokens, np.int64), model.hparams
     if mode not in MODES:
         raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
-    if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= hparams.n_vocab:
-        raise ValueError(f"tokens: shape={tokens.shape}, must be a row of ids within 0:{hparams.n_vocab}.")
+    if tokens.ndim not in (1, 2) or not tokens.size or tokens.min() < 0 or tokens.max() >= hparams.n_vocab:
+        raise ValueError(f"tokens: shape={tokens.shape}, must be a row or windows of ids within 0:{hparams.n_vocab}.")
     variant = as_is(model)
     used, place = np.unique(tokens, return_inverse=True)
+    place = place.ravel()
     factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
     with Workers() as workers:
         weights = Weights(model, [variant], workers)
         x = weights.rows(variant, "token_embd.weight", used)[place]
-        llama = Llama(hparams, len(tokens), mode, workers, factors)
-        qkv = np.empty((len(tokens), llama.qkv_width), np.float32)
+        llama = Llama(hparams, tokens.shape[-1], mode, workers, factors)
+        qkv = np.empty((len(x), llama.qkv_width), np.float32)
         for index in range(hparams.n_layer):
-            layer = load_layer(model, index, lambda name, out: weights.fill(variant, name, out))
-            llama.forward(layer, x, qkv)
+            llama.forward(weights.layer(variant, index, mode), x, qkv)
             weights.forget()
-        name = "output.weight" if "output.weight" in model else "token_embd.weight"
-        matrix = np.empty(model.tensor(name).shape, np.float32)
-        qtype = weights.fill(variant, name, matrix)
-        fused.rms_norm(x, model.tensor("output_norm.weight").floats(), llama.eps, x)
-        found = np.empty((len(tokens), hparams.n_vocab), np.float32)
-        llama.product(x, Matrix(matrix, ((slice(0, len(matrix)), qtype),)), found)
-    return found
+        norm, matrix = weights.output(variant, mode)
+        llama.steps.rms_norm(x, norm, llama.eps, x)
+        found = np.empty((len(x), hparams.n_vocab), np.float32)
+        llama.product(x, matrix, found)
+    return found.reshape(*tokens.shape, hparams.n_vocab)

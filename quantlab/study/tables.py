@@ -16,7 +16,7 @@ import pandas as pd
 from quantlab.evaluate.budget import SHARE_OF_PEAK, peak
 from quantlab.evaluate.dense import Workers
 from quantlab.evaluate.perplexity import Comparison, compare
-from quantlab.files.bundled import data_dir, shape, shapes
+from quantlab.files.bundled import data_dir, is_shape, shape, shapes
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.quants import block_size
@@ -246,7 +246,7 @@ def size_ppl(
         If a ftype or rule set is unknown, or the text is too short.
     """
     names = [find_ftype(ftype).name for ftype in ftypes or FTYPES]
-    if str(model) in shapes():
+    if is_shape(model):
         return _sizes_alone(sizes(model, rules=rules), names, text, chunks or _LARGE_CHUNKS, n_ctx)
     opened = open_model(model)
     if chunks is None and opened.n_weights >= _LARGE:
@@ -254,6 +254,34 @@ def size_ppl(
     variants = [name for name in names if name != "COPY"]
     comparison = compare(opened, variants, text, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory)
     return _measured(opened, comparison, names, rules)
+
+
+def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer") -> pd.DataFrame:
+    """Put the rows of the other rule set below those of a size/ppl table, measuring what differs in size.
+
+    Parameters
+    ----------
+    table : SizePpl
+        What `size_ppl` returned for this model and text.
+    model, text
+        As for `size_ppl`.
+
+    Returns
+    -------
+    pd.DataFrame
+        The columns of `SizePpl.to_frame` and `rules`, the table's own rule set first.
+    """
+    frame, rules = table.to_frame(), table.protocol["rules"]
+    other = {"current": "2023-12", "2023-12": "current"}[rules]
+    here, there = (sizes(model, rules=r).to_frame().set_index("ftype")["bytes"] for r in (rules, other))
+    changed = [ftype for ftype in frame["ftype"] if ftype in there and here[ftype] != there[ftype]]
+    same = frame[~frame["ftype"].isin(changed) & frame["ftype"].isin(there.index)]
+    parts = [frame.assign(rules=rules), same.assign(rules=other)]
+    if changed:
+        n_ctx, chunks = table.protocol.get("n_ctx", 512), table.protocol.get("chunks")
+        again = size_ppl(model, text, ftypes=changed, rules=other, n_ctx=n_ctx, chunks=chunks)
+        parts.append(again.to_frame().assign(rules=other))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _sizes_alone(table: SizeTable, names: Sequence[str], text: str | Path, chunks: int, n_ctx: int) -> SizePpl:
