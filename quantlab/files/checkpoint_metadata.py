@@ -12,12 +12,13 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.constants import LlamaFileType
 
-from quantlab.files.recognize import short
+from quantlab.files.recognize import reason, short
 from quantlab.files.weights import read_json
 
 __all__ = ["Config", "general_metadata", "hparams_metadata", "read_config", "rope_factors"]
 
 MAX_LAYERS = 1024  # the deepest models have about 130; the table of names grows with them
+MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
 MAX_CARD = 1 << 18  # bytes of a model card's front matter
 _ARCH_OF_CLASS = {
     "LlamaForCausalLM": "llama",
@@ -89,9 +90,10 @@ def _number(
     """Return a positive number of a configuration."""
     value = table.get(key)
     value = default if value is None else value
-    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value <= most:
+    least = 1 if whole else MIN_NUMBER
+    if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
         raise ValueError(
-            f"{path}: {key}={short(value)}, need a positive number of at most {most}. "
+            f"{path}: {key}={short(value)}, need a positive number from {least} to {most}. "
             f"Take the configuration of this checkpoint."
         )
     return value
@@ -212,8 +214,9 @@ def rope_factors(config: Config) -> np.ndarray | None:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     # float32 step by step, as the converter computes it
     wavelengths = np.float32(2 * np.pi) / (np.float32(1) / np.float32(config.rope_base) ** exponents)
-    smooth = (np.float32(n_ctx) / wavelengths - np.float32(low)) / np.float32(high - low)
-    between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
+    with np.errstate(all="ignore"):  # what overflows lies outside and is not taken
+        smooth = (np.float32(n_ctx) / wavelengths - np.float32(low)) / np.float32(high - low)
+        between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
     factors = np.where(wavelengths > n_ctx / low, np.float32(factor), between)
     return np.where(wavelengths < n_ctx / high, np.float32(1), factors).astype(np.float32)
 
@@ -234,9 +237,8 @@ def general_metadata(folder: Path, config: Config, n_weights: int) -> dict[str, 
         found.set_gguf_meta_model(writer)
         return {key: _typed(value.value, value.type) for key, value in writer.kv_data[0].items()}
     except Exception as error:  # both files are free text: YAML and the library's guesses may fail in many ways
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(
-            f"{folder}: README.md or generation_config.json cannot be read ({reason}). Mend or remove it."
+            f"{folder}: README.md or generation_config.json cannot be read ({reason(error)}). Mend or remove it."
         ) from None
 
 

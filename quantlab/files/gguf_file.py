@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from quantlab.files.recognize import looks_like
+from quantlab.files.recognize import looks_like, short
 
 __all__ = ["Header", "TensorInfo", "TensorSpec", "pack_header", "read_header", "row_nbytes", "write_gguf"]
 
@@ -45,6 +45,7 @@ MAX_DEPTH, MAX_NESTED = 4, 4096  # how deep, and how many in a file, arrays may 
 _NUMBERS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32}
 _NUMBERS |= {10: np.uint64, 11: np.int64, 12: np.float64}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+_SIZES = GGML_QUANT_SIZES | {GGMLQuantizationType.Q8_1: (32, 36)}  # where the library has 40 bytes, as ggml had in 2023
 _TYPE_OF_NUMBER = {np.dtype(number): value_type for value_type, number in _NUMBERS.items()} | {np.dtype(bool): _BOOL}
 
 
@@ -90,7 +91,7 @@ def row_nbytes(name: str, qtype: str, n_per_row: int) -> int:
     ValueError
         If the row is not a whole number of blocks.
     """
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[qtype]]
+    block, nbytes = _SIZES[GGMLQuantizationType[qtype]]
     if n_per_row % block:
         raise ValueError(
             f"{name}: n_per_row={n_per_row} is not a multiple of the {qtype} block size {block}. "
@@ -153,6 +154,7 @@ class _Cursor:
     def bad(
         self, what: str, remedy: str = "The file is damaged or hostile; get it again from its source."
     ) -> ValueError:
+        what = what if len(what) <= 400 else f"{what[:200]}…{what[-200:]}"  # a key may have 65535 characters
         return ValueError(f"{self.path}: {what}. {remedy}")
 
     def have(self, end: int, what: str) -> bytes:
@@ -226,7 +228,7 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
     for i in range(n_keys):
         key = cursor.string(f"key {i}", MAX_KEY)
         if not key or key in metadata or not key.isprintable():
-            raise cursor.bad(f"key {i} is {key!r}, need a printable name that is not there already")
+            raise cursor.bad(f"key {i} is {short(key)}, need a printable name that is not there already")
         value_type = cursor.number("I", key)
         metadata[key] = _read_value(cursor, value_type, key, 0)
     return metadata
@@ -273,7 +275,7 @@ def _read_numbers(cursor: _Cursor, number: type, count: int, key: str) -> np.nda
 def _alignment_of(cursor: _Cursor, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", np.uint32(ALIGNMENT))
     if not isinstance(alignment, np.uint32) or alignment == 0 or alignment & (alignment - 1):
-        raise cursor.bad(f"general.alignment={alignment!r}, need a power of two as uint32")
+        raise cursor.bad(f"general.alignment={short(alignment)}, need a power of two as uint32")
     return int(alignment)
 
 
@@ -281,7 +283,7 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
     """Read one entry of the tensor table: name, shape, type, offset in the data part."""
     name = cursor.string("tensor name", MAX_NAME)
     if not name.isprintable():
-        raise cursor.bad(f"tensor name {name!r}, need printable characters")
+        raise cursor.bad(f"tensor name {short(name)}, need printable characters")
     n_dims = cursor.number("I", name)
     if not 1 <= n_dims <= 4:
         raise cursor.bad(f"{name}: n_dims={n_dims}, need 1 to 4")

@@ -10,6 +10,8 @@ from quantlab.files.recognize import short
 
 __all__ = ["Hparams", "RopeScaling"]
 
+MAX_NAME = 64  # characters of an architecture's
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -80,8 +82,10 @@ class Hparams:
             If a key is missing, is no single number, or out of range.
         """
         arch = metadata.get("general.architecture")
-        if not isinstance(arch, str):
-            raise ValueError(f"{source}: general.architecture={arch!r}, need a name. This is no language model's file.")
+        if not isinstance(arch, str) or not arch.isprintable() or len(arch) > MAX_NAME:
+            raise ValueError(
+                f"{source}: general.architecture={short(arch)}, need a name. This is no language model's file."
+            )
 
         def number(key: str, default: Any = None) -> Any:
             value = metadata.get(f"{arch}.{key}", default)

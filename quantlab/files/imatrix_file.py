@@ -22,6 +22,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
 from quantlab.files.imatrix_statistics import statistics
 from quantlab.files.output import replacing
+from quantlab.files.recognize import short
 
 _KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -143,8 +145,11 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     if missing:
         raise ValueError(f"{path}: {missing[0]} is missing, must be there in an importance matrix. Check the name.")
     datasets, chunk_count, chunk_size = (header.metadata[key] for key in _KEYS)
-    if not isinstance(datasets, list) or not np.size(chunk_count) == np.size(chunk_size) == 1 or int(chunk_size) < 1:
-        raise ValueError(f"{path}: imatrix.chunk_size={chunk_size}, must be a positive number. The file is damaged.")
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        raise ValueError(f"{path}: imatrix.datasets={short(datasets)}, must be names. The file is damaged.")
+    if not all(isinstance(number, np.integer) for number in (chunk_count, chunk_size)) or chunk_size < 1:
+        what = f"imatrix.chunk_count={short(chunk_count)}, imatrix.chunk_size={short(chunk_size)}"
+        raise ValueError(f"{path}: {what}, must be whole numbers, the second positive. The file is damaged.")
     values: dict[str, np.ndarray] = {}
     for tensor in header.tensors:
         if tensor.qtype != "F32":
@@ -165,18 +170,27 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
 
 
 def _read_legacy(path: Path) -> ImportanceMatrix:
-    raw = path.read_bytes()
-    pos = 0
+    with open(path, "rb") as file:
+        return _read_fields(path, file, path.stat().st_size)
+
+
+def _read_fields(path: Path, file: BinaryIO, size: int) -> ImportanceMatrix:
+    """Read an older file field by field."""
 
     def take(n: int, what: str) -> bytes:
-        nonlocal pos
-        if n < 0 or pos + n > len(raw):
+        pos = file.tell()
+        if n < 0 or pos + n > size:
             raise ValueError(
-                f"{path}: {what} takes {n} bytes at byte {pos}, the file has {len(raw)}. "
+                f"{path}: {what} takes {n} bytes at byte {pos}, the file has {size}. "
                 f"It is no importance matrix, or was cut off."
             )
-        pos += n
-        return raw[pos - n : pos]
+        return file.read(n)
+
+    def text(length: int, what: str) -> str:
+        name = take(length, what).decode("utf-8", "surrogateescape")
+        if not name.isprintable():
+            raise ValueError(f"{path}: {what} is {short(name)}, must be printable. The file is damaged.")
+        return name
 
     def int32(what: str) -> int:
         return struct.unpack("<i", take(4, what))[0]
@@ -184,7 +198,7 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
     n_entries = int32("number of entries")
     if not 1 <= n_entries <= _MAX_ENTRIES:
         raise ValueError(
-            f"{path}: first 4 bytes are {raw[:4]!r}, must be b'GGUF' or a number of entries. "
+            f"{path}: first 4 bytes are {struct.pack('<i', n_entries)!r}, must be b'GGUF' or a number of entries. "
             f"This is no importance matrix; collect one with llama-imatrix or quantlab imatrix."
         )
     sums, counts = {}, {}
@@ -192,17 +206,17 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
         length = int32(f"length of name {i}")
         if not 1 <= length <= _MAX_NAME:
             raise ValueError(f"{path}: length of name {i}={length}, must be 1 to {_MAX_NAME}. The file is damaged.")
-        name = take(length, f"name {i}").decode("utf-8", "surrogateescape")
+        name = text(length, f"name {i}")
         ncall, nval = int32(f"{name}: ncall"), int32(f"{name}: nval")
         if nval < 1 or name in sums:
             raise ValueError(f"{path}: {name}: nval={nval}, must be positive, each name once. The file is damaged.")
         sums[name] = np.frombuffer(take(4 * nval, name), "<f4").astype(np.float32).reshape(1, nval)
         counts[name] = np.array([ncall], np.float32)
     chunk_count, datasets = 0, ()
-    if pos < len(raw):
+    if file.tell() < size:
         chunk_count = int32("number of chunks")
-        if pos < len(raw):
-            name = take(int32("length of the text's name"), "the text's name").decode("utf-8", "surrogateescape")
+        if file.tell() < size:
+            name = text(int32("length of the text's name"), "the text's name")
             datasets = (name,) if name else ()
     return ImportanceMatrix(sums, counts, max(chunk_count, 0), 0, datasets)
 

@@ -1,9 +1,9 @@
-"""Say what a stranger's file is by its first bytes, and what a value in it is, in few characters."""
+"""Say what a stranger's file is by its first bytes, and what a value or an error in it is, in few characters."""
 
 import struct
 from typing import Any
 
-__all__ = ["looks_like", "short"]
+__all__ = ["looks_like", "reason", "short"]
 
 _STARTS = [
     (b"PK\x03\x04", "This looks like a torch file; run quantlab convert first."),
@@ -40,7 +40,7 @@ def looks_like(start: bytes) -> str:
 
 
 def short(value: Any) -> str:
-    """Return a stranger's value as text that fits an error line.
+    """Return a stranger's value as printable text that fits an error line.
 
     Examples
     --------
@@ -48,4 +48,17 @@ def short(value: Any) -> str:
     ("[1, 'a']", 'a number of 13288 bits')
     """
     text = f"a number of {value.bit_length()} bits" if type(value) is int and value.bit_length() > 64 else repr(value)
+    text = " ".join(text.split())  # the text of an array has several lines
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what a library says of a stranger's file, as text that fits an error line.
+
+    Examples
+    --------
+    >>> reason(ValueError("bad name '\\x1b[2J'\\nin line 1")), reason(RecursionError())
+    ("bad name '?[2J'", 'RecursionError')
+    """
+    lines = str(error).splitlines() or [type(error).__name__]
+    return "".join(char if char.isprintable() else "?" for char in lines[0])[:200]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor
-from quantlab.files.recognize import looks_like, short
+from quantlab.files.recognize import looks_like, reason, short
 
 __all__ = ["read_safetensors"]
 
@@ -72,8 +72,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        raise ValueError(f"{path}: header is no JSON that counts ({reason}). {_DAMAGED}") from None
+        raise ValueError(f"{path}: header is no JSON that counts ({reason(error)}). {_DAMAGED}") from None
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise ValueError(f"{path}: header needs a table of at most {MAX_TENSORS} tensors. {_DAMAGED}")
     header.pop("__metadata__", None)

@@ -201,7 +201,8 @@ def _normalizer(entry: Any) -> dict[str, bool]:
     if not isinstance(entry, dict):
         return {}
     keys: dict[str, bool] = {}
-    for step in [entry, *(entry.get("normalizers") or [] if entry.get("type") == "Sequence" else [])]:
+    steps = entry.get("normalizers") if entry.get("type") == "Sequence" else None
+    for step in [entry, *(steps if isinstance(steps, list) else [])]:
         kind = step.get("type") if isinstance(step, dict) else None
         if kind == "Lowercase":
             keys["lowercase"] = True

@@ -20,7 +20,7 @@ import numpy as np
 from quantlab.files.checkpoint_metadata import Config
 from quantlab.files.pretokenizer_hashes import CHECK_TEXT, NAME_BY_HASH
 from quantlab.files.pretokenizers import GPT2_REGEX, name_of_regexes
-from quantlab.files.recognize import short
+from quantlab.files.recognize import reason, short
 from quantlab.files.special_tokens import special_metadata
 from quantlab.files.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens
 from quantlab.files.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -112,14 +112,13 @@ def _tiktoken(folder: Path, raw: bytes, config: Config) -> dict[str, Any]:
 
 def _sentencepiece(folder: Path, raw: bytes, tokenizer_config: dict[str, Any], n_vocab: int) -> dict[str, Any]:
     """Read tokenizer.model, then the tokens that two more files add."""
-    processor = _load_sentencepiece(folder / "tokenizer.model", raw)
-    n_pieces = processor.vocab_size()
+    tokens, scores, types = _read_pieces(folder / "tokenizer.model", raw)
+    n_pieces = len(tokens)
     if n_pieces > n_vocab:
         raise _too_large(folder, n_pieces, n_vocab)
-    n_padding = n_vocab - n_pieces
-    tokens = processor.id_to_piece(list(range(n_pieces))) + [f"[PAD{i}]" for i in range(n_pieces, n_vocab)]
-    scores = processor.get_score(list(range(n_pieces))) + [_PADDING_SCORE] * n_padding
-    types = [_piece_type(processor, i) for i in range(n_pieces)] + [UNUSED] * n_padding
+    tokens += [f"[PAD{i}]" for i in range(n_pieces, n_vocab)]
+    scores += [_PADDING_SCORE] * (n_vocab - n_pieces)
+    types += [UNUSED] * (n_vocab - n_pieces)
     for text, token_id in read_json(folder / "added_tokens.json").items():
         _check_id(folder, token_id, n_vocab)
         tokens[token_id], scores[token_id], types[token_id] = text, _ADDED_SCORE, USER_DEFINED
@@ -129,16 +128,17 @@ def _sentencepiece(folder: Path, raw: bytes, tokenizer_config: dict[str, Any], n
     return _vocabulary("llama", "default", tokens, scores, types) | special_metadata(folder, n_vocab=n_vocab)
 
 
-def _load_sentencepiece(path: Path, raw: bytes) -> Any:
+def _read_pieces(path: Path, raw: bytes) -> tuple[list[str], list[float], list[int]]:
+    """Return texts, scores and types of a SentencePiece model."""
     from sentencepiece import SentencePieceProcessor
 
     try:
         processor = SentencePieceProcessor()
         processor.LoadFromSerializedProto(raw)
-        return processor
+        ids = list(range(processor.vocab_size()))
+        return processor.id_to_piece(ids), processor.get_score(ids), [_piece_type(processor, i) for i in ids]
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{path}: is no SentencePiece model ({reason}). Download it again.") from None
+        raise ValueError(f"{path}: is no SentencePiece model ({reason(error)}). Download it again.") from None
 
 
 def _piece_type(processor: Any, token_id: int) -> int:
@@ -273,8 +273,7 @@ def _pre(folder: Path, tokenizer: dict[str, Any]) -> str:
     try:
         ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(CHECK_TEXT).ids
     except Exception as error:  # the library raises bare Exception
-        reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{folder}: tokenizer.json cannot be read ({reason}). Download it again.") from None
+        raise ValueError(f"{folder}: tokenizer.json cannot be read ({reason(error)}). Download it again.") from None
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
     if digest in NAME_BY_HASH:
         return NAME_BY_HASH[digest]

@@ -16,7 +16,6 @@ import os
 import pickletools
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor, StridedTensor
-from quantlab.files.recognize import looks_like, short
+from quantlab.files.recognize import looks_like, reason, short
 
 __all__ = ["read_torch"]
 
@@ -115,7 +114,6 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
             return _read_legacy(path)
     except (
         zipfile.BadZipFile,
-        zlib.error,
         struct.error,
         EOFError,
         RuntimeError,
@@ -123,10 +121,9 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
         OSError,
         ValueError,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if reason.startswith(str(path)):
+        if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path}: broken torch file ({reason}). {_DAMAGED}") from None
+        raise ValueError(f"{path}: broken torch file ({reason(error)}). {_DAMAGED}") from None
     raise ValueError(f"{path}: first bytes are {start[:4]!r}, need a torch file. {looks_like(start)}")
 
 
@@ -134,6 +131,11 @@ def _read_zip(path: Path) -> dict[str, StoredTensor]:
     _check_directory(path)
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
+        for info in entries.values():
+            if info.compress_type != zipfile.ZIP_STORED:  # no bombs then, and every tensor lies in the file as it is
+                raise ValueError(
+                    f"{path}: {short(info.filename)} is compressed, torch does not. Save it with torch again."
+                )
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"{path}: {len(pickles)} entries called data.pkl, need one. This is no torch file.")
@@ -149,11 +151,9 @@ def _read_zip(path: Path) -> dict[str, StoredTensor]:
     def locate(storage: _Storage) -> int:
         info = entries.get(f"{root}data/{storage.key}")
         nbytes = storage.numel * np.dtype(PLAIN_DTYPES[storage.dtype]).itemsize
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size != nbytes:
-            found = "nothing" if info is None else f"{info.file_size} bytes, method {info.compress_type}"
-            raise ValueError(
-                f"{path}: data/{storage.key}: found {found}, need {nbytes} bytes not compressed. {_DAMAGED}"
-            )
+        if info is None or info.file_size != nbytes:
+            found = "nothing" if info is None else f"{info.file_size} bytes"
+            raise ValueError(f"{path}: data/{storage.key}: found {found}, need {nbytes} bytes. {_DAMAGED}")
         with open(path, "rb") as file:
             file.seek(info.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
@@ -195,7 +195,7 @@ def _read_legacy(path: Path) -> dict[str, StoredTensor]:
         numbers = {view.storage.key: view.storage for view in _views(path, table).values()}
         for key in keys if isinstance(keys, list) else []:
             if not isinstance(key, str) or key not in numbers:
-                raise ValueError(f"{path}: storage {str(key)[:80]!r} belongs to no tensor. {_DAMAGED}")
+                raise ValueError(f"{path}: storage {short(key)} belongs to no tensor. {_DAMAGED}")
             file.seek(offset)
             numel = int.from_bytes(file.read(8), "little")
             offsets[key] = offset + 8
@@ -203,7 +203,7 @@ def _read_legacy(path: Path) -> dict[str, StoredTensor]:
             if numel != numbers[key].numel or offset > size:
                 wanted = numbers[key].numel
                 raise ValueError(
-                    f"{path}: storage {key!r}: {numel} elements, need {wanted} in {size} bytes. {_DAMAGED}"
+                    f"{path}: storage {short(key)}: {numel} elements, need {wanted} in {size} bytes. {_DAMAGED}"
                 )
     return _stored(path, table, lambda storage: offsets[storage.key])
 
@@ -221,7 +221,7 @@ def _views(path: Path, table: Any) -> dict[str, _View]:
     for name in views:
         if not name.isprintable() or len(name) > MAX_NAME:
             raise ValueError(
-                f"{path}: tensor name {name[:80]!r}, need at most {MAX_NAME} printable characters. {_DAMAGED}"
+                f"{path}: tensor name {short(name)}, need at most {MAX_NAME} printable characters. {_DAMAGED}"
             )
     if not views:
         raise ValueError(f"{path}: holds no tensors. Name a checkpoint's weights.")
@@ -264,10 +264,9 @@ def _run(path: Path, stream: io.BytesIO) -> Any:
             f"{path}: pickle breaks off or contradicts itself ({type(error).__name__}). {_DAMAGED}"
         ) from None
     except ValueError as error:
-        text = str(error).splitlines()[0]
-        raise ValueError(
-            text if text.startswith(str(path)) else f"{path}: broken pickle ({text}). {_DAMAGED}"
-        ) from None
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: broken pickle ({reason(error)}). {_DAMAGED}") from None
     if len(machine.stack) != 1:
         raise ValueError(f"{path}: pickle leaves {len(machine.stack)} values, need one. {_DAMAGED}")
     return machine.stack[0]
@@ -360,7 +359,7 @@ class _Machine:
             return _Name(attribute)
         if text not in _BUILDERS:
             raise ValueError(
-                f"{self.path}: pickle names {text[:80]!r}, only tensors are read. Do not load this file with torch."
+                f"{self.path}: pickle names {short(text)}, only tensors are read. Do not load this file with torch."
             )
         return _Name(text, _BUILDERS[text])
 

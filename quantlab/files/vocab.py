@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.pretokenizers import pre_tokenizer
-from quantlab.files.recognize import short
+from quantlab.files.recognize import reason, short
 
 __all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Vocab", "text_of_bytes"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; in a token, a byte that is no UTF-8
 
 # tokens that llama.cpp treats as control tokens whatever their type says: they end a generation or fill in the middle
 _ALWAYS_CONTROL = frozenset(
@@ -59,6 +61,8 @@ class Vocab:
         Whether `encode` puts these tokens around a text.
     add_space_prefix : bool
         Whether a text starts as if a space stood before it.
+    source : str
+        What the error texts start with: the file.
     """
 
     kind: str
@@ -73,6 +77,7 @@ class Vocab:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    source: str = "vocabulary"
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, source: str = "metadata") -> "Vocab":
@@ -129,6 +134,7 @@ class Vocab:
             add_bos=flag("add_bos_token", True if spm else cut.add_bos),
             add_eos=flag("add_eos_token", False),
             add_space_prefix=flag("add_space_prefix", spm),
+            source=source,
         )
 
     @property
@@ -176,7 +182,7 @@ class Vocab:
         >>> vocab.encode("ab b").tolist()
         [1, 6, 5, 6, 4]
         """
-        half = re.search("[\ud800-\udfff]", text)
+        half = _HALF.search(text)
         if half is not None:
             raise ValueError(
                 f"text: character {half.start()} is {half[0]!r}, half a surrogate pair. Decode the text as UTF-8."
@@ -207,7 +213,7 @@ class Vocab:
 
     def _required(self, token_id: int | None, name: str) -> int:
         if token_id is None:
-            raise ValueError(f"vocabulary: add_{name} is set and {name}_id is not. Pass add_special=False.")
+            raise ValueError(f"{self.source}: add_{name} is set and {name}_id is not. Pass add_special=False.")
         return token_id
 
     @cached_property
@@ -249,7 +255,12 @@ class Vocab:
         """A sentencepiece processor with this vocabulary."""
         from sentencepiece import SentencePieceProcessor
 
-        return SentencePieceProcessor(model_proto=_sentencepiece_proto(self))
+        try:
+            return SentencePieceProcessor(model_proto=_sentencepiece_proto(self))
+        except RuntimeError as error:  # a token with a zero byte, for one
+            raise ValueError(
+                f"{self.source}: sentencepiece refuses the tokens ({reason(error)}). Use llama.cpp for its text."
+            ) from None
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -257,13 +268,21 @@ class Vocab:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
         cut = pre_tokenizer(self.pre)
-        ids = {token: i for i, token in enumerate(self.tokens)}
-        merges = [_split_merge(merge, ids) for merge in self.merges]
+        ids = {token: i for i, token in enumerate(self.tokens) if not _HALF.search(token)}  # no text holds the others
+        merges = [self._split_merge(merge, ids) for merge in self.merges]
         tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=cut.ignore_merges))
         steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in cut.regexes]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
         return tokenizer
+
+    def _split_merge(self, merge: str, ids: Mapping[str, int]) -> tuple[str, str]:
+        """Split `"left right"` at the first space after the first character; both and their sum must be tokens."""
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or not {left, right, left + right} <= ids.keys():
+            raise ValueError(f"{self.source}: merge {short(merge)} names tokens that are not there. Convert again.")
+        return left, right
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -322,30 +341,23 @@ def _numbers(metadata: Mapping[str, Any], key: str, count: int, dtype: type, def
     return value[:count].astype(dtype)
 
 
-def _split_merge(merge: str, ids: Mapping[str, int]) -> tuple[str, str]:
-    """Split `"left right"` at the first space after the first character; both and their sum must be tokens."""
-    cut = merge.find(" ", 1)
-    left, right = merge[:cut], merge[cut + 1 :]
-    if cut < 0 or not {left, right, left + right} <= ids.keys():
-        raise ValueError(f"vocabulary: merge {merge!r} names tokens that are not there. Convert the checkpoint again.")
-    return left, right
-
-
 def _sentencepiece_proto(vocab: Vocab) -> bytes:
     """Encode the vocabulary as a sentencepiece model: pieces, then the trainer's and the normalizer's settings.
 
-    Every token takes part in merges, as in llama.cpp, apart from the unknown token and bytes. The text comes with its
-    leading space in place, so the normalizer adds none.
+    Every token takes part in merges, as in llama.cpp, apart from the unknown token and bytes; bytes that are not all
+    there stand for nothing. The text comes with its leading space in place, so the normalizer adds none.
     """
     parts = []
     unknown = vocab.unk_id if vocab.unk_id is not None else 0
+    typed = zip(vocab.tokens, vocab.types.tolist(), strict=True)
+    bytes_at = {i for i, (token, kind) in enumerate(typed) if kind == BYTE and re.fullmatch("<0x[0-9A-F]{2}>", token)}
+    bytes_at.discard(unknown)
+    has_all = len(bytes_at) == 256
     for i, (token, score) in enumerate(zip(vocab.tokens, vocab.scores.tolist(), strict=True)):
-        byte = vocab.types[i] == BYTE and re.fullmatch("<0x[0-9A-F]{2}>", token)
-        kind = UNKNOWN if i == unknown else BYTE if byte else NORMAL
-        raw = token.encode("utf-8", "replace")
+        kind = UNKNOWN if i == unknown else NORMAL if i not in bytes_at else BYTE if has_all else CONTROL
+        raw = token.encode("utf-8", "surrogateescape")
         parts.append(_field(1, _field(1, raw) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])))
-    n_bytes = sum(1 for token in vocab.tokens if re.fullmatch("<0x[0-9A-F]{2}>", token))
-    bpe, byte_fallback = b"\x18\x02", b"\x98\x02" + bytes([n_bytes == 256])
+    bpe, byte_fallback = b"\x18\x02", b"\x98\x02" + bytes([has_all])
     parts.append(_field(2, bpe + byte_fallback + b"\xc0\x02" + _varint(unknown)))
     parts.append(
         _field(3, _field(1, b"identity") + b"\x18\x00\x20\x00\x28\x01")

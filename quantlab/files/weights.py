@@ -1,11 +1,12 @@
 """Find the files that hold a checkpoint's weights and index their tensors, in the order of llama.cpp's converter."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from quantlab.files.byte_range import StoredTensor
-from quantlab.files.recognize import short
+from quantlab.files.recognize import reason, short
 from quantlab.files.safetensors_file import read_safetensors
 from quantlab.files.torch_zip import read_torch
 
@@ -34,8 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        raise ValueError(f"{path}: is no JSON ({reason}). Download it again.") from None
+        raise ValueError(f"{path}: is no JSON ({reason(error)}). Download it again.") from None
     if not isinstance(table, dict):
         raise ValueError(f"{path}: holds a {type(table).__name__}, need a JSON table. Download it again.")
     return table
@@ -83,8 +83,8 @@ def _index_parts(folder: Path, parts: list[str], index_path: Path) -> dict[str, 
             tensors[name] = tensor
     if weight_map and weight_map.keys() != tensors.keys():
         missing, extra = sorted(weight_map.keys() - tensors.keys()), sorted(tensors.keys() - weight_map.keys())
-        what = f"{missing[0]}: {index_path.name} names it, no shard holds it" if missing else ""
-        what = what or f"{extra[0]}: a shard holds it, {index_path.name} does not name it"
+        what = f"{short(missing[0])}: {index_path.name} names it, no shard holds it" if missing else ""
+        what = what or f"{short(extra[0])}: a shard holds it, {index_path.name} does not name it"
         raise ValueError(f"{folder}: {what}. Download the whole checkpoint again.")
     return tensors
 
@@ -94,9 +94,9 @@ def _check_weight_map(index_path: Path, weight_map: Any) -> None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path}: weight_map={short(weight_map)}, need a table. Download it again.")
     for name, part in weight_map.items():
-        if not isinstance(part, str) or part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
+        if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\]", part) or not part.isprintable():
             raise ValueError(
-                f"{index_path}: {name[:80]}: file {short(part)}, need a plain file name. The index is hostile."
+                f"{index_path}: {short(name)}: file {short(part)}, need a plain file name. The index is hostile."
             )
 
 
