@@ -1,4 +1,4 @@
-"""The words that read and write files: fetch, convert, sizes, inspect, quantize."""
+"""The words that read and write files: fetch, convert, sizes, inspect, diff, verify, split, merge, quantize."""
 
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +60,82 @@ def inspect(
     report(inspect(file), json)
 
 
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file or a checkpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    json: JsonPath = None,
+) -> None:
+    """Print what differs from A to B: metadata, types, shapes, order, bytes, and how far the values are apart.
+
+    Exit status: 0 where nothing differs, 1 where something does.
+    """
+    from quantlab.transform.diff import diff
+
+    result = diff(a, b)
+    report(result, json)
+    raise typer.Exit(0 if result.is_same else 1)
+
+
+@app.command()
+def verify(
+    quant: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized GGUF file.")],
+    source: Annotated[str, typer.Option("--source", metavar="BASE", help="The GGUF file or checkpoint it names.")],
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="The importance matrix that was used.")] = None,
+    json: JsonPath = None,
+) -> None:
+    """Quantize BASE again in memory and say whether QUANT comes from it.
+
+    Verdicts: identical; same type, rules and matrix, another compiler's rounding; other, with what does not fit.
+    Exit status: 0 for the first two, 1 for the third.
+    """
+    from quantlab.transform.verify import verify
+
+    result = verify(quant, source, imatrix=imatrix)
+    report(result, json)
+    raise typer.Exit(0 if result.is_genuine else 1)
+
+
+@app.command()
+def split(
+    src: Annotated[str, typer.Argument(metavar="IN", help="A whole GGUF file.")],
+    outfile: Annotated[
+        str | None, typer.Argument(metavar="[OUT]", help="What the shards' names begin with. Default: as IN's.")
+    ] = None,
+    max_tensors: Annotated[
+        int | None, typer.Option("--split-max-tensors", metavar="N", help="Most tensors in a shard. Default: 128.")
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option("--split-max-size", metavar="N(M|G)", help="Most megabytes or gigabytes in a shard.")
+    ] = None,
+    no_tensor_first_split: Annotated[
+        bool, typer.Option("--no-tensor-first-split", help="Leave the first shard to the metadata.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the shards; write nothing.")] = False,
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Distribute a GGUF file over shards OUT-00001-of-0000N.gguf, as llama-gguf-split does."""
+    from quantlab.transform.split import split
+
+    limits = {"max_tensors": max_tensors, "max_size": max_size, "no_tensor_first_split": no_tensor_first_split}
+    report(split(src, outfile, **limits, dry_run=dry_run, overwrite=overwrite), json)
+
+
+@app.command()
+def merge(
+    src: Annotated[str, typer.Argument(metavar="SHARD", help="Any one of the shards.")],
+    outfile: Annotated[
+        str | None, typer.Argument(metavar="[OUT]", help="Default: the shards' name without its numbers.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Put the shards of a GGUF file together again: the bytes that were split."""
+    from quantlab.transform.split import merge
+
+    typer.echo(str(merge(src, outfile, overwrite=overwrite)))
+
+
 def _strings(name: str, metavar: str, text: str):
     """An option that may be given several times."""
     return Annotated[list[str] | None, typer.Option(name, metavar=metavar, help=text)]
@@ -102,7 +178,7 @@ def quantize(
     With --json, the plan: totals, and the type of every tensor.
     """
     from quantlab.transform.mixture import parse_tensor_type, read_tensor_types
-    from quantlab.transform.plan import Plan, plan
+    from quantlab.transform.plan import Plan
     from quantlab.transform.quantize import quantize
 
     if not 2 <= len(files) <= 3:
@@ -125,7 +201,6 @@ def quantize(
         else:
             typer.echo(item, err=json == "-")
 
-    if dry_run:
-        say(plan(src, outfile, **options))
-    else:
-        quantize(src, outfile, reuse=reuse, histogram=histogram, overwrite=overwrite, report=say, **options)
+    quantize(
+        src, outfile, reuse=reuse, histogram=histogram, dry_run=dry_run, overwrite=overwrite, report=say, **options
+    )

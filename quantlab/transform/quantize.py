@@ -33,6 +33,7 @@ def quantize(
     ftype: str | int,
     reuse: str | Path | None = None,
     histogram: bool = False,
+    dry_run: bool = False,
     overwrite: bool = False,
     report: Callable[[Plan | str], None] | None = None,
     **options,
@@ -55,6 +56,8 @@ def quantize(
         lie beside it, in ``<reuse>.json``.
     histogram : bool
         Add the shares of the codes, at most sixteen groups of them, to each tensor's line.
+    dry_run : bool
+        Stop after the plan: report it, an output that is in the way, and what of `reuse` has the same type and weights.
     overwrite : bool
         Whether an output that exists may be replaced.
     report : callable, optional
@@ -67,7 +70,7 @@ def quantize(
     Returns
     -------
     Path or None
-        The output (its first shard); None where `outfile` is an object.
+        The output (its first shard); None where `outfile` is an object, and after a dry run.
 
     Raises
     ------
@@ -88,6 +91,11 @@ def quantize(
     Source: llama.cpp, src/llama-quant.cpp, for what the file contains and in which order.
     """
     job = make_job(src, outfile, Options(ftype=ftype, **options))
+    old = _Reusable(Path(reuse)) if reuse is not None else None
+    if dry_run:
+        for line in _foretell(job, old, overwrite):
+            report(line) if report is not None else tqdm.write(str(line))
+        return None
     for output in job.outputs:
         if output.path is not None:
             check_output(output.path, overwrite=overwrite)
@@ -95,7 +103,6 @@ def quantize(
     plan.check()
     if report is not None:
         report(plan)
-    old = _Reusable(Path(reuse)) if reuse is not None else None
     if job.outputs[0].path is None:
         _run(job, Sink(outfile, job.outputs[0]), old, histogram, report)
         return None
@@ -109,6 +116,17 @@ def quantize(
     return job.outputs[0].path
 
 
+def _foretell(job: Job, old: _Reusable | None, overwrite: bool) -> Iterator[Plan | str]:
+    """Yield the plan and what else a run would meet."""
+    yield plan_of(job)
+    for output in job.outputs:
+        if not overwrite and output.path is not None and output.path.exists():
+            yield f"{output.path}: exists; the run needs --overwrite or another name"
+    if old is not None:
+        same = sum(old.has_same_type(step) for step in job.steps)
+        yield f"{same} of {len(job.steps)} tensors can be reused where their source has not changed"
+
+
 def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: bool, report) -> None:
     """Take all steps that `target` does not have yet; read ahead, write behind."""
     steps = job.steps
@@ -120,8 +138,8 @@ def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: 
     codes = np.zeros(0, np.int64)
     with bar, ThreadPoolExecutor(1) as writer:
         behind: deque = deque()
-        for step, rows, is_old, digest in _ahead(_read(steps[done:], old)):
-            encoded = rows if is_old else _encode(step, rows)
+        for step, rows, is_old, digest in ahead(_read(steps[done:], old)):
+            encoded = rows if is_old else encode(step, rows)
             behind.append(writer.submit(target.write, encoded))
             if histogram and not is_old and not step.is_kept:
                 codes = _add(codes, quants.code_histogram(encoded, step.choice.qtype))
@@ -138,7 +156,7 @@ def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: 
             write.result()
 
 
-def _ahead(items: Iterator) -> Iterator:
+def ahead(items: Iterator) -> Iterator:
     """Yield the items, the next ones made in a thread while the caller works on one."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, items, None) for _ in range(AHEAD))
@@ -169,7 +187,7 @@ def _slabs(tensor) -> Iterator[tuple[np.ndarray, str | None]]:
         yield rows, digest.hexdigest() if stop == tensor.nrows else None
 
 
-def _encode(step: Step, rows: np.ndarray) -> np.ndarray:
+def encode(step: Step, rows: np.ndarray) -> np.ndarray:
     """Return rows in their new type, checked to be finite."""
     tensor, qtype = step.tensor, step.choice.qtype
     if step.is_kept:
@@ -248,7 +266,9 @@ class _Reusable:
             stored = json.loads(sidecar.read_text(encoding="utf-8"))
             self._digests = stored["tensors"]
             header = stored["header"]
-        except (ValueError, KeyError, TypeError):
+            if not all(isinstance(entry, dict) for entry in self._digests.values()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{sidecar}: must hold the digests of {path.name}. Quantize it again.") from None
         self._model = open_model(path)
         with open(path, "rb") as file:
@@ -258,12 +278,16 @@ class _Reusable:
 
     def find(self, step: Step):
         """Return the old tensor if source, type and weights are the same, else None; reads the source once."""
-        stored = self._digests.get(step.tensor.name)
-        wanted = {"from": step.tensor.qtype, "type": step.choice.qtype, "imatrix": _digest(step.weights)}
-        if stored is None or any(stored.get(key) != value for key, value in wanted.items()):
+        if not self.has_same_type(step):
             return None
         _, digest = deque(_slabs(step.tensor), maxlen=1).pop()
-        return self._model.tensor(step.tensor.name) if digest == stored["source"] else None
+        return self._model.tensor(step.tensor.name) if digest == self.source(step) else None
+
+    def has_same_type(self, step: Step) -> bool:
+        """Whether the old tensor was made from the same type, to the same type, with the same weights."""
+        wanted = {"from": step.tensor.qtype, "type": step.choice.qtype, "imatrix": _digest(step.weights)}
+        stored = self._digests.get(step.tensor.name)
+        return stored is not None and all(stored.get(key) == value for key, value in wanted.items())
 
     def source(self, step: Step) -> str:
         """Return the digest of the source of a tensor that `find` found."""

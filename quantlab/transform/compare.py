@@ -1,0 +1,192 @@
+"""The engine of `diff` and `verify`: what differs in metadata, in the tensor table, and in the tensors' blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from quantlab import quants
+from quantlab.files.byte_range import PLAIN_DTYPES
+from quantlab.files.metadata_table import metadata_table
+from quantlab.files.model import LazyTensor
+from quantlab.transform.plan import SLAB
+
+# ---- metadata
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of the metadata that is not the same in both.
+
+    Attributes
+    ----------
+    key : str
+    change : str
+        "added", "removed", "type" (the same value in another type) or "changed".
+    a, b : str or None
+        Type and value as short text; of two lists, from the first item that differs.
+    """
+
+    key: str
+    change: str
+    a: str | None
+    b: str | None
+
+    def __str__(self) -> str:
+        return f"{_safe(self.key)}: {self.change}, {' → '.join(side for side in (self.a, self.b) if side is not None)}"
+
+
+def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]:
+    """Return what differs from metadata `a` to metadata `b`; the order of the keys does not count."""
+    changes = [Change(key, "removed", _text(a[key]), None) for key in a if key not in b]
+    for key in b:
+        if key not in a:
+            changes.append(Change(key, "added", None, _text(b[key])))
+        elif not _equal(a[key], b[key]):
+            one, other = _from_difference(a[key], b[key])
+            kind = "type" if _plain(a[key]) == _plain(b[key]) else "changed"
+            changes.append(Change(key, kind, one, other))
+    return changes
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are the same in type and bits; NaN is the same as NaN."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray | np.generic):
+        return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b
+
+
+def _plain(value: Any) -> Any:
+    """A value without its GGUF type."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _from_difference(a: Any, b: Any) -> tuple[str, str]:
+    """Two values as text; two lists of one length from their first different item on."""
+    if isinstance(a, list | np.ndarray) and type(a) is type(b) and len(a) == len(b):
+        first = next((i for i in range(len(a)) if not _equal(a[i], b[i])), 0)
+        return f"{_text(a)} [{first}]={_text(a[first : first + 1])}", f"[{first}]={_text(b[first : first + 1])}"
+    return _text(a), _text(b)
+
+
+def _text(value: Any) -> str:
+    row = metadata_table({"": value}).iloc[0]
+    return f"{row['type']} {row['value']}"
+
+
+def _safe(text: str) -> str:
+    """A stranger's text without control characters."""
+    return repr(text)[1:-1]
+
+
+# ---- tensors
+
+
+@dataclass
+class Tally:
+    """What differs in one tensor, added up over its slabs.
+
+    Attributes
+    ----------
+    n_blocks, differing : int
+        Blocks, and those of them with different bytes; weights, for types without blocks; 0 where the types differ.
+    noise : float
+        Sum of the squared differences of the values.
+    largest : float
+        The largest difference.
+    """
+
+    n_blocks: int = 0
+    differing: int = 0
+    noise: float = 0.0
+    largest: float = 0.0
+
+    def add(self, a: np.ndarray, b: np.ndarray, qtypes: tuple[str, str], n_per_row: int) -> np.ndarray | None:
+        """Add rows of two tensors as they are stored; return which blocks differ.
+
+        Returns
+        -------
+        np.ndarray [shape=(nrows, blocks per row), dtype=bool] or None
+            None where no byte differs, and where the types do: then there are no blocks to compare, only values.
+        """
+        differing = None
+        if qtypes[0] == qtypes[1]:
+            per_row = n_per_row // quants.block_size(qtypes[0])
+            self.n_blocks += len(a) * per_row
+            a, b = (rows.view(np.uint8).reshape(len(rows), per_row, -1) for rows in (a, b))
+            if np.array_equal(a, b):
+                return None
+            differing = (a != b).any(axis=2)
+            rows = differing.any(axis=1)
+            a, b = a[rows], b[rows]
+            self.differing += int(differing.sum())
+        if not all(map(can_decode, qtypes)):
+            self.noise = self.largest = float("nan")
+            return differing
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.abs(_floats(a, qtypes[0], n_per_row) - _floats(b, qtypes[1], n_per_row))
+            self.noise += float(np.square(difference, dtype=np.float64).sum())
+        self.largest = float(np.maximum(self.largest, difference.max(initial=0)))  # NaN stays
+        return differing
+
+    def rmse(self, n_weights: int) -> float:
+        """Root mean square of the difference over all `n_weights` of the tensor."""
+        return (self.noise / max(n_weights, 1)) ** 0.5
+
+
+def _floats(rows: np.ndarray, qtype: str, n_per_row: int) -> np.ndarray:
+    """Rows as they are stored, as float32."""
+    if qtype in PLAIN_DTYPES:
+        return np.ascontiguousarray(rows).view(PLAIN_DTYPES[qtype]).reshape(len(rows), n_per_row).astype(np.float32)
+    return quants.dequantize(rows.view(np.uint8), qtype, (len(rows), n_per_row))
+
+
+def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple[Any, np.ndarray, np.ndarray, bool]]:
+    """Yield rows of two tensors of one shape, slab by slab: what the pair belongs to, both rows, whether they are the
+    tensor's last."""
+    for item, a, b in pairs:
+        n = max(1, SLAB // a.shape[-1])
+        for start in range(0, a.nrows, n):
+            stop = min(start + n, a.nrows)
+            yield item, a.rows(start, stop), b.rows(start, stop), stop == a.nrows
+
+
+def root_mean_square(tensor: LazyTensor) -> float:
+    """Return the root mean square of a tensor's weights."""
+    n = max(1, SLAB // tensor.shape[-1])
+    with np.errstate(invalid="ignore", over="ignore"):
+        parts = (tensor.floats(i, min(i + n, tensor.nrows)) for i in range(0, tensor.nrows, n))
+        total = sum(float(np.square(rows, dtype=np.float64).sum()) for rows in parts)
+    return (total / max(tensor.n_weights, 1)) ** 0.5
+
+
+def can_decode(qtype: str) -> bool:
+    """Whether values of this type can be compared, and not only bytes."""
+    return qtype in PLAIN_DTYPES or bool(quants.types().loc[qtype, "can_decode"])
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without leading ones, which GGUF does not keep."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def finite(frame: pd.DataFrame) -> list[dict]:
+    """Return a frame's rows for JSON, with None for what is not a finite number."""
+    rows = frame.astype(object).to_dict("records")
+    return [{key: _or_none(value) for key, value in row.items()} for row in rows]
+
+
+def _or_none(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value

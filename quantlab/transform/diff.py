@@ -1,0 +1,174 @@
+"""What changed from one model file to another: metadata, types, shapes, order, bytes, and by how much."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from quantlab.files.model import Model
+from quantlab.files.model import open as open_model
+from quantlab.transform.compare import (
+    Change,
+    Tally,
+    finite,
+    metadata_changes,
+    root_mean_square,
+    slabs,
+    squeezed,
+)
+from quantlab.transform.inspect import text_table
+from quantlab.transform.quantize import ahead
+
+COLUMNS = ["name", "change", "a", "b", "blocks", "differing", "rmse", "max_abs", "relative"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What `diff` found.
+
+    Attributes
+    ----------
+    a, b : Path
+    metadata : tuple[Change, ...]
+        Keys that were added, removed or changed.
+    tensors : pd.DataFrame
+        One row per tensor of either file: `name`, `change` ("", "bytes", "type", "shape", "added", "removed"), type
+        and shape in `a` and in `b`, `blocks`, how many of them are `differing`, and from the values `rmse`, `max_abs`,
+        `relative` (rmse over the root mean square of a's weights).
+    same_order : bool
+        Whether the tensors that both have come in the same order.
+    """
+
+    a: Path
+    b: Path
+    metadata: tuple[Change, ...]
+    tensors: pd.DataFrame
+    same_order: bool
+
+    @property
+    def is_same(self) -> bool:
+        """Whether metadata, tensors and their order are the same."""
+        return not self.metadata and self.same_order and not self.tensors["change"].any()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table of the tensors."""
+        return self.tensors
+
+    def to_json(self) -> str:
+        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}`: metadata in the protocol, a row per tensor."""
+        protocol = {"a": str(self.a), "b": str(self.b), "same": self.is_same, "same_order": self.same_order}
+        protocol["metadata"] = [asdict(change) for change in self.metadata]
+        return json.dumps({"schema": 1, "protocol": protocol, "rows": finite(self.tensors)})
+
+    def _lines(self) -> list[str]:
+        if self.is_same:
+            return [f"the same: {len(self.tensors)} tensors and all metadata"]
+        counts = self.tensors["change"].replace("", "same").value_counts()
+        names = {"bytes": "with other bytes", "type": "of another type", "shape": "of another shape"}
+        lines = ["tensors: " + ", ".join(f"{n} {names.get(change, change)}" for change, n in counts.items())]
+        if not self.same_order:
+            lines.append("order: the tensors come in another order")
+        return lines + [f"metadata {change}" for change in self.metadata]
+
+    def __str__(self) -> str:
+        lines = [f"a {str(self.a)!r}", f"b {str(self.b)!r}", *self._lines()]
+        changed = self.tensors[self.tensors["change"] != ""]
+        return "\n".join(lines) + (f"\n\n{_shown(changed)}" if len(changed) else "")
+
+    def _repr_html_(self) -> str:
+        lines = "<br>".join(map(escape, [str(self.a), str(self.b), *self._lines()]))
+        return f"<p>{lines}</p>{self.tensors[self.tensors['change'] != ''].to_html(index=False)}"
+
+
+def diff(a: str | Path | Model, b: str | Path | Model) -> Difference:
+    """Compare two models: GGUF files, shards, or checkpoints as they would be converted.
+
+    Memory holds a few slabs of rows; the files are read once, tensors that differ in part twice.
+
+    Parameters
+    ----------
+    a, b : str, Path or Model
+        As `quantlab.open` takes them.
+
+    Returns
+    -------
+    Difference
+        Prints as text and shows as HTML.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at a path, or a shard is missing.
+    ValueError
+        If a file is damaged or of a kind that is not read.
+
+    Examples
+    --------
+    >>> diff("tiny", "tiny").is_same
+    True
+    """
+    a, b = (model if isinstance(model, Model) else open_model(model) for model in (a, b))
+    rows = {tensor.name: _row(tensor.name, a, b) for tensor in (*a, *b)}
+    pairs = [
+        (row, a.tensor(name), b.tensor(name))
+        for name, row in rows.items()
+        if row["change"] not in ("added", "removed", "shape")
+    ]
+    for row, tally in _tallies(pairs):
+        tensor = a.tensor(row["name"])
+        row["blocks"], row["differing"] = tally.n_blocks, tally.differing
+        row["rmse"], row["max_abs"] = tally.rmse(tensor.n_weights), tally.largest
+        if tally.differing or row["change"]:
+            row["change"] = row["change"] or "bytes"
+            power = root_mean_square(tensor) if row["rmse"] == row["rmse"] else 0.0
+            row["relative"] = row["rmse"] / power if power else float("nan")
+    names = [[name for name in model.names if name in a and name in b] for model in (a, b)]
+    table = pd.DataFrame(rows.values(), columns=COLUMNS)
+    return Difference(a.path, b.path, tuple(metadata_changes(a.metadata, b.metadata)), table, names[0] == names[1])
+
+
+def _row(name: str, a: Model, b: Model) -> dict:
+    """Begin the row of one tensor with what the tensor tables tell."""
+    one, other = (model.tensor(name) if name in model else None for model in (a, b))
+    row = {"name": name, "change": "", "blocks": 0, "differing": 0, "relative": 0.0, "rmse": 0.0, "max_abs": 0.0}
+    row |= {"a": one and f"{one.qtype} {one.shape}", "b": other and f"{other.qtype} {other.shape}"}
+    if one is None or other is None:
+        row["change"] = "added" if one is None else "removed"
+    elif squeezed(one.shape) != squeezed(other.shape):
+        row["change"] = "shape"
+    elif one.qtype != other.qtype:
+        row["change"] = "type"
+    if row["change"] in ("added", "removed", "shape"):
+        row |= dict.fromkeys(("rmse", "max_abs", "relative"), float("nan"))
+    return row
+
+
+def _tallies(pairs: list[tuple]) -> Iterator[tuple[dict, Tally]]:
+    """Compare the tensors of all pairs, the next slabs read meanwhile."""
+    total = sum(one.nbytes + other.nbytes for _, one, other in pairs)
+    qtypes = {row["name"]: (one.qtype, other.qtype) for row, one, other in pairs}
+    tally = Tally()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="diff") as bar:
+        for (row, n_per_row), one, other, last in ahead(slabs(((r, x.shape[-1]), x, y) for r, x, y in pairs)):
+            tally.add(one, other, qtypes[row["name"]], n_per_row)
+            bar.update(one.nbytes + other.nbytes)
+            if last:
+                yield row, tally
+                tally = Tally()
+
+
+def _shown(table: pd.DataFrame) -> str:
+    """The table of tensors that differ, for a terminal."""
+    shown = table.assign(name=[repr(name)[1:-1] for name in table["name"]])
+    for column in ("rmse", "max_abs", "relative"):
+        shown[column] = [f"{value:.3g}" if value == value else "" for value in shown[column]]
+    shown["differing"] = [
+        f"{n} of {of}" if of else "" for n, of in zip(table["differing"], table["blocks"], strict=True)
+    ]
+    return text_table(shown.drop(columns="blocks").fillna(""))

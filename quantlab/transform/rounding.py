@@ -1,0 +1,108 @@
+"""Whether a block that is not ours is the same search under another compiler's rounding.
+
+Two things are held against a block that differs from what our encoders make of the same weights:
+
+1. The encoders of `quantlab.quants.fused`, built as a compiler builds them that fuses products with sums. Their blocks
+   are exact, however many of them differ from ours: nearly all do in Q5_K.
+2. Compilers differ a little in what they fuse; measured against GCC's build, about one block of a thousand is neither
+   ours nor the fused one, in no tensor more than one of eighty. So few may be left over (`MAX_LEFT`), only in a file
+   that has at least as many of the fused blocks, and each must be as good as ours:
+
+   - K types: the search ends with scales that are rounded, and codes computed anew from them without anything that
+     could be fused; so every code must be the nearest one to its weight under the block's own scales. A code changed
+     by one step is not, unless its weight lay within `SLACK` of the middle. The error that the search minimizes may be
+     several times ours, since a search that goes another way can end badly (2.7 times was seen).
+   - Types with blocks of 32: the codes are those that the search ends with, so that only a near tie of two tries can
+     go the other way, which leaves the error as it is but for the rounding of the scale.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantlab import quants
+from quantlab.quants.codebook import CODES
+from quantlab.quants.fused import quantize_fused
+
+MAX_LEFT = 0.02  # share of a tensor's blocks that may be neither ours nor the fused ones
+FEW = 2  # so many may in any tensor
+SLACK = 1e-3  # of a step, in which a K type's weight may lie from the middle of two codes
+MAX_ERROR = {"K": 10.0, "legacy": 1.02}  # of a block that is left over, as a multiple of ours
+
+
+def is_other_rounding(
+    x: np.ndarray, ours: np.ndarray, theirs: np.ndarray, qtype: str, imatrix: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Judge the blocks of rows.
+
+    Parameters
+    ----------
+    x : np.ndarray [shape=(nrows, n_per_row), dtype=float32, C-contiguous]
+        The weights.
+    ours, theirs : np.ndarray [shape=(nrows, row_bytes), dtype=uint8]
+        What our encoder makes of them, and what is to be judged.
+    qtype : str
+        A type of `quantlab.quants.codebook.CODES`.
+    imatrix : np.ndarray [shape=(n_per_row,), dtype=float32] or None
+
+    Returns
+    -------
+    fused, good : np.ndarray [shape=(nrows, blocks per row), dtype=bool]
+        Blocks of `theirs` that are the fused encoder's, and blocks that are as good as ours without being that.
+    """
+    block, nbytes = quants.block_size(qtype), quants.block_bytes(qtype)
+    shape = (len(x), x.shape[1] // block)
+    ours, theirs, fused = (a.reshape(-1, nbytes) for a in (ours, theirs, quantize_fused(x, qtype, imatrix)))
+    is_fused = (theirs == fused).all(axis=1)
+    left = np.flatnonzero(~is_fused & (theirs != ours).any(axis=1))
+    is_good = np.zeros(len(theirs), bool)
+    if left.size:
+        weights, power = _error_weights(x, qtype, imatrix)
+        weights = np.broadcast_to(weights, x.shape).reshape(-1, block)[left]
+        values = x.reshape(-1, block)[left]
+        own, other, given = (_errors(values, a[left], qtype, weights, power) for a in (ours, fused, theirs))
+        bound = MAX_ERROR["K" if block == 256 else "legacy"]
+        is_good[left] = given <= bound * np.maximum(own, other)
+        if block == 256:
+            is_good[left] &= _codes_are_nearest(values, theirs[left], qtype)
+    return is_fused.reshape(shape), is_good.reshape(shape)
+
+
+def allowed(left: int, n_blocks: int) -> bool:
+    """Whether so many blocks may be neither ours nor the fused ones."""
+    return left <= max(FEW, MAX_LEFT * n_blocks)
+
+
+def _codes_are_nearest(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.ndarray:
+    """Whether each block's codes are the nearest under its own scales; codes under a scale of 0 mean nothing."""
+    first, step = quants.grid(blocks, qtype)
+    top = (1 << sum(place.width for place in CODES[qtype])) - 1
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ideal = np.clip((x.astype(np.float64) - first) / step, 0, top)
+    off = np.abs(ideal - quants.codes(blocks, qtype))
+    return ((off <= 0.5 + SLACK) | (step == 0)).all(axis=1)
+
+
+def _errors(x: np.ndarray, blocks: np.ndarray, qtype: str, weights: np.ndarray, power: int) -> np.ndarray:
+    """The error of each block that the search minimizes."""
+    difference = np.abs(x - quants.dequantize(blocks, qtype, x.shape)).astype(np.float64)
+    return (weights * difference**power).sum(axis=1)
+
+
+def _error_weights(x: np.ndarray, qtype: str, imatrix: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """The weights by which the search of a type counts errors, and the power of the errors.
+
+    Source: `quantize_row_*_ref` and `quantize_row_*_impl` of ggml-quants.c.
+    """
+    if imatrix is None:
+        if qtype in ("Q4_K", "Q5_K"):
+            parts = x.reshape(-1, 32)
+            return (np.sqrt((parts * parts).mean(axis=1, keepdims=True)) + np.abs(parts)).reshape(x.shape), 2
+        weights = {"Q2_K": np.abs(x), "Q3_K": x * x, "Q6_K": x * x}.get(qtype, np.ones_like(x))
+        return weights, 1 if qtype == "Q2_K" else 2
+    if qtype == "Q6_K":
+        return imatrix, 2
+    length = 256 if qtype.endswith("_K") else x.shape[1]  # over which the mean square is taken
+    parts = x.reshape(-1, length)
+    mean = (parts * parts).mean(axis=1, keepdims=True) * (2 if qtype in ("Q3_K", "Q4_K", "Q5_K") else 1)
+    return imatrix * np.sqrt(mean + parts * parts).reshape(x.shape), 2

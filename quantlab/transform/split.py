@@ -1,0 +1,243 @@
+"""One GGUF file ↔ several shards, byte for byte what llama-gguf-split writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from quantlab.files.bundled import model_path
+from quantlab.files.byte_range import ByteRange
+from quantlab.files.gguf_file import ALIGNMENT, Header, TensorInfo, pack_header, read_header, write_gguf
+from quantlab.files.gguf_shards import MAX_SHARDS, shard_headers, shard_path
+from quantlab.files.output import check_apart, check_output, replacing
+
+PIECE = 16 << 20  # bytes that are copied at once
+MAX_TENSORS = 128  # of a shard, where no limit is given
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file that is written: its path, its metadata, and its tensors where they lie now."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        alignment = int(self.metadata.get("general.alignment", ALIGNMENT))
+        data = sum(-(-tensor.nbytes // alignment) * alignment for tensor in self.tensors)
+        return len(pack_header(self.metadata, self.tensors)) + data
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a GGUF file is, or would be, distributed over shards.
+
+    Attributes
+    ----------
+    source : Path
+    shards : tuple[Shard, ...]
+    """
+
+    source: Path
+    shards: tuple[Shard, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per shard: file, tensors, bytes."""
+        rows = [(str(shard.path), len(shard.tensors), shard.nbytes) for shard in self.shards]
+        return pd.DataFrame(rows, columns=["file", "tensors", "bytes"])
+
+    def to_json(self) -> str:
+        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}` with the rows of `to_frame`."""
+        rows = self.to_frame().to_dict("records")
+        return json.dumps({"schema": 1, "protocol": {"source": str(self.source)}, "rows": rows})
+
+    def __str__(self) -> str:
+        return self.to_frame().to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False)
+
+
+def split(
+    src: str | Path,
+    outfile: str | Path | None = None,
+    *,
+    max_tensors: int | None = None,
+    max_size: str | int | None = None,
+    no_tensor_first_split: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Split:
+    """Distribute a GGUF file over shards ``OUTFILE-00001-of-0000N.gguf``.
+
+    Parameters
+    ----------
+    src : str or Path
+        A GGUF file that is whole.
+    outfile : str or Path, optional
+        What the names of the shards begin with; ``.gguf`` at its end is dropped. Default: the name of `src`.
+    max_tensors : int, optional
+        Most tensors in a shard. Default: 128, unless `max_size` is given.
+    max_size : str or int, optional
+        Most bytes of tensors in a shard, as a number or as ``200M`` or ``4G`` (powers of 1000). A tensor that is
+        larger gets a shard of its own.
+    no_tensor_first_split : bool
+        Leave the first shard to the metadata.
+    dry_run : bool
+        Write nothing.
+    overwrite : bool
+        Whether shards that exist may be replaced.
+
+    Returns
+    -------
+    Split
+        The shards, with their sizes.
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        If the source is not there; if a shard is, and `overwrite` is false.
+    ValueError
+        If the source is damaged or a shard itself, or a limit has no meaning.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from quantlab.files.gguf_file import TensorSpec
+    >>> path = Path(tempfile.mkdtemp()) / "a.gguf"
+    >>> x = np.ones((2, 32), np.float32)
+    >>> _ = write_gguf(path, {}, [TensorSpec(name, x.shape, "F32") for name in "xyz"], [x, x, x])
+    >>> [len(shard.tensors) for shard in split(path, max_tensors=2).shards]
+    [2, 1]
+
+    Source: llama.cpp, tools/gguf-split, for names, keys and where a shard ends.
+    """
+    header = read_header(model_path(src))
+    if header.metadata.get("split.count", 0) > 0:
+        raise ValueError(f"{header.path}: is a shard already, must be a whole file. Run quantlab merge first.")
+    groups = _groups(header.tensors, *_limits(max_tensors, max_size))
+    groups = [[], *groups] if no_tensor_first_split else groups
+    if len(groups) > MAX_SHARDS:
+        raise ValueError(f"{header.path}: {len(groups)} shards, must be at most {MAX_SHARDS}. Raise the limit.")
+    result = Split(header.path, tuple(_shards(header, Path(outfile or header.path), groups)))
+    for shard in result.shards:
+        check_apart(shard.path, [header.path])
+        check_output(shard.path, overwrite=overwrite)
+    if not dry_run:
+        _write(result.shards, {tensor.name: header.path for tensor in header.tensors}, overwrite)
+    return result
+
+
+def merge(src: str | Path, outfile: str | Path | None = None, *, overwrite: bool = False) -> Path:
+    """Put the shards of a GGUF file together again: the bytes that were split.
+
+    llama-gguf-split leaves the keys ``split.no``, ``split.count`` (0) and ``split.tensors.count`` in what it merges;
+    here they go, so that a hash of the file that was split holds.
+
+    Parameters
+    ----------
+    src : str or Path
+        Any one of the shards; the others lie beside it.
+    outfile : str or Path, optional
+        Default: the name of the shards without its numbers.
+    overwrite : bool
+        Whether an output that exists may be replaced.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        If a shard is missing; if the output is there, and `overwrite` is false.
+    ValueError
+        If `src` is no shard, or the shards do not belong together.
+    """
+    header = read_header(src)
+    headers = shard_headers(header)
+    if len(headers) == 1 and "split.count" not in header.metadata:
+        raise ValueError(f"{header.path}: split.count is not there, must be one of several shards. It is whole.")
+    first = headers[0]
+    whole = first.path.with_name(shard_path(first.path, 1, len(headers)).name[: -len("-00001-of-00001.gguf")] + ".gguf")
+    path = Path(outfile or whole)
+    check_apart(path, [shard.path for shard in headers])
+    metadata = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
+    tensors = tuple(tensor for shard in headers for tensor in shard.tensors)
+    places = {tensor.name: shard.path for shard in headers for tensor in shard.tensors}
+    _write([Shard(path, metadata, tensors)], places, overwrite)
+    return path
+
+
+def _limits(max_tensors: int | None, max_size: str | int | None) -> tuple[int | None, int | None]:
+    """Return the two limits as numbers, checked."""
+    if max_tensors is not None and max_size is not None:
+        raise ValueError("max_tensors and max_size: only one of them may be given")
+    if max_size is None:
+        max_tensors = MAX_TENSORS if max_tensors is None else max_tensors
+        if max_tensors < 1:
+            raise ValueError(f"max_tensors={max_tensors}, must be at least 1")
+        return max_tensors, None
+    unit = {"M": 10**6, "G": 10**9}.get(str(max_size)[-1:], 1)
+    digits = str(max_size)[:-1] if unit > 1 else str(max_size)
+    if not (digits.isascii() and digits.isdecimal()) or not 0 < int(digits) * unit < 1 << 63:
+        raise ValueError(f"max_size={max_size}, must be a positive whole number of bytes, or one with M or G after it")
+    return None, int(digits) * unit
+
+
+def _groups(tensors: Sequence[TensorInfo], max_tensors: int | None, max_size: int | None) -> list[list[TensorInfo]]:
+    """Distribute the tensors in their order; a shard is full when the next tensor would break its limit."""
+    groups: list[list[TensorInfo]] = [[]]
+    size = 0
+    for tensor in tensors:
+        nbytes = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        full = len(groups[-1]) == max_tensors if max_size is None else size + nbytes > max_size
+        if full and groups[-1]:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += nbytes
+    return groups
+
+
+def _shards(header: Header, stem: Path, groups: Sequence[Sequence[TensorInfo]]) -> Iterator[Shard]:
+    """Yield the shards: all metadata in the first, the numbers in each."""
+    prefix = stem.name.removesuffix(".gguf")
+    own = {key: value for key, value in header.metadata.items() if not key.startswith("split.")}
+    for i, group in enumerate(groups):
+        numbers = {
+            "split.no": np.uint16(i),
+            "split.tensors.count": np.int32(len(header.tensors)),
+            "split.count": np.uint16(len(groups)),
+        }
+        path = stem.with_name(f"{prefix}-{i + 1:05d}-of-{len(groups):05d}.gguf")
+        yield Shard(path, (own if i == 0 else {}) | numbers, tuple(group))
+
+
+def _write(shards: Sequence[Shard], places: dict[str, Path], overwrite: bool) -> None:
+    """Write all files beside their names, and rename them when all are whole."""
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    with ExitStack() as stack, tqdm(total=total, unit="B", unit_scale=True) as bar:
+        parts = [stack.enter_context(replacing(shard.path, overwrite=overwrite)) for shard in shards]
+        for shard, part in zip(shards, parts, strict=True):
+            data = (_pieces(ByteRange(places[t.name], t.offset, t.nbytes)) for t in shard.tensors)
+            write_gguf(part, shard.metadata, shard.tensors, data, progress=bar.update)
+
+
+def _pieces(stored: ByteRange) -> Iterator[np.ndarray]:
+    """Read a tensor's bytes a piece at a time."""
+    for start in range(0, stored.nbytes, PIECE):
+        yield stored.read(start, min(start + PIECE, stored.nbytes))

@@ -1,0 +1,403 @@
+"""Whether a quantized file comes from the model it names: quantize again in memory, and hold block against block."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from quantlab import quants
+from quantlab.files.bundled import model_path
+from quantlab.files.checkpoint import open_checkpoint
+from quantlab.files.imatrix_file import ImportanceMatrix
+from quantlab.files.model import LazyTensor, Model
+from quantlab.files.model import open as open_model
+from quantlab.quants.arrays import WEIGHTED
+from quantlab.quants.codebook import CODES
+from quantlab.transform.compare import Change, Tally, finite, metadata_changes, slabs, squeezed
+from quantlab.transform.inspect import mixtures, text_table
+from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
+from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
+from quantlab.transform.quantize import ahead, encode
+from quantlab.transform.rounding import allowed, is_other_rounding
+
+IDENTICAL, ROUNDING, OTHER = VERDICTS = ("identical", "rounding", "other")
+MEANING = {
+    IDENTICAL: "identical",
+    ROUNDING: "same type, rules and matrix, another compiler's rounding",
+    OTHER: "other",
+}
+OWN_KEYS = re.compile(r"general\.(file_type|quantization_version)|quantize\.imatrix\..*")  # a quantizer sets these
+PROBE = 1 << 16  # weights of a tensor by which one of several precisions of a source is chosen
+SHOWN = 20  # tensors and keys that do not fit, on a terminal
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    quant, source : Path
+    verdict : str
+        "identical", "rounding" (same type, rules and matrix, another compiler's rounding) or "other".
+    mixture : str
+        Ftype and rule set as the tensors' types tell them.
+    notes : tuple[str, ...]
+        What the file was compared with: precision of the source, importance matrix, types that no ftype gives.
+    misfits : tuple[str, ...]
+        What does not fit; empty unless the verdict is "other".
+    tensors : pd.DataFrame
+        One row per tensor: `name`, `qtype`, `verdict`, `imatrix` (whether its weights were used), `blocks`, how many
+        are `differing`, how many of these are `fused` (those of a compiler that fuses products with sums), how many
+        `left` over without reason, `rmse` between the file's values and ours.
+    """
+
+    quant: Path
+    source: Path
+    verdict: str
+    mixture: str
+    notes: tuple[str, ...]
+    misfits: tuple[str, ...]
+    tensors: pd.DataFrame
+
+    @property
+    def is_genuine(self) -> bool:
+        """Whether the file comes from the source: the verdict is not "other"."""
+        return self.verdict != OTHER
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table of the tensors."""
+        return self.tensors
+
+    def to_json(self) -> str:
+        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}`, a row per tensor."""
+        protocol = {key: value for key, value in asdict(replace(self, tensors=None)).items() if key != "tensors"}
+        protocol |= {"quant": str(self.quant), "source": str(self.source)}
+        return json.dumps({"schema": 1, "protocol": protocol, "rows": finite(self.tensors)})
+
+    def _lines(self) -> list[str]:
+        lines = [f"{str(self.quant)!r} from {str(self.source)!r}: {MEANING[self.verdict]}", f"mixture: {self.mixture}"]
+        lines += self.notes
+        more = [f"and {len(self.misfits) - SHOWN} more"] if len(self.misfits) > SHOWN else []
+        return lines + [f"does not fit: {misfit}" for misfit in self.misfits[:SHOWN]] + more
+
+    @property
+    def _summary(self) -> pd.DataFrame:
+        """Tensors and blocks by type and verdict."""
+        groups = self.tensors.groupby(["qtype", "verdict"], sort=False)
+        columns = {
+            "tensors": ("name", "size"),
+            **{key: (key, "sum") for key in ("blocks", "differing", "fused", "left")},
+        }
+        return groups.agg(**columns).reset_index()
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines()) + f"\n\n{text_table(self._summary)}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{'<br>'.join(map(escape, self._lines()))}</p>{self._summary.to_html(index=False)}"
+
+
+def verify(
+    quant: str | Path, source: str | Path, *, imatrix: str | Path | ImportanceMatrix | None = None
+) -> Verification:
+    """Check whether a quantized file was made from a model, by quantizing that model again in memory.
+
+    Types are taken from the file, tensor by tensor, and the mixture they belong to is looked up. Memory holds a few
+    slabs of rows; reading, quantizing and comparing overlap.
+
+    Parameters
+    ----------
+    quant : str or Path
+        The GGUF file in question.
+    source : str or Path
+        What it should come from: a GGUF file, or a checkpoint, whose weights are tried as they are and rounded to F16
+        or BF16, as a conversion may have rounded them.
+    imatrix : str, Path or ImportanceMatrix, optional
+        The importance matrix that was used. A tensor that fits only without it is accepted, as one that was excluded,
+        as long as others need it.
+
+    Returns
+    -------
+    Verification
+        With the verdict for the file and for each tensor, and what does not fit.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is not there.
+    ValueError
+        If a file is damaged, the matrix belongs to another model, or the source has NaN or infinite weights.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from quantlab.transform.quantize import quantize
+    >>> path = quantize("tiny", Path(tempfile.mkdtemp()) / "tiny.gguf", ftype="Q4_0")
+    >>> verify(path, "tiny").verdict
+    'identical'
+    """
+    model, options = open_model(quant), Options(ftype="COPY", imatrix=imatrix)
+    matrix, matrix_keys = matrix_of(options)
+    bases = list(_bases(model_path(source)))
+    base = bases[0] if len(bases) == 1 else max(bases, key=lambda base: _share_found(model, base, matrix))
+    notes = [] if len(bases) == 1 else [f"weights of the source as {_precision(base)}"]
+    mixture, misfits = _mixture(model, base)
+    misfits += _metadata_misfits(model, base, matrix_keys) + _table_misfits(model, base)
+    rows = _judged(model, base, matrix)
+    notes += _matrix_notes(model, matrix, rows)
+    misfits += _matrix_misfits(matrix, rows) + [misfit for row in rows if (misfit := row.pop("misfit"))]
+    worst = max((VERDICTS.index(row["verdict"]) for row in rows), default=0)
+    verdict = OTHER if misfits else VERDICTS[worst]
+    return Verification(
+        model.path, base.path, verdict, mixture, tuple(notes), tuple(misfits), pd.DataFrame(rows, columns=COLUMNS)
+    )
+
+
+COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "rmse"]
+
+
+# ---- what the file should come from
+
+
+def _bases(path: Path) -> Iterator[Model]:
+    """Yield the source in every precision in which it may have been converted."""
+    model = open_model(path)
+    yield model
+    if path.suffix == ".gguf":
+        return
+    present = _precision(model)
+    for qtype in ("F16", "BF16"):
+        if qtype != present and (present, qtype) != ("F16", "BF16"):
+            yield open_checkpoint(path, qtype.lower())
+
+
+def _precision(model: Model) -> str:
+    """The commonest type of a model's matrices."""
+    return (
+        model.qtypes.most_common(1)[0][0]
+        if not any(len(t.shape) > 1 for t in model)
+        else next(t.qtype for t in model if len(t.shape) > 1)
+    )
+
+
+def _share_found(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> float:
+    """The share of blocks, at the start of a few tensors, that quantizing this base gives."""
+    tally = Tally()
+    wanted = [t for t in model if len(t.shape) > 1 and t.name in base and t.qtype in WRITABLE]
+    for tensor in wanted[:: max(1, len(wanted) // 4)]:
+        step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
+        if squeezed(step.tensor.shape) == squeezed(tensor.shape):
+            n = min(tensor.nrows, max(1, PROBE // tensor.shape[-1]))
+            ours = encode(step, step.tensor.rows(0, n))
+            tally.add(ours, tensor.rows(0, n), (tensor.qtype, tensor.qtype), tensor.shape[-1])
+    return 1 - tally.differing / max(tally.n_blocks, 1)
+
+
+def _step(tensor: LazyTensor, qtype: str, matrix: dict[str, np.ndarray]) -> Step:
+    """How one tensor of the source gets the type that it has in the file."""
+    choice = Choice(qtype, qtype, "asked")
+    return Step(tensor, choice, weights_of(tensor, choice, matrix) if qtype in WEIGHTED else None)
+
+
+# ---- what does not fit in types, metadata and tensor table
+
+
+def _mixture(model: Model, base: Model) -> tuple[str, list[str]]:
+    """Name the mixture whose types the file has; tell what does not fit the ftype that the file itself gives."""
+    found = mixtures(model)
+    given = next((ftype.name for ftype in FTYPES.values() if ftype.number == model.ftype), None)
+    if not found:
+        return _like(model, base, given), []
+    named = [f"{m['ftype']}, rules {m['rules']}{', with imatrix' * m['imatrix']}" for m in found]
+    misfits = []
+    if given not in [m["ftype"] for m in found]:
+        misfits.append(
+            f"metadata general.file_type: {model.ftype} ({given or 'no ftype that is known'}), the types are {named[0]}"
+        )
+    return " · ".join(dict.fromkeys(named)), misfits
+
+
+def _like(model: Model, base: Model, given: str | None) -> str:
+    """Describe types that no ftype gives by the mixture that comes nearest; they are taken as they are."""
+    has = {tensor.name: tensor.qtype for tensor in model if tensor.name in base}
+    shapes = {name: base.tensor(name).shape for name in has}
+    nearest: tuple[int, str] | None = None
+    for rules in RULES if given and given != "COPY" else ():
+        for pure in (False, True):
+            try:
+                choices = choose_types(
+                    base.hparams, {n: base.tensor(n).shape for n in has}, given, rules=rules, pure=pure
+                )
+            except ValueError:
+                continue  # an architecture without rules, or an ftype that these rules do not have
+            others = [f"{n} {has[n]}" for n, choice in choices.items() if choice.qtype != has[n]]
+            name = f"{given} --pure" if pure else f"{given}, rules {rules}"
+            text = f"{name}, but {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else name
+            nearest = min(nearest or (len(others), text), (len(others), text), key=lambda item: item[0])
+    return nearest[1] if nearest else "none that is known; types are taken as they are"
+
+
+def _metadata_misfits(model: Model, base: Model, matrix_keys: dict[str, Any]) -> list[str]:
+    """What a quantizer copies from the source's metadata must be there; what it sets itself must make sense."""
+    expected = metadata_of(base.metadata, 0)
+    own = {
+        key: value for key, value in model.metadata.items() if key in OWN_KEYS or key.startswith("quantize.imatrix.")
+    }
+    changes = metadata_changes(
+        {key: value for key, value in expected.items() if key not in OWN_KEYS},
+        {key: value for key, value in model.metadata.items() if key not in own},
+    )
+    for key in ("quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"):
+        if key in own and matrix_keys and int(own[key]) != matrix_keys.get(key, 0):
+            changes.append(Change(key, "changed", f"{matrix_keys.get(key, 0)} in the matrix", f"{own[key]}"))
+    version = "general.quantization_version"
+    if own.get(version, expected[version]) != expected[version]:
+        changes.append(Change(version, "changed", str(expected[version]), str(own[version])))
+    return [f"metadata {change}" for change in changes]
+
+
+def _table_misfits(model: Model, base: Model) -> list[str]:
+    """Tensors that only one of the two has, or that have another shape."""
+    misfits = [f"{name}: is not in the source" for name in model.names if name not in base]
+    misfits += [f"{name}: is missing" for name in base.names if name not in model]
+    for tensor in model:
+        shape = base.tensor(tensor.name).shape if tensor.name in base else tensor.shape
+        if squeezed(shape) != squeezed(tensor.shape):
+            misfits.append(f"{tensor.name}: shape={tensor.shape}, the source has {shape}")
+    return misfits
+
+
+# ---- what does not fit in the blocks
+
+
+class _Case:
+    """One tensor on trial."""
+
+    def __init__(self, tensor: LazyTensor, step: Step):
+        self.tensor, self.step, self.tally = tensor, step, Tally()
+        self.fused = self.good = self.left = 0
+        self.first: tuple[int, int] | None = None  # row and block of the first one left over
+        self.plain = False  # whether the matrix turned out not to have been used
+
+    def add(self, x: np.ndarray, theirs: np.ndarray) -> None:
+        """Quantize a slab of the source and compare."""
+        ours = encode(self.step, x)
+        qtype, n_per_row = self.tensor.qtype, self.tensor.shape[-1]
+        if self.tally.n_blocks == 0 and self.step.weights is not None:
+            ours = self._without_matrix(x, ours, theirs)
+        start = self.tally.n_blocks // (n_per_row // quants.block_size(qtype))
+        differing = self.tally.add(ours, theirs, (qtype, qtype), n_per_row)
+        if differing is None:
+            return
+        rows = np.flatnonzero(differing.any(axis=1))
+        bad = differing[rows]
+        if qtype in CODES and not self.step.is_kept:
+            floats = _floats(x[rows], self.step.tensor)
+            fused, good = is_other_rounding(floats, ours[rows], theirs[rows], qtype, self.step.weights)
+            self.fused += int((fused & bad).sum())
+            self.good += int((good & bad).sum())
+            bad = bad & ~fused & ~good
+        self.left += int(bad.sum())
+        if self.first is None and bad.any():
+            row, block = np.argwhere(bad)[0]
+            self.first = (start + int(rows[row]), int(block))
+
+    def _without_matrix(self, x: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        """Drop the matrix for this tensor if the first slab is not made with it, but is without it."""
+        if np.array_equal(ours, theirs):
+            return ours
+        bare = replace(self.step, weights=None)
+        plain = encode(bare, x)
+        if (plain != theirs).any(axis=1).sum() < (ours != theirs).any(axis=1).sum():
+            self.step, self.plain = bare, True
+            return plain
+        return ours
+
+    def row(self, other_build: bool) -> dict:
+        """The tensor's verdict; `other_build`: whether the file is one of a compiler that fuses."""
+        tally = self.tally
+        excused = other_build and allowed(self.good, tally.n_blocks)
+        left = self.left + (0 if excused else self.good)
+        verdict = IDENTICAL if not tally.differing else OTHER if left else ROUNDING
+        row = {"name": self.tensor.name, "qtype": self.tensor.qtype, "verdict": verdict, "plain": self.plain}
+        row |= {"imatrix": self.step.weights is not None, "blocks": tally.n_blocks, "differing": tally.differing}
+        row |= {"fused": self.fused, "left": left, "rmse": tally.rmse(self.tensor.n_weights)}
+        return row | {"misfit": self._misfit(left) if verdict == OTHER else ""}
+
+    def _misfit(self, left: int) -> str:
+        """Say what is wrong with the blocks, and where."""
+        name, of = self.tensor.name, self.tally.n_blocks
+        text = f"{name}: {left} of {of} {self.tensor.qtype} blocks are not what the source gives"
+        if self.first is None:
+            return text + ", though their codes fit their scales, as with another importance matrix"
+        row, block = self.first
+        size = quants.block_size(self.tensor.qtype)
+        return text + f", the first in row {row}, weights {block * size}:{(block + 1) * size}"
+
+
+def _floats(rows: np.ndarray, tensor: LazyTensor) -> np.ndarray:
+    """Rows of the source as contiguous float32."""
+    if rows.dtype == np.uint8:
+        return quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
+    return np.ascontiguousarray(rows, np.float32)
+
+
+def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[dict]:
+    """Return the row of every tensor that both have in one shape; slabs are read while others are quantized."""
+    cases, rows = [], []
+    for tensor in model:
+        if tensor.name not in base or squeezed(base.tensor(tensor.name).shape) != squeezed(tensor.shape):
+            continue
+        step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
+        if step.is_kept or tensor.qtype in WRITABLE:
+            cases.append(_Case(tensor, step))
+        else:
+            rows.append(_unknown(tensor))
+    total = sum(case.step.tensor.nbytes for case in cases)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
+        for case, x, theirs, _ in ahead(slabs((case, case.step.tensor, case.tensor) for case in cases)):
+            case.add(x, theirs)
+            bar.update(x.nbytes)
+    other_build = sum(case.fused for case in cases) >= sum(case.good for case in cases)
+    return [case.row(other_build) for case in cases] + rows
+
+
+def _unknown(tensor: LazyTensor) -> dict:
+    """The row of a tensor of a type that has no encoder here."""
+    row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "rmse": np.nan}
+    misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
+    return row | {"imatrix": False, "plain": False, "misfit": misfit}
+
+
+# ---- the matrix
+
+
+def _matrix_notes(model: Model, matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:
+    """Say what the bytes and the metadata tell of an importance matrix."""
+    recorded = model.metadata.get("quantize.imatrix.file") or model.metadata.get("quantize.imatrix.entries_count")
+    used = [row["name"] for row in rows if row["imatrix"]]
+    bare = [row["name"] for row in rows if row["plain"]]
+    if matrix:
+        text = f"importance matrix: of use to {len(used)} tensors"
+        return [text + (f"; {len(bare)} fit better without it: {', '.join(bare[:3])}" if bare else "")]
+    if recorded is None:
+        return ["importance matrix: none given, none recorded"]
+    return [f"importance matrix: none given; the file records {str(recorded)[:80]!r}, pass it with --imatrix"]
+
+
+def _matrix_misfits(matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:
+    """A matrix that was given must have been of use."""
+    asked = [row for row in rows if row["imatrix"] or row["plain"]]
+    if matrix and asked and all(row["plain"] for row in asked):
+        return ["importance matrix: the file was made without this one"]
+    return []
