@@ -63,6 +63,10 @@ def test_fallbacks_are_grouped_and_weighed():
     assert fallbacks({"c.weight": base}, shapes).empty
 
 
+def test_names_of_shapes_may_have_capitals():
+    assert sizes("Yi-34B") == sizes("yi-34b")
+
+
 def test_bad_input():
     with pytest.raises(FileNotFoundError, match="yi-35b"):
         sizes("yi-35b")

@@ -272,6 +272,21 @@ def test_unchanged_tensors_are_reused(work):
     assert len(reused) == sum(a.qtype == b.qtype for a, b in zip(before, after, strict=True)) < len(after)
 
 
+def test_a_dry_run_tells_what_a_run_would_meet_and_writes_nothing(work):
+    said = []
+    quantize("wide.gguf", "old.gguf", ftype="Q4_K_S")
+    before = sorted(work.iterdir())
+    assert quantize("wide.gguf", "old.gguf", ftype="Q4_K_M", reuse="old.gguf", dry_run=True, report=said.append) is None
+    plan, in_the_way, reusable = said
+    assert plan.job.ftype.name == "Q4_K_M"
+    assert in_the_way == "old.gguf: exists; the run needs --overwrite or another name"
+    old = {tensor.name: tensor.qtype for tensor in open_model("old.gguf")}
+    same = [step for step in plan.job.steps if old[step.tensor.name] == step.choice.qtype]
+    assert 0 < len(same) < len(plan.job.steps)
+    assert reusable.startswith(f"{len(same)} of {len(plan.job.steps)} tensors can be reused")
+    assert sorted(work.iterdir()) == before
+
+
 def test_tensors_whose_source_or_matrix_changed_are_not_reused(work):
     made_models.made_gguf(work / "second.gguf", seed=5)
     quantize("second.gguf", "old.gguf", ftype="Q4_K_M")

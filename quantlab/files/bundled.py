@@ -172,16 +172,23 @@ def read_text(text: str | os.PathLike | Text) -> Text:
 def shape(name: str) -> dict:
     """Read the hyper-parameters of a published model, `data/shapes/<name>.json`, for sizes without weights.
 
+    Upper and lower case are the same: `Yi-34B` is `yi-34b`.
+
     Raises
     ------
     FileNotFoundError
         If no shape of that name is bundled.
     """
-    if name not in shapes():
+    if not is_shape(name):
         raise FileNotFoundError(
             f"{name}: no such shape. Give a GGUF file, a checkpoint folder or one of: {', '.join(shapes())}"
         )
-    return json.loads((data_dir() / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((data_dir() / "shapes" / f"{name.lower()}.json").read_text(encoding="utf-8"))
+
+
+def is_shape(name: object) -> bool:
+    """Whether `shape` knows this name."""
+    return str(name).lower() in shapes()
 
 
 def shapes() -> list[str]:

@@ -170,7 +170,7 @@ def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
 def look_up(shape_or_file: str | Path):
     """Return a model's name, hyper-parameters, shapes and, where there is a file, present types."""
     name = str(shape_or_file)
-    if name in bundled.shapes():
+    if bundled.is_shape(name):
         shape = bundled.shape(name)
         hparams = SimpleNamespace(**{"head_dim": shape["n_embd"] // shape["n_head"]} | shape)
         return hparams.name, hparams, tensor_shapes(hparams), None
