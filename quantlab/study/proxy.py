@@ -21,6 +21,7 @@ from quantlab import quants
 from quantlab.files.model import open as open_model
 from quantlab.study.damage import threads
 from quantlab.study.damage_cache import DamageCache
+from quantlab.transform.plan import bits_per_weight
 
 _PIECE = 1 << 22  # weights at a time
 
@@ -87,9 +88,32 @@ def weighted_error(x: np.ndarray, qtype: str, weights: np.ndarray | None = None)
 
 
 def sample(changes: Sequence, n_layer: int, n: int) -> list:
-    """Return the changes of `n` layers, spread from the first to the last, and all those of tensors of no layer."""
-    kept = set(np.unique(np.linspace(0, n_layer - 1, n).round().astype(int)).tolist()) | {-1}
-    return [change for change in changes if change.layer in kept]
+    """Choose what to measure so that the rest can be predicted.
+
+    Parameters
+    ----------
+    changes : sequence of Change
+        Of single tensors.
+    n_layer, n : int
+        Layers that there are, and of which tensors are measured.
+
+    Returns
+    -------
+    list of Change
+        The tensors of `n` layers, spread from the first to the last, at one type each, the second narrowest; those of
+        the middle one of these layers, and those of no layer, at every type.
+    """
+    layers = np.unique(np.linspace(0, n_layer - 1, n).round().astype(int)).tolist()
+    whole = (-1, layers[len(layers) // 2])
+    widths: dict[str, list] = {}
+    for change in changes:
+        widths.setdefault(change.group, []).append(bits_per_weight(change.qtype))
+    one = {group: sorted(bits)[:2][-1] for group, bits in widths.items()}
+    return [
+        change
+        for change in changes
+        if change.layer in whole or change.layer in layers and bits_per_weight(change.qtype) == one[change.group]
+    ]
 
 
 def calibrated(rows: Sequence[dict], n_layer: int) -> tuple[list[dict], dict]:
@@ -104,12 +128,12 @@ def calibrated(rows: Sequence[dict], n_layer: int) -> tuple[list[dict], dict]:
     Returns
     -------
     list of dict, dict
-        The rows, those predicted without standard errors; and how good the predictions are:
-        `n_measured`, `exponent`; `spearman_error`, the rank correlation of error and measured damage; `spearman`, that
-        of predicted and measured damage, and `factor`, by which they typically differ, each layer predicted from the
-        others.
+        The rows, those predicted without standard errors; and how good the predictions are: `n_measured`, `exponent`,
+        `spearman_error` (rank correlation of error and measured damage), `spearman` (of predicted and measured damage)
+        and `factor` (by which the two typically differ), where `n_held_out` rows are predicted from the others: a
+        layer from the other layers, or where all are measured, types of a layer from another type.
     """
-    known = [row for row in rows if row["measured"] and row["layer"] >= 0 and row["delta_kld"] > 0 and row["error"] > 0]
+    known = [row for row in rows if row["measured"] and row["delta_kld"] > 0 and row["error"] > 0]
     model = _fit(known)
     filled = []
     for row in rows:
@@ -117,28 +141,31 @@ def calibrated(rows: Sequence[dict], n_layer: int) -> tuple[list[dict], dict]:
             kld = _predict(model, row)
             row = row | {"kld_mean": kld, "delta_kld": kld}
         filled.append(row)
-    measured = pd.Series([row["delta_kld"] for row in known], dtype=float)
-    held_out = _held_out(known)
-    told = held_out.notna()
-    spread = np.log(held_out[told] / measured[told])
+    pairs = [(row["delta_kld"], predicted) for row, predicted in _held_out(known, n_layer)]
+    measured, predicted = pd.DataFrame(pairs, columns=["measured", "predicted"], dtype=float).T.to_numpy()
     return filled, {
         "n_measured": len(known),
         "exponent": model[1],
-        "spearman_error": _spearman(pd.Series([row["error"] for row in known], dtype=float), measured),
-        "spearman": _spearman(held_out[told], measured[told]) if told.any() else None,
-        "factor": float(np.exp(np.sqrt((spread**2).mean()))) if told.any() else None,
+        "spearman_error": _spearman([row["error"] for row in known], [row["delta_kld"] for row in known]),
+        "n_held_out": len(pairs),
+        "spearman": _spearman(predicted, measured) if len(pairs) > 1 else None,
+        "factor": float(np.exp(np.sqrt((np.log(predicted / measured) ** 2).mean()))) if pairs else None,
     }
 
 
-def _held_out(known: Sequence[dict]) -> pd.Series:
-    """Each layer's damages as predicted from the other layers; NaN for the first and the last layer."""
-    layers = sorted({row["layer"] for row in known})
-    found = pd.Series(np.nan, index=range(len(known)))
-    for layer in layers[1:-1]:
-        model = _fit([row for row in known if row["layer"] != layer])
-        for i, row in enumerate(known):
-            if row["layer"] == layer:
-                found[i] = _predict(model, row)
+def _held_out(known: Sequence[dict], n_layer: int) -> list[tuple[dict, float]]:
+    """Measured rows, each with what it would have been predicted to be without having been measured."""
+    layers = sorted({row["layer"] for row in known} - {-1})
+    if len(layers) == n_layer:
+        first = {row["group"]: row for row in reversed(known)}
+        kept = [row for row in known if row["layer"] < 0 or row is first[row["group"]]]
+        cuts = [(kept, [row for row in known if row["layer"] >= 0 and row is not first[row["group"]]])]
+    else:
+        cuts = [([r for r in known if r["layer"] != i], [r for r in known if r["layer"] == i]) for i in layers[1:-1]]
+    found = []
+    for kept, left_out in cuts:
+        model = _fit(kept)
+        found += [(row, _predict(model, row)) for row in left_out]
     return found
 
 
@@ -149,7 +176,11 @@ def _fit(known: Sequence[dict]) -> tuple[dict[str, tuple[list, list]], float]:
     for i, row in enumerate(known):
         a[i, places.index((row["kind"], row["layer"]))] = 1
         a[i, -1] = np.log(row["error"])
-    *scales, exponent = np.linalg.lstsq(a, np.log([row["delta_kld"] for row in known]), rcond=None)[0]
+    b = np.log([row["delta_kld"] for row in known])
+    if len(known) == len(places):  # one type of each tensor says nothing of the exponent
+        scales, exponent = np.linalg.lstsq(a[:, :-1], b - a[:, -1], rcond=None)[0], 1.0
+    else:
+        *scales, exponent = np.linalg.lstsq(a, b, rcond=None)[0]
     kinds: dict[str, tuple[list, list]] = {}
     for (kind, layer), scale in zip(places, scales, strict=True):
         layers, values = kinds.setdefault(kind, ([], []))
@@ -167,9 +198,9 @@ def _predict(model: tuple[Mapping, float], row: dict) -> float:
     return float(np.exp(scale + exponent * np.log(row["error"])))
 
 
-def _spearman(a: pd.Series, b: pd.Series) -> float:
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation."""
-    return float(a.rank().corr(b.rank()))
+    return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
 
 
 def describe(calibration: Mapping) -> str:

@@ -181,7 +181,7 @@ def sensitivity(
         Rule set of a ftype.
     sample : int, optional
         Measure only so many layers of each kind, spread from first to last, and predict the others by the proxy.
-        Only with `groups=None`.
+        Only of single tensors, around the base.
     n_ctx, chunks, protocol, mode, memory
         As for `quantlab.perplexity`.
     threads : int, optional
@@ -213,13 +213,19 @@ def sensitivity(
         raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
     start = _start(base, around, rules, read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix)
     changes = plan_changes(base, types, groups)
-    if sample is not None and (groups is not None or sample < 1):
-        raise ValueError(f"sample={sample}, must be at least 1, and groups=None. Leave sample out to measure all.")
+    if sample is not None and (sample < 1 or groups is not None or around is not None):
+        raise ValueError(
+            f"sample={sample}, must be at least 1, and groups=None, around=None. Leave it out to measure all."
+        )
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}, must be at least 1. Leave it out to take numba's number.")
     windows, record = protocols.cut(
         read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules
     )
     folder = cache_dir() / "damages" if cache is True else Path(cache) if cache else None
-    study = _Study(base, start, windows, record, memory, threads or (executor and 1), folder, model_digest(base))
+    if executor is not None and threads is None:
+        threads = 1
+    study = _Study(base, start, windows, record, memory, threads, folder, model_digest(base))
     wanted = changes if sample is None else proxy.sample(changes, base.hparams.n_layer, sample)
     with ThreadpoolController().limit(limits=1, user_api="blas"):
         damages = study.measure(wanted, executor, progress)
@@ -392,6 +398,7 @@ class _Study:
             "imatrix": json_digest(matrix_digests(self.start.imatrix)) if self.start.imatrix else None,
             "around": None if around is None else self.start.name,
             "around_sha256": None if around is None else json_digest(self.start.types),
+            "blas": sorted({damage_["blas"] for damage_ in damages.values()}),
             "groups": groups if groups is None or isinstance(groups, str) else "given",
         }
         return Sensitivity(
