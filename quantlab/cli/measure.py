@@ -70,6 +70,41 @@ def compare(
 
 
 @app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    text: TextName = "sampled",
+    types: Annotated[str, typer.Option("--types", metavar="A,B,…", help="Candidate types.")] = "",
+    groups: Annotated[
+        str | None,
+        typer.Option("--groups", metavar="layer|kind", help="Change so many at once; each tensor by itself."),
+    ] = None,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix.")] = None,
+    around: Annotated[
+        str | None, typer.Option("--around", metavar="FTYPE|RECIPE", help="Where each change starts from; the base.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", help="Measure N layers only, predict the rest.")
+    ] = None,
+    rules: Rules = "current",
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
+    mode: Mode = "float",
+    memory: Memory = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="FOLDER", help="Keeps what was measured; the user's cache folder.")
+    ] = None,
+    json: JsonPath = None,
+) -> None:
+    """Measure what each tensor costs at each type. A run that was stopped goes on where it was."""
+    from quantlab.study.sensitivity import TYPES, sensitivity
+
+    names = [name for name in types.split(",") if name] or TYPES
+    options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
+    options |= {"n_ctx": n_ctx, "chunks": chunks, "mode": mode, "memory": memory, "cache": cache or True}
+    report(sensitivity(model, text, types=names, **options), json)
+
+
+@app.command()
 def table(
     model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     text: Annotated[
@@ -140,6 +175,75 @@ def imatrix(
     typer.echo(str(outfile), err=json == "-")
     if show_statistics or json:
         report(matrix, json)
+
+
+def _pairs(name: str, text: str):
+    """A repeatable option REGEX=TYPE."""
+    return Annotated[list[str] | None, typer.Option(name, metavar="REGEX=TYPE", help=text)]
+
+
+@app.command()
+def recipe(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    target_size: Annotated[
+        str | None, typer.Option("--target-size", metavar="3MiB", help="Limit: bytes of tensor data.")
+    ] = None,
+    target_bpw: Annotated[float | None, typer.Option("--target-bpw", help="Limit: bits per weight.")] = None,
+    like: Annotated[str | None, typer.Option("--like", metavar="FTYPE", help="Limit: the size of Q4_K_M, say.")] = None,
+    keep: _pairs("--keep", "Type of the tensors so named.") = None,
+    min_type: _pairs("--min-type", "Least bits of the tensors so named.") = None,
+    max_type: _pairs("--max-type", "Most bits of the tensors so named.") = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option("--sensitivity", metavar="FILE", help="What quantlab sensitivity wrote; else measured."),
+    ] = None,
+    types: Annotated[
+        str, typer.Option("--types", metavar="A,B,…", help="Candidates to be measured.")
+    ] = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0",
+    sample: Annotated[
+        int | None, typer.Option("--sample", help="Measure so many layers of each kind, predict the others.")
+    ] = None,
+    text: TextName = "sampled",
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")
+    ] = None,
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
+    judged_on: Annotated[
+        str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
+    ] = "primer",
+    outfile: Annotated[Path, typer.Option("-o", "--output-file", help="A --tensor-type-file.")] = Path("recipe.txt"),
+    gguf: Annotated[Path | None, typer.Option("--quantize", metavar="OUT", help="Write the GGUF as well.")] = None,
+    rules: Rules = "current",
+    memory: Memory = None,
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Choose the type of every tensor: the least damage that a size allows, written as a --tensor-type-file."""
+    from quantlab.files.model import open as open_model
+    from quantlab.files.output import check_output
+    from quantlab.study import front
+    from quantlab.study.recipe import recipe, size_limit
+    from quantlab.study.sensitivity import sensitivity as measure
+    from quantlab.transform.mixture import parse_tensor_type
+    from quantlab.transform.quantize import quantize
+
+    for path in (outfile, gguf):
+        if path is not None:
+            check_output(path, overwrite=overwrite)
+    base, sizes = open_model(model), {"target_size": target_size, "target_bpw": target_bpw, "like": like}
+    limit = size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)
+    constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
+    constraints = {key: list(map(parse_tensor_type, pairs or ())) for key, pairs in constraints.items()}
+    options = {"types": types.split(","), "sample": sample, "n_ctx": n_ctx, "chunks": chunks, "memory": memory}
+    found = sensitivity or measure(base, text, imatrix=imatrix, **options)
+    best = recipe(found, base, target_size=limit, **constraints, imatrix=imatrix, rules=rules)
+    best.save(outfile, overwrite=overwrite)
+    if gguf is not None:
+        options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
+        quantize(base, gguf, ftype=best.ftype, **options)
+    typer.echo(f"{best}\n{best.command(outfile, imatrix=imatrix)}", err=json == "-")
+    report(best if judged_on == "none" else front.judge(best, base, judged_on, imatrix=imatrix, memory=memory), json)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -1,0 +1,194 @@
+"""The whole front of recipes, damage against size; and recipes judged on a text that they were not made from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from quantlab.evaluate.perplexity import Comparison, compare
+from quantlab.files.imatrix_file import read_imatrix
+from quantlab.study.damage_cache import json_digest, matrix_digests
+from quantlab.study.recipe import BestRecipe, open_menu
+
+_SHOWN = ["variant", "bytes", "bpw", "predicted_kld", "kld_mean", "kld_se", "against", "less", "less_se"]
+
+
+@dataclass(frozen=True, repr=False)
+class Front:
+    """The best recipes from the smallest size to the largest, and the ftypes beside them.
+
+    Attributes
+    ----------
+    protocol : dict
+        What the damages were measured on.
+    rows : tuple of dict
+        `variant` (`recipe` or a ftype), `bytes`, `bpw`, `predicted_kld` (nats per token; None for a ftype with a change
+        that was not measured), by size.
+    recipes : tuple of BestRecipe
+        Those of the rows called `recipe`.
+    """
+
+    protocol: dict
+    rows: tuple[dict, ...]
+    recipes: tuple[BestRecipe, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the rows as a table."""
+        return pd.DataFrame(self.rows)
+
+    def to_json(self) -> str:
+        """Return protocol and rows as JSON."""
+        return json.dumps({"schema": 1, "protocol": self.protocol, "rows": self.rows})
+
+    def __str__(self) -> str:
+        return self.to_frame().to_string(index=False, float_format="{:.5g}".format)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format="{:.5g}".format)
+
+
+def front(sensitivity, model, *, points: int = 24, **options) -> Front:
+    """Solve for sizes from the smallest to the largest.
+
+    Parameters
+    ----------
+    sensitivity, model
+        As for `quantlab.recipe`.
+    points : int
+        Sizes, each larger than the last by the same factor; those of the ftypes come in addition.
+    **options
+        keep, min_type, max_type, imatrix, rules as for `quantlab.recipe`.
+
+    Returns
+    -------
+    Front
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `quantlab.recipe`; and if `points` is less than 2.
+    """
+    if points < 2:
+        raise ValueError(f"points={points}, must be at least 2.")
+    menu = open_menu(sensitivity, model, **options)
+    ends = [menu.fixed + sum(f(row["bytes"] for row in rows) for rows in menu.groups.values()) for f in (min, max)]
+    stock = {name: size for name, size in menu.ftypes().items() if ends[0] <= size}
+    limits = sorted({*np.geomspace(*ends, points).astype(np.int64).tolist(), ends[1], *stock.values()})
+    recipes = {recipe.bytes: recipe for recipe in map(menu.best, limits)}
+    rows = [("recipe", size, recipe.predicted) for size, recipe in recipes.items()]
+    rows += [(name, size, menu.predicted(menu.types_of(name))) for name, size in stock.items()]
+    rows.sort(key=lambda row: (row[1], row[0]))
+    per_weight = 8 / menu.base.n_weights
+    names = ("variant", "bytes", "bpw", "predicted_kld")
+    table = tuple(dict(zip(names, (n, size, size * per_weight, kld), strict=True)) for n, size, kld in rows)
+    return Front(menu.sensitivity.protocol, table, tuple(recipes.values()))
+
+
+@dataclass(frozen=True, repr=False)
+class Judgement:
+    """Recipes beside the ftypes of their size, measured on a text.
+
+    Attributes
+    ----------
+    comparison : Comparison
+        All that was measured.
+    rows : tuple of dict
+        `variant`, `bytes`, `bpw`, `predicted_kld` (on the calibration text), `kld_mean`, `kld_se`, and for a recipe
+        `against` which ftype its KLD is `less`, as a fraction, with `less_se`, the error over chunks, paired.
+    """
+
+    comparison: Comparison
+    rows: tuple[dict, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the rows as a table."""
+        return pd.DataFrame(self.rows)[_SHOWN]
+
+    def to_json(self) -> str:
+        """Return protocol and rows as JSON, with all that was measured of each variant."""
+        document = json.loads(self.comparison.to_json())
+        document["rows"] = [row | own for row, own in zip(document["rows"], self.rows, strict=True)]
+        return json.dumps(document)
+
+    def __str__(self) -> str:
+        p = self.comparison.protocol
+        head = f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}"
+        return f"{head}\n{self.to_frame().to_string(index=False, na_rep='', float_format='{:.5g}'.format)}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, na_rep="", float_format="{:.5g}".format)
+
+
+def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, imatrix=None, **options) -> Judgement:
+    """Measure recipes, and the ftype next in size to each, on a text that they were not made from.
+
+    Parameters
+    ----------
+    recipes : BestRecipe or sequence of them
+    model : str, Path or Model
+    text : str, Path or Text
+        What to judge on.
+    imatrix : str, Path or ImportanceMatrix, optional
+        The matrix that the recipes were made with; recipes and ftypes are quantized with it alike.
+    **options
+        n_ctx, chunks, protocol, mode, memory, scratch, progress as for `quantlab.compare`.
+
+    Returns
+    -------
+    Judgement
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `quantlab.compare`; and if a recipe was made with another matrix.
+    """
+    recipes = [recipes] if isinstance(recipes, BestRecipe) else list(recipes)
+    matrix = read_imatrix(imatrix) if not hasattr(imatrix, "entries") and imatrix is not None else imatrix
+    digest = None if matrix is None else json_digest(matrix_digests(matrix.entries))
+    for recipe in recipes:
+        if recipe.provenance["calibration"]["imatrix"] != digest:
+            raise ValueError(f"imatrix={digest and digest[:8]}: must be what the recipe was made with. Give the same.")
+    ftypes = list(dict.fromkeys(recipe.ftype for recipe in recipes))
+    rules = recipes[0].provenance["rules"]
+    measured = compare(model, [*ftypes, *recipes], text, imatrix=matrix, rules=rules, **options)
+    by_chunk = _by_chunk(measured)
+    stock = {ftype: row["variant"] for ftype, row in zip(ftypes, measured.rows[1:], strict=False)}
+    kept = ("variant", "bytes", "bpw", "kld_mean", "kld_se")
+    rows = [{key: row[key] for key in kept} for row in measured.rows]
+    for row in rows:
+        row |= {"predicted_kld": None, "against": None, "less": None, "less_se": None}
+    for row, recipe in zip(rows[1 + len(ftypes) :], recipes, strict=True):
+        less, error = reduction(by_chunk[row["variant"]], by_chunk[stock[recipe.ftype]])
+        row |= {"predicted_kld": recipe.predicted, "against": recipe.ftype, "less": less, "less_se": error}
+    return Judgement(measured, tuple(rows))
+
+
+def _by_chunk(comparison: Comparison) -> dict[str, np.ndarray]:
+    """The mean KLD of each chunk alone, by variant."""
+    frame = comparison.running
+    found = {}
+    for name, rows in frame.groupby("variant"):
+        rows = rows.sort_values("chunk")
+        found[name] = np.diff(rows["kld_mean"] * rows["chunk"], prepend=0.0)
+    return found
+
+
+def reduction(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """Return by which fraction the mean of `ours` is less than that of `theirs`, and its error, paired by chunk.
+
+    Examples
+    --------
+    >>> reduction(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    (0.5, 0.0)
+    """
+    ratio = ours.mean() / theirs.mean()
+    if len(ours) < 2:
+        return float(1 - ratio), float("nan")
+    spread = (ours - ratio * theirs).std(ddof=1) / np.sqrt(len(ours))
+    return float(1 - ratio), float(spread / theirs.mean())
