@@ -253,8 +253,14 @@ def notebook(
     picture: Annotated[
         str | None, typer.Option("--picture", metavar="FILE", help="Write its first figure as PNG.")
     ] = None,
+    parameters_file: Annotated[
+        Path | None,
+        typer.Option(
+            "-f", "--parameters_file", metavar="FILE.yaml", help="Values; those of notebooks/params/ are ready."
+        ),
+    ] = None,
 ) -> None:
-    """Run a notebook: quantlab notebook NAME [-p KEY VALUE]…
+    """Run a notebook: quantlab notebook NAME [-f FILE.yaml] [-p KEY VALUE]…
 
     The keys are in the notebook's second cell; the results go to data/runs/, outside a checkout to ./quantlab-runs/.
     """
@@ -263,7 +269,8 @@ def notebook(
     flags, keys, values = ctx.args[::3], ctx.args[1::3], ctx.args[2::3]
     if len(ctx.args) % 3 or any(flag != "-p" for flag in flags):
         raise typer.BadParameter("parameters are given as -p KEY VALUE", param_hint="-p")
-    folder = notebooks.run(name, dict(zip(keys, values, strict=True)))
+    given = notebooks.read_parameters(parameters_file) if parameters_file else {}
+    folder = notebooks.run(name, given | dict(zip(keys, values, strict=True)))
     if picture:
         notebooks.picture(name, folder, picture)
     for table in sorted(folder.glob("*.txt")):

@@ -28,6 +28,33 @@ def results(out: str | Path, name: str) -> Path:
     return folder
 
 
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of parameters, as papermill's `-f` takes it: `KEY: VALUE` lines.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it does not hold keys and values.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file. There are: {', '.join(map(str, _parameter_files()))}")
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a YAML file of parameters, must hold lines `KEY: VALUE`.")
+    return found
+
+
+def _parameter_files() -> list[Path]:
+    return sorted((notebooks_dir() / "params").glob("*.yaml"))
+
+
 def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
     """Run a bundled notebook and return the folder of its results.
 
@@ -127,7 +154,10 @@ def _checked(name: str, given: Mapping[str, Any], declared: Mapping[str, Mapping
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ValueError(f"{name}: parameter={key}, must be one of: {', '.join(declared)}.{hint}")
         kind = declared[key]["inferred_type_name"]
-        values[key] = _read(value, kind, f"{name}: {key}={value}, must be {kind}.") if isinstance(value, str) else value
+        complaint = f"{name}: {key}={value}, must be {kind}."
+        values[key] = _read(value, kind, complaint) if isinstance(value, str) else value
+        if not _fits(values[key], kind):
+            raise ValueError(complaint)
     return values
 
 
@@ -142,10 +172,17 @@ def _read(text: str, kind: str, complaint: str) -> Any:
         value = ast.literal_eval(text.capitalize() if kind == "bool" else text)
     except (ValueError, SyntaxError):
         raise ValueError(complaint) from None
-    wanted = {"int": int, "float": (int, float), "bool": bool}.get(kind, list)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
+    if not _fits(value, kind):
         raise ValueError(complaint)
     return value
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value is of the declared type."""
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(_fits(item, kind[len("list[") : -1]) for item in value)
+    wanted = {"str": str, "int": int, "float": (int, float), "bool": bool}[kind]
+    return isinstance(value, wanted) and (kind == "bool" or not isinstance(value, bool))
 
 
 def _write_html(executed: Path) -> None:

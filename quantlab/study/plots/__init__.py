@@ -1,7 +1,9 @@
 """DataFrame → matplotlib Axes: every figure of the notebooks, one file for each subject."""
 
+from quantlab.study.plots.course import prerequisites
 from quantlab.study.plots.damage import bpw_against_ppl, size_against_kld
 from quantlab.study.plots.errors import against_tails, by_layer, code_shares, error_map, histograms, percentile_bands
+from quantlab.study.plots.protocol import effects, nll_by_position
 from quantlab.study.plots.running import memory
 from quantlab.study.plots.speed import roofline, scaling, throughput
 from quantlab.study.plots.style import save
@@ -17,11 +19,14 @@ __all__ = [
     "by_layer",
     "by_outlier",
     "code_shares",
+    "effects",
     "error_map",
     "histograms",
     "loss_curve",
     "memory",
+    "nll_by_position",
     "percentile_bands",
+    "prerequisites",
     "roofline",
     "save",
     "scale_search",
