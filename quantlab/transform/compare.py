@@ -37,7 +37,7 @@ class Change:
     b: str | None
 
     def __str__(self) -> str:
-        return f"{_safe(self.key)}: {self.change}, {' → '.join(side for side in (self.a, self.b) if side is not None)}"
+        return f"{safe(self.key)}: {self.change}, {' → '.join(side for side in (self.a, self.b) if side is not None)}"
 
 
 def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]:
@@ -48,7 +48,7 @@ def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]
             changes.append(Change(key, "added", None, _text(b[key])))
         elif not _equal(a[key], b[key]):
             one, other = _from_difference(a[key], b[key])
-            kind = "type" if _plain(a[key]) == _plain(b[key]) else "changed"
+            kind = "type" if plain(a[key]) == plain(b[key]) else "changed"
             changes.append(Change(key, kind, one, other))
     return changes
 
@@ -64,7 +64,7 @@ def _equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value without its GGUF type."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
@@ -82,7 +82,7 @@ def _text(value: Any) -> str:
     return f"{row['type']} {row['value']}"
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """A stranger's text without control characters."""
     return repr(text)[1:-1]
 

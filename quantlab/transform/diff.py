@@ -19,6 +19,7 @@ from quantlab.transform.compare import (
     finite,
     metadata_changes,
     root_mean_square,
+    safe,
     slabs,
     squeezed,
 )
@@ -165,7 +166,7 @@ def _tallies(pairs: list[tuple]) -> Iterator[tuple[dict, Tally]]:
 
 def _shown(table: pd.DataFrame) -> str:
     """The table of tensors that differ, for a terminal."""
-    shown = table.assign(name=[repr(name)[1:-1] for name in table["name"]])
+    shown = table.assign(name=[safe(name) for name in table["name"]])
     for column in ("rmse", "max_abs", "relative"):
         shown[column] = [f"{value:.3g}" if value == value else "" for value in shown[column]]
     shown["differing"] = [

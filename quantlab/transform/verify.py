@@ -20,9 +20,10 @@ from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.imatrix_file import ImportanceMatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
+from quantlab.files.recognize import short
 from quantlab.quants.arrays import WEIGHTED
 from quantlab.quants.codebook import CODES
-from quantlab.transform.compare import Change, Tally, finite, metadata_changes, slabs, squeezed
+from quantlab.transform.compare import Change, Tally, finite, metadata_changes, plain, safe, slabs, squeezed
 from quantlab.transform.inspect import mixtures, text_table
 from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
 from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
@@ -173,7 +174,7 @@ def _bases(path: Path) -> Iterator[Model]:
     """Yield the source in every precision in which it may have been converted."""
     model = open_model(path)
     yield model
-    if path.suffix == ".gguf":
+    if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".pt"):
         return
     present = _precision(model)
     for qtype in ("F16", "BF16"):
@@ -182,12 +183,8 @@ def _bases(path: Path) -> Iterator[Model]:
 
 
 def _precision(model: Model) -> str:
-    """The commonest type of a model's matrices."""
-    return (
-        model.qtypes.most_common(1)[0][0]
-        if not any(len(t.shape) > 1 for t in model)
-        else next(t.qtype for t in model if len(t.shape) > 1)
-    )
+    """The type of a model's first matrix."""
+    return next((tensor.qtype for tensor in model if len(tensor.shape) > 1), "F32")
 
 
 def _share_found(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> float:
@@ -235,12 +232,10 @@ def _like(model: Model, base: Model, given: str | None) -> str:
     for rules in RULES if given and given != "COPY" else ():
         for pure in (False, True):
             try:
-                choices = choose_types(
-                    base.hparams, {n: base.tensor(n).shape for n in has}, given, rules=rules, pure=pure
-                )
+                choices = choose_types(base.hparams, shapes, given, rules=rules, pure=pure)
             except ValueError:
                 continue  # an architecture without rules, or an ftype that these rules do not have
-            others = [f"{n} {has[n]}" for n, choice in choices.items() if choice.qtype != has[n]]
+            others = [f"{safe(n)} {has[n]}" for n, choice in choices.items() if choice.qtype != has[n]]
             name = f"{given} --pure" if pure else f"{given}, rules {rules}"
             text = f"{name}, but {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else name
             nearest = min(nearest or (len(others), text), (len(others), text), key=lambda item: item[0])
@@ -250,30 +245,28 @@ def _like(model: Model, base: Model, given: str | None) -> str:
 def _metadata_misfits(model: Model, base: Model, matrix_keys: dict[str, Any]) -> list[str]:
     """What a quantizer copies from the source's metadata must be there; what it sets itself must make sense."""
     expected = metadata_of(base.metadata, 0)
-    own = {
-        key: value for key, value in model.metadata.items() if key in OWN_KEYS or key.startswith("quantize.imatrix.")
-    }
+    own = {key: value for key, value in model.metadata.items() if OWN_KEYS.fullmatch(key)}
     changes = metadata_changes(
-        {key: value for key, value in expected.items() if key not in OWN_KEYS},
+        {key: value for key, value in expected.items() if not OWN_KEYS.fullmatch(key)},
         {key: value for key, value in model.metadata.items() if key not in own},
     )
     for key in ("quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"):
-        if key in own and matrix_keys and int(own[key]) != matrix_keys.get(key, 0):
-            changes.append(Change(key, "changed", f"{matrix_keys.get(key, 0)} in the matrix", f"{own[key]}"))
+        if key in own and matrix_keys and plain(own[key]) != plain(matrix_keys.get(key, 0)):
+            changes.append(Change(key, "changed", f"{matrix_keys.get(key, 0)} in the matrix", short(plain(own[key]))))
     version = "general.quantization_version"
-    if own.get(version, expected[version]) != expected[version]:
-        changes.append(Change(version, "changed", str(expected[version]), str(own[version])))
+    if plain(own.get(version, expected[version])) != plain(expected[version]):
+        changes.append(Change(version, "changed", str(expected[version]), short(plain(own[version]))))
     return [f"metadata {change}" for change in changes]
 
 
 def _table_misfits(model: Model, base: Model) -> list[str]:
     """Tensors that only one of the two has, or that have another shape."""
-    misfits = [f"{name}: is not in the source" for name in model.names if name not in base]
-    misfits += [f"{name}: is missing" for name in base.names if name not in model]
+    misfits = [f"{safe(name)}: is not in the source" for name in model.names if name not in base]
+    misfits += [f"{safe(name)}: is missing" for name in base.names if name not in model]
     for tensor in model:
         shape = base.tensor(tensor.name).shape if tensor.name in base else tensor.shape
         if squeezed(shape) != squeezed(tensor.shape):
-            misfits.append(f"{tensor.name}: shape={tensor.shape}, the source has {shape}")
+            misfits.append(f"{safe(tensor.name)}: shape={tensor.shape}, the source has {shape}")
     return misfits
 
 
@@ -336,7 +329,7 @@ class _Case:
 
     def _misfit(self, left: int) -> str:
         """Say what is wrong with the blocks, and where."""
-        name, of = self.tensor.name, self.tally.n_blocks
+        name, of = safe(self.tensor.name), self.tally.n_blocks
         text = f"{name}: {left} of {of} {self.tensor.qtype} blocks are not what the source gives"
         if self.first is None:
             return text + ", though their codes fit their scales, as with another importance matrix"
@@ -375,7 +368,7 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
 def _unknown(tensor: LazyTensor) -> dict:
     """The row of a tensor of a type that has no encoder here."""
     row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "rmse": np.nan}
-    misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
+    misfit = f"{safe(tensor.name)}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
     return row | {"imatrix": False, "plain": False, "misfit": misfit}
 
 
@@ -389,10 +382,10 @@ def _matrix_notes(model: Model, matrix: dict[str, np.ndarray], rows: list[dict])
     bare = [row["name"] for row in rows if row["plain"]]
     if matrix:
         text = f"importance matrix: of use to {len(used)} tensors"
-        return [text + (f"; {len(bare)} fit better without it: {', '.join(bare[:3])}" if bare else "")]
+        return [text + (f"; {len(bare)} fit better without it: {', '.join(map(safe, bare[:3]))}" if bare else "")]
     if recorded is None:
         return ["importance matrix: none given, none recorded"]
-    return [f"importance matrix: none given; the file records {str(recorded)[:80]!r}, pass it with --imatrix"]
+    return [f"importance matrix: none given; the file records {short(plain(recorded))}, pass it with --imatrix"]
 
 
 def _matrix_misfits(matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:
