@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from quantlab.files.model import LazyTensor, Model
-from quantlab.quants import block_size, code_histogram, dequantize, quantize
+from quantlab.quants import block_size, code_histogram, dequantize, grid, quantize
 from quantlab.quants import errors as errors_of
 from quantlab.transform.mixture import is_quantizable, layer_of
 
@@ -272,11 +272,13 @@ def largest(tensor: LazyTensor, qtype: str, n: int = 10) -> pd.DataFrame:
     -------
     pd.DataFrame
         `row`, `column`, `weight`, `decoded`, `error` in the weights' unit; `neighbours`: the largest magnitude among
-        the 32 weights of the row that it may share a scale with; `share`: part of the whole squared error.
+        the 32 weights of the row around it; `steps`: the error in steps between its levels (beyond half a step: the
+        weight lies outside the range of its levels); `share`: part of the whole squared error.
     """
     x = tensor.floats().reshape(-1, tensor.shape[-1])
-    decoded = _decoded(x, qtype, tensor.name)
-    error = decoded - x
+    data = quantize(x, qtype, name=tensor.name)
+    decoded = dequantize(data, qtype, x.shape)
+    error, step = decoded - x, grid(data, qtype)[1].reshape(x.shape)
     places = np.argsort(-np.abs(error), axis=None)[:n]
     rows, columns = np.unravel_index(places, x.shape)
     peaks = np.abs(x).reshape(len(x), -1, 32).max(axis=2)
@@ -288,6 +290,7 @@ def largest(tensor: LazyTensor, qtype: str, n: int = 10) -> pd.DataFrame:
             "decoded": decoded[rows, columns],
             "error": error[rows, columns],
             "neighbours": peaks[rows, columns // 32],
+            "steps": np.abs(error / np.where(step, step, np.inf))[rows, columns],
             "share": error[rows, columns] ** 2 / np.square(error, dtype=np.float64).sum(),
         }
     )

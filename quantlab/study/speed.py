@@ -1,10 +1,12 @@
 """How fast the kernels are: beside ggml's own, and beside what this machine's memory and arithmetic allow."""
 
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import llvmlite.binding
 import numba
 import numpy as np
 import pandas as pd
@@ -35,6 +37,11 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         numba.set_num_threads(before)
+
+
+def machine() -> str:
+    """Name the processor that the kernels are compiled for."""
+    return f"{platform.machine()}, {numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()}"
 
 
 def thread_counts() -> list[int]:
@@ -142,12 +149,11 @@ def measure(
     """
     rows = []
     for n in n_threads:
-        clock = time.process_time if n == 1 else time.perf_counter
         for qtype in qtypes:
             for what in ("encode", "decode"):
                 part = x[: len(x) // 16] if what == "encode" and qtype.endswith("_K") else x
                 with threads(n):
-                    speeds = _in_turns(pair(what, qtype, part, n), part.size, repetitions, clock, seconds)
+                    speeds = _in_turns(pair(what, qtype, part, n), part.size, repetitions, _clock(n), seconds)
                 rows += [
                     {"type": qtype, "what": what, "threads": n, "by": by, **_middle(v)} for by, v in speeds.items()
                 ]
@@ -186,13 +192,26 @@ def bandwidth(n_threads: int, *, mib: int = 256, repeats: int = 5) -> float:
     source = np.ones(mib << 18, np.float32)
     target = np.zeros_like(source)
     parts = [slice(len(source) * i // n_threads, len(source) * (i + 1) // n_threads) for i in range(n_threads)]
-    best = np.inf
     with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
-            best = min(best, time.perf_counter() - start)
+        best = _best(
+            lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)), n_threads, repeats
+        )
     return 2 * source.nbytes / best
+
+
+def _best(function: Callable[[], object], n_threads: int, repeats: int) -> float:
+    """Seconds of the quickest call."""
+    clock, times = _clock(n_threads), []
+    for _ in range(repeats):
+        start = clock()
+        function()
+        times.append(clock() - start)
+    return min(times)
+
+
+def _clock(n_threads: int) -> Callable[[], float]:
+    """Processor time with one thread, so that other programs do not count; else elapsed time."""
+    return time.process_time if n_threads == 1 else time.perf_counter
 
 
 def peak(n_threads: int, *, rounds: int = 2_000_000, repeats: int = 5) -> float:
@@ -213,13 +232,9 @@ def peak(n_threads: int, *, rounds: int = 2_000_000, repeats: int = 5) -> float:
         If there are more threads than numba was started with.
     """
     values = np.ones((n_threads, 16 * _CHAINS), np.float32)
-    best = np.inf
     with threads(n_threads):
         _multiply_and_add(values, 1)  # compiles
-        for _ in range(repeats):
-            start = time.perf_counter()
-            _multiply_and_add(values, rounds)
-            best = min(best, time.perf_counter() - start)
+        best = _best(lambda: _multiply_and_add(values, rounds), n_threads, repeats)
     return n_threads * rounds * _CHAINS * 2 * 16 / best
 
 

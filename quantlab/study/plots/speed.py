@@ -83,7 +83,7 @@ def scaling(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> 
     ax.axhline(most, color="0.3", ls="--", lw=1, label=f"{most} times: nothing in the way")
     ax.axhline(1, color="0.3", ls=":", lw=1, label="one thread")
     ax.set_xticks(range(len(order)), order)
-    ax.set(ylabel=f"speed of {most} threads over that of one", title=title)
+    ax.set(ylabel=f"speed of {most} threads over that of one", title=title, ylim=(0, None))
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
@@ -120,12 +120,21 @@ def roofline(
     for what, colour, marker in (("encode", BLUE, "o"), ("decode", VERMILION, "s")):
         rows = frame[frame["what"] == what]
         ax.plot(rows["intensity"], rows["operations"] / 1e9, marker, color=colour, mec="black", ms=7, label=what)
-        for row in rows.sort_values("intensity").itertuples():
-            ax.annotate(
-                row.type, (row.intensity, row.operations / 1e9), (6, -3), textcoords="offset points", fontsize=8
-            )
+        _label_beside(ax, rows, side=-1 if what == "decode" else 1)
     ax.set(xscale="log", yscale="log", title=title)
     ax.set(xlabel="operations per byte of memory read or written", ylabel="billion operations per second")
     ax.grid(alpha=0.3, which="both")
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
+
+
+def _label_beside(ax: Axes, rows: pd.DataFrame, side: int) -> None:
+    """Write the types beside their points, to the left or right, one below the other where points lie close."""
+    last = np.inf
+    for row in rows.sort_values("operations", ascending=False).itertuples():
+        y = row.operations / 1e9
+        last = min(y, last / 1.13)  # a line's height on the logarithmic axis
+        place = (row.intensity * (1.35 if side > 0 else 1 / 1.35), last)
+        line = {"arrowstyle": "-", "lw": 0.5, "color": "0.5"}
+        ha = "left" if side > 0 else "right"
+        ax.annotate(row.type, (row.intensity, y), place, arrowprops=line, ha=ha, va="center", fontsize=8)

@@ -11,6 +11,8 @@ from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILI
 
 _SUB_BLOCKS = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#B8A900", "0.55"]  # then from the beginning
 _BLOCK = "0.25"  # colour of what belongs to the whole block
+_PLAIN = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}  # behind a label
+_DARK = (BLUE, GREEN, VERMILION, _BLOCK)  # on which white is easier to read
 
 
 def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes | None = None) -> Axes:
@@ -42,7 +44,7 @@ def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes
         pale = 0.35 if bit.field == "code" else 0.6 if bit.field == "m" else 1.0
         ax.add_patch(plt.Rectangle((column, y), 1, 1, fc=colour, ec="white", lw=0.7, alpha=pale))
         name = f"w{bit.weight}" if bit.field == "code" else f"{bit.field}{bit.sub_block if bit.sub_block >= 0 else ''}"
-        ink = "white" if bit.field in ("sc", "d", "dmin") and bit.sub_block % 8 != 6 else "black"
+        ink = "white" if pale == 1 and colour in _DARK else "black"
         size = min(8, 1000 / per_row / (len(name) + 1))
         ax.text(column + 0.5, y + 0.5, f"{name}{_small(bit.place)}", ha="center", va="center", fontsize=size, color=ink)
     for column in range(per_row):
@@ -92,7 +94,7 @@ def scale_search(
     if ax is None:
         _, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
     if fine is not None:
-        ax.plot(fine["steps"], fine["error"], color="0.7", lw=1, zorder=1, label="in between, not tried")
+        ax.plot(fine["steps"][1:], fine["error"][1:], color="0.7", lw=1, zorder=1, label="in between, not tried")
     plain, fitted = tries.iloc[0], tries.iloc[1:]
     better = fitted[fitted["error"] < tries["error"].cummin().shift()[1:]]
     chosen = tries.loc[tries["error"].idxmin()]
@@ -101,7 +103,14 @@ def scale_search(
     ax.plot(better["steps"], better["error"], "o", mfc="none", mec=ORANGE, mew=2, ms=10, label="better than all before")
     ax.plot(chosen["steps"], chosen["error"], "*", color=GREEN, mec="black", ms=16, label="chosen")
     for number, row in enumerate(fitted.itertuples(), 1):
-        ax.annotate(number, (row.steps, row.error), (0, 8), textcoords="offset points", ha="center", fontsize=7)
+        ax.annotate(
+            number,
+            (row.steps, row.error),
+            (0, 11 if row.steps == chosen["steps"] else 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
     ax.set(xlabel="levels that the range is spread on: 1 / candidate scale × range", ylabel="weighted squared error")
     ax.set(title=title, ylim=(0, None))
     ax.margins(y=0.12)
@@ -189,8 +198,7 @@ def bit_budget(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     for name, total in left.items():
         ax.text(total + 0.05, name, f"{total:.4g}", va="center", fontsize=8)
     ax.invert_yaxis()
-    ax.set(xlabel="bits per weight", title=title)
-    ax.margins(x=0.09)
+    ax.set(xlabel="bits per weight", title=title, xlim=(0, 1.08 * left.max()))
     ax.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return ax
 
@@ -232,12 +240,12 @@ def snr_against_bits(
         ax.plot(rows["bpw"], rows["snr_db"], marker, color=colour, mec="black", ms=8, label=label)
         for row in rows.itertuples():
             place = {"xytext": (-8, 4), "ha": "right"} if k else {"xytext": (8, -8), "ha": "left"}
-            ax.annotate(row.type, (row.bpw, row.snr_db), textcoords="offset points", fontsize=9, **place)
+            ax.annotate(row.type, (row.bpw, row.snr_db), textcoords="offset points", fontsize=9, bbox=_PLAIN, **place)
     low, high = frame["bpw"].min(), frame["bpw"].max()
     ax.set(xlabel="size (bits per weight)", ylabel="signal to noise ratio (dB)", title=title)
     ax.set(xlim=(low - 0.8, high + 0.8), ylim=(frame["snr_db"].min() - 4, frame["snr_db"].max() + 7))
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    ax.legend(fontsize=9, loc="lower right")
     return ax
 
 
@@ -269,5 +277,5 @@ def by_outlier(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
         ax.set(xlabel="size of the outlier (rms of the block)", title=where, yscale="log")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("rms error (rms of the block)")
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return axes
