@@ -129,12 +129,12 @@ def roofline(
 
 
 def _label_beside(ax: Axes, rows: pd.DataFrame, side: int) -> None:
-    """Write the types beside their points, to the left or right, one below the other where points lie close."""
-    last = np.inf
+    """Write the types beside their points: on the right of each, or in one column on the left of all."""
+    last, column = np.inf, rows["intensity"].min() / 1.5
     for row in rows.sort_values("operations", ascending=False).itertuples():
         y = row.operations / 1e9
         last = min(y, last / 1.13)  # a line's height on the logarithmic axis
-        place = (row.intensity * (1.35 if side > 0 else 1 / 1.35), last)
+        place = (row.intensity * 1.35 if side > 0 else column, last)
         line = {"arrowstyle": "-", "lw": 0.5, "color": "0.5"}
         ha = "left" if side > 0 else "right"
         ax.annotate(row.type, (row.intensity, y), place, arrowprops=line, ha=ha, va="center", fontsize=8)

@@ -1,0 +1,75 @@
+"""Timing restores what it sets; operations are counted; limits are of the right order."""
+
+import numba
+import numpy as np
+import pytest
+from ggml_library import needs_libggml
+
+import quantlab as ql
+from quantlab import quants
+from quantlab.files.bundled import model_path
+from quantlab.study import ggml_library, operations, speed
+
+
+def test_threads_are_as_before_even_after_an_error():
+    before = numba.get_num_threads()
+    with pytest.raises(RuntimeError, match="stop"), speed.threads(1):
+        assert numba.get_num_threads() == 1
+        raise RuntimeError("stop")
+    assert numba.get_num_threads() == before
+    most = numba.config.NUMBA_NUM_THREADS
+    for wrong in (0, most + 1):
+        with pytest.raises(
+            ValueError, match=f"speed: threads={wrong}, must be from 1 to {most}. Start with NUMBA_NUM_TH"
+        ):
+            with speed.threads(wrong):
+                pass
+
+
+def test_thread_counts():
+    counts = speed.thread_counts()
+    assert counts[0] == 1
+    assert counts[-1] == numba.config.NUMBA_NUM_THREADS
+
+
+def test_rows_start_anew_when_the_weights_do_not_suffice():
+    model = ql.open(model_path("tiny"))
+    n = 6_000_000 // 4096
+    rows = speed.rows_of(model, n)
+    assert rows.shape == (n, 4096)
+    weights = sum(t.floats().size for t in model if len(t.shape) == 2)
+    np.testing.assert_array_equal(rows.ravel()[weights:], rows.ravel()[: rows.size - weights])
+
+
+def test_measure(rng):
+    x = rng.standard_normal((64, 256)).astype(np.float32)
+    frame = speed.measure(["Q8_0"], x, [1], repetitions=2, seconds=0.001)
+    libraries = ["quantlab", "ggml"] if ggml_library.library() else ["quantlab"]
+    assert frame["by"].tolist() == libraries * 2
+    assert frame["what"].tolist() == ["encode"] * len(libraries) + ["decode"] * len(libraries)
+    assert (frame["speed"] > 0).all()
+    counts = operations.count(["Q8_0"])
+    roof = speed.roofline(frame, counts, 1)
+    assert roof["bytes"].tolist() == [4 + 34 / 32] * 2
+    assert roof["traffic"].to_numpy() == pytest.approx(roof["operations"] / roof["intensity"])
+
+
+@needs_libggml
+def test_both_do_the_same_work(rng):
+    x = rng.standard_normal((8, 256)).astype(np.float32)
+    np.testing.assert_array_equal(ggml_library.quantize(x, "Q4_0"), quants.quantize(x, "Q4_0"))
+    assert "ggml" in ggml_library.version()
+
+
+def test_operations_are_counted():
+    counts = operations.count(["Q4_0", "Q4_K"]).set_index(["type", "what"])
+    # decoding Q4_0: one multiplication by the scale for a weight, and a little for the scale of each 32
+    assert 1 <= counts.loc[("Q4_0", "decode"), "float"] < 1.1
+    # 22 tries of Q4_K take at least a rounding, three sums and an error each
+    assert counts.loc[("Q4_K", "encode"), "float"] > 22 * 8
+    assert (counts["all"] == counts["float"] + counts["other"]).all()
+
+
+def test_limits():
+    assert 1e8 < speed.bandwidth(1, mib=16, repeats=2) < 1e13
+    assert 1e8 < speed.peak(1, rounds=20_000, repeats=2) < 1e13
