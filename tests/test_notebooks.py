@@ -12,7 +12,11 @@ from quantlab.files.bundled import notebooks_dir
 from quantlab.study import notebooks
 
 NAMES = notebooks.names()
-QUICK = {"size_ppl_table": {"chunks": 2, "ftypes": ["Q8_0", "Q4_K_M", "Q2_K", "COPY"]}}
+QUICK = {
+    "size_ppl_table": {"chunks": 2, "ftypes": ["Q8_0", "Q4_K_M", "Q2_K", "COPY"]},
+    "one_superblock": {},
+    "error_histograms": {"most": 4},
+}
 NEEDS = {"train_the_bundled_model": "torch", "run_it": "xllamacpp"}
 
 
