@@ -72,7 +72,7 @@ def wide_layer(workers: Workers) -> float:
     rng = np.random.default_rng(0)
 
     def matrix(n_out: int, n_in: int) -> Matrix:
-        return Matrix(rng.standard_normal((n_out, n_in), np.float32) / n_in**0.5, ((slice(0, n_out), "F32"),))
+        return Matrix(rng.standard_normal((n_out, n_in), np.float32) / n_in**0.5)
 
     ones = np.ones(n_embd, np.float32)
     square, gate_up, down = matrix(n_embd, n_embd), matrix(2 * n_ff, n_embd), matrix(n_embd, n_ff)

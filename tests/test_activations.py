@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from quantlab import quants
-from quantlab.evaluate.activations import ROUNDED_TO, round_rows
+from quantlab.evaluate.activations import Blocks, round_bf16, round_f16
+from quantlab.evaluate.dense import Workers
 
 
 @pytest.fixture
@@ -18,19 +19,32 @@ def x(rng):
     return x
 
 
-@pytest.mark.parametrize(("weights", "dtype"), [("F16", np.float16), ("BF16", ml_dtypes.bfloat16)])
-def test_float_types_round_to_the_nearest(x, weights, dtype):
+@pytest.mark.parametrize(("round_", "dtype"), [(round_f16, np.float16), (round_bf16, ml_dtypes.bfloat16)])
+def test_float_types_round_to_the_nearest(x, round_, dtype):
     with np.errstate(over="ignore"):  # float16 has no 1e5
         expected = x.astype(dtype).astype(np.float32)
-    assert np.array_equal(round_rows(x, weights, np.empty_like(x)), expected)
+    found = np.empty_like(x)
+    round_(x, found)
+    assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("weights", ["Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q4_K", "Q6_K"])
-def test_block_types_round_as_they_are_encoded(x, weights):
-    kind = ROUNDED_TO[weights]
-    found = round_rows(x, weights, np.empty_like(x))
-    np.testing.assert_array_equal(found, quants.roundtrip(x, "Q8_K" if kind == "Q8_K" else "Q8_0"))
+@pytest.mark.parametrize("qtype", ["Q8_0", "Q8_1", "Q8_K"])
+def test_block_types_round_as_they_are_encoded(x, qtype):
+    found = Blocks(x, qtype, Workers()).floats()
+    np.testing.assert_array_equal(found, quants.roundtrip(x, "Q8_K" if qtype == "Q8_K" else "Q8_0"))
 
 
-def test_float32_weights_leave_activations_alone(x):
-    assert round_rows(x, "F32", np.empty_like(x)) is x
+def test_sums_are_those_of_the_blocks(x):
+    super_blocks = Blocks(x, "Q8_K", Workers())
+    np.testing.assert_array_equal(super_blocks.sums, super_blocks.codes.reshape(len(x), -1, 16).sum(axis=2))
+    blocks = Blocks(x[:3], "Q8_1", Workers())
+    top = np.abs(x[:3].reshape(3, -1, 32)).max(axis=2)
+    sums = (top / np.float32(127)) * blocks.codes.reshape(3, -1, 32).sum(axis=2)  # the scale before it is rounded
+    np.testing.assert_array_equal(blocks.sums, sums.astype(np.float16))
+
+
+def test_of_two_greatest_the_positive_one_becomes_lowest():
+    x = np.zeros((1, 256), np.float32)
+    x[0, 3], x[0, 200] = -2, 2
+    blocks = Blocks(x, "Q8_K", Workers())
+    assert blocks.codes[0, 200] == -127 and blocks.codes[0, 3] == 127 and blocks.d[0, 0] < 0

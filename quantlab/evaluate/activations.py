@@ -1,42 +1,50 @@
-"""What ggml's CPU matrix product does to its right-hand side: round it to the type that the weights ask for.
+"""What ggml's CPU code does to the activations before a product: round them to the type that the weights ask for.
 
-Each function replaces rows by what is left of them after rounding. Products of the rounded numbers in float32 then
-equal ggml's integer dot products up to the order of summation.
-
-Source: `vec_dot_type` in ggml-cpu.c and `quantize_row_q8_0`, `_q8_1`, `_q8_K` of its x86 kernels, llama.cpp.
+Source: `quantize_row_q8_0` and `_q8_1` of ggml-cpu/arch/x86/quants.c, `ggml_quantize_mat_q8_K_4x8` of repack.cpp,
+llama.cpp.
 """
 
 import numpy as np
 from numba import njit
 
-# type of the weights -> type that the activations are rounded to
-ROUNDED_TO = {
-    "F32": "F32",
-    "F16": "F16",
-    "BF16": "BF16",
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"), "Q8_0"),
-    **dict.fromkeys(("Q4_1", "Q5_1"), "Q8_1"),
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"), "Q8_K"),
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "Q8_K"),
-}
-_127 = np.float32(127)
-_ZERO = np.float32(0)
+_ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
 
 
-def round_rows(x: np.ndarray, qtype: str, out: np.ndarray) -> np.ndarray:
-    """Round rows as for a product with weights of `qtype`; return `x` itself where nothing is rounded.
+class Blocks:
+    """Activations rounded to blocks of 8-bit integers.
 
     Parameters
     ----------
-    x, out : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
+    x : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
     qtype : str
-        ggml type of the weights.
+        `Q8_0`, `Q8_1` or `Q8_K`.
+    workers : Workers
+        For scratch space.
+
+    Attributes
+    ----------
+    qtype : str
+    codes : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
+        Integers -127 … 127.
+    d : np.ndarray [shape=(nrows, blocks of a row), dtype=float32]
+        Scale of each block.
+    sums : np.ndarray [shape=(nrows, n_per_row // 32 or, of Q8_K, // 16), dtype=float32]
+        Of Q8_1 scale times sum of a block's codes, in float16; of Q8_K the sums of every 16 codes.
     """
-    kind = ROUNDED_TO[qtype]
-    if kind == "F32":
-        return x
-    _ROUND[kind](x, out)
-    return out
+
+    def __init__(self, x: np.ndarray, qtype: str, workers):
+        self.qtype = qtype
+        block, step, round_ = (256, 16, _round_q8_k) if qtype == "Q8_K" else (32, 32, _round_q8_0)
+        self.codes = workers.scratch("codes", *x.shape)
+        self.d = workers.scratch("d", len(x), x.shape[1] // block)
+        self.sums = workers.scratch("sums", len(x), x.shape[1] // step)
+        round_(x, self.codes, self.d, self.sums)
+
+    def floats(self) -> np.ndarray:
+        """Return the numbers that the blocks hold [like `codes`], in place of the codes."""
+        blocks = self.codes.reshape(*self.d.shape, -1)
+        blocks *= self.d[..., None]
+        return self.codes
 
 
 @njit(inline="always")
@@ -64,7 +72,8 @@ def round_f16(x, out):
 
 
 @njit(nogil=True, cache=True)
-def _round_bf16(x, out):
+def round_bf16(x, out):
+    """Round to bfloat16; `out` may be `x`."""
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
             bits = np.float32(x[r, i]).view(np.uint32)
@@ -73,38 +82,40 @@ def _round_bf16(x, out):
 
 
 @njit(nogil=True, cache=True)
-def _round_q8_0(x, out):
-    """Blocks of 32 with a float16 scale. Q8_1's numbers are the same; its block sums are dealt with in `dense`."""
+def _round_q8_0(x, codes, d, sums):
+    """Blocks of 32 with a float16 scale; Q8_1's are the same, but for the sums."""
     for r in range(x.shape[0]):
-        for b in range(0, x.shape[1], 32):
-            top = _ZERO
-            for i in range(b, b + 32):
-                top = max(top, abs(x[r, i]))
-            d = half(top / _127)
+        for b in range(x.shape[1] // 32):
+            row, code = x[r, 32 * b : 32 * b + 32], codes[r, 32 * b : 32 * b + 32]
+            top, total = _ZERO, _ZERO
+            for i in range(32):
+                top = max(top, abs(row[i]))
             inverse = _127 / top if top > _ZERO else _ZERO
-            for i in range(b, b + 32):
-                out[r, i] = np.rint(x[r, i] * inverse) * d
+            for i in range(32):
+                code[i] = np.rint(row[i] * inverse)
+                total += code[i]
+            d[r, b] = half(top / _127)
+            sums[r, b] = half(np.float32(top / _127) * total)
 
 
 @njit(nogil=True, cache=True)
-def _round_q8_k(x, out):
+def _round_q8_k(x, codes, d, sums):
     """Super-blocks of 256 with a float32 scale; the number of greatest magnitude becomes -127."""
     for r in range(x.shape[0]):
-        for b in range(0, x.shape[1], 256):
-            top = _ZERO
-            for i in range(b, b + 256):
-                top = max(top, abs(x[r, i]))
-            signed = _ZERO
-            for i in range(b + 255, b - 1, -1):
-                if abs(x[r, i]) == top:
-                    signed = x[r, i]
-            if top == _ZERO:
-                out[r, b : b + 256] = _ZERO
-                continue
-            inverse = -_127 / signed
-            d = np.float32(1) / inverse
-            for i in range(b, b + 256):
-                out[r, i] = min(_127, np.rint(x[r, i] * inverse)) * d
-
-
-_ROUND = {"F16": round_f16, "BF16": _round_bf16, "Q8_0": _round_q8_0, "Q8_1": _round_q8_0, "Q8_K": _round_q8_k}
+        for b in range(x.shape[1] // 256):
+            row, code = x[r, 256 * b : 256 * b + 256], codes[r, 256 * b : 256 * b + 256]
+            top, highest = _ZERO, _ZERO
+            for i in range(256):
+                top = max(top, abs(row[i]))
+                highest = max(highest, row[i])
+            inverse = _ZERO
+            if top > _ZERO:
+                inverse = -_127 / top if highest == top else _127 / top
+            d[r, b] = _ONE / inverse if top > _ZERO else _ZERO
+            for i in range(256):
+                code[i] = min(_127, np.rint(row[i] * inverse))
+            for j in range(16):
+                total = _ZERO
+                for i in range(16 * j, 16 * j + 16):
+                    total += code[i]
+                sums[r, 16 * b + j] = total

@@ -13,8 +13,6 @@ import numpy as np
 from numba import get_num_threads
 from threadpoolctl import ThreadpoolController
 
-from quantlab.evaluate.activations import ROUNDED_TO, round_rows
-
 
 @dataclass(frozen=True)
 class Matrix:
@@ -24,15 +22,17 @@ class Matrix:
     ----------
     weight : np.ndarray [shape=(n_out, n_in), dtype=float32]
         The stacked rows.
-    parts : tuple of (slice, str)
-        Rows and ggml type of each matrix.
     """
 
     weight: np.ndarray
-    parts: tuple[tuple[slice, str], ...]
+
+    @property
+    def n_out(self) -> int:
+        """Columns of the product."""
+        return len(self.weight)
 
 
-def product(x: np.ndarray, matrix: Matrix, out: np.ndarray, rounded: np.ndarray | None) -> None:
+def product(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
     """Compute out = x · weightᵀ.
 
     Parameters
@@ -40,28 +40,8 @@ def product(x: np.ndarray, matrix: Matrix, out: np.ndarray, rounded: np.ndarray 
     x : np.ndarray [shape=(nrows, n_in), dtype=float32]
     matrix : Matrix
     out : np.ndarray [shape=(nrows, n_out), dtype=float32]
-    rounded : np.ndarray [shape=x.shape, dtype=float32] or None
-        Scratch space for activations rounded as ggml's CPU product does; None leaves them as they are.
     """
-    if rounded is None:
-        np.matmul(x, matrix.weight.T, out=out)
-        return
-    done = None
-    for rows, qtype in _merged(matrix.parts):
-        if ROUNDED_TO[qtype] != done:
-            operand, done = round_rows(x, qtype, rounded), ROUNDED_TO[qtype]
-        np.matmul(operand, matrix.weight[rows].T, out=out[:, rows])
-
-
-def _merged(parts: Iterable[tuple[slice, str]]) -> list[tuple[slice, str]]:
-    """Neighbouring parts whose inputs are rounded alike as one."""
-    merged: list[tuple[slice, str]] = []
-    for rows, qtype in parts:
-        if merged and ROUNDED_TO[merged[-1][1]] == ROUNDED_TO[qtype]:
-            merged[-1] = (slice(merged[-1][0].start, rows.stop), qtype)
-        else:
-            merged.append((rows, qtype))
-    return merged
+    np.matmul(x, matrix.weight.T, out=out)
 
 
 class Workers:
@@ -88,12 +68,12 @@ class Workers:
         """Call task(item) for every item, shared out among the threads; the first error is raised."""
         return list(self._pool.map(task, items))
 
-    def scratch(self, name: str, *shape: int) -> np.ndarray:
-        """Return this thread's uninitialized float32 array of `shape` for `name`, in place of the last one."""
+    def scratch(self, name: str, *shape: int, dtype: type = np.float32) -> np.ndarray:
+        """Return this thread's uninitialized array of `shape` for `name`, in place of the last one."""
         size = int(np.prod(shape))
         flat = getattr(self._own, name, None)
-        if flat is None or flat.size < size:
-            flat = np.empty(size, np.float32)
+        if flat is None or flat.size < size or flat.dtype != dtype:
+            flat = np.empty(size, dtype)
             setattr(self._own, name, flat)
         return flat[:size].reshape(shape)
 

@@ -8,16 +8,17 @@ share it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, floor, log, pi
 
 import numpy as np
 
-from quantlab.evaluate import fused
+from quantlab.evaluate import dense, fused, ggml_products, ggml_steps
 from quantlab.evaluate.activations import round_f16
-from quantlab.evaluate.dense import Matrix, Workers, blocks, product
+from quantlab.evaluate.dense import Matrix, Workers, blocks
+from quantlab.evaluate.ggml_products import Packed, PackedMatrix
+from quantlab.evaluate.rope import rope_angles, rope_angles_as_ggml
 
 # architecture -> how its q and k pair up the dimensions that are rotated
-ROPE = {"llama": fused.rope_pairs, "qwen2": fused.rope_halves, "qwen3": fused.rope_halves}
+ROPE = {"llama": "rope_pairs", "qwen2": "rope_halves", "qwen3": "rope_halves"}
 
 MODES = ("float", "ggml-cpu")
 ROWS = 512  # rows of activations that a thread takes at a time
@@ -36,15 +37,15 @@ class Layer:
     """The weights of one layer as the forward pass takes them; a field is None where the model has no such tensor."""
 
     attn_norm: np.ndarray
-    qkv: Matrix
+    qkv: Matrix | PackedMatrix
     qkv_bias: np.ndarray | None
     q_norm: np.ndarray | None
     k_norm: np.ndarray | None
-    attn_output: Matrix
+    attn_output: Matrix | PackedMatrix
     attn_output_bias: np.ndarray | None
     ffn_norm: np.ndarray
-    gate_up: Matrix
-    ffn_down: Matrix
+    gate_up: Matrix | PackedMatrix
+    ffn_down: Matrix | PackedMatrix
 
 
 def check_model(model) -> None:
@@ -88,7 +89,13 @@ def layer_weights(model, index: int) -> int:
     return sum(int(np.prod(shape)) for shape in layer_shapes(model, index).values())
 
 
-def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory: np.ndarray | None = None) -> Layer:
+def load_layer(
+    model,
+    index: int,
+    read: Callable[[str, np.ndarray], None],
+    memory: np.ndarray | None = None,
+    pack: Callable[[str], Packed] | None = None,
+) -> Layer:
     """Read the weights of one layer.
 
     Parameters
@@ -96,9 +103,11 @@ def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory
     model : Model
     index : int
     read : callable
-        `read(name, out)` fills `out` with the tensor's values and returns the ggml type that they come from.
+        `read(name, out)` fills `out` with the tensor's values.
     memory : np.ndarray [shape=(weights of the layer or more,), dtype=float32], optional
         Where to put them.
+    pack : callable, optional
+        `pack(name)` returns a weight matrix taken apart for mode `ggml-cpu`; then all matrices are.
 
     Returns
     -------
@@ -109,22 +118,23 @@ def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory
     if memory is None:
         memory = np.empty(layer_weights(model, index), np.float32)
 
-    def stack(*kinds: str, suffix: str = "weight") -> Matrix | None:
+    def stack(*kinds: str, suffix: str = "weight") -> Matrix | PackedMatrix | None:
         """Read tensors of the layer one below the other."""
         nonlocal used
         names = [f"blk.{index}.{kind}.{suffix}" for kind in kinds]
         if any(name not in model for name in names):
             return None
         shapes = [model.tensor(name).shape for name in names]
+        if pack is not None and len(shapes[0]) == 2:
+            return PackedMatrix(tuple(pack(name) for name in names))
         nrows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
         whole = memory[used : used + nrows * int(np.prod(columns, initial=1))].reshape(nrows, *columns)
         used += whole.size
-        parts, start = [], 0
+        start = 0
         for name, shape in zip(names, shapes, strict=True):
-            rows = slice(start, start + shape[0])
-            parts.append((rows, read(name, whole[rows])))
-            start = rows.stop
-        return Matrix(whole, tuple(parts))
+            read(name, whole[start : start + shape[0]])
+            start += shape[0]
+        return Matrix(whole)
 
     def vector(*kinds: str, suffix: str = "weight") -> np.ndarray | None:
         found = stack(*kinds, suffix=suffix)
@@ -144,48 +154,6 @@ def load_layer(model, index: int, read: Callable[[str, np.ndarray], str], memory
     )
 
 
-def rope_angles(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the rotation of each position.
-
-    Parameters
-    ----------
-    hparams : Hparams
-    n_ctx : int
-        Positions 0 … n_ctx - 1.
-    factors : np.ndarray [shape=(n_rot // 2,), dtype=float32] or None
-        `rope_freqs.weight`: what Llama 3's scaling divides each frequency by.
-
-    Returns
-    -------
-    cos, sin : np.ndarray [shape=(n_ctx, n_rot // 2), dtype=float32]
-        Including the magnitude that YaRN gives them.
-
-    Source: Peng et al. 2023, "YaRN", and `rope_yarn` in ggml-cpu/ops.cpp of llama.cpp.
-    """
-    n_rot, scaling, magnitude = hparams.n_rot, hparams.rope_scaling, 1.0
-    pair = np.arange(n_rot // 2, dtype=np.float64)
-    frequency = hparams.rope_base ** (-2 * pair / n_rot)
-    if factors is not None:
-        frequency /= factors
-    if scaling is not None:
-        magnitude = scaling.attn_factor
-        stretched = frequency / scaling.factor
-        kept = np.zeros_like(pair)  # share of each frequency that is not stretched
-        if scaling.type == "yarn":
-            magnitude *= 1 + 0.1 * log(scaling.factor)
-            low, high = _yarn_range(n_rot, scaling.orig_ctx or hparams.n_ctx, hparams.rope_base)
-            kept = 1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)
-        frequency = stretched * (1 - kept) + frequency * kept
-    angle = np.arange(n_ctx)[:, None] * frequency
-    return (np.cos(angle) * magnitude).astype(np.float32), (np.sin(angle) * magnitude).astype(np.float32)
-
-
-def _yarn_range(n_rot: int, orig_ctx: int, base: float) -> tuple[int, int]:
-    """First and last pair of the ramp: those that turn 32 times and once within the original context."""
-    low, high = (n_rot * log(orig_ctx / (turns * 2 * pi)) / (2 * log(base)) for turns in (32, 1))
-    return max(0, floor(low)), min(n_rot - 1, ceil(high))
-
-
 class Llama:
     """The forward pass for one shape of model.
 
@@ -195,8 +163,8 @@ class Llama:
     n_ctx : int
         Tokens of a chunk.
     mode : str
-        `float`: activations stay float32. `ggml-cpu`: they are rounded before each product as ggml's CPU code does, and
-        k and v are kept in float16.
+        `float`: activations stay float32. `ggml-cpu`: all is computed as ggml's CPU code does, in its order, with
+        activations rounded before each product, and k and v kept in float16.
     workers : Workers
     rope_factors : np.ndarray or None
         See `rope_angles`.
@@ -205,8 +173,10 @@ class Llama:
     def __init__(self, hparams, n_ctx: int, mode: str, workers: Workers, rope_factors: np.ndarray | None = None):
         self.hparams, self.n_ctx, self.workers = hparams, n_ctx, workers
         self.as_ggml = mode == "ggml-cpu"
-        self.rope = ROPE[hparams.arch]
-        self.cos, self.sin = rope_angles(hparams, n_ctx, rope_factors)
+        self.steps = ggml_steps if self.as_ggml else fused
+        self.rope = getattr(self.steps, ROPE[hparams.arch])
+        angles = rope_angles_as_ggml if self.as_ggml else rope_angles
+        self.cos, self.sin = angles(hparams, n_ctx, rope_factors)
         self.eps = np.float32(hparams.rms_eps)
         self.n_q, self.n_kv = hparams.n_head * hparams.head_dim, hparams.n_head_kv * hparams.head_dim
 
@@ -234,24 +204,27 @@ class Llama:
         """Columns of the scratch space of `forward`: q, k, v and what attention makes of them."""
         return 2 * self.n_q + 2 * self.n_kv
 
-    def product(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
+    def product(self, x: np.ndarray, matrix: Matrix | PackedMatrix, out: np.ndarray) -> None:
         """Compute out = x · weightᵀ in this pass's mode; every product with weights goes through here."""
-        product(x, matrix, out, self.workers.scratch("rounded", *x.shape) if self.as_ggml else None)
+        if self.as_ggml:
+            ggml_products.product(x, matrix, out, self.workers)
+        else:
+            dense.product(x, matrix, out)
 
     def _project(self, layer: Layer, x: np.ndarray, qkv: np.ndarray, rows: slice) -> None:
         """Norm, q, k, v and their rotation for a block of rows."""
         hparams, n_q, n_kv = self.hparams, self.n_q, self.n_kv
         x, out = x[rows], qkv[rows, : n_q + 2 * n_kv]
         normed = self.workers.scratch("normed", *x.shape)
-        fused.rms_norm(x, layer.attn_norm, self.eps, normed)
+        self.steps.rms_norm(x, layer.attn_norm, self.eps, normed)
         self.product(normed, layer.qkv, out)
         if layer.qkv_bias is not None:
-            fused.add(out, layer.qkv_bias[None])
+            self.steps.add(out, layer.qkv_bias[None])
         q = heads(out[:, :n_q], hparams.head_dim)
         k = heads(out[:, n_q : n_q + n_kv], hparams.head_dim)
         if layer.q_norm is not None:
-            fused.head_norm(q, layer.q_norm, self.eps)
-            fused.head_norm(k, layer.k_norm, self.eps)
+            self.steps.head_norm(q, layer.q_norm, self.eps)
+            self.steps.head_norm(k, layer.k_norm, self.eps)
         position = np.arange(rows.start, rows.stop) % self.n_ctx
         cos, sin = self.cos[position], self.sin[position]
         self.rope(q, cos, sin)
@@ -268,6 +241,10 @@ class Llama:
         mine = slice(head * group * dim, (head + 1) * group * dim)
         k = qkv[seen, n_q + head * dim : n_q + (head + 1) * dim]
         v = qkv[seen, n_q + n_kv + head * dim : n_q + n_kv + (head + 1) * dim]
+        if self.as_ggml:
+            q, found = heads(qkv[rows, mine], dim), heads(out[rows, mine], dim)
+            ggml_steps.flash_attention(q, k, v, part.start, np.float32(1) / np.sqrt(np.float32(dim)), found)
+            return
         q = self.workers.scratch("q", (rows.stop - rows.start) * group, dim)
         scores = self.workers.scratch("scores", len(q), len(k))
         fused.gather_queries(heads(qkv[rows, mine], dim), np.float32(dim**-0.5), q)
@@ -278,20 +255,20 @@ class Llama:
 
     def _mix(self, layer: Layer, x: np.ndarray, attended: np.ndarray, rows: slice) -> None:
         """Everything after attention for a block of rows."""
-        x, n_ff = x[rows], layer.ffn_down.weight.shape[1]
+        x, n_ff = x[rows], self.hparams.n_ff
         change = self.workers.scratch("change", *x.shape)
         normed = self.workers.scratch("normed", *x.shape)
         gate_up = self.workers.scratch("gate_up", len(x), 2 * n_ff)
         inner = self.workers.scratch("inner", len(x), n_ff)
         self.product(attended[rows], layer.attn_output, change)
         if layer.attn_output_bias is not None:
-            fused.add(change, layer.attn_output_bias[None])
-        fused.add(x, change)
-        fused.rms_norm(x, layer.ffn_norm, self.eps, normed)
+            self.steps.add(change, layer.attn_output_bias[None])
+        self.steps.add(x, change)
+        self.steps.rms_norm(x, layer.ffn_norm, self.eps, normed)
         self.product(normed, layer.gate_up, gate_up)
-        fused.silu_mul(gate_up, inner)
+        self.steps.silu_mul(gate_up, inner)
         self.product(inner, layer.ffn_down, change)
-        fused.add(x, change)
+        self.steps.add(x, change)
 
 
 def heads(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from quantlab.evaluate import fused
 from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.dense import Matrix, Workers, blocks
-from quantlab.evaluate.llama import Llama, layer_weights, load_layer
+from quantlab.evaluate.ggml_products import PackedMatrix
+from quantlab.evaluate.llama import Llama, layer_weights
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.states import HiddenStates
@@ -53,7 +54,7 @@ class Sweep:
     ):
         base = variants[0].model
         self.variants, self.windows, self.budget, self.workers, self.bar = variants, windows, budget, workers, bar
-        self.base, self.hparams = base, base.hparams
+        self.base, self.hparams, self.mode = base, base.hparams, mode
         self.weights = Weights(base, variants, workers)
         factors = base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in base else None
         self.llama = Llama(base.hparams, windows.tokens.shape[1], mode, workers, factors)
@@ -99,9 +100,7 @@ class Sweep:
             source, since = self.shared[i]
             if since > index:
                 continue
-            layer = load_layer(
-                variant.model, index, lambda name, out, v=variant: self.weights.fill(v, name, out), memory
-            )
+            layer = self.weights.layer(variant, index, self.mode, memory)
             for chunks in self._batches():
                 x = self.states.read(i, chunks) if since < index else self.states.read(source, chunks).copy()
                 rows = x.reshape(-1, self.hparams.n_embd)
@@ -117,7 +116,9 @@ class Sweep:
         base = self._output(0)
         for group in blocks(len(self.variants) - 1, self.budget.outputs_at_once) or [slice(0, 0)]:
             members = [0] * (group.start == 0) + list(range(1, len(self.variants)))[group]
-            outputs = {i: base if self._same_output(i) else self._output(i) for i in members}
+            outputs = {
+                i: base if self._same_output(i) else self.weights.output(self.variants[i], self.mode) for i in members
+            }
             self.weights.forget()
             scored = range(self.windows.scored.start, self.windows.scored.stop)
             pieces = [
@@ -137,23 +138,19 @@ class Sweep:
         names = ["output_norm.weight", "output.weight" if "output.weight" in self.base else "token_embd.weight"]
         return all(identity(self.variants[i], name) == identity(self.variants[0], name) for name in names)
 
-    def _output(self, i: int) -> tuple[np.ndarray, Matrix]:
-        """Output norm and output matrix of a variant."""
-        variant = self.variants[i]
-        name = "output.weight" if "output.weight" in variant.model else "token_embd.weight"
-        norm, matrix = (np.empty(variant.model.tensor(n).shape, np.float32) for n in ("output_norm.weight", name))
-        self.weights.fill(variant, "output_norm.weight", norm)
-        qtype = self.weights.fill(variant, name, matrix)
-        return norm, Matrix(matrix, ((slice(0, len(matrix)), qtype),))
+    def _output(self, i: int) -> tuple[np.ndarray, Matrix | PackedMatrix]:
+        return self.weights.output(self.variants[i], self.mode)
 
-    def _logits(self, i: int, output: tuple[np.ndarray, Matrix], chunk: int, rows: slice, name: str) -> np.ndarray:
+    def _logits(
+        self, i: int, output: tuple[np.ndarray, Matrix | PackedMatrix], chunk: int, rows: slice, name: str
+    ) -> np.ndarray:
         """Logits of some scored positions of a chunk, in this thread's space called `name`."""
         first, (source, since) = self.windows.first, self.shared[i]
         i = source if since == self.hparams.n_layer else i
         x = self.states.read(i, slice(chunk, chunk + 1))[0, first + rows.start : first + rows.stop]
         normed = self.workers.scratch("normed", *x.shape)
-        logits = self.workers.scratch(name, len(x), len(output[1].weight))
-        fused.rms_norm(x, output[0], self.llama.eps, normed)
+        logits = self.workers.scratch(name, len(x), output[1].n_out)
+        self.llama.steps.rms_norm(x, output[0], self.llama.eps, normed)
         self.llama.product(normed, output[1], logits)
         return logits
 

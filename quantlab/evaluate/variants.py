@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from quantlab import quants
-from quantlab.evaluate.dense import Workers, blocks
+from quantlab.evaluate.dense import Matrix, Workers, blocks
+from quantlab.evaluate.ggml_products import Packed, PackedMatrix, pack
+from quantlab.evaluate.llama import Layer, load_layer
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.transform.mixture import Recipe, choose_types, layer_of
@@ -145,16 +147,38 @@ class Weights:
         self._stored: dict[str, np.ndarray] = {}
         self._encoded: dict[tuple, np.ndarray] = {}
 
-    def fill(self, variant: Variant, name: str, out: np.ndarray) -> str:
-        """Put the values of tensor `name` of `variant` into `out` [float32, the tensor's shape]; return its type."""
-        tensor, qtype = variant.model.tensor(name), variant.types[name]
+    def layer(self, variant: Variant, index: int, mode: str, memory: np.ndarray | None = None) -> Layer:
+        """Return the weights of a layer as the forward pass in `mode` takes them; for `memory` see `load_layer`."""
+        packed = None if mode == "float" else lambda name: self._packed(variant, name)
+        return load_layer(variant.model, index, lambda name, out: self.fill(variant, name, out), memory, packed)
+
+    def output(self, variant: Variant, mode: str) -> tuple[np.ndarray, Matrix | PackedMatrix]:
+        """Return output norm and output matrix."""
+        name = "output.weight" if "output.weight" in variant.model else "token_embd.weight"
+        norm = np.empty(variant.model.tensor("output_norm.weight").shape, np.float32)
+        self.fill(variant, "output_norm.weight", norm)
+        if mode != "float":
+            return norm, PackedMatrix((self._packed(variant, name),))
+        matrix = np.empty(variant.model.tensor(name).shape, np.float32)
+        self.fill(variant, name, matrix)
+        return norm, Matrix(matrix)
+
+    def fill(self, variant: Variant, name: str, out: np.ndarray) -> None:
+        """Put the values of tensor `name` of `variant` into `out` [float32, the tensor's shape]."""
+        self._decode(self._bytes(variant, name, out), variant.types[name], out)
+
+    def _packed(self, variant: Variant, name: str) -> Packed:
+        shape = variant.model.tensor(name).shape
+        return pack(self._bytes(variant, name, None), variant.types[name], shape)
+
+    def _bytes(self, variant: Variant, name: str, space: np.ndarray | None) -> np.ndarray:
+        """Tensor `name` of `variant` as it is stored in its type; `space` is float32 of its shape, to work in."""
+        tensor = variant.model.tensor(name)
         if variant.model is not self._base:
-            self._decode(tensor.load(), qtype, out)
-        elif qtype == tensor.qtype:
-            self._decode(self._load(name), qtype, out)
-        else:
-            self._decode(self._encode(variant, name, out), qtype, out)
-        return qtype
+            return tensor.load()
+        if variant.types[name] == tensor.qtype:
+            return self._load(name)
+        return self._encode(variant, name, np.empty(tensor.shape, np.float32) if space is None else space)
 
     def rows(self, variant: Variant, name: str, indices: np.ndarray) -> np.ndarray:
         """Return some rows of a matrix [shape=(len(indices), n_per_row), dtype=float32]; `indices` ascend."""

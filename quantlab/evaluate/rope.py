@@ -1,0 +1,83 @@
+"""By what angle each pair of a query's and a key's dimensions is turned at each position."""
+
+from math import ceil, cos, floor, log, pi, sin
+
+import numpy as np
+from numba import njit
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+def rope_angles(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the rotation of each position.
+
+    Parameters
+    ----------
+    hparams : Hparams
+    n_ctx : int
+        Positions 0 … n_ctx - 1.
+    factors : np.ndarray [shape=(n_rot // 2,), dtype=float32] or None
+        `rope_freqs.weight`: what Llama 3's scaling divides each frequency by.
+
+    Returns
+    -------
+    cos, sin : np.ndarray [shape=(n_ctx, n_rot // 2), dtype=float32]
+        Including the magnitude that YaRN gives them.
+
+    Source: Peng et al. 2023, "YaRN", and `rope_yarn` in ggml-cpu/ops.cpp of llama.cpp.
+    """
+    n_rot, scaling, magnitude = hparams.n_rot, hparams.rope_scaling, 1.0
+    pair = np.arange(n_rot // 2, dtype=np.float64)
+    frequency = hparams.rope_base ** (-2 * pair / n_rot)
+    if factors is not None:
+        frequency /= factors
+    if scaling is not None:
+        magnitude = scaling.attn_factor
+        stretched = frequency / scaling.factor
+        kept = np.zeros_like(pair)  # share of each frequency that is not stretched
+        if scaling.type == "yarn":
+            magnitude *= 1 + 0.1 * log(scaling.factor)
+            low, high = _yarn_range(n_rot, scaling.orig_ctx or hparams.n_ctx, hparams.rope_base)
+            kept = 1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)
+        frequency = stretched * (1 - kept) + frequency * kept
+    angle = np.arange(n_ctx)[:, None] * frequency
+    return (np.cos(angle) * magnitude).astype(np.float32), (np.sin(angle) * magnitude).astype(np.float32)
+
+
+def _yarn_range(n_rot: int, orig_ctx: int, base: float) -> tuple[int, int]:
+    """First and last pair of the ramp: those that turn 32 times and once within the original context."""
+    low, high = (n_rot * log(orig_ctx / (turns * 2 * pi)) / (2 * log(base)) for turns in (32, 1))
+    return max(0, floor(low)), min(n_rot - 1, ceil(high))
+
+
+def rope_angles_as_ggml(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the same in the order of ggml_rope_cache_init, in float32: each angle from the one before."""
+    scaling, n_rot = hparams.rope_scaling, hparams.n_rot
+    scale, magnitude, ramp = _ONE, _ONE, np.zeros(n_rot // 2, np.float32)
+    if scaling is not None:
+        scale, magnitude = _ONE / np.float32(scaling.factor), np.float32(scaling.attn_factor)
+        if scaling.type == "yarn":
+            low, high = _yarn_range(n_rot, scaling.orig_ctx or hparams.n_ctx, hparams.rope_base)
+            pair = np.arange(n_rot // 2, dtype=np.float32)
+            ramp = _ONE - np.clip((pair - np.float32(low)) / np.float32(max(0.001, high - low)), 0, 1, dtype=np.float32)
+            magnitude *= np.float32(1 + 0.1 * log(scaling.factor))
+    factors = np.ones(n_rot // 2, np.float32) if factors is None else factors.astype(np.float32)
+    return _angles(n_ctx, n_rot // 2, np.float32(hparams.rope_base), factors, scale, ramp, magnitude)
+
+
+@njit(cache=True)
+def _angles(n_ctx, pairs, base, factors, scale, ramp, magnitude):
+    """Cosines and sines [n_ctx, pairs]; `ramp` says how much of each frequency is not stretched."""
+    cosines, sines = np.empty((n_ctx, pairs), np.float32), np.empty((n_ctx, pairs), np.float32)
+    step = np.float32(base ** np.float32(-_ONE / np.float32(pairs)))
+    for p in range(n_ctx):
+        theta = np.float32(p)
+        for i in range(pairs):
+            whole = np.float32(theta / factors[i])
+            angle = np.float32(scale * whole)
+            if ramp[i] > _ZERO:
+                angle = np.float32(angle * (_ONE - ramp[i])) + np.float32(whole * ramp[i])
+            cosines[p, i] = np.float32(cos(np.float32(angle))) * magnitude
+            sines[p, i] = np.float32(sin(np.float32(angle))) * magnitude
+            theta = np.float32(theta * step)
+    return cosines, sines
