@@ -16,7 +16,7 @@ import quantlab as ql
 from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
 from quantlab.transform import split as module
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "split.json").read_text())["digests"]
+GOLDEN = Path(__file__).parent / "golden" / "split.json"
 CASES = {  # options of llama-gguf-split → the same here
     "": {},
     "--split-max-tensors 20": dict(max_tensors=20),
@@ -37,8 +37,9 @@ def sha256(path):
 
 @pytest.mark.parametrize("options", CASES)
 def test_shards_equal_llama_gguf_splits(whole, options):
+    golden = json.loads(GOLDEN.read_text())["digests"]
     result = ql.split(whole, whole.with_name("x"), **CASES[options])
-    assert {shard.path.name: sha256(shard.path) for shard in result.shards} == GOLDEN[options]
+    assert {shard.path.name: sha256(shard.path) for shard in result.shards} == golden[options]
     assert [shard.nbytes for shard in result.shards] == [shard.path.stat().st_size for shard in result.shards]
 
 

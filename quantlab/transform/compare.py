@@ -37,7 +37,7 @@ class Change:
     b: str | None
 
     def __str__(self) -> str:
-        return f"{safe(self.key)}: {self.change}, {' → '.join(side for side in (self.a, self.b) if side is not None)}"
+        return f"{self.key}: {self.change}, {' → '.join(side for side in (self.a, self.b) if side is not None)}"
 
 
 def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]:
@@ -80,11 +80,6 @@ def _from_difference(a: Any, b: Any) -> tuple[str, str]:
 def _text(value: Any) -> str:
     row = metadata_table({"": value}).iloc[0]
     return f"{row['type']} {row['value']}"
-
-
-def safe(text: str) -> str:
-    """A stranger's text without control characters."""
-    return repr(text)[1:-1]
 
 
 # ---- tensors

@@ -19,7 +19,6 @@ from quantlab.transform.compare import (
     finite,
     metadata_changes,
     root_mean_square,
-    safe,
     slabs,
     squeezed,
 )
@@ -166,7 +165,7 @@ def _tallies(pairs: list[tuple]) -> Iterator[tuple[dict, Tally]]:
 
 def _shown(table: pd.DataFrame) -> str:
     """The table of tensors that differ, for a terminal."""
-    shown = table.assign(name=[safe(name) for name in table["name"]])
+    shown = table.copy()
     for column in ("rmse", "max_abs", "relative"):
         shown[column] = [f"{value:.3g}" if value == value else "" for value in shown[column]]
     shown["differing"] = [

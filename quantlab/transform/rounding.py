@@ -25,7 +25,7 @@ from quantlab.quants.codebook import CODES
 from quantlab.quants.fused import quantize_fused
 
 MAX_LEFT = 0.02  # share of a tensor's blocks that may be neither ours nor the fused ones
-FEW = 2  # so many may in any tensor
+FEW = 8  # so many may in any tensor
 SLACK = 1e-3  # of a step, in which a K type's weight may lie from the middle of two codes
 MAX_ERROR = {"K": 10.0, "legacy": 1.02}  # of a block that is left over, as a multiple of ours
 

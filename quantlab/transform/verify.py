@@ -23,7 +23,7 @@ from quantlab.files.model import open as open_model
 from quantlab.files.recognize import short
 from quantlab.quants.arrays import WEIGHTED
 from quantlab.quants.codebook import CODES
-from quantlab.transform.compare import Change, Tally, finite, metadata_changes, plain, safe, slabs, squeezed
+from quantlab.transform.compare import Change, Tally, finite, metadata_changes, plain, slabs, squeezed
 from quantlab.transform.inspect import mixtures, text_table
 from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
 from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
@@ -235,7 +235,7 @@ def _like(model: Model, base: Model, given: str | None) -> str:
                 choices = choose_types(base.hparams, shapes, given, rules=rules, pure=pure)
             except ValueError:
                 continue  # an architecture without rules, or an ftype that these rules do not have
-            others = [f"{safe(n)} {has[n]}" for n, choice in choices.items() if choice.qtype != has[n]]
+            others = [f"{n} {has[n]}" for n, choice in choices.items() if choice.qtype != has[n]]
             name = f"{given} --pure" if pure else f"{given}, rules {rules}"
             text = f"{name}, but {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else name
             nearest = min(nearest or (len(others), text), (len(others), text), key=lambda item: item[0])
@@ -261,12 +261,12 @@ def _metadata_misfits(model: Model, base: Model, matrix_keys: dict[str, Any]) ->
 
 def _table_misfits(model: Model, base: Model) -> list[str]:
     """Tensors that only one of the two has, or that have another shape."""
-    misfits = [f"{safe(name)}: is not in the source" for name in model.names if name not in base]
-    misfits += [f"{safe(name)}: is missing" for name in base.names if name not in model]
+    misfits = [f"{name}: is not in the source" for name in model.names if name not in base]
+    misfits += [f"{name}: is missing" for name in base.names if name not in model]
     for tensor in model:
         shape = base.tensor(tensor.name).shape if tensor.name in base else tensor.shape
         if squeezed(shape) != squeezed(tensor.shape):
-            misfits.append(f"{safe(tensor.name)}: shape={tensor.shape}, the source has {shape}")
+            misfits.append(f"{tensor.name}: shape={tensor.shape}, the source has {shape}")
     return misfits
 
 
@@ -329,7 +329,7 @@ class _Case:
 
     def _misfit(self, left: int) -> str:
         """Say what is wrong with the blocks, and where."""
-        name, of = safe(self.tensor.name), self.tally.n_blocks
+        name, of = self.tensor.name, self.tally.n_blocks
         text = f"{name}: {left} of {of} {self.tensor.qtype} blocks are not what the source gives"
         if self.first is None:
             return text + ", though their codes fit their scales, as with another importance matrix"
@@ -368,7 +368,7 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
 def _unknown(tensor: LazyTensor) -> dict:
     """The row of a tensor of a type that has no encoder here."""
     row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "rmse": np.nan}
-    misfit = f"{safe(tensor.name)}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
+    misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
     return row | {"imatrix": False, "plain": False, "misfit": misfit}
 
 
@@ -382,7 +382,7 @@ def _matrix_notes(model: Model, matrix: dict[str, np.ndarray], rows: list[dict])
     bare = [row["name"] for row in rows if row["plain"]]
     if matrix:
         text = f"importance matrix: of use to {len(used)} tensors"
-        return [text + (f"; {len(bare)} fit better without it: {', '.join(map(safe, bare[:3]))}" if bare else "")]
+        return [text + (f"; {len(bare)} fit better without it: {', '.join(bare[:3])}" if bare else "")]
     if recorded is None:
         return ["importance matrix: none given, none recorded"]
     return [f"importance matrix: none given; the file records {short(plain(recorded))}, pass it with --imatrix"]

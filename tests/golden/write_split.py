@@ -11,9 +11,6 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-GOLDEN = Path(__file__).with_name("split.json")
-if not GOLDEN.exists():
-    GOLDEN.write_text('{"digests": {}}')  # test_split reads it when imported
 
 import made_models
 import test_split as tests
@@ -31,5 +28,5 @@ with tempfile.TemporaryDirectory() as folder:
         for shard in shards:
             shard.unlink()
 source = "llama-gguf-split --split OPTIONS wide.gguf x, llama.cpp 0c1e57098; see the script"
-GOLDEN.write_text(json.dumps({"source": source, "digests": digests}, indent=1) + "\n")
+tests.GOLDEN.write_text(json.dumps({"source": source, "digests": digests}, indent=1) + "\n")
 print(sum(map(len, digests.values())), "digests")
