@@ -157,20 +157,20 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     ftypes = list(dict.fromkeys(recipe.ftype for recipe in recipes))
     rules = recipes[0].provenance["rules"]
     measured = compare(model, [*ftypes, *recipes], text, imatrix=matrix, rules=rules, **options)
-    by_chunk = _by_chunk(measured)
+    chunks = by_chunk(measured)
     stock = {ftype: row["variant"] for ftype, row in zip(ftypes, measured.rows[1:], strict=False)}
     kept = ("variant", "bytes", "bpw", "kld_mean", "kld_se")
     rows = [{key: row[key] for key in kept} for row in measured.rows]
     for row in rows:
         row |= {"predicted_kld": None, "against": None, "less": None, "less_se": None}
     for row, recipe in zip(rows[1 + len(ftypes) :], recipes, strict=True):
-        less, error = reduction(by_chunk[row["variant"]], by_chunk[stock[recipe.ftype]])
+        less, error = reduction(chunks[row["variant"]], chunks[stock[recipe.ftype]])
         row |= {"predicted_kld": recipe.predicted, "against": recipe.ftype, "less": less, "less_se": error}
     return Judgement(measured, tuple(rows))
 
 
-def _by_chunk(comparison: Comparison) -> dict[str, np.ndarray]:
-    """The mean KLD of each chunk alone, by variant."""
+def by_chunk(comparison: Comparison) -> dict[str, np.ndarray]:
+    """Return the mean KLD of each chunk alone [shape=(n_chunks,), nats], by variant."""
     frame = comparison.running
     found = {}
     for name, rows in frame.groupby("variant"):

@@ -192,7 +192,7 @@ def size_limit(
         raise ValueError(f"target_size={target_size}, must be a number of bytes such as 3MiB.") from None
 
 
-def ftype_types(model: Model, ftype: str, rules: str, imatrix: bool) -> dict[str, str]:
+def ftype_types(model: Model, ftype: str, rules: str = "current", imatrix: bool = False) -> dict[str, str]:
     """Return the types that a ftype gives to all tensors of a model."""
     source = {tensor.name: tensor.qtype for tensor in model}
     choices = choose_types(model.hparams, model.shapes, ftype, rules=rules, imatrix=imatrix, source=source)

@@ -1,0 +1,195 @@
+"""Figures of the choice of bits: the importance matrix, the front of recipes, and the types that a recipe chose."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from quantlab.study.plots.style import BLUE, VERMILION
+from quantlab.transform.plan import bits_per_weight
+
+
+def importance(sums: Mapping[int, np.ndarray], *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Plot how unequal the columns of a kind of tensor are: their mean squared inputs, largest first, layer by layer.
+
+    Parameters
+    ----------
+    sums : mapping of int to np.ndarray [shape=(n_per_row,)]
+        Layer → mean squared input per column.
+    title : str
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        If there is no layer.
+    """
+    if not sums:
+        raise ValueError("importance: no layer was given. Choose a kind that the matrix has.")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(sums)))
+    for colour, (layer, values) in zip(colours, sorted(sums.items()), strict=True):
+        ordered = np.sort(values)[::-1] / values.mean()
+        ax.plot(np.arange(1, len(ordered) + 1), ordered, color=colour, label=f"layer {layer}")
+    ax.axhline(1, color="0.5", lw=1, ls="--")
+    ax.set(xscale="log", yscale="log", title=title, xlabel="column, by rank", ylabel="mean squared input / its mean")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, ncols=2 if len(sums) > 6 else 1, fontsize=8)
+    return ax
+
+
+def matrix_gain(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Plot how much less damage each ftype does with an importance matrix.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        Columns `ftype`, `less`, `less_se`: the fraction of the KL divergence that the matrix takes away, and its error.
+    title : str
+        Model and texts.
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    look = {"color": BLUE, "error_kw": {"lw": 1, "capsize": 4}}
+    ax.bar(frame["ftype"], 100 * frame["less"], 0.6, yerr=100 * frame["less_se"], **look)
+    ax.axhline(0, color="0.3", lw=1)
+    ax.set(ylabel="KL divergence taken away (%)", title=title)
+    ax.grid(alpha=0.3, axis="y")
+    return ax
+
+
+def recipe_front(
+    frame: pd.DataFrame, judged: pd.DataFrame | None = None, *, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Plot the predicted damage of the best recipe of every size, with the ftypes as points.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        Of `front(…).to_frame()`: `variant`, `bpw` (bits per weight), `predicted_kld` (nats).
+    judged : pd.DataFrame, optional
+        Of `judge(…).to_frame()`: what was measured on another text, `variant`, `bpw`, `kld_mean`, `kld_se`, `against`.
+    title : str
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    frame = frame[frame["predicted_kld"] > 0]
+    recipes, ftypes = frame[frame["variant"] == "recipe"], frame[frame["variant"] != "recipe"]
+    ax.plot(recipes["bpw"], recipes["predicted_kld"], "-", color=BLUE, label="best recipe, predicted")
+    ax.plot(ftypes["bpw"], ftypes["predicted_kld"], "s", color=VERMILION, ms=5, label="ftype, predicted")
+    for row in ftypes.itertuples():
+        ax.annotate(row.variant, (row.bpw, row.predicted_kld), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    if judged is not None:
+        measured = judged[judged["kld_mean"] > 0]
+        for rows, colour, label in (
+            (measured[measured["against"].notna()], BLUE, "best recipe, measured on another text"),
+            (measured[measured["against"].isna()], VERMILION, "ftype, measured on another text"),
+        ):
+            look = {"fmt": "o", "color": colour, "mfc": "none", "ms": 9, "capsize": 3}
+            ax.errorbar(rows["bpw"], rows["kld_mean"], yerr=rows["kld_se"], label=label, **look)
+    ax.set(yscale="log", xlabel="size (bits per weight)", ylabel="KL divergence from the base (nats per token)")
+    ax.set(title=title, xlim=(None, min(recipes["bpw"].max(), 1.15 * ftypes["bpw"].max())))
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax
+
+
+def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Draw the type of every tensor: layers downwards, kinds of tensors across, darker where there are more bits.
+
+    Parameters
+    ----------
+    types : mapping of str to str
+        GGUF tensor name → ggml type, of a recipe or a ftype; what is of no layer is left out, and named in the title.
+    title : str
+    ax : Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        If no tensor is of a layer.
+    """
+    placed = {tuple(name.removesuffix(".weight").split(".")[1:]): q for name, q in types.items() if "blk." in name}
+    if not placed:
+        raise ValueError("type_map: no tensor is of a layer. Give the types of a whole model.")
+    kinds = sorted({kind for _, kind in placed})
+    layers = sorted({int(layer) for layer, _ in placed})
+    bits = np.full((len(layers), len(kinds)), np.nan)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(1 + len(kinds), 1 + 0.35 * len(layers)), layout="constrained")
+    for (layer, kind), qtype in placed.items():
+        row, column = layers.index(int(layer)), kinds.index(kind)
+        bits[row, column] = bits_per_weight(qtype)
+        look = {"color": "white" if bits[row, column] > 4.6 else "black", "fontsize": 8}
+        ax.text(column, row, qtype, ha="center", va="center", **look)
+    ax.imshow(bits, cmap="Blues", vmin=1.5, vmax=8.5, aspect="auto")
+    ax.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    ax.set_yticks(range(len(layers)), layers)
+    outer = ", ".join(f"{name.removesuffix('.weight')} {q}" for name, q in types.items() if _is_outer(name))
+    ax.set(ylabel="layer", title=f"{title}\n{outer}" if outer else title)
+    return ax
+
+
+def _is_outer(name: str) -> bool:
+    """Whether a tensor is a matrix of no layer."""
+    return name in ("token_embd.weight", "output.weight")
+
+
+def block_search(
+    values: np.ndarray, importance: np.ndarray, errors: Mapping[str, np.ndarray], *, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Plot one block: how much each weight counts, and what it was rounded by, by either search.
+
+    Parameters
+    ----------
+    values : np.ndarray [shape=(n,)]
+        The weights of the block.
+    importance : np.ndarray [shape=(n,)]
+        Mean squared input of each weight's column.
+    errors : mapping of str to np.ndarray [shape=(n,)]
+        Label → rounded minus exact value; two of them.
+    axes : sequence of two Axes, optional
+        Where to draw, one above the other; a new figure by default.
+
+    Returns
+    -------
+    sequence of Axes
+    """
+    if axes is None:
+        _, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained", height_ratios=[1, 2])
+    place = np.arange(len(values))
+    axes[0].bar(place, importance, color="0.5")
+    axes[0].set(ylabel="mean squared input", yscale="log")
+    for shift, colour, (label, error) in zip((-0.2, 0.2), (VERMILION, BLUE), errors.items(), strict=True):
+        axes[1].bar(place + shift, error, 0.4, color=colour, label=label)
+    step = np.abs(values).max()
+    axes[1].axhline(0, color="0.3", lw=1)
+    axes[1].set(xlabel="weight of the block", ylabel=f"rounding error (largest weight: {step:.3g})")
+    axes[1].legend(frameon=False)
+    axes[1].grid(alpha=0.3, axis="y")
+    return axes
