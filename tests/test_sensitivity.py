@@ -17,8 +17,9 @@ from quantlab import quants
 from quantlab.evaluate.variants import as_is, resolve, shared_layers, steps
 from quantlab.study import damage, proxy
 from quantlab.study.damage_cache import DamageCache, model_digest
+from quantlab.study.more_bits import more_bits
 from quantlab.study.sensitivity import Sensitivity, kind_of
-from quantlab.transform.mixture import Recipe
+from quantlab.transform.mixture import Recipe, choose_types
 
 OPTIONS = {"n_ctx": 32, "chunks": 3, "progress": False, "types": ("Q8_0", "Q4_0")}
 FIGURES = ("kld_mean", "kld_se", "ln_ratio", "ln_ratio_se")
@@ -310,6 +311,27 @@ def test_variants_share_their_first_layers(folder):
     assert steps(variants) == 3 + 1 + 1 + 2 + 3 + 2 + 3
 
 
+def test_a_prediction_adds_up_single_changes(folder, text, found, tmp_path):
+    (joint,) = ql.sensitivity(folder, text, groups="model", cache=tmp_path, **OPTIONS | {"types": ["Q8_0"]}).rows
+    assert found.predict(joint["types"]) == sum(row["delta_kld"] for row in found.rows if row["qtype"] == "Q8_0")
+    assert found.predict(joint["types"]) == pytest.approx(joint["delta_kld"], rel=0.2)  # nearly additive
+    with pytest.raises(ValueError, match="blk.1.attn_v.weight: types=Q6_K, must be among those measured"):
+        found.predict(joint["types"] | {"blk.1.attn_v.weight": "Q6_K"})
+
+
+def test_more_bits_go_where_they_gain_most(folder, text, tmp_path):
+    found = ql.sensitivity(folder, text, cache=tmp_path, **OPTIONS | {"types": ["Q4_K", "Q6_K"]})
+    frame = more_bits(ql.open(folder), found, "Q4_K_M").set_index("tensor")
+    assert set(frame["narrow"]) == {"Q5_0"} and set(frame["wide"]) == {"Q8_0"}  # rows of 64 and 96
+    rule = choose_types(ql.open(folder).hparams, ql.open(folder).shapes, "Q4_K_M")
+    assert frame["rule"].to_dict() == {name: rule[name].qtype == "Q8_0" for name in frame.index}
+    assert frame.loc[frame["measured"], "bytes"].sum() <= frame.loc[frame["rule"], "bytes"].sum()
+    assert frame.loc[frame["measured"], "gain_per_kib"].min() >= frame.loc[~frame["measured"], "gain_per_kib"].min()
+    kld = {row["qtype"]: row["kld_mean"] for row in found.rows if row["group"] == "blk.1.attn_v.weight"}
+    assert frame.loc["blk.1.attn_v.weight", "gain"] == kld["Q5_0"] - kld["Q8_0"]
+    assert frame.loc["blk.1.attn_v.weight", "bytes"] == 32 * 2 * (34 - 22)
+
+
 def test_a_result_is_kept_and_read(found, tmp_path):
     path = found.save(tmp_path / "a.json")
     assert Sensitivity.load(path) == found
@@ -325,7 +347,7 @@ def test_a_result_is_kept_and_read(found, tmp_path):
     [
         ({"types": ["Q9_K"]}, "type=Q9_K, must be one of .* Did you mean"),
         ({"types": []}, "types and groups: must not be empty"),
-        ({"groups": "tensor"}, "groups=tensor, must be None, layer, kind or a mapping"),
+        ({"groups": "tensor"}, "groups=tensor, must be None, layer, kind, model or a mapping"),
         ({"groups": {"a": ["blk.9.attn_q.weight"]}}, "groups: blk.9.attn_q.weight is no tensor of"),
         ({"groups": {"a": []}}, "must not be empty"),
         ({"sample": 0}, "sample=0, must be at least 1"),
@@ -360,3 +382,10 @@ def test_a_file_that_is_no_sensitivity(tmp_path):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(ValueError, match="a.json: is no sensitivity"):
             Sensitivity.load(tmp_path / "a.json")
+
+
+def test_only_mixtures_with_the_rule_have_more_bits(folder, found):
+    with pytest.raises(ValueError, match="ftype=Q4_0, must be Q4_K_M or Q5_K_M"):
+        more_bits(ql.open(folder), found, "Q4_0")
+    with pytest.raises(ValueError, match="blk.0.attn_q.weight: Q5_0 was not measured"):
+        more_bits(ql.open(folder), found, "Q4_K_M")

@@ -96,6 +96,28 @@ class Sensitivity:
         document = {"schema": 1, "protocol": self.protocol, "start": self.start, "calibration": self.calibration}
         return json.dumps(document | {"rows": self.rows})
 
+    def predict(self, types: Mapping[str, str]) -> float:
+        """Predict the divergence of a model with several changes: that of the start and what each adds.
+
+        Parameters
+        ----------
+        types : Mapping[str, str]
+            Tensor → type; tensors of no group are taken to stay as they are.
+
+        Raises
+        ------
+        ValueError
+            If a group was not measured at these types.
+        """
+        at = {row["group"]: row["delta_kld"] for row in self.rows if row["types"].items() <= types.items()}
+        for row in self.rows:
+            if row["group"] not in at:
+                asked = sorted({types.get(name, "none") for name in row["tensors"]})
+                raise ValueError(
+                    f"{row['group']}: types={','.join(asked)}, must be among those measured. Measure them."
+                )
+        return self.start["kld_mean"] + sum(at.values())
+
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
         """Write `to_json` to a file."""
         with replacing(path, overwrite=overwrite) as part:
@@ -172,7 +194,7 @@ def sensitivity(
         Candidate types. Where a tensor's rows do not fit a type's blocks, it gets what llama-quantize would give it.
     groups : str, mapping or None
         None: each tensor by itself. `layer`: all tensors of a layer at once. `kind`: all `ffn_down` at once, all
-        `attn_v`, …. A mapping gives tensor names by group.
+        `attn_v`, …. `model`: everything at once. A mapping gives tensor names by group.
     imatrix : str, Path or ImportanceMatrix, optional
         Importance matrix: it weights the quantization, and the proxy's errors.
     around : str, Path or Recipe, optional
@@ -248,6 +270,14 @@ def kind_of(name: str) -> str:
     return name.removesuffix(".weight").split(".", 2)[-1]
 
 
+def _layer_or_kind(name: str) -> str:
+    return f"blk.{layer_of(name)}" if layer_of(name) >= 0 else kind_of(name)
+
+
+# what the tensors of a group have in common
+_GROUPS = {"layer": _layer_or_kind, "kind": kind_of, "model": lambda name: "model"}
+
+
 def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | None) -> list[Change]:
     """List the changes of a model: groups in the order of the layers, types as given.
 
@@ -260,16 +290,14 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
     names.sort(key=_place)
     if groups is None:
         members = {name: [name] for name in names}
-    elif groups in ("layer", "kind"):
+    elif isinstance(groups, str) and groups in _GROUPS:
         members = {}
         for name in names:
-            layer = layer_of(name)
-            key = f"blk.{layer}" if groups == "layer" and layer >= 0 else kind_of(name)
-            members.setdefault(key, []).append(name)
+            members.setdefault(_GROUPS[groups](name), []).append(name)
     elif isinstance(groups, Mapping):
         members = {key: sorted(group, key=_place) for key, group in groups.items()}
     else:
-        raise ValueError(f"groups={groups}, must be None, layer, kind or a mapping from group to tensor names.")
+        raise ValueError(f"groups={groups}, must be None, layer, kind, model or a mapping from group to tensor names.")
     if not types or not members or not all(members.values()):
         raise ValueError("types and groups: must not be empty. Leave them out for the usual ones.")
     unknown = [name for group in members.values() for name in group if name not in names]
@@ -278,7 +306,7 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
     changes = {}  # two types may fall back to one
     for key, group in members.items():
         for qtype in map(find_qtype, types):
-            given = {name: _fitting(qtype, model.tensor(name).shape[-1]) for name in group}
+            given = {name: fitting(qtype, model.tensor(name).shape[-1]) for name in group}
             if None not in given.values():
                 changes.setdefault((key, *given.values()), Change(key, _asked(qtype, given), given))
     return list(changes.values())
@@ -291,8 +319,8 @@ def _place(name: str) -> tuple:
     return outer, _KINDS.index(kind) if kind in _KINDS else -1, name
 
 
-def _fitting(qtype: str, n_per_row: int) -> str | None:
-    """`qtype` or what stands in for it, None where neither fits a row."""
+def fitting(qtype: str, n_per_row: int) -> str | None:
+    """Return `qtype` or what llama-quantize gives in its stead, None where neither's blocks fit a row."""
     return next((q for q in (qtype, FALLBACK.get(qtype)) if q and n_per_row % block_size(q) == 0), None)
 
 
