@@ -1,15 +1,21 @@
 """Every notebook keeps to the form and runs; parameters are checked before a kernel starts."""
 
+import ast
+import html
+import importlib
 import importlib.util
 import json
+import re
 import statistics
 from pathlib import Path
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 
-from quantlab.files.bundled import notebooks_dir
+from quantlab.files.bundled import checkout, notebooks_dir
 from quantlab.study import notebooks
+from quantlab.study.course import course
 
 NAMES = notebooks.names()
 QUICK = {
@@ -41,8 +47,15 @@ def test_the_title_is_the_question_and_the_second_cell_the_parameters(name):
     first, second, *_ = read(name).cells
     title = first.source.splitlines()[0]
     assert title.startswith("# ") and title.endswith("?")
-    assert "minute" in first.source or "second" in first.source
+    assert "**The answer.**" in first.source and "data/runs/" in first.source
     assert second.metadata["tags"] == ["parameters"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "index"])
+def test_the_first_cell_says_how_long_it_takes_and_what_comes_before(name):
+    (row,) = [row for row in course().rows if row["notebook"] == name]
+    assert row["time"] and "2 cores" in read(name).cells[0].source
+    assert "\nBefore it: " in read(name).cells[0].source
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,23 +69,37 @@ def test_cells_are_thin(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_text_comes_before_code(name):
+    kinds = [cell.cell_type for cell in read(name).cells]
+    assert kinds[0] == "markdown"
+    assert kinds.count("markdown") >= 0.4 * kinds.count("code")
+    assert "code code code code" not in " ".join(kinds[3:])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_exercises_are_at_the_end(name):
     cells = read(name).cells
     headings = [cell.source.splitlines()[0] for cell in cells if cell.source.startswith("## ")]
     assert headings[-1] == "## Exercises"
+    last = cells[[cell.source.splitlines()[0] for cell in cells].index("## Exercises") :]
+    assert sum(cell.cell_type == "code" for cell in last) >= 1
     assert cells[-1].cell_type == "code"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_papermill_knows_every_parameter_and_its_meaning(name):
     papermill = pytest.importorskip("papermill")
-    found = papermill.inspect_notebook(str(notebooks_dir() / f"{name}.ipynb"))
+    path = str(notebooks_dir() / f"{name}.ipynb")
+    found = papermill.inspect_notebook(path)
+    shown = CliRunner().invoke(importlib.import_module("papermill.cli").papermill, ["--help-notebook", path]).output
+    assert all(f"{key}: " in shown for key in found)
     lines = [line for line in read(name).cells[1].source.splitlines() if line and line[0].isalpha()]
     assert len(found) == len(lines)
     assert "out" in found
     for parameter in found.values():
         assert parameter["inferred_type_name"] in {"str", "int", "float", "bool", "list[str]", "list[int]"}
         assert parameter["help"]
+        ast.literal_eval(parameter["default"])
 
 
 @pytest.mark.parametrize("name", sorted(QUICK))
@@ -101,6 +128,14 @@ def check(folder: Path, name: str) -> None:
     assert outputs
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if "Warning" in output.get("text", "")]
+    shown = [cell for cell in nbformat.read(folder / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    assert not [cell.source for cell in shown if _speaks(cell.source) and not cell.outputs]
+
+
+def _speaks(source: str) -> bool:
+    """Whether the last line of a cell is an expression, whose value is to be seen."""
+    last = ast.parse(source).body[-1]
+    return isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call)
 
 
 def test_the_size_ppl_table_leaves_its_results(tmp_path):
@@ -121,10 +156,60 @@ def test_the_first_figure_is_the_picture(tmp_path):
         notebooks.picture("a", tmp_path, tmp_path / "b.png")
 
 
-def test_pictures_are_small():
-    pictures = list((notebooks_dir() / "pictures").glob("*.png"))
-    assert pictures
-    assert all(path.stat().st_size < 100_000 for path in pictures)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_notebook_has_a_small_picture(name):
+    path = notebooks_dir() / "pictures" / f"{name}.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size < 100_000
+
+
+def test_the_map_orders_notebooks_by_what_they_build_on():
+    rows = course().rows
+    assert {row["notebook"] for row in rows} == set(NAMES) - {"index"}
+    for i, row in enumerate(rows):
+        assert set(row["before"]) <= {earlier["notebook"] for earlier in rows[:i]}
+    shown = course()._repr_html_()
+    assert all(html.escape(row["question"]) in shown and row["time"] in shown for row in rows)
+    assert shown.count("<img src=") == len(rows)
+
+
+def test_notebooks_in_a_circle_are_refused(tmp_path, monkeypatch):
+    for name, before in (("a", "b"), ("b", "a")):
+        first = nbformat.v4.new_markdown_cell(f"# Why?\n\nBefore it: [{before}]({before}.ipynb).")
+        nbformat.write(nbformat.v4.new_notebook(cells=[first]), tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr("quantlab.study.course.notebooks_dir", lambda: tmp_path)
+    monkeypatch.setattr("quantlab.study.course.names", lambda: ["a", "b"])
+    with pytest.raises(ValueError, match="a, b: before=.*, must be other notebooks"):
+        course()
+
+
+def test_the_readme_lists_every_notebook_with_its_question():
+    root = checkout()
+    if root is None:
+        pytest.skip("README.md is in a checkout only")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for row in course().rows:
+        listed = f"[{row['notebook']}](notebooks/{row['notebook']}.ipynb) | {row['question']} | {row['time']} |"
+        assert listed in readme, f"add to README.md: | {listed}"
+
+
+@pytest.mark.parametrize("path", sorted((notebooks_dir() / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_parameters_are_parameters_of_their_notebook(path):
+    papermill = pytest.importorskip("papermill")
+    (name,) = [name for name in NAMES if path.stem.startswith(name)]
+    values = notebooks.read_parameters(path)
+    declared = papermill.inspect_notebook(str(notebooks_dir() / f"{name}.ipynb"))
+    assert notebooks._checked(name, values, declared) == values
+    assert " hour" in path.read_text(encoding="utf-8")
+
+
+def test_files_of_parameters_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a.yaml: no such file. There are: .*size_ppl_table-llama-7b.yaml"):
+        notebooks.read_parameters(tmp_path / "a.yaml")
+    for content in (b"just words", b"- a\n- list", b"a: [1", b"\xff\xfe"):
+        (tmp_path / "b.yaml").write_bytes(content)
+        with pytest.raises(ValueError, match="b.yaml: not a YAML file of parameters"):
+            notebooks.read_parameters(tmp_path / "b.yaml")
 
 
 @pytest.mark.parametrize(
@@ -156,8 +241,9 @@ def test_bad_parameters_are_refused_before_anything_runs(tmp_path):
     pytest.importorskip("papermill")
     with pytest.raises(ValueError, match="size_ppl_table: parameter=modle, must be one of: .* Did you mean model?"):
         notebooks.run("size_ppl_table", {"modle": "tiny", "out": str(tmp_path)})
-    for key, value, kind in [("chunks", "many", "int"), ("chunks", "True", "int"), ("n_ctx", "0.5", "int")]:
-        with pytest.raises(ValueError, match=f"size_ppl_table: {key}={value}, must be {kind}."):
+    wrong = [("chunks", "many", "int"), ("chunks", "True", "int"), ("n_ctx", "0.5", "int"), ("chunks", 0.5, "int")]
+    for key, value, kind in [*wrong, ("chunks", True, "int"), ("model", 7, "str"), ("ftypes", [4], "list[str]")]:
+        with pytest.raises(ValueError, match=re.escape(f"size_ppl_table: {key}={value}, must be {kind}.")):
             notebooks.run("size_ppl_table", {key: value, "out": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 
