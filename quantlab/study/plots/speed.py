@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from quantlab.study.plots.style import BLUE, ORANGE, VERMILION
 
-_LOOKS = {"quantlab": (BLUE, ""), "ggml": (ORANGE, "//")}
+_LOOKS = {"quantlab": (BLUE, "o"), "ggml": (VERMILION, "s")}
 
 
 def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None = None) -> np.ndarray:
@@ -30,7 +30,13 @@ def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
     counts = sorted(frame["threads"].unique())
     if axes is None:
         figure, axes = plt.subplots(
-            len(counts), 2, figsize=(11, 0.6 + 2.9 * len(counts)), sharex=True, squeeze=False, layout="constrained"
+            len(counts),
+            2,
+            figsize=(11, 0.6 + 2.9 * len(counts)),
+            sharex=True,
+            sharey="col",
+            squeeze=False,
+            layout="constrained",
         )
         figure.suptitle(title)
     order = list(dict.fromkeys(frame["type"]))
@@ -40,13 +46,14 @@ def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
             libraries = [by for by in _LOOKS if by in set(part["by"])]
             for i, by in enumerate(libraries):
                 rows = part[part["by"] == by].set_index("type").loc[order]
-                places = np.arange(len(order)) + (i - (len(libraries) - 1) / 2) * 0.4
-                colour, hatch = _LOOKS[by]
-                look = {"color": colour, "hatch": hatch, "ec": "white", "lw": 0.5, "label": by}
-                ax.bar(places, rows["speed"], 0.4, yerr=rows["spread"], capsize=2, **look)
+                colour, marker = _LOOKS[by]
+                places = np.arange(len(order)) + (i - (len(libraries) - 1) / 2) * 0.2
+                look = {"fmt": marker, "color": colour, "ms": 6, "lw": 1, "capsize": 3, "label": by}
+                ax.errorbar(places, rows["speed"], yerr=rows["spread"], **look)
             ax.set_xticks(range(len(order)), order, rotation=45, ha="right")
             ax.set(yscale="log", title=f"{what}, {n} thread{'s' if n > 1 else ''}")
-            ax.grid(axis="y", alpha=0.3)
+            ax.grid(alpha=0.3, which="both", axis="y")
+            ax.grid(alpha=0.3, axis="x")
         line[0].set_ylabel("million weights per second")
     axes[0][0].legend(frameon=False, fontsize=8)
     return axes
