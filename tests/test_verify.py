@@ -6,6 +6,7 @@ a compiler that fuses is put together from the fused kernels, which tests/test_r
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -148,8 +149,9 @@ def test_a_changed_norm_is_found(made, tmp_path):
     x = ql.open(made / "plain.gguf").tensor("output_norm.weight").load()
     x[5] = np.nextafter(x[5], np.float32(9))
     found = ql.verify(rewritten(made / "plain.gguf", tmp_path / "q.gguf", output_norm_weight=x), made / "wide.gguf")
-    assert found.misfits == (
-        "output_norm.weight: 1 of 256 F32 blocks are not what the source gives, the first in row 0, weights 5:6",
+    (misfit,) = found.misfits
+    assert misfit.startswith(
+        "output_norm.weight: 1 of 256 F32 blocks are not what the source gives, the first in row 0, w"
     )
 
 
@@ -157,6 +159,7 @@ def test_another_source_is_found(made):
     found = ql.verify(made / "plain.gguf", made / "other.gguf")
     quantized = found.tensors.query("qtype != 'F32'")
     assert found.verdict == "other" and (quantized["verdict"] == "other").all()
+    assert quantized["relative"].min() > 1.2  # two independent vectors of one length are sqrt(2) of it apart
 
 
 def test_the_matrix_makes_the_difference(made):
@@ -232,7 +235,7 @@ def test_the_word_verify(made):
     done = quantlab("plain.gguf", "--source", "wide.gguf", "--json", "-")
     assert done.returncode == 0 and json.loads(done.stdout)["protocol"]["verdict"] == "identical"
     done = quantlab("plain.gguf", "--source", "other.gguf")
-    assert done.returncode == 1 and "does not fit: " in done.stdout and "and 38 more" in done.stdout
+    assert done.returncode == 1 and "does not fit: " in done.stdout and re.search(r"^and \d+ more$", done.stdout, re.M)
     assert quantlab("plain.gguf").returncode == 2
     done = quantlab("plain.gguf", "--source", "none.gguf")
     assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -23,7 +23,7 @@ from quantlab.files.model import open as open_model
 from quantlab.files.recognize import short
 from quantlab.quants.arrays import WEIGHTED
 from quantlab.quants.codebook import CODES
-from quantlab.transform.compare import Change, Tally, finite, metadata_changes, plain, slabs, squeezed
+from quantlab.transform.compare import Change, Tally, can_decode, finite, metadata_changes, plain, slabs, squeezed
 from quantlab.transform.inspect import mixtures, text_table
 from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
 from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
@@ -59,7 +59,8 @@ class Verification:
     tensors : pd.DataFrame
         One row per tensor: `name`, `qtype`, `verdict`, `imatrix` (whether its weights were used), `blocks`, how many
         are `differing`, how many of these are `fused` (those of a compiler that fuses products with sums), how many
-        `left` over without reason, `rmse` between the file's values and ours.
+        `left` over without reason, and `relative`: how far the rows that differ are from ours, over the root mean
+        square of their weights (1.4 for other weights altogether).
     """
 
     quant: Path
@@ -164,7 +165,7 @@ def verify(
     )
 
 
-COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "rmse"]
+COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "relative"]
 
 
 # ---- what the file should come from
@@ -212,7 +213,8 @@ def _step(tensor: LazyTensor, qtype: str, matrix: dict[str, np.ndarray]) -> Step
 def _mixture(model: Model, base: Model) -> tuple[str, list[str]]:
     """Name the mixture whose types the file has; tell what does not fit the ftype that the file itself gives."""
     found = mixtures(model)
-    given = next((ftype.name for ftype in FTYPES.values() if ftype.number == model.ftype), None)
+    numbers = {ftype.number: ftype.name for ftype in FTYPES.values() if ftype.number is not None}
+    given = numbers.get(model.ftype)
     if not found:
         return _like(model, base, given), []
     named = [f"{m['ftype']}, rules {m['rules']}{', with imatrix' * m['imatrix']}" for m in found]
@@ -229,7 +231,7 @@ def _like(model: Model, base: Model, given: str | None) -> str:
     has = {tensor.name: tensor.qtype for tensor in model if tensor.name in base}
     shapes = {name: base.tensor(name).shape for name in has}
     nearest: tuple[int, str] | None = None
-    for rules in RULES if given and given != "COPY" else ():
+    for rules in RULES if given else ():
         for pure in (False, True):
             try:
                 choices = choose_types(base.hparams, shapes, given, rules=rules, pure=pure)
@@ -279,6 +281,7 @@ class _Case:
     def __init__(self, tensor: LazyTensor, step: Step):
         self.tensor, self.step, self.tally = tensor, step, Tally()
         self.fused = self.good = self.left = 0
+        self.signal = 0.0  # sum of the squared weights of the rows that differ
         self.first: tuple[int, int] | None = None  # row and block of the first one left over
         self.plain = False  # whether the matrix turned out not to have been used
 
@@ -294,8 +297,9 @@ class _Case:
             return
         rows = np.flatnonzero(differing.any(axis=1))
         bad = differing[rows]
+        floats = _floats(x[rows], self.step.tensor)
+        self.signal += float(np.square(floats, dtype=np.float64).sum())
         if qtype in CODES and not self.step.is_kept:
-            floats = _floats(x[rows], self.step.tensor)
             fused, good = is_other_rounding(floats, ours[rows], theirs[rows], qtype, self.step.weights)
             self.fused += int((fused & bad).sum())
             self.good += int((good & bad).sum())
@@ -311,7 +315,9 @@ class _Case:
             return ours
         bare = replace(self.step, weights=None)
         plain = encode(bare, x)
-        if (plain != theirs).any(axis=1).sum() < (ours != theirs).any(axis=1).sum():
+        n_bytes = quants.block_bytes(self.tensor.qtype)
+        wrong, wrong_plain = ((a != theirs).reshape(-1, n_bytes).any(axis=1).sum() for a in (ours, plain))
+        if wrong_plain < wrong:
             self.step, self.plain = bare, True
             return plain
         return ours
@@ -324,22 +330,27 @@ class _Case:
         verdict = IDENTICAL if not tally.differing else OTHER if left else ROUNDING
         row = {"name": self.tensor.name, "qtype": self.tensor.qtype, "verdict": verdict, "plain": self.plain}
         row |= {"imatrix": self.step.weights is not None, "blocks": tally.n_blocks, "differing": tally.differing}
-        row |= {"fused": self.fused, "left": left, "rmse": tally.rmse(self.tensor.n_weights)}
-        return row | {"misfit": self._misfit(left) if verdict == OTHER else ""}
+        relative = (tally.noise / self.signal) ** 0.5 if self.signal else 0.0
+        row |= {"fused": self.fused, "left": left, "relative": relative}
+        return row | {"misfit": self._misfit(left, relative) if verdict == OTHER else ""}
 
-    def _misfit(self, left: int) -> str:
-        """Say what is wrong with the blocks, and where."""
+    def _misfit(self, left: int, relative: float) -> str:
+        """Say what is wrong with the blocks, where, and how far their rows are from the source's."""
         name, of = self.tensor.name, self.tally.n_blocks
         text = f"{name}: {left} of {of} {self.tensor.qtype} blocks are not what the source gives"
         if self.first is None:
-            return text + ", though their codes fit their scales, as with another importance matrix"
-        row, block = self.first
-        size = quants.block_size(self.tensor.qtype)
-        return text + f", the first in row {row}, weights {block * size}:{(block + 1) * size}"
+            text += ", though their codes fit their scales, as with another importance matrix"
+        else:
+            row, block = self.first
+            size = quants.block_size(self.tensor.qtype)
+            text += f", the first in row {row}, weights {block * size}:{(block + 1) * size}"
+        return f"{text} (relative distance {relative:.2g})"
 
 
 def _floats(rows: np.ndarray, tensor: LazyTensor) -> np.ndarray:
-    """Rows of the source as contiguous float32."""
+    """Rows of the source as contiguous float32; zeros for blocks that cannot be decoded."""
+    if not can_decode(tensor.qtype):
+        return np.zeros((len(rows), tensor.shape[-1]), np.float32)
     if rows.dtype == np.uint8:
         return quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
     return np.ascontiguousarray(rows, np.float32)
@@ -367,7 +378,7 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
 
 def _unknown(tensor: LazyTensor) -> dict:
     """The row of a tensor of a type that has no encoder here."""
-    row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "rmse": np.nan}
+    row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "relative": np.nan}
     misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
     return row | {"imatrix": False, "plain": False, "misfit": misfit}
 
