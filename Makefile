@@ -38,6 +38,9 @@ pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(wildcard noteb
 notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
 	$(BIN)/quantlab notebook $* --picture $@
 
+notebooks/pictures/run_it.png: $(VENV)/.run
+notebooks/pictures/train_the_bundled_model.png: $(VENV)/.train
+
 check-long: $(VENV)/.test  ## what takes long: 50 killed runs, SmolLM2's table, a published shape
 	$(BIN)/python -m pytest -m "slow or long"
 	$(MAKE) table MODEL=smollm2
@@ -68,6 +71,11 @@ $(VENV)/.python:
 $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/.python
 	@echo "Installing quantlab with what the notebooks need"
 	@$(PIP) install -c constraints.txt -e '.[lab]'
+	@touch $@
+
+# what two of the notebooks need to be run, and thus to be pictured: extras of the same names
+$(VENV)/.run $(VENV)/.train: $(VENV)/.%: $(VENV)/.lab
+	@$(PIP) install -c constraints.txt -e '.[lab,$*]'
 	@touch $@
 
 # ggml's own libraries are the judges of some tests; where they have no wheel, those tests are skipped

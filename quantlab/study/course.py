@@ -12,7 +12,8 @@ import pandas as pd
 from quantlab.files.bundled import notebooks_dir
 from quantlab.study.notebooks import names
 
-_TIME = re.compile(r"(?:about |less than |under |half )*(?:a|an|\d+) (?:second|minute)s?\b")
+_SPAN = r"((?:about |less than |under )?(?:a few|half a|an?|two|three|\d+) (?:second|minute)s?(?: or two)?)"
+_TIMES = (re.compile(_SPAN + r" on 2 cores"), re.compile(_SPAN))  # the surer one first
 _BEFORE = re.compile(r"^Before it: (.+)$", re.MULTILINE)
 
 
@@ -69,11 +70,12 @@ def _row(name: str) -> dict:
     path = notebooks_dir() / f"{name}.ipynb"
     first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
     picture = path.parent / "pictures" / f"{name}.png"
-    before, time = _BEFORE.search(first), _TIME.search(first)
+    before = _BEFORE.search(first)
+    time = next((found[1] for pattern in _TIMES if (found := pattern.search(first))), "")
     return {
         "notebook": name,
         "question": first.splitlines()[0].removeprefix("# "),
-        "time": time[0] if time else "",
+        "time": time,
         "before": re.findall(r"\[(\w+)\]", before[1]) if before else [],
         "picture": picture if picture.is_file() else None,
     }
