@@ -54,6 +54,15 @@ def test_measure(rng):
     assert roof["traffic"].to_numpy() == pytest.approx(roof["operations"] / roof["intensity"])
 
 
+def test_ours_are_measured_alone_without_libggml(rng, monkeypatch):
+    monkeypatch.setattr(ggml_library, "library", lambda: None)
+    assert ggml_library.version() == ""
+    frame = speed.measure(
+        ["Q8_0"], rng.standard_normal((64, 256)).astype(np.float32), [1], repetitions=1, seconds=0.001
+    )
+    assert frame["by"].tolist() == ["quantlab", "quantlab"]
+
+
 @needs_libggml
 def test_both_do_the_same_work(rng):
     x = rng.standard_normal((8, 256)).astype(np.float32)
