@@ -208,7 +208,7 @@ def recipe(
         Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")
     ] = None,
     n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
+    chunks: Annotated[int, typer.Option("--chunks", help="Chunks to calibrate on at most.")] = 8,
     judged_on: Annotated[
         str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
     ] = "primer",
