@@ -178,6 +178,8 @@ def test_the_word(tmp_path, monkeypatch, measured):
     types = {tensor.name: tensor.qtype for tensor in open_model("out.gguf")}
     assert Recipe.load("recipe.txt").types.items() <= types.items()
     assert isinstance(CliRunner().invoke(app, words).exception, FileExistsError)
+    wrong = CliRunner().invoke(app, [*words, "--overwrite", "--chunks", "3"])
+    assert wrong.exit_code == 2 and "has been measured" in wrong.stderr
 
 
 def test_bad_input(model, measured, tmp_path):

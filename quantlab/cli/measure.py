@@ -198,17 +198,19 @@ def recipe(
         typer.Option("--sensitivity", metavar="FILE", help="What quantlab sensitivity wrote; else measured."),
     ] = None,
     types: Annotated[
-        str, typer.Option("--types", metavar="A,B,…", help="Candidates to be measured.")
-    ] = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0",
+        str | None, typer.Option("--types", metavar="A,B,…", help="Candidates to be measured; the k-quants and Q8_0.")
+    ] = None,
     sample: Annotated[
         int | None, typer.Option("--sample", help="Measure so many layers of each kind, predict the others.")
     ] = None,
-    text: TextName = "sampled",
+    text: Annotated[
+        str | None, typer.Option("-f", "--file", metavar="TEXT", help="What to calibrate on; sampled.")
+    ] = None,
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")
     ] = None,
-    n_ctx: ContextSize = 512,
-    chunks: Annotated[int, typer.Option("--chunks", help="Chunks to calibrate on at most.")] = 8,
+    n_ctx: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens per chunk of that text; 512.")] = None,
+    chunks: Annotated[int | None, typer.Option("--chunks", help="Chunks to calibrate on at most; 8.")] = None,
     judged_on: Annotated[
         str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
     ] = "primer",
@@ -224,6 +226,7 @@ def recipe(
     from quantlab.files.output import check_output
     from quantlab.study import front
     from quantlab.study.recipe import recipe, size_limit
+    from quantlab.study.sensitivity import TYPES
     from quantlab.study.sensitivity import sensitivity as measure
     from quantlab.transform.mixture import parse_tensor_type
     from quantlab.transform.quantize import quantize
@@ -235,9 +238,15 @@ def recipe(
     limit = size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)
     constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
     constraints = {key: list(map(parse_tensor_type, pairs or ())) for key, pairs in constraints.items()}
-    options = {"types": types.split(","), "sample": sample, "n_ctx": n_ctx, "chunks": chunks, "memory": memory}
-    found = sensitivity or measure(base, text, imatrix=imatrix, **options)
-    best = recipe(found, base, target_size=limit, **constraints, imatrix=imatrix, rules=rules)
+    if sensitivity is None:
+        given = {"types": types and types.split(","), "n_ctx": n_ctx, "chunks": chunks, "sample": sample}
+        options = {"types": TYPES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
+        sensitivity = measure(base, text or "sampled", imatrix=imatrix, memory=memory, **options)
+    elif (types, sample, text, n_ctx, chunks) != (None,) * 5:
+        raise typer.BadParameter(
+            "has been measured: no --types, --sample, -f, -c, --chunks", param_hint="--sensitivity"
+        )
+    best = recipe(sensitivity, base, target_size=limit, **constraints, imatrix=imatrix, rules=rules)
     best.save(outfile, overwrite=overwrite)
     if gguf is not None:
         options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
