@@ -86,7 +86,7 @@ def test_index_and_shards_that_disagree(tmp_path):
     refuse(src, "model.norm.weight.: a shard holds it, model.safetensors.index.json does not name it")
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", "", 7])
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "a\\b", "..", "", "\0", "\ud800", 7], ids=range(9))
 def test_an_index_that_points_elsewhere(tmp_path, name):
     src = write_checkpoint(tmp_path / "m", "llama1", "BF16", 3)
     index = src / "model.safetensors.index.json"
@@ -141,6 +141,9 @@ CONFIGS = [
         "original_max_.* need",
     ),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": [1]}}, r"beta_fast=\[1\], need a positive number"),
+    ({"rope_theta": 1e-300}, "rope_theta=1e-300, need a positive number from 1e-12"),
+    ({"rope_theta": float("nan")}, "rope_theta=nan, need a positive number"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf, need a positive number"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is set, need plain weights"),
 ]
 
@@ -189,6 +192,7 @@ def test_the_tokenizer_of_another_model(tmp_path):
     [
         ("tokenizer.model", b"\xff" * 100, "tokenizer.model: is no SentencePiece model"),
         ("tokenizer.model", b"", "tokenizer.model: is no SentencePiece model"),
+        ("tokenizer.model", b"\x0a\x0a\x0a\x01\xff\x15\0\0\0\0\x18\x02", "tokenizer.model: is no SentencePiece model"),
         ("tokenizer.model", b"IQ== 0\nIg== 1\n", "a token is there twice, or one of the 256 bytes is not there"),
         ("tokenizer.model", b"IQ== 0\nIg== 2\n", r"tokenizer.model: line 2 is b'Ig== 2', need a token in base64 and 1"),
         ("tokenizer.model", b"IQ== 0\n!!! 1\n", r"tokenizer.model: line 2 is b'!!! 1', need a token in base64 and 1"),
@@ -221,6 +225,21 @@ def test_broken_tokenizer_files(tmp_path, name, content, text):
     refuse(src, text)
 
 
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+    "special_tokens": {},
+}
+
+
+def nested(key: str, depth: int) -> dict:
+    """Sequences in sequences."""
+    step: dict = {"type": "Sequence", key: []}
+    for _ in range(depth):
+        step = {"type": "Sequence", key: [step]}
+    return step
+
+
 GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
 
 
@@ -231,6 +250,11 @@ GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
         ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "added token has id -1"),
         ({"added_tokens": [7]}, "added token 7 has no text"),
         ({"decoder": {"type": "Nothing"}}, "tokenizer.json cannot be read"),
+        ({"version": "\x1b[2J"}, r"tokenizer.json cannot be read \(Unknown tokenizer version '\?\[2J'"),
+        ({"normalizer": nested("normalizers", 400)}, "tokenizer.json cannot be read"),
+        ({"post_processor": nested("processors", 400)}, "tokenizer.json cannot be read"),
+        ({"post_processor": TEMPLATE}, "a template names a token it does not know"),
+        ({"added_tokens": [{"id": 1 << 40, "content": "a"}]}, "tokenizer has 1099511627777 tokens"),
         (
             {"normalizer": {"type": "Sequence", "normalizers": [GROWING] * 12}},
             "its normalizer makes a text more than 64",
@@ -247,6 +271,7 @@ def test_broken_tokenizer_json(tmp_path, change, text):
     "config",
     [
         {"chat_template": [1, {"name": [2], "template": "a"}], "bos_token": [1]},
+        {"unk_token": 7, "add_bos_token": "x", "chat_template": {"a": 1}},
         {"additional_special_tokens": 7, "bos_token": {"content": [1]}, "added_tokens_decoder": [1]},
     ],
 )
@@ -254,6 +279,21 @@ def test_broken_tokenizer_json(tmp_path, change, text):
 def test_strange_settings_of_a_tokenizer_are_passed_over(tmp_path, name, config):
     src = write_checkpoint(tmp_path / "m", name)
     (src / "tokenizer_config.json").write_text(json.dumps(config))
+    assert ql.open(src).vocab.n_vocab == 640
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Sequence", "normalizers": 7}},
+        {"post_processor": {"type": "TemplateProcessing", "single": {"a": 1}, "pair": {"SpecialToken": 7}}},
+        {"post_processor": {"type": "TemplateProcessing", "pair": [{"Sequence": 7}, {"SpecialToken": {"id": [1]}}, 7]}},
+        {"post_processor": {"processors": 7}, "added_tokens": [{"id": 1, "content": "a"}]},
+    ],
+)
+def test_strange_parts_of_a_tokenizer_are_passed_over(tmp_path, change):
+    src = write_checkpoint(tmp_path / "m", "llama1")  # whose tokens are in tokenizer.model
+    (src / "tokenizer.json").write_text(json.dumps(change))
     assert ql.open(src).vocab.n_vocab == 640
 
 

@@ -51,6 +51,7 @@ def gguf(keys=(), entries=(), data: bytes = b"", version: int = 3, n_keys=None, 
 
 KEY = string(b"k") + struct.pack("<I", 4) + struct.pack("<I", 1)
 ARRAY = string(b"k") + struct.pack("<I", 9)
+ALIGNMENT = string(b"general.alignment")
 
 BAD = {
     "empty": (b"", r"first 4 bytes are b'', need b'GGUF'. The file is empty"),
@@ -93,8 +94,28 @@ BAD = {
         gguf([string(b"general.alignment") + struct.pack("<II", 4, 48)]),
         r"general.alignment=np.uint32\(48\), need a power of two",
     ),
+    "alignment 0": (gguf([ALIGNMENT + struct.pack("<II", 4, 0)]), r"general.alignment=np.uint32\(0\), need a power of"),
+    "alignment of 8 bytes": (
+        gguf([ALIGNMENT + struct.pack("<IQ", 10, 32)]),
+        "general.alignment=.*, need a power of two",
+    ),
+    "huge alignment": (
+        gguf([ALIGNMENT + struct.pack("<II", 4, 1 << 31)], [entry()], bytes(256)),
+        "x: shape=.* F32 ends at byte 2147483776, the file has",
+    ),
+    "key of strange letters": (gguf([string(b"k\xff\x1b[2J") + KEY[9:]]), r"key 0 is 'k\\udcff\\x1b\[2J', need a"),
+    "long key": (gguf([string(b"k" * 60000) + struct.pack("<I", 99)]), "k{99}…k{90}.*: value type 99, need 0 to 12"),
+    "nested array length": (
+        gguf([ARRAY + struct.pack("<IQIQ", 9, 1, 4, 1 << 61)]),
+        "k: array of 2305843009213693952 values",
+    ),
+    "string in an array": (
+        gguf([ARRAY + struct.pack("<IQQ", 8, 1, (1 << 64) - 1)], data=bytes(64)),
+        "k ends at byte .*, the file has",
+    ),
     "tensor name": (gguf(entries=[entry(b"n" * 200)]), "tensor name has length 200, need at most 127"),
     "broken name": (gguf(entries=[entry(b"a\nb")], data=bytes(128)), r"tensor name 'a\\nb', need printable characters"),
+    "no dimension": (gguf(entries=[entry(shape=())]), "x: n_dims=0, need 1 to 4"),
     "n_dims": (gguf(entries=[entry(shape=(1,) * 5)], data=bytes(999)), "x: n_dims=5, need 1 to 4"),
     "zero dimension": (gguf(entries=[entry(shape=(0,))]), r"x: shape=\(0,\), every dimension must be at least 1"),
     "product overflows": (gguf(entries=[entry(shape=(1 << 62, 1 << 62))]), "x: shape=.* ends at byte"),

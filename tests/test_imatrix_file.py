@@ -107,6 +107,21 @@ def test_bad_input(tmp_path):
     write_gguf(bad, metadata, [], [])
     with pytest.raises(ValueError, match="has no entries"):
         read_imatrix(bad)
+    for key, value in [
+        ("chunk_size", np.uint32(0)),
+        ("chunk_size", np.float32(np.inf)),
+        ("chunk_size", np.ones(1, np.int32)),
+        ("chunk_count", "x"),
+        ("chunk_count", ["x"]),
+        ("datasets", [["t"]]),
+        ("datasets", "t"),
+    ]:
+        write_gguf(bad, metadata | {f"imatrix.{key}": value}, [], [])
+        with pytest.raises(ValueError, match=rf"bad: imatrix.*{key}=.*, must be"):
+            read_imatrix(bad)
+    bad.write_bytes(struct.pack("<ii4sii", 1, 4, b"\x1b[2J", 1, 1) + bytes(100))
+    with pytest.raises(ValueError, match=r"bad: name 0 is '\\x1b\[2J', must be printable"):
+        read_imatrix(bad)
     wide = ImportanceMatrix({"a": np.ones((1, 8), np.float32)}, {"a": np.ones(1, np.float32)}, 1, 512)
     long = ImportanceMatrix({"a": np.ones((1, 9), np.float32)}, {"a": np.ones(1, np.float32)}, 1, 512)
     with pytest.raises(ValueError, match="a: shapes"):

@@ -130,6 +130,17 @@ def test_bad_archives_get_one_line(tmp_path):
         read_torch(zipped(tmp_path / "a.pth", good, data__0=bytes(12)))
     with pytest.raises(ValueError, match="byte order is not little-endian"):
         read_torch(zipped(tmp_path / "a.pth", good, data__0=bytes(16), byteorder=b"big"))
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):  # a bomb: 100 MB of zeros in 100 kB
+        with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
+            archive.writestr("a/data.pkl", good, method)
+            archive.writestr("a/data/0", bytes(100_000_000), zipfile.ZIP_DEFLATED)
+        with pytest.raises(ValueError, match="is compressed, torch does not"):
+            read_torch(tmp_path / "b.pth")
+    with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
+        for name in ("/a/data.pkl", "../a/data.pkl"):  # names are looked up, no file of that name is touched
+            archive.writestr(name, good)
+    with pytest.raises(ValueError, match="2 entries called data.pkl, need one"):
+        read_torch(tmp_path / "b.pth")
     with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
         archive.writestr("a/other", "x")
     with pytest.raises(ValueError, match="0 entries called data.pkl, need one"):

@@ -161,6 +161,33 @@ def test_bad_vocabularies_get_one_line(change, text):
         Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in (KEYS | change).items()})
 
 
+def test_bytes_that_are_not_all_there_stand_for_nothing():
+    tokens = ["<unk>", "a", "b", "<0x0A>", "\udcff"]
+    types = np.array([2, 1, 1, 6, 1], np.int32)
+    keys = KEYS | {"tokens": tokens, "scores": np.zeros(5, np.float32), "token_type": types, "add_bos_token": False}
+    vocab = Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    assert vocab.encode("a\nb\ufffd").tolist() == [
+        0,
+        1,
+        0,
+        2,
+        0,
+    ]  # the leading space, the line's end, the sign: unknown
+
+
+def test_tokens_that_no_text_holds_are_passed_over():
+    keys = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "\udcff", "b"], "merges": []}
+    vocab = Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    assert vocab.encode("ab").tolist() == [0, 2]
+    assert vocab.decode([0, 1, 2]) == "a\ufffdb"
+
+
+def test_ids_out_of_range_are_taken_as_not_given():
+    keys = KEYS | {"bos_token_id": np.uint32(1 << 30), "eos_token_id": np.int32(-1)}
+    vocab = Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    assert (vocab.bos_id, vocab.eos_id) == (1, 2)
+
+
 def test_bad_texts_and_merges_get_one_line(vocabs):
     with pytest.raises(ValueError, match=r"character 1 is '\\ud800', half a surrogate pair"):
         vocabs["llama1"].encode("a\ud800")
@@ -170,3 +197,6 @@ def test_bad_texts_and_merges_get_one_line(vocabs):
         replace(vocabs["smollm"], merges=("a nothing",)).encode("a")
     with pytest.raises(ValueError, match="need one of"):
         pre_tokenizer("no-such")
+    zero = Vocab.from_metadata({f"tokenizer.ggml.{key}": x for key, x in (KEYS | {"tokens": ["u", "a", "\0"]}).items()})
+    with pytest.raises(ValueError, match="metadata: sentencepiece refuses the tokens .*null character"):
+        zero.encode("a")

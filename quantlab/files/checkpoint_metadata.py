@@ -12,12 +12,12 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.constants import LlamaFileType
 
+from quantlab.files.hparams import MAX_LAYERS
 from quantlab.files.recognize import reason, short
 from quantlab.files.weights import read_json
 
 __all__ = ["Config", "general_metadata", "hparams_metadata", "read_config", "rope_factors"]
 
-MAX_LAYERS = 1024  # the deepest models have about 130; the table of names grows with them
 MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
 MAX_CARD = 1 << 18  # bytes of a model card's front matter
 _ARCH_OF_CLASS = {

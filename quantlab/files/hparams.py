@@ -11,6 +11,7 @@ from quantlab.files.recognize import short
 __all__ = ["Hparams", "RopeScaling"]
 
 MAX_NAME = 64  # characters of an architecture's
+MAX_LAYERS = 1024  # the deepest models have about 130; tables of names grow with them
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,18 @@ class Hparams:
                 )
             return value.item() if isinstance(value, np.generic) else value
 
-        def whole(key: str, default: Any = None, least: int = 1) -> int:
+        def whole(key: str, default: Any = None, least: int = 1, most: int = (1 << 31) - 1) -> int:
             value = number(key, default)
-            if type(value) is not int or not least <= value < 1 << 31:
-                raise ValueError(f"{source}: {arch}.{key}={value}, need a whole number from {least} on. Convert again.")
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(
+                    f"{source}: {arch}.{key}={value}, need a whole number from {least} to {most}. Convert again."
+                )
+            return value
+
+        def positive(key: str, default: Any = None) -> float:
+            value = number(key, default)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{source}: {arch}.{key}={value}, need a positive number. Convert again.")
             return value
 
         n_embd, n_head = whole("embedding_length"), whole("attention.head_count")
@@ -110,24 +119,25 @@ class Hparams:
             n_ctx=whole("context_length"),
             n_embd=n_embd,
             n_ff=whole("feed_forward_length"),
-            n_layer=whole("block_count"),
+            n_layer=whole("block_count", most=MAX_LAYERS),
             n_head=n_head,
             n_head_kv=whole("attention.head_count_kv", n_head),
             head_dim=head_dim,
             n_rot=whole("rope.dimension_count", head_dim),
-            rms_eps=number("attention.layer_norm_rms_epsilon"),
-            rope_base=number("rope.freq_base", 10000.0),
-            rope_scaling=_rope_scaling(metadata, number),
+            rms_eps=positive("attention.layer_norm_rms_epsilon"),
+            rope_base=positive("rope.freq_base", 10000.0),
+            rope_scaling=_rope_scaling(metadata, positive, whole),
             n_expert=whole("expert_count", 0, least=0),
             tied_embeddings="output.weight" not in tensors,
         )
 
 
-def _rope_scaling(metadata: Mapping[str, Any], number: Any) -> RopeScaling | None:
+def _rope_scaling(metadata: Mapping[str, Any], positive: Any, whole: Any) -> RopeScaling | None:
     arch = metadata["general.architecture"]
     kind = metadata.get(f"{arch}.rope.scaling.type", "linear" if f"{arch}.rope.scale_linear" in metadata else "none")
     if not isinstance(kind, str) or kind == "none":
         return None
-    factor = number("rope.scaling.factor", number("rope.scale_linear", 1.0))
-    orig_ctx = number("rope.scaling.original_context_length", 0)
-    return RopeScaling(kind, factor, orig_ctx, number("rope.scaling.attn_factor", 1.0))
+    key = "rope.scaling.factor" if f"{arch}.rope.scaling.factor" in metadata else "rope.scale_linear"
+    factor = positive(key, 1.0) if metadata.get(f"{arch}.{key}") != 0 else 1.0  # llama.cpp takes 0 as not given
+    orig_ctx = whole("rope.scaling.original_context_length", 0, least=0)
+    return RopeScaling(kind, factor, orig_ctx, positive("rope.scaling.attn_factor", 1.0))

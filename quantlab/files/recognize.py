@@ -47,8 +47,12 @@ def short(value: Any) -> str:
     >>> short([1, "a"]), short(10**4000)
     ("[1, 'a']", 'a number of 13288 bits')
     """
-    text = f"a number of {value.bit_length()} bits" if type(value) is int and value.bit_length() > 64 else repr(value)
-    text = " ".join(text.split())  # the text of an array has several lines
+    if type(value) is int and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = " ".join(repr(value).split())  # the text of an array has several lines
+    except (RecursionError, ValueError):  # nested too deeply, or with too long a number in it
+        return f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:79] + "…"
 
 

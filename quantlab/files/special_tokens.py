@@ -104,12 +104,18 @@ def _added_by_template(tokenizer: dict, config: dict, roles: list[str]) -> dict[
 
 def _special(item: Any) -> str | None:
     """Return the special token of a template's item."""
-    entry = item.get("SpecialToken") if isinstance(item, dict) else None
-    return entry.get("id") if isinstance(entry, dict) else None
+    return _named(item, "SpecialToken")
+
+
+def _named(item: Any, kind: str) -> str | None:
+    """Return the id of a template's item if it is of this kind."""
+    entry = item.get(kind) if isinstance(item, dict) else None
+    name = entry.get("id") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _read_template(step: dict, config: dict, roles: list[str], adds: dict[str, bool]) -> None:
-    single, pair = step.get("single") or [], step.get("pair") or []
+    single, pair = (step[key] if isinstance(step.get(key), list) else [] for key in ("single", "pair"))
     known = bool(config)
     bos, eos = config.get("bos_token"), config.get("eos_token")
     first = _special(single[0]) if len(single) > 1 else None
@@ -145,9 +151,7 @@ def _separates(pair: list, first: str | None, last: str | None, config: dict, eo
     begin = 1 if pair and first and _special(pair[0]) == first else 0
     end = len(pair) - 1 if pair and last and _special(pair[-1]) == last else len(pair)
     middle = pair[begin:end]
-    texts = [
-        item.get("Sequence", {}).get("id") if isinstance(item, dict) else None for item in middle[:1] + middle[-1:]
-    ]
+    texts = [_named(item, "Sequence") for item in middle[:1] + middle[-1:]]
     if texts != ["A", "B"] or len(middle) < 3:
         return None
     separators = (config.get("sep_token"), eos)

@@ -11,7 +11,6 @@ Source: `conversion/base.py` of llama.cpp (_set_vocab_sentencepiece, _set_vocab_
 import hashlib
 import re
 import warnings
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from quantlab.files.weights import read_json
 __all__ = ["vocab_metadata"]
 
 MAX_MODEL = 32 << 20  # bytes of a tokenizer.model
+MAX_TOKENS = 1 << 20  # the largest vocabularies have 262 k
 MAX_GROWTH = 64  # times that a normalizer may lengthen the text that the pre-tokenizer is recognized by
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
@@ -43,6 +43,8 @@ def vocab_metadata(folder: Path, config: Config) -> dict[str, Any]:
     ValueError
         If the tokenizer cannot be read, or has more tokens than the embedding has rows.
     """
+    if config.n_vocab > MAX_TOKENS:
+        raise ValueError(f"{folder}: vocab_size={config.n_vocab}, need at most {MAX_TOKENS}. Check its configuration.")
     tokenizer, tokenizer_config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     keys: dict[str, Any] = {}
     prefix = tokenizer_config.get("add_prefix_space")
@@ -270,9 +272,13 @@ def _pre(folder: Path, tokenizer: dict[str, Any]) -> str:
             f"{folder}: tokenizer.json: its normalizer makes a text more than {MAX_GROWTH} times as long. "
             f"The file is hostile."
         )
+    if not _templates_fit(tokenizer.get("post_processor")):
+        raise ValueError(f"{folder}: tokenizer.json: a template names a token it does not know. Download it again.")
     try:
         ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(CHECK_TEXT).ids
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception; where it panics, none at all
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{folder}: tokenizer.json cannot be read ({reason(error)}). Download it again.") from None
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
     if digest in NAME_BY_HASH:
@@ -290,13 +296,37 @@ def _pre(folder: Path, tokenizer: dict[str, Any]) -> str:
     return name or "default"
 
 
-def _growth(entry: Any) -> int:
-    """Return how many times longer a normalizer may make a text."""
-    if not isinstance(entry, dict):
-        return 1
-    if isinstance(entry.get("normalizers"), list):
-        return prod(min(_growth(step), MAX_GROWTH + 1) for step in entry["normalizers"][:MAX_GROWTH])
-    return max(1, *(len(entry[key]) for key in ("content", "prepend") if isinstance(entry.get(key), str)), 1)
+def _steps(entry: Any, key: str) -> list[dict[str, Any]]:
+    """Return a normalizer's or post-processor's steps, those of sequences within sequences (under `key`) too."""
+    steps, waiting = [], [entry]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            steps.append(step)
+            waiting += step[key] if isinstance(step.get(key), list) else []
+    return steps
+
+
+def _templates_fit(post_processor: Any) -> bool:
+    """Say whether every template describes the tokens it names; the library panics where one does not."""
+    for step in _steps(post_processor, "processors"):
+        items = [item for key in ("single", "pair") if isinstance(step.get(key), list) for item in step[key]]
+        tokens = [item.get("SpecialToken") for item in items if isinstance(item, dict)]
+        names = {token["id"] for token in tokens if isinstance(token, dict) and isinstance(token.get("id"), str)}
+        known = step.get("special_tokens")
+        if not names <= set(known if isinstance(known, dict) else ()):
+            return False
+    return True
+
+
+def _growth(normalizer: Any) -> int:
+    """Return how many times longer a normalizer may make a text; it is enough to know that it is more than allowed."""
+    growth = 1
+    for step in _steps(normalizer, "normalizers"):
+        growth *= max(1, *(len(step[key]) for key in ("content", "prepend") if isinstance(step.get(key), str)), 1)
+        if growth > MAX_GROWTH:
+            break
+    return growth
 
 
 def _regexes(entry: Any) -> tuple[str, ...]:
