@@ -22,6 +22,7 @@ QUICK = {
     "size_ppl_table": {"chunks": 2, "ftypes": ["Q8_0", "Q4_K_M", "Q2_K", "COPY"]},
     "one_superblock": {},
     "error_histograms": {"most": 4},
+    "type_zoo": {"most": 4},
 }
 NEEDS = {"train_the_bundled_model": "torch", "run_it": "xllamacpp"}
 
