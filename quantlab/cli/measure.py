@@ -282,6 +282,7 @@ def notebook(
     folder = notebooks.run(name, given | dict(zip(keys, values, strict=True)))
     if picture:
         notebooks.picture(name, folder, picture)
-    for table in sorted(folder.glob("*.txt")):
+    table = folder / f"{name}.txt"
+    if table.is_file():
         typer.echo(table.read_text(encoding="utf-8"))
     typer.echo(f"In {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
