@@ -125,16 +125,16 @@ def _collect(
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         shown = dict(unit="tokens", unit_scale=1 / steps, disable=not progress, bar_format=bar_format)
         with tqdm(total=steps * windows.tokens.size, **shown) as bar:
-            return _Collection([variant], windows, mode, budget, workers, "", None, bar).collect(mode, process_output)
+            return _Collection([variant], windows, mode, budget, workers, "", None, bar).collect(process_output)
 
 
 class _Collection(Sweep):
     """The evaluator's pass over one model, for the inputs of its products instead of its scores."""
 
-    def collect(self, mode: str, process_output: bool) -> dict[str, np.ndarray]:
+    def collect(self, process_output: bool) -> dict[str, np.ndarray]:
         """Return the sums of every layer's tensors, and on request the output matrix's."""
         factors = self.base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in self.base else None
-        self.llama = _Observer(self.hparams, self.windows.tokens.shape[1], mode, self.workers, factors)
+        self.llama = _Observer(self.hparams, self.windows.tokens.shape[1], self.mode, self.workers, factors)
         sums: dict[str, np.ndarray] = {}
         memory = np.empty(max(layer_weights(self.base, i) for i in range(self.hparams.n_layer)), np.float32)
         qkv = np.empty((self.budget.chunks_at_once * self.windows.tokens.shape[1], self.llama.qkv_width), np.float32)

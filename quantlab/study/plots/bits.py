@@ -98,7 +98,8 @@ def recipe_front(
     ax.plot(recipes["bpw"], recipes["predicted_kld"], "-", color=BLUE, label="best recipe, predicted")
     ax.plot(ftypes["bpw"], ftypes["predicted_kld"], "s", color=VERMILION, ms=5, label="ftype, predicted")
     for row in ftypes.itertuples():
-        ax.annotate(row.variant, (row.bpw, row.predicted_kld), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        look = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 8, "rotation": 40}
+        ax.annotate(row.variant, (row.bpw, row.predicted_kld), **look)
     if judged is not None:
         measured = judged[judged["kld_mean"] > 0]
         for rows, colour, label in (
@@ -108,7 +109,10 @@ def recipe_front(
             look = {"fmt": "o", "color": colour, "mfc": "none", "ms": 9, "capsize": 3}
             ax.errorbar(rows["bpw"], rows["kld_mean"], yerr=rows["kld_se"], label=label, **look)
     ax.set(yscale="log", xlabel="size (bits per weight)", ylabel="KL divergence from the base (nats per token)")
-    ax.set(title=title, xlim=(None, min(recipes["bpw"].max(), 1.15 * ftypes["bpw"].max())))
+    right = min(recipes["bpw"].max(), 1.15 * ftypes["bpw"].max())
+    shown = frame[frame["bpw"] <= right]
+    ax.set(title=title, xlim=(0.95 * shown["bpw"].min(), right))
+    ax.set(ylim=(shown["predicted_kld"].min() / 1.5, shown["predicted_kld"].max() * 2))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     return ax
@@ -120,7 +124,7 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
     Parameters
     ----------
     types : mapping of str to str
-        GGUF tensor name → ggml type, of a recipe or a ftype; what is of no layer is left out, and named in the title.
+        GGUF tensor name → ggml type, of a recipe or a ftype. Norms are left out; what is of no layer is in the title.
     title : str
     ax : Axes, optional
         Where to draw; a new figure by default.
@@ -134,7 +138,8 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
     ValueError
         If no tensor is of a layer.
     """
-    placed = {tuple(name.removesuffix(".weight").split(".")[1:]): q for name, q in types.items() if "blk." in name}
+    matrices = {name: q for name, q in types.items() if name.startswith("blk.") and "_norm." not in name}
+    placed = {tuple(name.removesuffix(".weight").split(".")[1:]): q for name, q in matrices.items()}
     if not placed:
         raise ValueError("type_map: no tensor is of a layer. Give the types of a whole model.")
     kinds = sorted({kind for _, kind in placed})
@@ -145,7 +150,7 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
     for (layer, kind), qtype in placed.items():
         row, column = layers.index(int(layer)), kinds.index(kind)
         bits[row, column] = bits_per_weight(qtype)
-        look = {"color": "white" if bits[row, column] > 4.6 else "black", "fontsize": 8}
+        look = {"color": "white" if bits[row, column] > 6 else "black", "fontsize": 8}
         ax.text(column, row, qtype, ha="center", va="center", **look)
     ax.imshow(bits, cmap="Blues", vmin=1.5, vmax=8.5, aspect="auto")
     ax.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
