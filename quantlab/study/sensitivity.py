@@ -352,7 +352,9 @@ class _Study:
         bundles = [[missing[j] for j in bundle] for bundle in damage.cut(n_layer, firsts)]
         tasks = [self._bundle([changes[i] for i in bundle], [keys[i] for i in bundle]) for bundle in bundles]
         work = [damage.work_of(task) for task in tasks]
-        shown = dict(desc=f"{len(missing)} changes", unit="tokens", unit_scale=1 / (n_layer + 1), disable=not progress)
+        shown = dict(
+            desc=f"{len(missing)} changes", unit="tokens", unit_scale=1 / (n_layer + 1), disable=not (progress and work)
+        )
         bar_format = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=sum(work), bar_format=bar_format, **shown) as bar:
             for bundle, results in zip(bundles, damage.run(tasks, work, executor, bar), strict=True):
@@ -405,7 +407,9 @@ class _Study:
             if keys:
                 tasks.append(proxy.ErrorTask(self.base.path.absolute(), name, keys, weights, self.folder, self.threads))
         work = [self.base.tensor(task.name).n_weights * len(task.keys) for task in tasks]
-        with tqdm(total=sum(work), desc="errors", unit="weights", unit_scale=True, disable=not progress) as bar:
+        with tqdm(
+            total=sum(work), desc="errors", unit="weights", unit_scale=True, disable=not (progress and work)
+        ) as bar:
             for task, results in zip(tasks, damage.run(tasks, work, executor, bar), strict=True):
                 for (qtype, key), result in zip(task.keys.items(), results, strict=True):
                     found[task.name, qtype] = result
