@@ -96,11 +96,8 @@ class Verification:
     def _summary(self) -> pd.DataFrame:
         """Tensors and blocks by type and verdict."""
         groups = self.tensors.groupby(["qtype", "verdict"], sort=False)
-        columns = {
-            "tensors": ("name", "size"),
-            **{key: (key, "sum") for key in ("blocks", "differing", "fused", "left")},
-        }
-        return groups.agg(**columns).reset_index()
+        sums = {key: (key, "sum") for key in ("blocks", "differing", "fused", "left")}
+        return groups.agg(tensors=("name", "size"), **sums).reset_index()
 
     def __str__(self) -> str:
         return "\n".join(self._lines()) + f"\n\n{text_table(self._summary)}"
@@ -196,7 +193,10 @@ def _share_found(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> fl
         step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
         if squeezed(step.tensor.shape) == squeezed(tensor.shape):
             n = min(tensor.nrows, max(1, PROBE // tensor.shape[-1]))
-            ours = encode(step, step.tensor.rows(0, n))
+            try:
+                ours = encode(step, step.tensor.rows(0, n))
+            except ValueError:
+                return 0.0  # values that this precision cannot hold: nobody converted it so
             tally.add(ours, tensor.rows(0, n), (tensor.qtype, tensor.qtype), tensor.shape[-1])
     return 1 - tally.differing / max(tally.n_blocks, 1)
 
