@@ -1,17 +1,21 @@
 """Every notebook keeps to the form and runs; parameters are checked before a kernel starts."""
 
 import ast
+import base64
 import html
 import importlib
 import importlib.util
+import io
 import json
 import re
 import statistics
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from quantlab.files.bundled import checkout, notebooks_dir
 from quantlab.study import notebooks
@@ -80,10 +84,18 @@ def test_text_comes_before_code(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_exercises_are_at_the_end(name):
     cells = read(name).cells
-    headings = [cell.source.splitlines()[0] for cell in cells if cell.source.startswith("## ")]
-    assert headings[-1] == "## Exercises"
-    last = cells[[cell.source.splitlines()[0] for cell in cells].index("## Exercises") :]
-    assert sum(cell.cell_type == "code" for cell in last) >= 1
+    headings = [
+        (i, line)
+        for i, cell in enumerate(cells)
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("## ")
+    ]
+    start, heading = headings[-1]
+    assert heading == "## Exercises"
+    asked = sum(cell.source.count("**") // 2 for cell in cells[start:] if cell.cell_type == "markdown")
+    assert asked >= 1 or "1. " in cells[start].source
+    assert any(cell.cell_type == "code" for cell in cells[start:])
     assert cells[-1].cell_type == "code"
 
 
@@ -152,6 +164,11 @@ def test_the_first_figure_is_the_picture(tmp_path):
     cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("1", outputs=[shown])]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
     assert notebooks.picture("a", tmp_path, tmp_path / "a.png").read_bytes() == b"hello"
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)).save(noise, "PNG")
+    cells[1].outputs[0].data["image/png"] = base64.b64encode(noise.getvalue()).decode()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    assert notebooks.picture("a", tmp_path, tmp_path / "a.png").stat().st_size < 100_000 < len(noise.getvalue())
     nbformat.write(nbformat.v4.new_notebook(cells=cells[:1]), tmp_path / "a.ipynb")
     with pytest.raises(ValueError, match="a: shows no figure"):
         notebooks.picture("a", tmp_path, tmp_path / "b.png")

@@ -86,7 +86,7 @@ def _as_html(row: dict) -> str:
     name, picture = row["notebook"], ""
     if row["picture"]:
         data = base64.b64encode(Path(row["picture"]).read_bytes()).decode()
-        picture = f'<img src="data:image/png;base64,{data}" width="240" alt="{name}">'
+        picture = f'<img src="data:image/png;base64,{data}" style="min-width:240px;width:240px" alt="{name}">'
     link = f'<a href="{name}.ipynb">{name}</a>'
     cells = (picture, link, html.escape(row["question"]), row["time"], ", ".join(row["before"]))
     return "<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>"

@@ -6,6 +6,7 @@ What a run leaves lies in one folder: the executed notebook, an HTML copy, and w
 import ast
 import base64
 import difflib
+import io
 import re
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from typing import Any
 
 from quantlab.files.bundled import notebooks_dir, runs_dir
 from quantlab.files.output import replacing
+
+_LARGE_PICTURE = 100_000  # bytes
 
 
 def names() -> list[str]:
@@ -110,7 +113,7 @@ def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
 
 
 def picture(name: str, folder: Path, path: str | Path) -> Path:
-    """Write the first figure of an executed notebook as PNG.
+    """Write the first figure of an executed notebook as PNG, in 256 colours if it would be larger than 100 kB.
 
     Parameters
     ----------
@@ -134,9 +137,19 @@ def picture(name: str, folder: Path, path: str | Path) -> Path:
     ]
     if not figures:
         raise ValueError(f"{name}: shows no figure. See {folder / name}.ipynb")
+    data = base64.b64decode(figures[0]["image/png"])
     with replacing(path, overwrite=True) as part:
-        part.write_bytes(base64.b64decode(figures[0]["image/png"]))
+        part.write_bytes(data if len(data) < _LARGE_PICTURE else _in_256_colours(data))
     return Path(path)
+
+
+def _in_256_colours(data: bytes) -> bytes:
+    """The same picture as PNG with a palette, which takes about half the bytes."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def _folder_name(name: str, given: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The map of the course as a figure."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -24,18 +25,24 @@ def prerequisites(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     depth: dict[str, int] = {}
     for row in frame.itertuples():
         depth[row.notebook] = 1 + max((depth[name] for name in row.before), default=-1)
+    before = dict(zip(frame["notebook"], frame["before"], strict=True))
     columns = [[name for name in depth if depth[name] == d] for d in range(max(depth.values()) + 1)]
-    place = {name: (d, (len(c) - 1) / 2 - i) for d, c in enumerate(columns) for i, name in enumerate(c)}
+    place: dict[str, tuple[float, float]] = {}
+    for x, column in enumerate(columns):  # beside those that they build on, so that few arrows cross
+        column.sort(key=lambda name: -np.mean([place[b][1] for b in before[name]] or [0]))
+        place |= {name: (x, (len(column) - 1) / 2 - i) for i, name in enumerate(column)}
     if ax is None:
         _, ax = plt.subplots(figsize=(3 * len(columns), 1 + 0.8 * max(map(len, columns))), layout="constrained")
-    times = dict(zip(frame["notebook"], frame["time"], strict=True))
-    for name, (x, y) in place.items():
-        box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": BLUE}
-        ax.text(x, y, f"{name}\n{times[name]}", ha="center", va="center", fontsize=9, bbox=box, zorder=2)
-    arrow = {"arrowstyle": "-|>", "color": "0.4", "shrinkB": 34}
-    for row in frame.itertuples():
-        for name in row.before:
-            ax.annotate("", place[row.notebook], place[name], arrowprops=arrow, zorder=1)
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-max(map(len, columns)) / 2, max(map(len, columns)) / 2))
     ax.axis("off")
+    times = dict(zip(frame["notebook"], frame["time"], strict=True))
+    look = {"ha": "center", "va": "center", "fontsize": 9, "zorder": 2}
+    box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": BLUE}
+    texts = {name: ax.text(*xy, f"{name}\n{times[name]}", bbox=box, **look) for name, xy in place.items()}
+    ax.figure.canvas.draw()  # gives the boxes their sizes, at which the arrows end
+    for name in place:
+        for earlier in before[name]:
+            ends = {"patchA": texts[earlier].get_bbox_patch(), "patchB": texts[name].get_bbox_patch()}
+            arrow = {"arrowstyle": "-|>", "color": "0.4", "shrinkA": 0, "shrinkB": 2, **ends}
+            ax.annotate("", place[name], place[earlier], arrowprops=arrow, zorder=1)
     return ax
