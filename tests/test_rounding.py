@@ -85,17 +85,17 @@ def with_code(block: np.ndarray, qtype: str, weight: int, change: int) -> np.nda
     return block[0]
 
 
-@pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("qtype", "weighted"), CASES)
 def test_one_code_changed_by_one_step_is_no_rounding(made, rng, qtype, weighted):
     x, imatrix = sample(made, weighted)
     ours = quants.quantize(x, qtype, imatrix)
     theirs = ours.reshape(-1, quants.block_bytes(qtype)).copy()
     for i in range(len(theirs)):
-        theirs[i] = with_code(theirs[i], qtype, int(rng.integers(256)), int(rng.choice([-1, 1])))
+        theirs[i] = with_code(theirs[i], qtype, int(rng.integers(quants.block_size(qtype))), int(rng.choice([-1, 1])))
     fused, good = is_other_rounding(x, ours, theirs.reshape(ours.shape), qtype, imatrix)
     assert (theirs != ours.reshape(theirs.shape)).any(axis=1).all()
-    assert (fused | good).sum() <= 2  # of 256: a weight in the middle of two codes has two nearest ones
+    share = (fused | good).mean()  # a weight between two codes can have either; a line leaves more room than scales do
+    assert share < (0.01 if qtype.endswith("_K") else 0.15)
 
 
 @pytest.mark.parametrize(("qtype", "weighted"), CASES)
