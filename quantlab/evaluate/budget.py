@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantlab.evaluate.attention import QUERIES
 from quantlab.evaluate.dense import Workers
-from quantlab.evaluate.llama import QUERIES, ROWS, layer_shapes
+from quantlab.evaluate.llama import ROWS, layer_shapes, layer_weights
 from quantlab.evaluate.protocol import Windows
-from quantlab.evaluate.variants import Variant
+from quantlab.evaluate.tiles import COLUMNS, multiply, n_panels, panels_size
+from quantlab.evaluate.variants import PIECE, Variant
 from quantlab.transform.plan import parse_bytes, tensor_bytes
 
 PROCESS = 400 << 20  # bytes that Python, its packages and compiled code take by themselves
 ROWS_AT_ONCE = 4096  # tokens that a layer is applied to at a time, where memory allows
 LOGITS = 6 << 20  # logits per thread and model at a time
-SHARE_OF_PEAK = 0.6  # of the speed of one large product that a whole pass reaches
+SHARE_OF_PEAK = 0.7  # of the speed of one large product that a whole pass reaches
 ENCODE_SPEED = 20e6  # weights per second, of the slower types
 
 
@@ -117,17 +119,19 @@ def _layer_bytes(variants: Sequence[Variant], n_ctx: int, chunks: int, in_memory
     }
     states = 0 if in_memory else hparams.n_embd
     activations = chunks * n_ctx * (2 * (hparams.n_head + hparams.n_head_kv) * hparams.head_dim + states)
-    group = hparams.n_head // hparams.n_head_kv
-    attention = QUERIES * group * (n_ctx + hparams.head_dim)
-    per_thread = ROWS * (4 * hparams.n_embd + 4 * hparams.n_ff) + attention
-    return sum(stored.values()) + 4 * (sum(sizes) + max(sizes) + activations + n_threads * per_thread)
+    keys_and_values = panels_size((n_ctx, hparams.head_dim)) + panels_size((hparams.head_dim, n_ctx))
+    per_thread = ROWS * (4 * hparams.n_embd + 4 * hparams.n_ff) + keys_and_values + QUERIES * n_ctx
+    weights = layer_weights(base, hparams.n_layer // 2) + max(sizes)
+    return sum(stored.values()) + 4 * (weights + activations + n_threads * per_thread)
 
 
 def _output_bytes(variants: Sequence[Variant], outputs: int, logit_rows: int, n_threads: int) -> int:
     """Bytes that the output matrices of the base and `outputs` variants take, with a block of logits of each thread."""
     hparams = variants[0].model.hparams
     matrix = hparams.n_vocab * hparams.n_embd
-    return 4 * matrix * (1 + outputs) + (3 + outputs) * matrix + 8 * n_threads * logit_rows * hparams.n_vocab
+    panels = panels_size((hparams.n_vocab, hparams.n_embd))
+    logits = 2 * n_threads * logit_rows * hparams.n_vocab
+    return (3 + outputs) * matrix + 4 * ((1 + outputs) * panels + min(PIECE, matrix) + logits)
 
 
 def _seconds(variants: Sequence[Variant], windows: Windows, workers: Workers) -> float:
@@ -148,14 +152,13 @@ def _seconds(variants: Sequence[Variant], windows: Windows, workers: Workers) ->
     )
 
 
-def peak(workers: Workers, repeats: int = 3) -> float:
+def peak(workers: Workers) -> float:
     """Measure what all threads together reach in one large product each, floating-point operations per second."""
-    a = [np.ones((512, 1024), np.float32) for _ in range(workers.n_threads)]
-    b = np.ones((1024, 1024), np.float32)
-    out = [np.empty((512, 1024), np.float32) for _ in a]
+    x, panels = np.ones((ROWS, 1024), np.float32), np.ones((n_panels(1024), 1024, COLUMNS), np.float32)
+    out = [np.empty((ROWS, 1024), np.float32) for _ in range(workers.n_threads)]
     best = np.inf
-    for _ in range(repeats):
+    for _ in range(3):
         start = time.perf_counter()
-        workers.map(lambda i: [np.matmul(a[i], b.T, out=out[i]) for _ in range(4)], range(len(a)))
+        workers.map(lambda mine: [multiply(x, panels, mine) for _ in range(10)], out)
         best = min(best, time.perf_counter() - start)
-    return 4 * len(a) * 2 * a[0].size * len(b) / best
+    return 10 * len(out) * 2 * x.size * 1024 / best

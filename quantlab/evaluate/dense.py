@@ -1,7 +1,8 @@
-"""Dense products, and the threads that they run on: the one place to replace when another engine is to do them.
+"""Products with weights, and the threads that they run on.
 
-Work is cut into blocks of rows. Each block is done by one thread from start to end: BLAS single-threaded, compiled
-loops without the GIL. No two thread pools compete for the cores, and the result does not depend on how many there are.
+Work is cut into blocks of rows. Each block is done by one thread from start to end, in compiled loops without the GIL;
+BLAS, where it is at work, has one thread. No two thread pools compete for the cores, and the result does not depend on
+how many there are.
 """
 
 import threading
@@ -13,23 +14,25 @@ import numpy as np
 from numba import get_num_threads
 from threadpoolctl import ThreadpoolController
 
+from quantlab.evaluate.tiles import multiply
+
 
 @dataclass(frozen=True)
 class Matrix:
-    """One or several weight matrices over the same input, stacked into one product.
+    """One or several weight matrices over the same input, side by side in one product.
 
     Attributes
     ----------
-    weight : np.ndarray [shape=(n_out, n_in), dtype=float32]
-        The stacked rows.
+    parts : tuple of (np.ndarray, int)
+        Of each matrix its panels [shape=(n_panels(n_out), n_in, COLUMNS), dtype=float32] (see `tiles`) and n_out.
     """
 
-    weight: np.ndarray
+    parts: tuple[tuple[np.ndarray, int], ...]
 
     @property
     def n_out(self) -> int:
         """Columns of the product."""
-        return len(self.weight)
+        return sum(n_out for _, n_out in self.parts)
 
 
 def product(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
@@ -41,7 +44,10 @@ def product(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
     matrix : Matrix
     out : np.ndarray [shape=(nrows, n_out), dtype=float32]
     """
-    np.matmul(x, matrix.weight.T, out=out)
+    start = 0
+    for panels, n_out in matrix.parts:
+        multiply(x, panels, out[:, start : start + n_out])
+        start += n_out
 
 
 class Workers:
@@ -78,6 +84,6 @@ class Workers:
         return flat[:size].reshape(shape)
 
 
-def blocks(n: int, size: int) -> list[slice]:
-    """Cut range(n) into slices of `size`, the last one shorter."""
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def blocks(stop: int, size: int, start: int = 0) -> list[slice]:
+    """Cut range(start, stop) into slices of `size`, the last one shorter."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

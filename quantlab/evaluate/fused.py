@@ -28,16 +28,23 @@ def exp32(x):
     return poly * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(inline="always", fastmath=_FAST)
+@njit(inline="always")
+def _ordered(bits):
+    """Turn the bits of a float32 into an integer that compares as the number does, or back."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@njit(nogil=True)
 def row_max(x):
-    """The greatest of a row."""
-    top = x[0]
-    for i in range(x.shape[0]):
-        top = max(top, x[i])
-    return top
+    """The greatest of a contiguous row, by way of integers, of which many are compared at once."""
+    bits = x.view(np.int32)
+    top = _ordered(bits[0])
+    for i in range(bits.shape[0]):
+        top = max(top, _ordered(bits[i]))
+    return np.int32(_ordered(top)).view(np.float32)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def rms_norm(x, weight, eps, out):
     """out = x / sqrt(mean(x²) + eps) · weight, row by row; `out` may be `x`."""
     n = x.shape[1]
@@ -50,14 +57,14 @@ def rms_norm(x, weight, eps, out):
             out[r, i] = x[r, i] * scale * weight[i]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def head_norm(x, weight, eps):
     """Normalize every head in place: x [rows, heads, head_dim], weight [head_dim]."""
     for r in range(x.shape[0]):
         rms_norm(x[r], weight, eps, x[r])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def add(x, y):
     """x += y, row by row; `y` may be one row for all."""
     for r in range(x.shape[0]):
@@ -66,7 +73,7 @@ def add(x, y):
             x[r, i] += row[i]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def rope_pairs(x, cos, sin):
     """Rotate neighbours (0, 1), (2, 3), … in place: x [rows, heads, head_dim], cos and sin [rows, n_rot / 2]."""
     for r in range(x.shape[0]):
@@ -77,7 +84,7 @@ def rope_pairs(x, cos, sin):
                 x[r, h, 2 * i + 1] = a * sin[r, i] + b * cos[r, i]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def rope_halves(x, cos, sin):
     """Rotate (0, n_rot / 2), (1, n_rot / 2 + 1), … in place: the same in the other order ("neox")."""
     half = cos.shape[1]
@@ -89,47 +96,37 @@ def rope_halves(x, cos, sin):
                 x[r, h, i + half] = a * sin[r, i] + b * cos[r, i]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def gather_queries(q, scale, out):
-    """out[(row, head), :] = q[row, head, :] · scale."""
-    heads = q.shape[1]
-    for r in range(q.shape[0]):
-        for h in range(heads):
-            for i in range(q.shape[2]):
-                out[r * heads + h, i] = q[r, h, i] * scale
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def causal_softmax(scores, first, heads):
-    """Softmax of each row over the keys that it may see: row s belongs to position first + s // heads."""
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def causal_softmax(scores, first, scale):
+    """Softmax of scores · scale, each row over the keys that it may see: row s belongs to position first + s."""
     for s in range(scores.shape[0]):
-        seen = first + s // heads + 1
+        seen = first + s + 1
         row = scores[s]
         top = row_max(row[:seen])
         total = _ZERO
         for i in range(seen):
-            row[i] = exp32(row[i] - top)
+            row[i] = exp32((row[i] - top) * scale)
             total += row[i]
-        scale = _ONE / total
+        inverse = _ONE / total
         for i in range(seen):
-            row[i] *= scale
+            row[i] *= inverse
         row[seen:] = _ZERO
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def silu_mul(gate_up, out):
     """out = silu(gate) · up, where gate and up are the halves of each row."""
     n = out.shape[1]
     for r in range(out.shape[0]):
+        gate, up, row = gate_up[r, :n], gate_up[r, n:], out[r]
         for i in range(n):
-            gate = gate_up[r, i]
-            out[r, i] = gate / (_ONE + exp32(-gate)) * gate_up[r, n + i]
+            row[i] = gate[i] / (_ONE + exp32(-gate[i])) * up[i]
 
 
 TOP = 10  # how many of a row's greatest logits are remembered
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _top(row, values, indices):
     """Find the TOP greatest of a row and where they are, greatest first; of equal ones the first comes first."""
     values[:] = np.float32(-np.inf)
@@ -147,17 +144,18 @@ def _top(row, values, indices):
                 values[j], indices[j] = row[i], i
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _divergence(base, base_max, other, other_max):
     """Sums over a row: Σ e^(base - max), Σ e^(other - max), Σ e^(base - max) · (base - other)."""
     base_sum, other_sum, weighted = 0.0, 0.0, 0.0
     for start in range(0, base.shape[0], 1024):  # float32 within a piece, float64 across pieces
         b, o, w = _ZERO, _ZERO, _ZERO
-        for i in range(start, min(start + 1024, base.shape[0])):
-            e = exp32(base[i] - base_max)
+        base_piece, other_piece = base[start : start + 1024], other[start : start + 1024]
+        for i in range(base_piece.shape[0]):
+            e = exp32(base_piece[i] - base_max)
             b += e
-            o += exp32(other[i] - other_max)
-            w += e * (base[i] - other[i])
+            o += exp32(other_piece[i] - other_max)
+            w += e * (base_piece[i] - other_piece[i])
         base_sum += b
         other_sum += o
         weighted += w

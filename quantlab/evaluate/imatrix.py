@@ -166,10 +166,10 @@ class _Observer(Llama):
         self._layer: Layer | None = None
         self._partial: dict[str, list[np.ndarray]] = {}
 
-    def forward(self, layer: Layer, x: np.ndarray, qkv: np.ndarray) -> None:
+    def forward(self, layer: Layer, x: np.ndarray, qkv: np.ndarray, first: int = 0) -> None:
         """Apply one layer in place."""
         self._layer = layer
-        super().forward(layer, x, qkv)
+        super().forward(layer, x, qkv, first)
 
     def product(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
         """Compute out = x · weightᵀ, having looked at x."""

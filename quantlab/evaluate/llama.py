@@ -13,16 +13,17 @@ import numpy as np
 
 from quantlab.evaluate import dense, fused, ggml_products, ggml_steps
 from quantlab.evaluate.activations import round_f16
+from quantlab.evaluate.attention import QUERIES, causal_attention
 from quantlab.evaluate.dense import Matrix, Workers, blocks
 from quantlab.evaluate.ggml_products import Packed, PackedMatrix
 from quantlab.evaluate.rope import rope_angles, rope_angles_as_ggml
+from quantlab.evaluate.tiles import COLUMNS, n_panels, panels_size
 
 # architecture -> how its q and k pair up the dimensions that are rotated
 ROPE = {"llama": "rope_pairs", "qwen2": "rope_halves", "qwen3": "rope_halves"}
 
 MODES = ("float", "ggml-cpu")
-ROWS = 512  # rows of activations that a thread takes at a time
-QUERIES = 128  # positions of one chunk that attention takes at a time
+ROWS = 192  # rows of activations that a thread takes at a time: whole tiles, and small enough for an even share
 
 _TENSORS = {"attn_norm.weight", "ffn_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight"}
 _TENSORS |= {
@@ -85,8 +86,8 @@ def layer_shapes(model, index: int) -> dict[str, tuple[int, ...]]:
 
 
 def layer_weights(model, index: int) -> int:
-    """Return the number of weights of layer `index`."""
-    return sum(int(np.prod(shape)) for shape in layer_shapes(model, index).values())
+    """Return how many float32 numbers the matrices of layer `index` take in memory, in whole panels."""
+    return sum(panels_size(shape) for shape in layer_shapes(model, index).values() if len(shape) == 2)
 
 
 def load_layer(
@@ -103,54 +104,56 @@ def load_layer(
     model : Model
     index : int
     read : callable
-        `read(name, out)` fills `out` with the tensor's values.
-    memory : np.ndarray [shape=(weights of the layer or more,), dtype=float32], optional
-        Where to put them.
+        `read(name, out)` fills `out`, a vector or the panels of a matrix, with the tensor's values.
+    memory : np.ndarray [shape=(`layer_weights` or more,), dtype=float32], optional
+        Where to put the matrices.
     pack : callable, optional
         `pack(name)` returns a weight matrix taken apart for mode `ggml-cpu`; then all matrices are.
 
     Returns
     -------
     Layer
-        Made of views of `memory`.
+        Its matrices are views of `memory`.
     """
     used = 0
-    if memory is None:
+    if memory is None and pack is None:
         memory = np.empty(layer_weights(model, index), np.float32)
 
-    def stack(*kinds: str, suffix: str = "weight") -> Matrix | PackedMatrix | None:
-        """Read tensors of the layer one below the other."""
+    def matrix(*kinds: str) -> Matrix | PackedMatrix:
+        """Matrices over the same input."""
         nonlocal used
+        names, parts = [f"blk.{index}.{kind}.weight" for kind in kinds], []
+        if pack is not None:
+            return PackedMatrix(tuple(pack(name) for name in names))
+        for name in names:
+            shape = model.tensor(name).shape
+            panels = memory[used : used + panels_size(shape)].reshape(-1, shape[1], COLUMNS)
+            used += panels.size
+            read(name, panels)
+            parts.append((panels, shape[0]))
+        return Matrix(tuple(parts))
+
+    def vector(*kinds: str, suffix: str = "weight") -> np.ndarray | None:
+        """Vectors one after the other."""
         names = [f"blk.{index}.{kind}.{suffix}" for kind in kinds]
         if any(name not in model for name in names):
             return None
-        shapes = [model.tensor(name).shape for name in names]
-        if pack is not None and len(shapes[0]) == 2:
-            return PackedMatrix(tuple(pack(name) for name in names))
-        nrows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
-        whole = memory[used : used + nrows * int(np.prod(columns, initial=1))].reshape(nrows, *columns)
-        used += whole.size
-        start = 0
-        for name, shape in zip(names, shapes, strict=True):
-            read(name, whole[start : start + shape[0]])
-            start += shape[0]
-        return Matrix(whole)
-
-    def vector(*kinds: str, suffix: str = "weight") -> np.ndarray | None:
-        found = stack(*kinds, suffix=suffix)
-        return None if found is None else found.weight
+        pieces = [np.empty(model.tensor(name).shape, np.float32) for name in names]
+        for name, piece in zip(names, pieces, strict=True):
+            read(name, piece)
+        return np.concatenate(pieces)
 
     return Layer(
         attn_norm=vector("attn_norm"),
-        qkv=stack("attn_q", "attn_k", "attn_v"),
+        qkv=matrix("attn_q", "attn_k", "attn_v"),
         qkv_bias=vector("attn_q", "attn_k", "attn_v", suffix="bias"),
         q_norm=vector("attn_q_norm"),
         k_norm=vector("attn_k_norm"),
-        attn_output=stack("attn_output"),
+        attn_output=matrix("attn_output"),
         attn_output_bias=vector("attn_output", suffix="bias"),
         ffn_norm=vector("ffn_norm"),
-        gate_up=stack("ffn_gate", "ffn_up"),
-        ffn_down=stack("ffn_down"),
+        gate_up=matrix("ffn_gate", "ffn_up"),
+        ffn_down=matrix("ffn_down"),
     )
 
 
@@ -180,7 +183,7 @@ class Llama:
         self.eps = np.float32(hparams.rms_eps)
         self.n_q, self.n_kv = hparams.n_head * hparams.head_dim, hparams.n_head_kv * hparams.head_dim
 
-    def forward(self, layer: Layer, x: np.ndarray, qkv: np.ndarray) -> None:
+    def forward(self, layer: Layer, x: np.ndarray, qkv: np.ndarray, first: int = 0) -> None:
         """Apply one layer in place.
 
         Parameters
@@ -190,14 +193,16 @@ class Llama:
             Hidden states of whole chunks, one after the other.
         qkv : np.ndarray [shape=(n_chunks * n_ctx, `qkv_width`), dtype=float32]
             Scratch space.
+        first : int
+            Position of each chunk from which on the result is wanted; what is before it stays as it is.
         """
-        by_rows = blocks(len(x), ROWS)
+        chunks, by_rows = blocks(len(x), self.n_ctx), blocks(len(x), ROWS)
         self.workers.map(lambda rows: self._project(layer, x, qkv, rows), by_rows)
-        queries = [(chunk, part) for chunk in blocks(len(x), self.n_ctx) for part in blocks(self.n_ctx, QUERIES)[::-1]]
-        pieces = [(*piece, head) for piece in queries for head in range(self.hparams.n_head_kv)]
-        attended = qkv[:, self.n_q + 2 * self.n_kv :]
-        self.workers.map(lambda piece: self._attend(qkv, attended, *piece), pieces)
-        self.workers.map(lambda rows: self._mix(layer, x, attended, rows), by_rows)
+        pieces = [(chunk, head) for chunk in chunks for head in range(self.hparams.n_head_kv)]
+        self.workers.map(lambda piece: self._attend(qkv, first, *piece), pieces)
+        if first:
+            by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
+        self.workers.map(lambda rows: self._mix(layer, x, qkv[:, self.n_q + 2 * self.n_kv :], rows), by_rows)
 
     @property
     def qkv_width(self) -> int:
@@ -232,26 +237,21 @@ class Llama:
         if self.as_ggml:
             round_f16(out[:, n_q:], out[:, n_q:])
 
-    def _attend(self, qkv: np.ndarray, out: np.ndarray, chunk: slice, part: slice, head: int) -> None:
-        """Attention of the positions `part` of one chunk, for the query heads that share one k and v head."""
+    def _attend(self, qkv: np.ndarray, first: int, chunk: slice, head: int) -> None:
+        """Attention of one chunk from position `first` on, for the query heads that share one k and v head."""
         dim, n_q, n_kv = self.hparams.head_dim, self.n_q, self.n_kv
         group = self.hparams.n_head // self.hparams.n_head_kv
-        rows = slice(chunk.start + part.start, chunk.start + part.stop)
-        seen = slice(chunk.start, rows.stop)
-        mine = slice(head * group * dim, (head + 1) * group * dim)
-        k = qkv[seen, n_q + head * dim : n_q + (head + 1) * dim]
-        v = qkv[seen, n_q + n_kv + head * dim : n_q + n_kv + (head + 1) * dim]
+        every = heads(qkv[chunk], dim)  # the heads of q, of k, of v, and of the result
+        k, v = every[:, n_q // dim + head], every[:, (n_q + n_kv) // dim + head]
+        q, out = (every[:, start + head * group :][:, :group] for start in (0, (n_q + 2 * n_kv) // dim))
         if self.as_ggml:
-            q, found = heads(qkv[rows, mine], dim), heads(out[rows, mine], dim)
-            ggml_steps.flash_attention(q, k, v, part.start, np.float32(1) / np.sqrt(np.float32(dim)), found)
+            scale = np.float32(1) / np.sqrt(np.float32(dim))
+            ggml_steps.flash_attention(q[first:], k, v, first, scale, out[first:])
             return
-        q = self.workers.scratch("q", (rows.stop - rows.start) * group, dim)
-        scores = self.workers.scratch("scores", len(q), len(k))
-        fused.gather_queries(heads(qkv[rows, mine], dim), np.float32(dim**-0.5), q)
-        np.matmul(q, k.T, out=scores)
-        fused.causal_softmax(scores, part.start, group)
-        np.matmul(scores, v, out=q)
-        heads(out[rows, mine], dim)[:] = q.reshape(-1, group, dim)
+        keys = self.workers.scratch("keys", n_panels(self.n_ctx), dim, COLUMNS)
+        values = self.workers.scratch("values", n_panels(dim), self.n_ctx, COLUMNS)
+        scores = self.workers.scratch("scores", QUERIES * self.n_ctx)
+        causal_attention(q, k, v, first, np.float32(dim**-0.5), out, keys, values, scores)
 
     def _mix(self, layer: Layer, x: np.ndarray, attended: np.ndarray, rows: slice) -> None:
         """Everything after attention for a block of rows."""

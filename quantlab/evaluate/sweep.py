@@ -95,7 +95,8 @@ class Sweep:
         self.states.advance()
 
     def _layer(self, index: int, memory: np.ndarray, qkv: np.ndarray) -> None:
-        """Apply layer `index` of every variant to every chunk."""
+        """Apply layer `index` of every variant to every chunk; the last one only where positions are scored."""
+        first = self.windows.first if index == self.hparams.n_layer - 1 else 0
         for i, variant in reversed(list(enumerate(self.variants))):  # in memory, `write` replaces what others take over
             source, since = self.shared[i]
             if since > index:
@@ -104,7 +105,7 @@ class Sweep:
             for chunks in self._batches():
                 x = self.states.read(i, chunks) if since < index else self.states.read(source, chunks).copy()
                 rows = x.reshape(-1, self.hparams.n_embd)
-                self.llama.forward(layer, rows, qkv[: len(rows)])
+                self.llama.forward(layer, rows, qkv[: len(rows)], first)
                 self.states.write(i, chunks, x)
                 self.bar.update(len(rows))
         self.weights.forget()

@@ -11,12 +11,15 @@ from quantlab import quants
 from quantlab.evaluate.dense import Matrix, Workers, blocks
 from quantlab.evaluate.ggml_products import Packed, PackedMatrix, pack
 from quantlab.evaluate.llama import Layer, load_layer
+from quantlab.evaluate.tiles import COLUMNS, fill_panels, n_panels
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.transform.mixture import Recipe, choose_types, layer_of
 from quantlab.transform.plan import tensor_bytes
 
 _ROWS = 2048  # rows of a matrix that are read or converted at a time
+PIECE = 1 << 22  # weights that are dequantized at a time on their way into panels
+_PANEL_ROWS = 64  # rows that a thread puts into panels at a time
 
 
 @dataclass(frozen=True)
@@ -159,26 +162,36 @@ class Weights:
         self.fill(variant, "output_norm.weight", norm)
         if mode != "float":
             return norm, PackedMatrix((self._packed(variant, name),))
-        matrix = np.empty(variant.model.tensor(name).shape, np.float32)
-        self.fill(variant, name, matrix)
-        return norm, Matrix(matrix)
+        n_out, n_in = variant.model.tensor(name).shape
+        panels = np.empty((n_panels(n_out), n_in, COLUMNS), np.float32)
+        self.fill(variant, name, panels)
+        return norm, Matrix(((panels, n_out),))
 
     def fill(self, variant: Variant, name: str, out: np.ndarray) -> None:
-        """Put the values of tensor `name` of `variant` into `out` [float32, the tensor's shape]."""
-        self._decode(self._bytes(variant, name, out), variant.types[name], out)
+        """Put the values of tensor `name` of `variant` into `out`, float32 of its shape, or a matrix's panels."""
+        stored, qtype, shape = self._bytes(variant, name), variant.types[name], variant.model.tensor(name).shape
+        if out.shape == shape:
+            self._decode(stored, qtype, out)
+            return
+        for piece in blocks(len(stored), max(_PANEL_ROWS, PIECE // shape[1])):
+            rows = stored[piece]
+            if rows.dtype == np.uint8:
+                rows = quants.dequantize(rows, qtype, (len(rows), shape[1]))
+            parts = blocks(len(rows), _PANEL_ROWS)
+            self._workers.map(lambda part, x=rows, at=piece.start: fill_panels(x[part], out, at + part.start), parts)
 
     def _packed(self, variant: Variant, name: str) -> Packed:
         shape = variant.model.tensor(name).shape
-        return pack(self._bytes(variant, name, None), variant.types[name], shape)
+        return pack(self._bytes(variant, name), variant.types[name], shape)
 
-    def _bytes(self, variant: Variant, name: str, space: np.ndarray | None) -> np.ndarray:
-        """Tensor `name` of `variant` as it is stored in its type; `space` is float32 of its shape, to work in."""
+    def _bytes(self, variant: Variant, name: str) -> np.ndarray:
+        """Tensor `name` of `variant` as it is stored in its type."""
         tensor = variant.model.tensor(name)
         if variant.model is not self._base:
             return tensor.load()
         if variant.types[name] == tensor.qtype:
             return self._load(name)
-        return self._encode(variant, name, np.empty(tensor.shape, np.float32) if space is None else space)
+        return self._encode(variant, name)
 
     def rows(self, variant: Variant, name: str, indices: np.ndarray) -> np.ndarray:
         """Return some rows of a matrix [shape=(len(indices), n_per_row), dtype=float32]; `indices` ascend."""
@@ -204,15 +217,19 @@ class Weights:
             self._stored[name] = self._base.tensor(name).load()
         return self._stored[name]
 
-    def _encode(self, variant: Variant, name: str, space: np.ndarray) -> np.ndarray:
-        """Bytes of a base tensor in the variant's type; `space` is float32 of its shape, to work in."""
+    def _encode(self, variant: Variant, name: str) -> np.ndarray:
+        """Bytes of a base tensor in the variant's type."""
         key = identity(variant, name)
         if key in self._encoded:
             return self._encoded[key]
-        x, stored_as = self._load(name), self._base.tensor(name).qtype
+        x, tensor = self._load(name), self._base.tensor(name)
+        qtype, weights = variant.types[name], variant.imatrix.get(name)
         if x.dtype == np.uint8:
-            x = self._decode(x, stored_as, space)
-        data = quants.quantize(x, variant.types[name], variant.imatrix.get(name), name=name)
+            n_in, pieces = tensor.shape[-1], blocks(len(x), max(1, PIECE // tensor.shape[-1]))
+            floats = (quants.dequantize(x[rows], tensor.qtype, (rows.stop - rows.start, n_in)) for rows in pieces)
+            data = np.concatenate([quants.quantize(piece, qtype, weights, name=name) for piece in floats])
+        else:
+            data = quants.quantize(x, qtype, weights, name=name)
         if self._wanted[key] > 1:
             self._encoded[key] = data
         return data

@@ -1,0 +1,39 @@
+"""Causal attention within one chunk, a few queries at a time against the keys that they may see.
+
+scores = q · kᵀ          softmax of each row over the keys up to its own          out = scores · v
+"""
+
+from quantlab.evaluate.fused import causal_softmax
+from quantlab.evaluate.tiles import COLUMNS, compiled, multiply, pack
+
+QUERIES = 60  # positions at a time: whole tiles, and few keys that only the last of them may see
+
+
+@compiled
+def causal_attention(q, k, v, first, scale, out, keys, values, scores):
+    """Attention of the query heads that share one k and one v head.
+
+    Parameters
+    ----------
+    q : np.ndarray [shape=(n_ctx, n_heads, head_dim), dtype=float32]
+    k, v : np.ndarray [shape=(n_ctx, head_dim), dtype=float32]
+    first : int
+        Position from which on the result is wanted.
+    scale : float32
+        What scores are multiplied by.
+    out : np.ndarray [shape=q.shape, dtype=float32]
+    keys, values, scores : np.ndarray [dtype=float32]
+        Scratch space: panels of k [n_ctx, head_dim], panels of vᵀ [head_dim, n_ctx], and [QUERIES * n_ctx].
+    """
+    n_ctx, n_heads = q.shape[:2]
+    pack(k, keys, 0)
+    for p in range(values.shape[0]):
+        columns = v[:, p * COLUMNS : (p + 1) * COLUMNS]
+        values[p, :, : columns.shape[1]] = columns
+    for start in range(first, n_ctx, QUERIES):
+        stop = min(start + QUERIES, n_ctx)
+        seen = scores[: (stop - start) * stop].reshape(stop - start, stop)
+        for h in range(n_heads):
+            multiply(q[start:stop, h], keys[: -(-stop // COLUMNS)], seen)
+            causal_softmax(seen, start, scale)
+            multiply(seen, values[:, :stop], out[start:stop, h])

@@ -1,0 +1,151 @@
+"""A matrix product of our own: as fast as the processor multiplies, and the same to the last bit however it is cut.
+
+    out[rows, n_out] = x[rows, n_in] · weightᵀ            panels[p, i, c] = weight[COLUMNS · p + c, i]
+
+A tile is ROWS × COLUMNS numbers of `out`. They stay in registers while a loop goes down n_in; each step takes one row
+of a panel and one number of each row of x:
+
+                     panel[i]   ████████████████  COLUMNS
+                        x[0, i] ████████████████
+                        x[1, i] ████████████████  += x[r, i] · panel[i]
+                        x[2, i] ████████████████
+
+So every number of `out` is one sum in the order of i, whatever the blocks of rows and the number of threads.
+"""
+
+import platform
+
+import numpy as np
+from llvmlite import ir
+from numba import config, njit, types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+LANES = 16  # numbers in a vector; LLVM takes several registers for it where one is too small
+ROWS = 6
+# 6 × 4 vectors leave 8 of the 32 registers of AVX-512 free; 6 × 1, in halves or quarters, fit those of AVX2 and NEON
+VECTORS = 4 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2] else 1
+# On a Mac BLAS has a matrix unit that other code cannot reach. Without compiled code, too, BLAS is the fast one.
+BLAS = bool(config.DISABLE_JIT) or platform.system() == "Darwin"
+COLUMNS = 512 if BLAS else LANES * VECTORS
+DEPTH = 2048  # steps after which a tile is put down, so that the panel stays in the cache
+compiled = (lambda function: function) if BLAS else njit(nogil=True, cache=True)  # `multiply` and what calls it
+
+_VECTOR = ir.VectorType(ir.FloatType(), LANES)
+
+
+def n_panels(n_out: int) -> int:
+    """Return the number of panels that `n_out` rows of weights fill, the last one perhaps in part."""
+    return -(-n_out // COLUMNS)
+
+
+def panels_size(shape: tuple[int, int]) -> int:
+    """Return the size of the panels of a matrix of this shape, in numbers."""
+    return n_panels(shape[0]) * shape[1] * COLUMNS
+
+
+def fill_panels(weight: np.ndarray, panels: np.ndarray, first: int) -> None:
+    """Put some rows of weights [rows, n_in] of any float type into panels, as rows `first`, … of the matrix."""
+    pack(np.asarray(weight, np.float32), panels, first)
+
+
+@njit(nogil=True, cache=True)
+def pack(weight, panels, first):
+    """`fill_panels` from float32."""
+    columns = panels.shape[2]
+    for start in range(0, weight.shape[1], 16):
+        stop = min(start + 16, weight.shape[1])
+        for r in range(weight.shape[0]):
+            p, c = divmod(first + r, columns)
+            for i in range(start, stop):
+                panels[p, i, c] = weight[r, i]
+
+
+@compiled
+def multiply(x, panels, out):
+    """Compute out = x · weightᵀ on this thread alone.
+
+    Parameters
+    ----------
+    x : np.ndarray [shape=(nrows, n_in), dtype=float32, rows contiguous]
+    panels : np.ndarray [shape=(n_panels(n_out), n_in, COLUMNS), dtype=float32, rows contiguous]
+    out : np.ndarray [shape=(nrows, n_out), dtype=float32, rows contiguous]
+    """
+    if BLAS:
+        for p in range(panels.shape[0]):
+            columns = out[:, p * COLUMNS : (p + 1) * COLUMNS]
+            np.matmul(x, panels[p, :, : columns.shape[1]], columns)
+        return
+    edge = np.empty((ROWS, COLUMNS), np.float32)
+    for start in range(0, x.shape[1], DEPTH):
+        steps = slice(start, min(start + DEPTH, x.shape[1]))
+        for p in range(panels.shape[0]):
+            for r in range(0, x.shape[0], ROWS):
+                rows = slice(r, min(r + ROWS, x.shape[0]))
+                target = out[rows, p * COLUMNS : (p + 1) * COLUMNS]
+                n, columns = target.shape
+                if columns == COLUMNS:
+                    _tile(x[rows, steps], panels[p, steps], target, start > 0)
+                else:
+                    edge[:n, :columns] = target
+                    _tile(x[rows, steps], panels[p, steps], edge[:n], start > 0)
+                    target[:] = edge[:n, :columns]
+
+
+@intrinsic
+def _tile(typing_context, x, panel, out, more):
+    """out[r, :] = Σ_i x[r, i] · panel[i, :] for up to ROWS rows, on top of what is in `out` if there is `more`."""
+    return types.void(x, panel, out, more), _build_tile
+
+
+def _build_tile(context, builder, signature, args):
+    """Write the LLVM code of `_tile`: the loop over i, all its sums in registers."""
+    x, panel, out = (
+        context.make_array(kind)(context, builder, value)
+        for kind, value in zip(signature.args[:3], args[:3], strict=True)
+    )
+    x_rows, out_rows = _row_pointers(context, builder, x), _row_pointers(context, builder, out)
+    sums = [[cgutils.alloca_once_value(builder, _VECTOR(None)) for _ in range(VECTORS)] for _ in range(ROWS)]
+    with builder.if_then(args[3]):
+        for r in range(ROWS):
+            for v in range(VECTORS):
+                builder.store(builder.load(_vector(context, builder, out_rows[r], v), align=4), sums[r][v])
+    _, n_in = cgutils.unpack_tuple(builder, x.shape)
+    width = context.get_constant(types.intp, COLUMNS)
+    with cgutils.for_range(builder, n_in) as step:
+        panel_row = builder.gep(panel.data, [builder.mul(step.index, width)])
+        weights = [builder.load(_vector(context, builder, panel_row, v), align=4) for v in range(VECTORS)]
+        for r in range(ROWS):
+            value = _repeated(builder, builder.load(builder.gep(x_rows[r], [step.index])))
+            for total, weight in zip(sums[r], weights, strict=True):
+                product = builder.fmul(value, weight, flags=("contract",))  # with the sum it becomes one instruction
+                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+    for r in range(ROWS):
+        for v in range(VECTORS):
+            builder.store(builder.load(sums[r][v]), _vector(context, builder, out_rows[r], v), align=4)
+    return context.get_dummy_value()
+
+
+def _row_pointers(context, builder, array) -> list:
+    """Where each of ROWS rows begins. Rows that are not there are the last one again, and do what it does."""
+    last = builder.sub(cgutils.unpack_tuple(builder, array.shape)[0], context.get_constant(types.intp, 1))
+    stride = cgutils.unpack_tuple(builder, array.strides)[0]
+    pointers = []
+    for r in range(ROWS):
+        index = context.get_constant(types.intp, r)
+        index = builder.select(builder.icmp_signed("<", index, last), index, last)
+        pointers.append(cgutils.pointer_add(builder, array.data, builder.mul(index, stride)))
+    return pointers
+
+
+def _vector(context, builder, pointer, v: int):
+    """Pointer to the v-th vector from `pointer` on."""
+    first = builder.gep(pointer, [context.get_constant(types.intp, LANES * v)])
+    return builder.bitcast(first, _VECTOR.as_pointer())
+
+
+def _repeated(builder, number):
+    """A vector of `number` in every lane."""
+    undefined, zeros = _VECTOR(ir.Undefined), ir.VectorType(ir.IntType(32), LANES)(None)
+    return builder.shuffle_vector(builder.insert_element(undefined, number, ir.IntType(32)(0)), undefined, zeros)
