@@ -5,6 +5,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
@@ -102,3 +103,33 @@ def test_memory_stacks_the_parts_and_draws_what_there_is():
     assert sorted(ends.values()) == [3.75, 9.75]
     assert [line.get_xdata()[0] for line in ax.lines] == [4, 6, 10]
     assert "GiB" in ax.get_xlabel()
+
+
+def test_surprise_is_drawn_over_the_context_with_the_scored_part_shaded():
+    nll = np.tile(np.linspace(6, 3, 127), (4, 1))
+    ax = plots.nll_by_position(nll, scored_from=64)
+    (line,) = (bars.lines[0] for bars in ax.containers)
+    context, mean = line.get_data()
+    assert context[0] == 1 and context[-1] <= 127 and mean[0] == 6
+    assert list(mean) == sorted(mean, reverse=True)
+    assert ax.patches[0].get_x() == 65
+    assert "nats per token" in ax.get_ylabel() and ax.get_xscale() == "log"
+
+
+def test_effects_are_bars_whose_colour_tells_the_direction():
+    frame = pd.DataFrame({"ppl_change": [0.05, -0.001, np.nan], "kld": [0.07, np.nan, -1e-7]}, index=["a", "b", "c"])
+    change, kld = plots.effects(frame, n_damage=1)
+    assert [text.get_text() for text in change.get_yticklabels()] == ["a", "b", "c"]
+    higher, lower = ([bar.get_width() for bar in bars if bar.get_width() > 0] for bars in change.containers)
+    assert (higher, lower) == ([5.0], pytest.approx([0.1]))
+    assert [bar.get_width() for bar in kld.patches if bar.get_width() > 0] == [0.07, 1e-7]
+    assert change.lines[0].get_ydata()[0] == 0.5
+
+
+def test_the_map_draws_an_arrow_from_each_notebook_to_what_builds_on_it():
+    rows = [("a", "a minute", []), ("b", "a minute", []), ("c", "two minutes", ["a", "b"]), ("d", "a minute", ["c"])]
+    ax = plots.prerequisites(pd.DataFrame(rows, columns=["notebook", "time", "before"]))
+    boxes = {text.get_text().splitlines()[0]: text.get_position() for text in ax.texts if text.get_text()}
+    assert [boxes[name][0] for name in "abcd"] == [0, 0, 1, 2]
+    arrows = {(tuple(a.xyann), tuple(a.xy)) for a in ax.texts if not a.get_text()}
+    assert arrows == {(boxes[a], boxes[b]) for a, b in (("a", "c"), ("b", "c"), ("c", "d"))}
