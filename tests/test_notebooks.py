@@ -105,7 +105,8 @@ def test_papermill_knows_every_parameter_and_its_meaning(name):
     path = str(notebooks_dir() / f"{name}.ipynb")
     found = papermill.inspect_notebook(path)
     shown = CliRunner().invoke(importlib.import_module("papermill.cli").papermill, ["--help-notebook", path]).output
-    assert all(f"{key}: " in shown for key in found)
+    shown = " ".join(shown.split())
+    assert all(f"{key}: " in shown and " ".join(of["help"].split()) in shown for key, of in found.items())
     lines = [line for line in read(name).cells[1].source.splitlines() if line and line[0].isalpha()]
     assert len(found) == len(lines)
     assert "out" in found
