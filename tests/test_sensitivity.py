@@ -389,3 +389,10 @@ def test_only_mixtures_with_the_rule_have_more_bits(folder, found):
         more_bits(ql.open(folder), found, "Q4_0")
     with pytest.raises(ValueError, match="blk.0.attn_q.weight: Q5_0 was not measured"):
         more_bits(ql.open(folder), found, "Q4_K_M")
+
+
+def test_a_kind_without_any_damage_predicts_nothing():
+    rows = [row | {"delta_kld": row["delta_kld"] and -1e-9} for row in made_rows(3, lambda layer, qtype: layer < 1)]
+    rows[-1] |= {"measured": True, "delta_kld": 1e-3}
+    with pytest.raises(ValueError, match="attn_v: none of its measured damages is above zero"):
+        proxy.calibrated(rows, 3)

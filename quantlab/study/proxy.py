@@ -132,6 +132,11 @@ def calibrated(rows: Sequence[dict], n_layer: int) -> tuple[list[dict], dict]:
         `spearman_error` (rank correlation of error and measured damage), `spearman` (of predicted and measured damage)
         and `factor` (by which the two typically differ), where `n_held_out` rows are predicted from the others: a
         layer from the other layers, or where all are measured, types of a layer from another type.
+
+    Raises
+    ------
+    ValueError
+        If all measured damages of a kind are zero or less.
     """
     known = [row for row in rows if row["measured"] and row["delta_kld"] > 0 and row["error"] > 0]
     model = _fit(known)
@@ -194,6 +199,8 @@ def _predict(model: tuple[Mapping, float], row: dict) -> float:
     kinds, exponent = model
     if row["error"] == 0:
         return 0.0
+    if row["kind"] not in kinds:
+        raise ValueError(f"{row['kind']}: none of its measured damages is above zero. Give more chunks, or no sample.")
     scale = np.interp(row["layer"], *kinds[row["kind"]])
     return float(np.exp(scale + exponent * np.log(row["error"])))
 
