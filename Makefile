@@ -2,6 +2,7 @@
 PYTHON ?= python3
 MODEL  ?= tiny
 SHAPE  ?= llama-7b
+MINUTES ?= 18
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -10,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help table test lab bench scale pictures check-long lint format clean
+.PHONY: help table test lab bench scale pictures check-long fuzz lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -41,10 +42,17 @@ notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
 notebooks/pictures/run_it.png: $(VENV)/.run
 notebooks/pictures/train_the_bundled_model.png: $(VENV)/.train
 
-check-long: $(VENV)/.test  ## what takes long: 50 killed runs, SmolLM2's table, a published shape
+check-long: $(VENV)/.test  ## what takes long: 50 killed runs, SmolLM2's table, a published shape, fuzzing
 	$(BIN)/python -m pytest -m "slow or long"
 	$(MAKE) table MODEL=smollm2
 	$(MAKE) scale
+	$(MAKE) fuzz
+
+fuzz: $(VENV)/.test  ## spoiled files for every reader, MINUTES=18 each (atheris: Linux only); finds in data/runs/fuzz/
+	@$(PIP) install atheris
+	for reader in gguf shards imatrix safetensors torch tokenizer checkpoint; do \
+	    $(BIN)/python tests/fuzz_readers.py $$reader data/runs/fuzz/$$reader -max_total_time=$$((60 * $(MINUTES))) || exit 1; \
+	done
 
 lint: $(VENV)/.test  ## ruff: lint and format
 	$(BIN)/ruff check .

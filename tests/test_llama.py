@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import quantlab as ql
+from quantlab.evaluate.llama import check_model
 from quantlab.evaluate.logits import logits
 from quantlab.files.bundled import data_dir
 
@@ -50,3 +51,21 @@ def test_windows_know_nothing_of_each_other():
 def test_logits_of_nothing_sensible_are_refused(tokens, options, message):
     with pytest.raises(ValueError, match=message):
         logits(ql.open(data_dir() / "models" / "tiny"), tokens, **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("block_count", 1, "blk.1.*, the metadata asks for .* in each of 1 layers"),
+        ("attention.head_count", 3, "n_head=3, .* do not fit together"),
+        ("attention.head_count_kv", 3, "n_head_kv=3, .* do not fit together"),
+        ("rope.dimension_count", 7, "n_rot=7 do not fit together"),
+        ("embedding_length", 60, r"output.weight: shape=\(2048, 256\), the metadata asks for \(2048, 60\)"),
+        ("feed_forward_length", 7, "blk.0.ffn_.*, the metadata asks for"),
+    ],
+)
+def test_metadata_that_the_tensors_do_not_bear_out_gets_one_line(key, value, text):
+    model = ql.open("tiny")
+    model.metadata[f"llama.{key}"] = np.uint32(value)
+    with pytest.raises(ValueError, match=f"^{model.path}: .*{text}"):
+        check_model(model)

@@ -78,6 +78,37 @@ def check_model(model) -> None:
     ]:
         if name not in model:
             raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")
+    _check_shapes(model)
+
+
+def _check_shapes(model) -> None:
+    """Refuse a model whose tensors are not those that its metadata promises."""
+    h = model.hparams
+    if h.n_head % h.n_head_kv or h.n_rot % 2 or h.n_rot > h.head_dim:
+        raise ValueError(
+            f"{model.path}: n_head={h.n_head}, n_head_kv={h.n_head_kv}, head_dim={h.head_dim}, n_rot={h.n_rot} "
+            f"do not fit together. Convert the checkpoint again."
+        )
+    n_q, n_kv = h.n_head * h.head_dim, h.n_head_kv * h.head_dim
+    rows = {"attn_q": n_q, "attn_k": n_kv, "attn_v": n_kv, "ffn_gate": h.n_ff, "ffn_up": h.n_ff}
+    columns = {"attn_output": n_q, "ffn_down": h.n_ff}
+    places = {""} | {f"blk.{i}" for i in range(h.n_layer)}
+    for tensor in model:
+        place, part, kind = ("." + tensor.name).rsplit(".", 2)
+        n_rows, n_columns = rows.get(part, h.n_embd), columns.get(part, h.n_embd)
+        if part in ("attn_q_norm", "attn_k_norm"):
+            shape = (h.head_dim,)
+        elif part == "rope_freqs":
+            shape = (h.n_rot // 2,)
+        elif part in ("token_embd", "output"):
+            shape = (model.tensor("token_embd.weight").shape[0], h.n_embd)
+        else:
+            shape = (n_rows, n_columns) if kind == "weight" and not part.endswith("_norm") else (n_rows,)
+        if tensor.shape != shape or place.removeprefix(".") not in places:
+            raise ValueError(
+                f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata asks for {shape} in each of "
+                f"{h.n_layer} layers. Convert the checkpoint again."
+            )
 
 
 def layer_shapes(model, index: int) -> dict[str, tuple[int, ...]]:

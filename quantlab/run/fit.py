@@ -277,6 +277,12 @@ class Weights:
     def __init__(self, hparams, shapes: Mapping[str, tuple[int, ...]], qtypes: Mapping[str, str]):
         self.hparams = hparams
         sizes = {name: tensor_bytes(shape, qtypes[name]) for name, shape in shapes.items()}
+        for name in ("token_embd.weight", "output_norm.weight"):
+            if name not in sizes:
+                raise ValueError(f"{name}: missing from the model. Convert the checkpoint again.")
+        for name in sizes:
+            if name.startswith("blk.") and not 0 <= layer_of(name) < hparams.n_layer:
+                raise ValueError(f"{name}: the metadata has {hparams.n_layer} layers. Convert the checkpoint again.")
         self.layers, self.repacked, self.largest = ([0] * hparams.n_layer for _ in range(3))
         for name, size in sizes.items():
             if name.startswith("blk."):
