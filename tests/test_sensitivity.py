@@ -15,6 +15,7 @@ import pytest
 import quantlab as ql
 from quantlab import quants
 from quantlab.evaluate.variants import as_is, resolve, shared_layers, steps
+from quantlab.files.imatrix_file import ImportanceMatrix
 from quantlab.study import damage, proxy
 from quantlab.study.damage_cache import DamageCache, model_digest
 from quantlab.study.more_bits import more_bits
@@ -382,6 +383,35 @@ def test_a_file_that_is_no_sensitivity(tmp_path):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(ValueError, match="a.json: is no sensitivity"):
             Sensitivity.load(tmp_path / "a.json")
+
+
+def test_a_file_with_a_part_missing_is_no_sensitivity(found, tmp_path):
+    whole = json.loads(found.to_json())
+    row = whole["rows"][0]
+    no_bytes = {key: value for key, value in row.items() if key != "bytes"}
+    for part in (
+        {"protocol": {}},
+        {"start": {}},
+        {"rows": []},
+        {"rows": [no_bytes]},
+        {"rows": [row | {"delta_kld": "a"}]},
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(whole | part))
+        with pytest.raises(ValueError, match="a.json: is no sensitivity"):
+            Sensitivity.load(tmp_path / "a.json")
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_measuring(folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(damage, "run", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cache=.*file: cannot be written .* Name another folder"):
+        ql.sensitivity(folder, text, cache=tmp_path / "file", **OPTIONS)
+
+
+def test_a_matrix_of_another_model_is_refused(folder, text):
+    matrix = ImportanceMatrix({"blk.9.x": np.ones((1, 32), np.float32)}, {"blk.9.x": np.ones(1, np.float32)}, 1, 32)
+    with pytest.raises(ValueError, match="imatrix: has no entry for any tensor of"):
+        ql.sensitivity(folder, text, imatrix=matrix, cache=False, **OPTIONS)
 
 
 def test_only_mixtures_with_the_rule_have_more_bits(folder, found):

@@ -7,6 +7,7 @@ process that is killed loses what it was measuring and nothing else.
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -33,8 +34,26 @@ class DamageCache:
         try:
             entry = json.loads(self._path(key).read_text(encoding="utf-8"))
             return entry["value"] if entry["key"] == key else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def prepare(self) -> None:
+        """Make the folder, and find out whether it takes entries, before anything long is measured.
+
+        Raises
+        ------
+        OSError
+            If it cannot be made or written.
+        """
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise OSError(f"cache={self.folder}: cannot be written ({reason}). Name another folder.") from error
 
     def put(self, key: dict, value: dict) -> None:
         """Keep `value` under `key`."""

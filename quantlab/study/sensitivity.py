@@ -10,6 +10,7 @@ import pandas as pd
 from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
+import quantlab
 from quantlab.evaluate import protocol as protocols
 from quantlab.evaluate.llama import MODES, check_model
 from quantlab.evaluate.variants import Variant, as_is, resolve
@@ -27,6 +28,16 @@ from quantlab.transform.plan import tensor_bytes
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _SHOWN = ["group", "qtype", "bytes", "delta_kld", "delta_kld_se", "ln_ratio", "ln_ratio_se", "error", "measured"]
 _KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+# what a result is read by, beside its rows
+_NEEDED = {"model", "model_sha256", "imatrix", "around", "text", "chunks", "n_ctx"}
+
+
+def _is_row(row: Mapping) -> bool:
+    """Whether a row that was read can be chosen from."""
+    numbers = isinstance(row["bytes"], int) and isinstance(row["delta_kld"], float | None)
+    return numbers and bool(row["types"].keys()) and {"group", "layer", "kind", "qtype", "n_weights"} <= row.keys()
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,12 @@ class Sensitivity:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = tuple(found["rows"])
-            if found["schema"] != 1 or not all({"group", "types", "delta_kld"} <= row.keys() for row in rows):
+            whole = found["schema"] == 1 and rows and all(map(_is_row, rows))
+            if (
+                not whole
+                or not found["protocol"].keys() >= _NEEDED
+                or not isinstance(found["start"]["kld_mean"], float)
+            ):
                 raise KeyError("schema")
             return cls(found["protocol"], found["start"], rows, found["calibration"])
         except FileNotFoundError:
@@ -225,9 +241,10 @@ def sensitivity(
     FileNotFoundError
         If model, text or matrix is not there.
     ValueError
-        If a type, group, option or the architecture is not known, the text is too short or the memory too small.
+        If a type, group, option or the architecture is not known, the text is too short, the memory too small, or the
+        matrix of another model.
     OSError
-        If workers were lost and the executor cannot replace them.
+        If workers were lost and the executor cannot replace them, or the cache cannot be written.
     """
     base = model if isinstance(model, Model) else open_model(model)
     check_model(base)
@@ -257,6 +274,10 @@ def sensitivity(
 
 def _start(base: Model, around, rules: str, matrix) -> Variant:
     """The starting point, with the matrix by tensor."""
+    if matrix is not None and not matrix.entries.keys() & base.shapes.keys():
+        raise ValueError(
+            f"imatrix: has no entry for any tensor of {base.path}, must be of this model. Collect it anew."
+        )
     if around is None:
         return Variant("base", base, as_is(base).types, {} if matrix is None else matrix.entries)
     start = resolve(base, [around], rules=rules, imatrix=matrix)[0]
@@ -347,6 +368,8 @@ class _Study:
         cache, keys = DamageCache(self.folder), [self._key(change) for change in changes]
         found = [cache.get(key) for key in keys]
         missing = [i for i, damage_ in enumerate(found) if damage_ is None]
+        if missing:
+            cache.prepare()
         n_layer = self.base.hparams.n_layer
         firsts = [changes[i].first_layer(n_layer) for i in missing]
         bundles = [[missing[j] for j in bundle] for bundle in damage.cut(n_layer, firsts)]
@@ -386,8 +409,8 @@ class _Study:
         used = {name: w for name, w in self.start.imatrix.items() if name in altered}
         start = json_digest(self.start.types)
         return {
-            "what": "damage", "model": self.digest, "protocol": record, "start": start, "change": change.types,
-            "imatrix": json_digest(matrix_digests(used)),
+            "what": "damage", "quantlab": quantlab.__version__, "model": self.digest, "protocol": record,
+            "start": start, "change": change.types, "imatrix": json_digest(matrix_digests(used)),
         }  # fmt: skip
 
     def errors(self, changes: Sequence[Change], executor: Executor | None, progress: bool) -> dict[tuple, float]:
@@ -398,7 +421,8 @@ class _Study:
             weights = self.start.imatrix.get(name)
             matrix = None if weights is None else matrix_digests({name: weights})[name]
             keys = {
-                qtype: {"what": "error", "model": self.digest, "tensor": name, "qtype": qtype, "imatrix": matrix}
+                qtype: {"what": "error", "quantlab": quantlab.__version__, "model": self.digest}
+                | {"tensor": name, "qtype": qtype, "imatrix": matrix}
                 for tensor, qtype in wanted
                 if tensor == name
             }
