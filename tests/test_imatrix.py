@@ -125,6 +125,8 @@ def test_the_word_collects_merges_and_shows(run):
     assert read_imatrix("b.dat").is_legacy and read_imatrix("b.dat").chunk_count == 4
     shown = run("--in-file", "a.gguf", "--show-statistics", "--json", "-")
     assert len(json.loads(shown.stdout)["rows"]) == 56 and "entropy" in shown.stderr
+    for clash in (["-o", "a.gguf"], ["-o", "c.gguf", "--json", "c.gguf"]):
+        assert isinstance(run("--in-file", "a.gguf", *clash, "--overwrite").exception, ValueError)
     refused = run("tiny", "-c", 128, "--chunks", 2, "-o", "a.gguf")
     assert isinstance(refused.exception, FileExistsError) and "%" not in refused.stderr
 
@@ -143,7 +145,14 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="no importance matrix was given, must be at least one. Give a model"):
         merge([])
     with pytest.raises(ValueError, match="shapes .* must be equal to be merged"):
+        merge(
+            [narrow, ImportanceMatrix(dict.fromkeys(narrow.sums, np.ones((1, 4), np.float32)), narrow.counts, 1, 128)]
+        )
+    with pytest.raises(ValueError, match=r"in_files: blk.0.attn_q.weight: shape=\(1, 8\), must be \(1, 256\)"):
         imatrix("tiny", in_files=[narrow], **SHORT)
+    larger = ImportanceMatrix({"blk.99.attn_q.weight": np.ones((1, 8), np.float32)}, narrow.counts, 1, 128)
+    with pytest.raises(ValueError, match="in_files: blk.99.attn_q.weight is no tensor of"):
+        imatrix("tiny", in_files=[larger], **SHORT)
 
 
 def test_a_run_that_fails_leaves_no_file(run):

@@ -156,7 +156,7 @@ def imatrix(
     """Collect an importance matrix on a text; without MODEL, add up the --in-file's, or show the statistics of one."""
     from quantlab.evaluate.imatrix import imatrix
     from quantlab.files.imatrix_file import merge, read_imatrix
-    from quantlab.files.output import replacing
+    from quantlab.files.output import check_outputs, replacing
 
     if model is None and text is not None:
         raise typer.BadParameter("a text is of use only with a MODEL", param_hint="-f")
@@ -165,6 +165,7 @@ def imatrix(
         report(read_imatrix(files[0]) if len(files) == 1 else merge(map(read_imatrix, files), chunk_size=n_ctx), json)
         return
     outfile = outfile or Path("imatrix.gguf")
+    check_outputs([outfile] + ([Path(json)] if json not in (None, "-") else []), files, overwrite=True)
     with replacing(outfile, overwrite=overwrite) as part:
         if model is None:
             matrix = merge(map(read_imatrix, files), chunk_size=n_ctx)
@@ -223,7 +224,7 @@ def recipe(
 ) -> None:
     """Choose the type of every tensor: the least damage that a size allows, written as a --tensor-type-file."""
     from quantlab.files.model import open as open_model
-    from quantlab.files.output import check_output
+    from quantlab.files.output import beside, check_outputs
     from quantlab.study import front
     from quantlab.study.recipe import recipe, size_limit
     from quantlab.study.sensitivity import TYPES
@@ -231,15 +232,17 @@ def recipe(
     from quantlab.transform.mixture import parse_tensor_type
     from quantlab.transform.quantize import quantize
 
-    for path in (outfile, gguf):
-        if path is not None:
-            check_output(path, overwrite=overwrite)
+    written = [outfile, beside(outfile, ".json")] + ([gguf] if gguf else [])
+    check_outputs(written, overwrite=overwrite)
+    rewritten = ([beside(gguf, ".json")] if gguf else []) + ([Path(json)] if json not in (None, "-") else [])
+    check_outputs([*written, *rewritten], filter(None, [sensitivity, imatrix]), overwrite=True)
     base, sizes = open_model(model), {"target_size": target_size, "target_bpw": target_bpw, "like": like}
     limit = size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)
     constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
     constraints = {key: list(map(parse_tensor_type, pairs or ())) for key, pairs in constraints.items()}
     if sensitivity is None:
-        given = {"types": types and types.split(","), "n_ctx": n_ctx, "chunks": chunks, "sample": sample}
+        names = [name for name in (types or "").split(",") if name]
+        given = {"types": names or None, "n_ctx": n_ctx, "chunks": chunks, "sample": sample}
         options = {"types": TYPES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
         sensitivity = measure(base, text or "sampled", imatrix=imatrix, memory=memory, **options)
     elif (types, sample, text, n_ctx, chunks) != (None,) * 5:

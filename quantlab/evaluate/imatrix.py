@@ -85,8 +85,8 @@ def imatrix(
     FileNotFoundError
         If model, text or a file to be added is not there.
     ValueError
-        If the architecture is not known here, the text is too short, the memory too small, an option out of range, or
-        an activation is not finite.
+        If the architecture is not known here, the text is too short, the memory too small, an option out of range, a
+        matrix to be added is of another model, or an activation is not finite.
 
     Examples
     --------
@@ -102,6 +102,7 @@ def imatrix(
     windows, _ = cut(text, opened.vocab, n_ctx=n_ctx, chunks=chunks, name="llama.cpp", mode=mode, rules="current")
     windows = Windows(windows.tokens, windows.tokens, 0)  # every position counts
     earlier = [read_imatrix(item) if isinstance(item, str | Path) else item for item in in_files]
+    _check_same_model(earlier, opened)
     sums = _collect(opened, windows, mode, process_output, memory, progress)
     for name, values in sums.items():
         if not np.isfinite(values).all():
@@ -110,6 +111,20 @@ def imatrix(
     counts = {name: np.full(1, n_chunks * n_ctx, np.float32) for name in sums}
     collected = ImportanceMatrix(sums, counts, n_chunks, n_ctx, (text.name,))
     return merge([*earlier, collected], chunk_size=n_ctx) if earlier else collected
+
+
+def _check_same_model(earlier: Sequence[ImportanceMatrix], model: Model) -> None:
+    """Refuse matrices of other models before the pass over this one."""
+    shapes = model.shapes
+    for matrix in earlier:
+        for name, sums in matrix.sums.items():
+            if name not in shapes:
+                raise ValueError(f"in_files: {name} is no tensor of {model.path}. Give matrices of this model.")
+            if sums.shape != (1, shapes[name][-1]):
+                raise ValueError(
+                    f"in_files: {name}: shape={sums.shape}, must be {(1, shapes[name][-1])}. "
+                    "Give matrices of this model."
+                )
 
 
 def _collect(

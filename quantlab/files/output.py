@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["beside", "check_apart", "check_output", "replacing"]
+__all__ = ["beside", "check_apart", "check_output", "check_outputs", "replacing"]
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -41,6 +41,25 @@ def check_apart(path: Path, inputs: Iterable[Path]) -> None:
     """
     if path.exists() and any(path.samefile(file) for file in inputs if file.exists()):
         raise ValueError(f"{path}: is the input, must be another file. Name another output.")
+
+
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path] = (), *, overwrite: bool = False) -> None:
+    """Refuse several outputs of one run, before any work is done: each must be possible, and no other file of the run.
+
+    Raises
+    ------
+    FileExistsError, FileNotFoundError, IsADirectoryError
+        As `check_output`.
+    ValueError
+        If two outputs are one file, or an output is an input.
+    """
+    inputs, seen = list(inputs), set()
+    for path in outputs:
+        check_output(path, overwrite=overwrite)
+        check_apart(path, inputs)
+        if path.resolve() in seen:
+            raise ValueError(f"{path}: is named for two outputs, must be for one. Name another output.")
+        seen.add(path.resolve())
 
 
 def beside(path: Path, suffix: str) -> Path:

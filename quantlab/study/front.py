@@ -146,9 +146,11 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     Raises
     ------
     FileNotFoundError, ValueError
-        As `quantlab.compare`; and if a recipe was made with another matrix.
+        As `quantlab.compare`; and if there is no recipe, or one was made with another matrix.
     """
     recipes = [recipes] if isinstance(recipes, BestRecipe) else list(recipes)
+    if not recipes:
+        raise ValueError("recipes: must be at least one. Make one with quantlab.recipe.")
     matrix = read_imatrix(imatrix) if not hasattr(imatrix, "entries") and imatrix is not None else imatrix
     digest = None if matrix is None else json_digest(matrix_digests(matrix.entries))
     for recipe in recipes:

@@ -7,7 +7,7 @@ measured change per tensor, or per group of tensors, and `knapsack.solve` finds 
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class BestRecipe(Recipe):
     ftype : str
         The mixture next in size: what llama-quantize is told beside the recipe, and what the file calls itself.
     provenance : dict
-        What it was made from: calibration, limit, constraints.
+        What it was made from: calibration, rule set, constraints.
     """
 
     rows: tuple[dict, ...]
@@ -91,7 +91,8 @@ class BestRecipe(Recipe):
 
     def command(self, path: str | Path, source: str = "model.gguf", imatrix: str | Path | None = None) -> str:
         """Return the llama-quantize call that applies the recipe in `path`."""
-        words = ["llama-quantize", "--tensor-type-file", str(path), source, f"{Path(path).stem}.gguf", self.ftype]
+        target = f"{Path(source).stem}-{Path(path).stem}.gguf"
+        words = ["llama-quantize", "--tensor-type-file", str(path), source, target, self.ftype]
         return shlex.join(words[:1] + (["--imatrix", str(imatrix)] if imatrix else []) + words[1:])
 
     def __str__(self) -> str:
@@ -158,7 +159,8 @@ def recipe(
         If model, sensitivity or matrix is not there.
     ValueError
         If the sensitivity is of another model or matrix, there is not exactly one limit, a type or ftype is not known,
-        a constraint leaves nothing that was measured, or nothing is as small as the limit.
+        a constraint fits nothing or leaves nothing that was measured, two groups share a tensor, or nothing is as
+        small as the limit.
     """
     base = model if isinstance(model, Model) else open_model(model)
     sizes = {"target_size": target_size, "target_bpw": target_bpw, "like": like}
@@ -219,16 +221,14 @@ def open_menu(
     base = model if isinstance(model, Model) else open_model(model)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix
     _check_same(found, base, matrix)
-    constraints = {
-        "keep": _parsed(keep, base),
-        "min_type": _parsed(min_type, base),
-        "max_type": _parsed(max_type, base),
-    }
     groups: dict[str, list[dict]] = {}
     for row in found.rows:
         if row["delta_kld"] is None:
             raise ValueError(f"{row['group']} at {row['qtype']}: no damage is known. Measure the sensitivity again.")
         groups.setdefault(row["group"], []).append(row)
+    names = _apart(groups, base)
+    constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
+    constraints = {key: _parsed(types, names) for key, types in constraints.items()}
     if found.protocol["around"] is None:
         for group in groups.values():
             group.append(_as_it_is(group[0], base))
@@ -236,7 +236,9 @@ def open_menu(
     for name, rows in allowed.items():
         if not rows:
             had = " ".join(row["qtype"] for row in groups[name])
-            raise ValueError(f"{name}: measured are {had}, the constraints allow none of them. Measure more types.")
+            raise ValueError(
+                f"{name}: measured are {had}, the constraints allow none of them. Measure more types, or ask less."
+            )
     return Menu(base, found, allowed, constraints, matrix is not None, rules)
 
 
@@ -251,15 +253,32 @@ def _check_same(sensitivity: Sensitivity, base: Model, matrix: ImportanceMatrix 
         raise ValueError(f"imatrix={digest and digest[:8]}: the sensitivity was measured {was}, must be the same one.")
 
 
-def _parsed(types: Types, base: Model) -> list[tuple[str, str]]:
+def _apart(groups: Mapping[str, list[dict]], base: Model) -> list[str]:
+    """Names of the tensors of all groups; refuse tensors that the model does not have, and tensors in two groups."""
+    group_of: dict[str, str] = {}
+    for group, rows in groups.items():
+        for name in dict.fromkeys(name for row in rows for name in row["types"]):
+            if name not in base:
+                raise ValueError(f"{group}: {name} is no tensor of {base.path}. Measure the sensitivity again.")
+            if name in group_of:
+                raise ValueError(
+                    f"{name}: is in groups {group_of[name]} and {group}, must be in one. Measure them apart."
+                )
+            group_of[name] = group
+    return list(group_of)
+
+
+def _parsed(types: Types, names: Sequence[str]) -> list[tuple[str, str]]:
     """Expressions and types, checked; a whole tensor name becomes an expression that fits it alone."""
     pairs = []
     for text, qtype in types.items() if isinstance(types, Mapping) else types:
-        regex = f"^{re.escape(text)}$" if text in base else text.lower()
+        regex = f"^{re.escape(text)}$" if text in names else text.lower()
         try:
-            re.compile(regex)
+            fits = any(re.search(regex, name) for name in names)
         except re.error as error:
             raise ValueError(f"tensor type: name={text}, must be a regular expression ({error}).") from None
+        if not fits:
+            raise ValueError(f"tensor type: name={text}, must fit a tensor that was measured, such as {names[0]}.")
         pairs.append((regex, find_qtype(qtype, f"tensor type {text}")))
     return pairs
 
