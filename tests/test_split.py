@@ -116,7 +116,27 @@ def test_shards_that_do_not_belong_together_are_refused(whole, tmp_path):
         ql.merge(two[0])
 
 
+@pytest.mark.parametrize("count", ["x", np.int32([1, 2]), np.float32(2), np.float32("nan"), ["x"]])
+def test_a_count_that_is_no_number_is_refused(tmp_path, count):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, {"split.count": count}, [], [])
+    for word in (ql.split, ql.merge):
+        with pytest.raises(ValueError, match=r"a.gguf: split.count=.*, need a whole number"):
+            word(path, tmp_path / "b")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_single_file_with_the_keys_of_shards_is_freed_of_them(tmp_path, count):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, {"general.name": "a", "split.count": np.uint16(count)}, [], [])
+    with pytest.raises(ValueError, match=r"a.gguf: has no numbers to leave out in the output's name. Name the output"):
+        ql.merge(path)
+    assert read_header(ql.merge(path, tmp_path / "b.gguf")).metadata == {"general.name": "a"}
+
+
 def test_bad_input_is_refused(whole):
+    with pytest.raises(IsADirectoryError, match=r"is a folder, need a GGUF file"):
+        ql.split(whole.parent)
     with pytest.raises(ValueError, match=r"split.count is not there, must be one of several shards"):
         ql.merge(whole)
     shard = ql.split(whole, whole.with_name("x"), max_tensors=40).shards[0].path

@@ -117,8 +117,8 @@ def read_header(path: str | Path) -> Header:
 
     Raises
     ------
-    FileNotFoundError
-        If `path` does not exist.
+    FileNotFoundError, IsADirectoryError
+        If `path` does not exist, or is a folder.
     ValueError
         If the file is no GGUF file or breaks a rule of the format.
 
@@ -131,6 +131,8 @@ def read_header(path: str | Path) -> Header:
     {'general.architecture': 'llama'}
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, need a GGUF file. Run quantlab convert first.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Check the name, or run quantlab convert or fetch first.")
     with open(path, "rb") as file:

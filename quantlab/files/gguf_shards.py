@@ -8,7 +8,7 @@ import numpy as np
 from quantlab.files.gguf_file import Header, read_header
 from quantlab.files.recognize import short
 
-__all__ = ["shard_headers", "shard_path"]
+__all__ = ["shard_count", "shard_headers", "shard_path"]
 
 MAX_SHARDS = 1000
 
@@ -35,6 +35,17 @@ def shard_path(path: Path, number: int, count: int) -> Path:
     return path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
 
 
+def shard_count(header: Header) -> int:
+    """Return the number of shards that a file says it is one of; 0 where it says nothing.
+
+    Raises
+    ------
+    ValueError
+        If what it says is no number.
+    """
+    return _whole(header, "split.count", 0)
+
+
 def shard_headers(header: Header) -> list[Header]:
     """Return the headers of all shards that `header` belongs to, in order; of one file, just itself.
 
@@ -45,7 +56,7 @@ def shard_headers(header: Header) -> list[Header]:
     ValueError
         If a shard has another number than its name says, or tensors are missing or there twice.
     """
-    count = _whole(header, "split.count", 1)
+    count = shard_count(header)
     if count <= 1:
         return [header]
     if count > MAX_SHARDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from quantlab.files.bundled import model_path
 from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import ALIGNMENT, Header, TensorInfo, pack_header, read_header, write_gguf
-from quantlab.files.gguf_shards import MAX_SHARDS, shard_headers, shard_path
+from quantlab.files.gguf_shards import MAX_SHARDS, shard_count, shard_headers
 from quantlab.files.output import check_apart, check_output, replacing
 
 PIECE = 16 << 20  # bytes that are copied at once
@@ -125,7 +126,7 @@ def split(
     Source: llama.cpp, tools/gguf-split, for names, keys and where a shard ends.
     """
     header = read_header(model_path(src))
-    if header.metadata.get("split.count", 0) > 0:
+    if shard_count(header) > 0:
         raise ValueError(f"{header.path}: is a shard already, must be a whole file. Run quantlab merge first.")
     groups = _groups(header.tensors, *_limits(max_tensors, max_size))
     groups = [[], *groups] if no_tensor_first_split else groups
@@ -169,17 +170,23 @@ def merge(src: str | Path, outfile: str | Path | None = None, *, overwrite: bool
     """
     header = read_header(src)
     headers = shard_headers(header)
-    if len(headers) == 1 and "split.count" not in header.metadata:
+    if "split.count" not in header.metadata:
         raise ValueError(f"{header.path}: split.count is not there, must be one of several shards. It is whole.")
-    first = headers[0]
-    whole = first.path.with_name(shard_path(first.path, 1, len(headers)).name[: -len("-00001-of-00001.gguf")] + ".gguf")
-    path = Path(outfile or whole)
+    path = _without_numbers(header.path) if outfile is None else Path(outfile)
     check_apart(path, [shard.path for shard in headers])
-    metadata = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
+    metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
     tensors = tuple(tensor for shard in headers for tensor in shard.tensors)
     places = {tensor.name: shard.path for shard in headers for tensor in shard.tensors}
     _write([Shard(path, metadata, tensors)], places, overwrite)
     return path
+
+
+def _without_numbers(shard: Path) -> Path:
+    """Return the name of a whole file, given the name of one of its shards."""
+    name, found = re.subn(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", shard.name)
+    if not found:
+        raise ValueError(f"{shard}: has no numbers to leave out in the output's name. Name the output.")
+    return shard.with_name(name)
 
 
 def _limits(max_tensors: int | None, max_size: str | int | None) -> tuple[int | None, int | None]:
