@@ -151,7 +151,7 @@ def perplexity(
     protocol : str
         `llama.cpp`: the second half of each window is scored. `full`: every token but the first of each window.
     mode : str
-        `float`: activations in float32. `ggml-cpu`: rounded as ggml's CPU products do, for llama-perplexity's numbers.
+        `float`: activations in float32. `ggml-cpu`: all in ggml's own order, for llama-perplexity's very numbers.
     memory : str or int, optional
         Memory to stay within, such as `8GiB`; default: three quarters of the machine's.
     scratch : str or Path, optional
