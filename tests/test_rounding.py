@@ -109,6 +109,16 @@ def test_a_flipped_bit_of_a_scale_is_no_rounding(made, qtype, weighted):
     assert not (fused | good).any()
 
 
+@pytest.mark.parametrize("qtype", CODES)
+@pytest.mark.parametrize("scale", [1e-40, 1.0, 1e30])
+def test_any_bytes_are_judged_without_a_warning(rng, qtype, scale):
+    x = (rng.standard_normal((8, 256)) * scale).astype(np.float32)
+    ours = quants.quantize(x, qtype)
+    for theirs in (rng.integers(0, 256, ours.shape, np.uint8), np.full_like(ours, 255)):
+        fused, good = is_other_rounding(x, ours, theirs, qtype, None)
+        assert not fused.any() and not good.any()
+
+
 def test_zeros_are_zeros_for_every_build():
     for qtype in CODES:
         x = np.zeros((2, 256), np.float32)

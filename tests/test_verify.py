@@ -145,13 +145,30 @@ def test_one_flipped_bit_is_found(made, tmp_path, at, bit):
     assert found.verdict == "other" and len(found.misfits) == 1 and found.tensors["left"].sum() == 1
 
 
+def test_scales_that_are_not_finite_are_found_without_a_warning(made, tmp_path):
+    raw = bytearray((made / "plain.gguf").read_bytes())
+    info = next(t for t in read_header(made / "plain.gguf").tensors if t.name == "blk.1.ffn_up.weight")
+    raw[info.offset : info.offset + 4] = b"\x00\x7c\x00\x7e"  # d infinite, dmin NaN
+    (tmp_path / "q.gguf").write_bytes(raw)
+    found = ql.verify(tmp_path / "q.gguf", made / "wide.gguf")
+    assert found.verdict == "other" and found.tensors["left"].sum() == 1 and "NaN" not in found.to_json()
+
+
+def test_rows_of_zeros_in_the_source_are_infinitely_far(tmp_path):
+    x = np.zeros((1, 32), np.float32)
+    for name, value in (("a.gguf", 0), ("b.gguf", 3)):
+        write_gguf(tmp_path / name, {}, [TensorSpec("x", x.shape, "F32")], [x + np.float32(value)])
+    (misfit,) = ql.verify(tmp_path / "b.gguf", tmp_path / "a.gguf").misfits
+    assert misfit.startswith("x: 32 of 32 F32 values are not") and misfit.endswith("(relative distance inf)")
+
+
 def test_a_changed_norm_is_found(made, tmp_path):
     x = ql.open(made / "plain.gguf").tensor("output_norm.weight").load()
     x[5] = np.nextafter(x[5], np.float32(9))
     found = ql.verify(rewritten(made / "plain.gguf", tmp_path / "q.gguf", output_norm_weight=x), made / "wide.gguf")
     (misfit,) = found.misfits
     assert misfit.startswith(
-        "output_norm.weight: 1 of 256 F32 blocks are not what the source gives, the first in row 0, w"
+        "output_norm.weight: 1 of 256 F32 values are not what the source gives, the first in row 0, w"
     )
 
 
@@ -188,12 +205,20 @@ def test_entries_that_were_excluded_are_accepted(made, tmp_path):
         ({"general.file_type": np.uint32(17)}, "metadata general.file_type: 17 (Q5_K_M), the types are Q4_K_M, rules"),
         ({"general.file_type": "x"}, "metadata general.file_type: None (no ftype that is known), the types are Q4_K_M"),
         ({"general.quantization_version": np.uint32(1)}, "metadata general.quantization_version: changed, 2 → 1"),
+        ({"general.quantization_version": np.int32([2, 2])}, "metadata general.quantization_version: changed, 2 → [2"),
     ],
 )
 def test_metadata_that_a_quantizer_would_not_have_written(made, tmp_path, metadata, words):
     found = ql.verify(rewritten(made / "plain.gguf", tmp_path / "q.gguf", metadata), made / "wide.gguf")
     assert found.verdict == "other" and len(found.misfits) == 1 and found.misfits[0].startswith(words)
     assert (found.tensors["verdict"] == "identical").all()
+
+
+def test_a_matrix_is_recorded_as_strangers_like(made, tmp_path):
+    for value in (np.int32([1, 2]), ["a", "b"], np.float32("nan")):
+        path = rewritten(made / "plain.gguf", tmp_path / "q.gguf", {"quantize.imatrix.file": value})
+        (note,) = ql.verify(path, made / "wide.gguf").notes
+        assert note.startswith("importance matrix: none given; the file records ")
 
 
 def test_missing_metadata_and_tensors_are_named(made, tmp_path):

@@ -123,7 +123,8 @@ def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     first, step : np.ndarray [shape=(n_blocks, block_size), dtype=float32]
-        What the decoder makes of code 0, and how much more of code 1, in the weights' unit; a step may be negative.
+        What the decoder makes of code 0, and how much more of code 1, in the weights' unit; a step may be negative,
+        or NaN where a block's scale is not finite.
 
     Raises
     ------
@@ -140,7 +141,8 @@ def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
     blocks = _blocks(data, qtype)
     shape = (len(blocks), block_size(qtype))
     first, second = (dequantize(_with_codes(blocks, qtype, code), qtype, shape) for code in (0, 1))
-    return first, second - first
+    with np.errstate(invalid="ignore", over="ignore"):
+        return first, second - first
 
 
 def _blocks(data, qtype: str) -> np.ndarray:

@@ -48,7 +48,7 @@ def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]
             changes.append(Change(key, "added", None, _text(b[key])))
         elif not _equal(a[key], b[key]):
             one, other = _from_difference(a[key], b[key])
-            kind = "type" if plain(a[key]) == plain(b[key]) else "changed"
+            kind = "type" if untyped(a[key]) == untyped(b[key]) else "changed"
             changes.append(Change(key, kind, one, other))
     return changes
 
@@ -64,8 +64,8 @@ def _equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def plain(value: Any) -> Any:
-    """A value without its GGUF type."""
+def untyped(value: Any) -> Any:
+    """Return a value of the metadata without its GGUF type: as a bool, int, float, str or list of these."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
@@ -127,7 +127,7 @@ class Tally:
             self.noise = self.largest = float("nan")
             return differing
         with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.abs(_floats(a, qtypes[0], n_per_row) - _floats(b, qtypes[1], n_per_row))
+            difference = np.abs(as_floats(a, qtypes[0], n_per_row) - as_floats(b, qtypes[1], n_per_row))
             self.noise += float(np.square(difference, dtype=np.float64).sum())
         self.largest = float(np.maximum(self.largest, difference.max(initial=0)))  # NaN stays
         return differing
@@ -137,16 +137,30 @@ class Tally:
         return (self.noise / max(n_weights, 1)) ** 0.5
 
 
-def _floats(rows: np.ndarray, qtype: str, n_per_row: int) -> np.ndarray:
-    """Rows as they are stored, as float32."""
+def as_floats(rows: np.ndarray, qtype: str, n_per_row: int) -> np.ndarray:
+    """Return rows as float32 (nrows, n_per_row), given as they are stored; of a type for which `can_decode` holds."""
     if qtype in PLAIN_DTYPES:
         return np.ascontiguousarray(rows).view(PLAIN_DTYPES[qtype]).reshape(len(rows), n_per_row).astype(np.float32)
     return quants.dequantize(rows.view(np.uint8), qtype, (len(rows), n_per_row))
 
 
 def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple[Any, np.ndarray, np.ndarray, bool]]:
-    """Yield rows of two tensors of one shape, slab by slab: what the pair belongs to, both rows, whether they are the
-    tensor's last."""
+    """Read pairs of tensors of one shape slab by slab, so that memory holds a few rows.
+
+    Parameters
+    ----------
+    pairs : iterable of (item, LazyTensor, LazyTensor)
+        What the pair belongs to, and its two tensors.
+
+    Yields
+    ------
+    item
+        What the pair belongs to.
+    a, b : np.ndarray [shape=(nrows, n_per_row) or, quantized, (nrows, row_bytes) of uint8]
+        The same rows of both tensors, as they are stored.
+    is_last : bool
+        Whether they are the tensor's last rows.
+    """
     for item, a, b in pairs:
         n = max(1, SLAB // a.shape[-1])
         for start in range(0, a.nrows, n):
@@ -155,7 +169,7 @@ def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple
 
 
 def root_mean_square(tensor: LazyTensor) -> float:
-    """Return the root mean square of a tensor's weights."""
+    """Return the root mean square of a tensor's weights, in their unit; NaN where some are NaN."""
     n = max(1, SLAB // tensor.shape[-1])
     with np.errstate(invalid="ignore", over="ignore"):
         parts = (tensor.floats(i, min(i + n, tensor.nrows)) for i in range(0, tensor.nrows, n))

@@ -58,12 +58,15 @@ def is_other_rounding(
     left = np.flatnonzero(~is_fused & (theirs != ours).any(axis=1))
     is_good = np.zeros(len(theirs), bool)
     if left.size:
-        weights, power = _error_weights(x, qtype, imatrix)
-        weights = np.broadcast_to(weights, x.shape).reshape(-1, block)[left]
         values = x.reshape(-1, block)[left]
-        own, other, given = (_errors(values, a[left], qtype, weights, power) for a in (ours, fused, theirs))
+        with np.errstate(invalid="ignore", over="ignore"):  # a stranger's scales may be infinite
+            weights, power = _error_weights(x, qtype, imatrix)
+            weights = np.broadcast_to(weights, x.shape).reshape(-1, block)[left]
+            own, other, given = (_errors(values, a[left], qtype, weights, power) for a in (ours, fused, theirs))
+            near = given <= MAX_ERROR * np.maximum(own, other)
         fits = _codes_are_nearest if block == 256 else _codes_are_on_a_line
-        is_good[left] = (given <= MAX_ERROR * np.maximum(own, other)) & fits(values, theirs[left], qtype)
+        if near.any():
+            is_good[left[near]] = fits(values[near], theirs[left[near]], qtype)
     return is_fused.reshape(shape), is_good.reshape(shape)
 
 

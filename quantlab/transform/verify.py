@@ -23,7 +23,17 @@ from quantlab.files.model import open as open_model
 from quantlab.files.recognize import short
 from quantlab.quants.arrays import WEIGHTED
 from quantlab.quants.codebook import CODES
-from quantlab.transform.compare import Change, Tally, can_decode, finite, metadata_changes, plain, slabs, squeezed
+from quantlab.transform.compare import (
+    Change,
+    Tally,
+    as_floats,
+    can_decode,
+    finite,
+    metadata_changes,
+    slabs,
+    squeezed,
+    untyped,
+)
 from quantlab.transform.inspect import mixtures, text_table
 from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
 from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
@@ -36,6 +46,7 @@ MEANING = {
     ROUNDING: "same type, rules and matrix, another compiler's rounding",
     OTHER: "other",
 }
+COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "relative"]
 OWN_KEYS = re.compile(r"general\.(file_type|quantization_version)|quantize\.imatrix\..*")  # a quantizer sets these
 PROBE = 1 << 16  # weights of a tensor by which one of several precisions of a source is chosen
 SHOWN = 20  # tensors and keys that do not fit, on a terminal
@@ -162,9 +173,6 @@ def verify(
     )
 
 
-COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "relative"]
-
-
 # ---- what the file should come from
 
 
@@ -253,11 +261,11 @@ def _metadata_misfits(model: Model, base: Model, matrix_keys: dict[str, Any]) ->
         {key: value for key, value in model.metadata.items() if key not in own},
     )
     for key in ("quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"):
-        if key in own and matrix_keys and plain(own[key]) != plain(matrix_keys.get(key, 0)):
-            changes.append(Change(key, "changed", f"{matrix_keys.get(key, 0)} in the matrix", short(plain(own[key]))))
+        if key in own and matrix_keys and untyped(own[key]) != untyped(matrix_keys.get(key, 0)):
+            changes.append(Change(key, "changed", f"{matrix_keys.get(key, 0)} in the matrix", short(untyped(own[key]))))
     version = "general.quantization_version"
-    if plain(own.get(version, expected[version])) != plain(expected[version]):
-        changes.append(Change(version, "changed", str(expected[version]), short(plain(own[version]))))
+    if untyped(own.get(version, expected[version])) != untyped(expected[version]):
+        changes.append(Change(version, "changed", str(expected[version]), short(untyped(own[version]))))
     return [f"metadata {change}" for change in changes]
 
 
@@ -283,7 +291,7 @@ class _Case:
         self.fused = self.good = self.left = 0
         self.signal = 0.0  # sum of the squared weights of the rows that differ
         self.first: tuple[int, int] | None = None  # row and block of the first one left over
-        self.plain = False  # whether the matrix turned out not to have been used
+        self.is_bare = False  # whether the matrix turned out not to have been used
 
     def add(self, x: np.ndarray, theirs: np.ndarray) -> None:
         """Quantize a slab of the source and compare."""
@@ -297,7 +305,10 @@ class _Case:
             return
         rows = np.flatnonzero(differing.any(axis=1))
         bad = differing[rows]
-        floats = _floats(x[rows], self.step.tensor)
+        if not can_decode(self.step.tensor.qtype):
+            floats = np.zeros((0, n_per_row), np.float32)
+        else:
+            floats = as_floats(x[rows], self.step.tensor.qtype, n_per_row)
         self.signal += float(np.square(floats, dtype=np.float64).sum())
         if qtype in CODES and not self.step.is_kept:
             fused, good = is_other_rounding(floats, ours[rows], theirs[rows], qtype, self.step.weights)
@@ -314,12 +325,12 @@ class _Case:
         if np.array_equal(ours, theirs):
             return ours
         bare = replace(self.step, weights=None)
-        plain = encode(bare, x)
+        ours_bare = encode(bare, x)
         n_bytes = quants.block_bytes(self.tensor.qtype)
-        wrong, wrong_plain = ((a != theirs).reshape(-1, n_bytes).any(axis=1).sum() for a in (ours, plain))
-        if wrong_plain < wrong:
-            self.step, self.plain = bare, True
-            return plain
+        wrong, wrong_bare = ((a != theirs).reshape(-1, n_bytes).any(axis=1).sum() for a in (ours, ours_bare))
+        if wrong_bare < wrong:
+            self.step, self.is_bare = bare, True
+            return ours_bare
         return ours
 
     def row(self, other_build: bool) -> dict:
@@ -328,32 +339,24 @@ class _Case:
         excused = other_build and allowed(self.good, tally.n_blocks)
         left = self.left + (0 if excused else self.good)
         verdict = IDENTICAL if not tally.differing else OTHER if left else ROUNDING
-        row = {"name": self.tensor.name, "qtype": self.tensor.qtype, "verdict": verdict, "plain": self.plain}
+        row = {"name": self.tensor.name, "qtype": self.tensor.qtype, "verdict": verdict, "is_bare": self.is_bare}
         row |= {"imatrix": self.step.weights is not None, "blocks": tally.n_blocks, "differing": tally.differing}
-        relative = (tally.noise / self.signal) ** 0.5 if self.signal else 0.0
+        with np.errstate(divide="ignore", invalid="ignore"):  # infinite where the source's rows are all zero
+            relative = float(np.sqrt(np.float64(tally.noise) / self.signal)) if tally.differing else 0.0
         row |= {"fused": self.fused, "left": left, "relative": relative}
         return row | {"misfit": self._misfit(left, relative) if verdict == OTHER else ""}
 
     def _misfit(self, left: int, relative: float) -> str:
         """Say what is wrong with the blocks, where, and how far their rows are from the source's."""
-        name, of = self.tensor.name, self.tally.n_blocks
-        text = f"{name}: {left} of {of} {self.tensor.qtype} blocks are not what the source gives"
+        size, of = quants.block_size(self.tensor.qtype), self.tally.n_blocks
+        unit = f"{self.tensor.qtype} {'blocks' if size > 1 else 'values'}"
+        text = f"{self.tensor.name}: {left} of {of} {unit} are not what the source gives"
         if self.first is None:
             text += ", though their codes fit their scales, as with another importance matrix"
         else:
             row, block = self.first
-            size = quants.block_size(self.tensor.qtype)
             text += f", the first in row {row}, weights {block * size}:{(block + 1) * size}"
         return f"{text} (relative distance {relative:.2g})"
-
-
-def _floats(rows: np.ndarray, tensor: LazyTensor) -> np.ndarray:
-    """Rows of the source as contiguous float32; zeros for blocks that cannot be decoded."""
-    if not can_decode(tensor.qtype):
-        return np.zeros((len(rows), tensor.shape[-1]), np.float32)
-    if rows.dtype == np.uint8:
-        return quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
-    return np.ascontiguousarray(rows, np.float32)
 
 
 def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[dict]:
@@ -380,7 +383,7 @@ def _unknown(tensor: LazyTensor) -> dict:
     """The row of a tensor of a type that has no encoder here."""
     row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "relative": np.nan}
     misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
-    return row | {"imatrix": False, "plain": False, "misfit": misfit}
+    return row | {"imatrix": False, "is_bare": False, "misfit": misfit}
 
 
 # ---- the matrix
@@ -388,20 +391,21 @@ def _unknown(tensor: LazyTensor) -> dict:
 
 def _matrix_notes(model: Model, matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:
     """Say what the bytes and the metadata tell of an importance matrix."""
-    recorded = model.metadata.get("quantize.imatrix.file") or model.metadata.get("quantize.imatrix.entries_count")
+    keys = [key for key in ("quantize.imatrix.file", "quantize.imatrix.entries_count") if key in model.metadata]
     used = [row["name"] for row in rows if row["imatrix"]]
-    bare = [row["name"] for row in rows if row["plain"]]
+    bare = [row["name"] for row in rows if row["is_bare"]]
     if matrix:
         text = f"importance matrix: of use to {len(used)} tensors"
         return [text + (f"; {len(bare)} fit better without it: {', '.join(bare[:3])}" if bare else "")]
-    if recorded is None:
+    if not keys:
         return ["importance matrix: none given, none recorded"]
-    return [f"importance matrix: none given; the file records {short(plain(recorded))}, pass it with --imatrix"]
+    recorded = short(untyped(model.metadata[keys[0]]))
+    return [f"importance matrix: none given; the file records {recorded}, pass it with --imatrix"]
 
 
 def _matrix_misfits(matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:
     """A matrix that was given must have been of use."""
-    asked = [row for row in rows if row["imatrix"] or row["plain"]]
-    if matrix and asked and all(row["plain"] for row in asked):
+    asked = [row for row in rows if row["imatrix"] or row["is_bare"]]
+    if matrix and asked and all(row["is_bare"] for row in asked):
         return ["importance matrix: the file was made without this one"]
     return []
