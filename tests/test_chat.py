@@ -7,8 +7,11 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
+import quantlab as ql
+from quantlab.files.gguf_file import write_gguf
 from quantlab.run.chat import HELP, Conversation, Sampling, talk
 from quantlab.run.llama_cpp import Engine, Options, as_gguf
 from quantlab.transform.quantize import quantize
@@ -172,10 +175,15 @@ def test_layers_on_a_card_that_is_not_there_are_warned_of(path):
 
 
 def test_bad_input(path, tmp_path):
-    with pytest.raises(ValueError, match="ctx-size=513, must be 1 to 512"):
-        Engine(path, Options(n_ctx=513))
+    for n_ctx in (1, 513):
+        with pytest.raises(ValueError, match=f"ctx-size={n_ctx}, must be 2 to 512"):
+            Engine(path, Options(n_ctx=n_ctx))
     with pytest.raises(FileNotFoundError, match="nothing.gguf"):
         Engine("nothing.gguf")
+    metadata = ql.open(path).metadata | {"llama.block_count": np.uint32(1000)}
+    write_gguf(tmp_path / "deep.gguf", metadata, [], [])
+    with pytest.raises(ValueError, match=r"deep\.gguf: block_count=1000, layer 999 is missing"):
+        Engine(tmp_path / "deep.gguf")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(ValueError, match="cut.gguf"):
         Engine(tmp_path / "cut.gguf")

@@ -126,3 +126,9 @@ def test_bad_input(tmp_path):
     long = ImportanceMatrix({"a": np.ones((1, 9), np.float32)}, {"a": np.ones(1, np.float32)}, 1, 512)
     with pytest.raises(ValueError, match="a: shapes"):
         merge([wide, long])
+
+
+def test_names_of_texts_are_shown_printably():
+    sums, counts = {"a": np.ones((1, 8), np.float32)}, {"a": np.ones(1, np.float32)}
+    shown = str(ImportanceMatrix(sums, counts, 1, 512, ("plain.txt", "\x1b[2J")))
+    assert "plain.txt, '\\x1b[2J'" in shown and "\x1b" not in shown

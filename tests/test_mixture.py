@@ -196,9 +196,10 @@ def test_bad_input():
 
 
 def test_a_bad_tensor_type_file_is_named(tmp_path):
-    (tmp_path / "types.txt").write_bytes(b"\xff\xfe=")
-    with pytest.raises(ValueError, match=r"types\.txt: must be a text of NAME=TYPE entries"):
-        read_tensor_types(tmp_path / "types.txt")
+    for raw in (b"\xff\xfe=", b"\x1b[2J=Q6_K"):
+        (tmp_path / "types.txt").write_bytes(raw)
+        with pytest.raises(ValueError, match=r"types\.txt: must be a text of NAME=TYPE entries"):
+            read_tensor_types(tmp_path / "types.txt")
     (tmp_path / "types.txt").write_text("attn_v Q6_K")
     with pytest.raises(ValueError, match=r"types\.txt: tensor type=attn_v, must read NAME=TYPE"):
         read_tensor_types(tmp_path / "types.txt")

@@ -104,7 +104,7 @@ class ImportanceMatrix:
         return json.dumps({"schema": 1, "protocol": protocol, "rows": self.to_frame().to_dict("records")})
 
     def __str__(self) -> str:
-        text = ", ".join(self.datasets) or "an unnamed text"
+        text = ", ".join(name if name.isprintable() else short(name) for name in self.datasets) or "an unnamed text"
         head = f"importance matrix of {len(self.sums)} tensors: {self.chunk_count} chunks of {text}"
         return f"{head}\n{self.to_frame().to_string(index=False, float_format='{:.4g}'.format)}"
 

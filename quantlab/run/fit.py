@@ -243,7 +243,10 @@ def fit(
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)
     if n_gpu_layers is not None and not 0 <= n_gpu_layers:
         raise ValueError(f"{name}: n_gpu_layers={n_gpu_layers}, must be 0 or more. Give 0 for no layer on the card.")
-    there = (0 if vram in (0, "0") else parse_bytes(vram), _machine_bytes() if ram is None else parse_bytes(ram))
+    there = (
+        0 if vram in (0, "0") else parse_bytes(vram, "vram"),
+        _machine_bytes() if ram is None else parse_bytes(ram, "ram"),
+    )
     rows = []
     for one in [find_ftype(ftype)] if ftype is not None else FTYPES.values():
         if one.name == "COPY" and source is None or rules not in one.rules:

@@ -196,10 +196,15 @@ def _xllamacpp():
 
 
 def _context(path: Path, n_ctx: int | None) -> int:
-    most = open_model(path).hparams.n_ctx
+    model = open_model(path)
+    most, n_layer = model.hparams.n_ctx, model.hparams.n_layer
+    if not any(name.startswith(f"blk.{n_layer - 1}.") for name in model.names):  # llama.cpp may abort this process
+        raise ValueError(
+            f"{path}: block_count={n_layer}, layer {n_layer - 1} is missing. Convert the checkpoint again."
+        )
     n_ctx = min(USUAL, most) if n_ctx is None else n_ctx
-    if not 1 <= n_ctx <= most:
-        raise ValueError(f"{path.name}: ctx-size={n_ctx}, must be 1 to {most}, the context it was trained for.")
+    if not 2 <= n_ctx <= most:  # with 1, llama.cpp aborts this process
+        raise ValueError(f"{path.name}: ctx-size={n_ctx}, must be 2 to {most}, the context it was trained for.")
     return n_ctx
 
 

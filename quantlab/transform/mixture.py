@@ -377,9 +377,13 @@ def read_tensor_types(path: str | Path) -> list[tuple[str, str]]:
         If the file is no text, or an entry does not read ``name=type``.
     """
     try:
-        return [parse_tensor_type(entry) for entry in Path(path).read_text(encoding="utf-8").split()]
+        entries = Path(path).read_text(encoding="utf-8").split()
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: must be a text of NAME=TYPE entries. Check the name.") from None
+        entries = ["\0"]
+    if not all(entry.isprintable() for entry in entries):
+        raise ValueError(f"{path}: must be a text of NAME=TYPE entries. Check the name.")
+    try:
+        return [parse_tensor_type(entry) for entry in entries]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

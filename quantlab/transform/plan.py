@@ -401,13 +401,13 @@ def _kernel_seconds(job: Job) -> float:
     return seconds
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, name: str = "memory") -> int:
     """Read a number of bytes such as `8GiB`, `512M` or 1000000 (units are powers of 1024).
 
     Raises
     ------
     ValueError
-        If it is none.
+        If it is none; the text calls it `name`.
 
     Examples
     --------
@@ -416,5 +416,5 @@ def parse_bytes(text: str | int) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
     if not found or not float(found[1]):
-        raise ValueError(f"memory={text}, must be a positive number of bytes such as 8GiB.")
+        raise ValueError(f"{name}={text}, must be a positive number of bytes such as 8GiB.")
     return int(float(found[1]) * _UNITS[found[2].upper()])
