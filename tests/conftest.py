@@ -1,15 +1,19 @@
-"""Shared fixtures: one fixed seed, and a numba cache that a changed kernel never meets again."""
+"""Shared fixtures: one fixed seed; a numba cache that a changed kernel never meets again; Ctrl-C for started programs."""
 
 import hashlib
 import os
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 
-_KERNELS = sorted((Path(__file__).parents[1] / "quantlab" / "quants").glob("*.py"))
+_KERNELS = sorted((Path(__file__).parents[1] / "quantlab").glob("[qe]*/*.py"))  # quants and evaluate
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _KERNELS)).hexdigest()[:16]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"quantlab-numba-{_DIGEST}"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; the programs we start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -175,8 +175,8 @@ class Weights:
             return
         for piece in blocks(len(stored), max(_PANEL_ROWS, PIECE // shape[1])):
             rows = stored[piece]
-            if rows.dtype == np.uint8:
-                rows = quants.dequantize(rows, qtype, (len(rows), shape[1]))
+            if rows.dtype != np.float32:
+                rows = quants.dequantize(rows.view(np.uint8), qtype, (len(rows), shape[1]))
             parts = blocks(len(rows), _PANEL_ROWS)
             self._workers.map(lambda part, x=rows, at=piece.start: fill_panels(x[part], out, at + part.start), parts)
 
