@@ -1,4 +1,4 @@
-"""Shared fixtures: one fixed seed; a numba cache that a changed kernel never meets again; Ctrl-C for started programs."""
+"""Shared fixtures: one fixed seed; a numba cache that no changed kernel meets again; Ctrl-C for started programs."""
 
 import hashlib
 import os
