@@ -44,6 +44,7 @@ BAD = [
     ("attention.layer_norm_rms_epsilon", np.float32(-1), "epsilon=-1.0, need a positive number"),
     ("rope.freq_base", np.float32(0), "llama.rope.freq_base=0.0, need a positive number"),
     ("rope.freq_base", np.float32(np.nan), "llama.rope.freq_base=nan, need a positive number"),
+    ("rope.scale_linear", np.array([], np.float32), "llama.rope.scale_linear=.*need one number"),
     ("rope.scale_linear", np.float32(-2), "llama.rope.scale_linear=-2.0, need a positive number"),
 ]
 

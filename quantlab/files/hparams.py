@@ -138,6 +138,8 @@ def _rope_scaling(metadata: Mapping[str, Any], positive: Any, whole: Any) -> Rop
     if not isinstance(kind, str) or kind == "none":
         return None
     key = "rope.scaling.factor" if f"{arch}.rope.scaling.factor" in metadata else "rope.scale_linear"
-    factor = positive(key, 1.0) if metadata.get(f"{arch}.{key}") != 0 else 1.0  # llama.cpp takes 0 as not given
+    given = metadata.get(f"{arch}.{key}")
+    is_zero = isinstance(given, int | float | np.number) and given == 0  # llama.cpp takes it as not given
+    factor = 1.0 if is_zero else positive(key, 1.0)
     orig_ctx = whole("rope.scaling.original_context_length", 0, least=0)
     return RopeScaling(kind, factor, orig_ctx, positive("rope.scaling.attn_factor", 1.0))

@@ -13,6 +13,7 @@ from quantlab.files.torch_zip import read_torch
 __all__ = ["index_weights", "meta_parts", "read_json", "read_weights"]
 
 MAX_JSON = 64 << 20  # bytes; the largest tokenizer.json has 33 MB
+MAX_FILE_NAME = 255  # bytes, on most file systems
 MAX_VALUES = 3_000_000  # in a JSON file; that tokenizer has 2 million
 
 
@@ -94,7 +95,8 @@ def _check_weight_map(index_path: Path, weight_map: Any) -> None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path}: weight_map={short(weight_map)}, need a table. Download it again.")
     for name, part in weight_map.items():
-        if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\]", part) or not part.isprintable():
+        is_name = isinstance(part, str) and part.isprintable() and 0 < len(part.encode()) <= MAX_FILE_NAME
+        if not is_name or part in (".", "..") or re.search(r"[/\\]", part):
             raise ValueError(
                 f"{index_path}: {short(name)}: file {short(part)}, need a plain file name. The index is hostile."
             )
