@@ -159,7 +159,7 @@ def test_bad_input(path, tmp_path):
         port = str(busy.getsockname()[1])
         assert f"127.0.0.1:{port}: Address already in use" in refused(path, "--port", port)
     assert "port=99999" in refused(path, "--port", "99999")
-    assert "ctx-size=4096, must be 1 to 512" in refused(path, "--ctx-size", "4096", "--port", "0")
+    assert "ctx-size=4096, must be 2 to 512" in refused(path, "--ctx-size", "4096", "--port", "0")
     assert "no such file" in refused(tmp_path / "nothing.gguf")
     (tmp_path / "text.gguf").write_text("this is no model")
     assert "first 4 bytes are b'this', need b'GGUF'" in refused(tmp_path / "text.gguf")
@@ -170,8 +170,10 @@ def test_a_file_that_llama_cpp_cannot_load_says_why(tmp_path):
     keys = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
     metadata = {"general.architecture": "nonsuch", "tokenizer.ggml.tokens": ["a"]}
     metadata |= {f"nonsuch.{key}": np.uint32(32) for key in keys}
+    metadata["nonsuch.block_count"] = np.uint32(1)
     metadata["nonsuch.attention.layer_norm_rms_epsilon"] = np.float32(1e-5)
     x = np.zeros((2, 32), np.float32)
-    write_gguf(tmp_path / "a.gguf", metadata, [TensorSpec("token_embd.weight", x.shape, "F32")], [x])
+    specs = [TensorSpec(name, x.shape, "F32") for name in ("token_embd.weight", "blk.0.ffn_up.weight")]
+    write_gguf(tmp_path / "a.gguf", metadata, specs, [x, x])
     line = refused(tmp_path / "a.gguf", "--port", "0", "--ctx-size", "16")
     assert "llama.cpp cannot load it" in line and "nonsuch" in line
