@@ -1,4 +1,4 @@
-"""The words that measure and study: perplexity, compare, table, imatrix, notebook."""
+"""The words that measure and study: perplexity, compare, table, imatrix, sensitivity, recipe, notebook."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,9 @@ Chunks = Annotated[int | None, typer.Option("--chunks", help="Chunks at most; th
 ProtocolName = Annotated[str, typer.Option("--protocol", metavar="llama.cpp|full", help="Which tokens are scored.")]
 Mode = Annotated[
     str,
-    typer.Option("--mode", metavar="float|ggml-cpu", help="Activations as they are, or rounded as ggml's CPU does."),
+    typer.Option(
+        "--mode", metavar="float|ggml-cpu", help="Activations as they are, or all as ggml's CPU code does it."
+    ),
 ]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")]
 Scratch = Annotated[

@@ -1,1 +1,1 @@
-"""How good is it: the forward pass, perplexity and divergence."""
+"""How good is it: the forward pass, perplexity and divergence; importance matrices."""

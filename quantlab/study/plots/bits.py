@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, VERMILION
+from quantlab.study.plots.style import BLUE, VERMILION, new_axes
 from quantlab.transform.plan import bits_per_weight
 
 
@@ -33,8 +33,7 @@ def importance(sums: Mapping[int, np.ndarray], *, title: str = "", ax: Axes | No
     """
     if not sums:
         raise ValueError("importance: no layer was given. Choose a kind that the matrix has.")
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    ax = ax or new_axes((8, 4.5))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(sums)))
     for colour, (layer, values) in zip(colours, sorted(sums.items()), strict=True):
         ordered = np.sort(values)[::-1] / values.mean()
@@ -62,8 +61,7 @@ def matrix_gain(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    ax = ax or new_axes((8, 4))
     look = {"color": BLUE, "error_kw": {"lw": 1, "capsize": 4}}
     ax.bar(frame["ftype"], 100 * frame["less"], 0.6, yerr=100 * frame["less_se"], **look)
     ax.axhline(0, color="0.3", lw=1)
@@ -91,8 +89,7 @@ def recipe_front(
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    ax = ax or new_axes((8, 5))
     frame = frame[frame["predicted_kld"] > 0]
     recipes, ftypes = frame[frame["variant"] == "recipe"], frame[frame["variant"] != "recipe"]
     ax.plot(recipes["bpw"], recipes["predicted_kld"], "-", color=BLUE, label="best recipe, predicted")
@@ -145,8 +142,7 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
     kinds = sorted({kind for _, kind in placed})
     layers = sorted({int(layer) for layer, _ in placed})
     bits = np.full((len(layers), len(kinds)), np.nan)
-    if ax is None:
-        _, ax = plt.subplots(figsize=(1 + len(kinds), 1 + 0.35 * len(layers)), layout="constrained")
+    ax = ax or new_axes((1 + len(kinds), 1 + 0.35 * len(layers)))
     for (layer, kind), qtype in placed.items():
         row, column = layers.index(int(layer)), kinds.index(kind)
         bits[row, column] = bits_per_weight(qtype)

@@ -1,11 +1,10 @@
 """The map of the course as a figure."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE
+from quantlab.study.plots.style import BLUE, new_axes
 
 
 def prerequisites(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -31,8 +30,7 @@ def prerequisites(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for x, column in enumerate(columns):  # beside those that they build on, so that few arrows cross
         column.sort(key=lambda name: -np.mean([place[b][1] for b in before[name]] or [0]))
         place |= {name: (x, (len(column) - 1) / 2 - i) for i, name in enumerate(column)}
-    if ax is None:
-        _, ax = plt.subplots(figsize=(3 * len(columns), 1 + 0.8 * max(map(len, columns))), layout="constrained")
+    ax = ax or new_axes((3 * len(columns), 1 + 0.8 * max(map(len, columns))))
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-max(map(len, columns)) / 2, max(map(len, columns)) / 2))
     ax.axis("off")
     times = dict(zip(frame["notebook"], frame["time"], strict=True))

@@ -1,11 +1,10 @@
 """Figures of what quantization costs: size against perplexity and divergence."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-from quantlab.study.plots.style import BLUE, VERMILION
+from quantlab.study.plots.style import BLUE, VERMILION, new_axes
 from quantlab.study.tables import pareto
 
 _FAMILIES = (  # label, what the names of its ftypes look like, colour, marker
@@ -44,8 +43,7 @@ def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = N
     shown = pd.concat([rows for *_, rows in families])
     if shown.empty:
         raise ValueError("bpw_against_ppl: no quantized row has a perplexity. Measure the model first.")
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    ax = ax or new_axes((8, 5))
     base, error = shown["ppl"].iloc[0] - shown["delta_ppl"].iloc[0], shown["ppl_se"].min()
     for label, _, colour, marker, rows in families:
         look = {"fmt": marker, "color": colour, "ms": 5, "lw": 1, "capsize": 3}
@@ -86,8 +84,7 @@ def size_against_kld(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
     if shown.empty:
         raise ValueError("size_against_kld: no quantized row has a KL divergence. Measure the model first.")
     points = shown.drop_duplicates(["ftype", "bpw"])
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    ax = ax or new_axes((8, 5))
     for (rules, rows), (colour, marker, line) in zip(shown.groupby("rules", sort=False), _RULE_SETS, strict=False):
         front, new = pareto(rows, "bpw"), points[points["rules"] == rules]
         look = {"fmt": marker, "color": colour, "ms": 5, "lw": 1, "capsize": 3}

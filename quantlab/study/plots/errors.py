@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes
 
 _LINES = [(BLUE, "-"), (ORANGE, "-"), (GREEN, "--"), (VERMILION, "-."), (PURPLE, ":"), (SKY, "-"), ("0.3", "--")]
 _MARKERS = "osD^vPX*"
@@ -29,8 +29,7 @@ def histograms(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    ax = ax or new_axes((9, 4.5))
     lines = iter(_LINES * 2)
     for name, rows in frame.groupby("of", sort=False):
         edges = [*rows["left"], rows["right"].iloc[-1]]
@@ -102,8 +101,7 @@ def by_layer(
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    ax = ax or new_axes((9, 4))
     inside = frame[frame["layer"] >= 0]
     for i, (kind, rows) in enumerate(inside.groupby("kind")):
         colour, style = _LINES[i % len(_LINES)]
@@ -133,8 +131,7 @@ def percentile_bands(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(11, 4.2), layout="constrained")
+    ax = ax or new_axes((11, 4.2))
     places = np.arange(len(frame))
     looks = (
         ("p50", "o", BLUE),
@@ -178,8 +175,7 @@ def error_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 6), layout="constrained")
+    ax = ax or new_axes((8, 6))
     values = frame.to_numpy()
     edges = [
         np.append(axis, 2 * axis[-1] - axis[-2] if len(axis) > 1 else axis[-1] + 1)

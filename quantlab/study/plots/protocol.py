@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, VERMILION
+from quantlab.study.plots.style import BLUE, VERMILION, new_axes
 
 
 def nll_by_position(nll: np.ndarray, *, scored_from: int, title: str = "", ax: Axes | None = None) -> Axes:
@@ -28,8 +28,7 @@ def nll_by_position(nll: np.ndarray, *, scored_from: int, title: str = "", ax: A
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    ax = ax or new_axes((8, 4))
     edges = np.unique(np.geomspace(1, nll.shape[1] + 1, 14).round().astype(int))
     parts = [nll[:, low - 1 : high - 1] for low, high in pairwise(edges)]
     middle = np.sqrt(edges[:-1] * (edges[1:] - 1))

@@ -1,10 +1,9 @@
 """Figures of running: what a model takes."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE
+from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, new_axes
 
 _PARTS = (  # column of Fit.to_frame(), label, colour
     ("bytes", "weights", BLUE),
@@ -32,8 +31,7 @@ def memory(frame: pd.DataFrame, *, vram: int = 0, ram: int = 0, title: str = "",
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 1.5 + 0.28 * len(frame)), layout="constrained")
+    ax = ax or new_axes((8, 1.5 + 0.28 * len(frame)))
     unit, divisor = ("GiB", 2**30) if frame["bytes"].max() > 2**30 else ("MiB", 2**20)
     left = pd.Series(0.0, index=frame.index)
     for column, label, colour in _PARTS:

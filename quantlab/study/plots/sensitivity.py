@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes
 
 _LOOKS = [
     (BLUE, "o"),
@@ -84,8 +84,7 @@ def additivity(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    ax = ax or new_axes((7, 4.5))
     for (colour, marker), name in zip(_LOOKS, frame.columns.drop("joint"), strict=False):
         ax.plot(frame["joint"], frame[name] / frame["joint"], marker=marker, color=colour, lw=1, ms=5, label=name)
     for qtype, joint in frame["joint"].items():
@@ -114,8 +113,7 @@ def more_bits(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    ax = ax or new_axes((8, 5))
     kinds = list(frame["kind"].unique())
     for (colour, marker), kind in zip(_LOOKS, kinds, strict=False):
         rows = frame[(frame["kind"] == kind) & (frame["gain_per_kib"] > 0)]
@@ -148,8 +146,7 @@ def error_against_damage(frame: pd.DataFrame, *, title: str = "", ax: Axes | Non
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    ax = ax or new_axes((8, 4.5))
     shown = frame[(frame["error"] > 0) & (frame["delta_kld"] > 0)]
     looks = [*_LOOKS, ("black", "1")]
     for (colour, marker), (kind, rows) in zip(looks, shown.groupby("kind", sort=False), strict=False):

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, ORANGE, VERMILION
+from quantlab.study.plots.style import BLUE, ORANGE, VERMILION, new_axes
 
 _LOOKS = {"quantlab": (BLUE, "o"), "ggml": (VERMILION, "s")}
 
@@ -75,8 +75,7 @@ def scaling(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> 
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    ax = ax or new_axes((9, 3.6))
     ours = frame[frame["by"] == "quantlab"]
     most = ours["threads"].max()
     order = list(dict.fromkeys(ours["type"]))
@@ -118,8 +117,7 @@ def roofline(
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    ax = ax or new_axes((9, 5.5))
     x = np.geomspace(frame["intensity"].min() / 3, frame["intensity"].max() * 4, 200)
     for (label, top), style in zip(peaks.items(), ("-", "--"), strict=False):
         ax.plot(x, np.minimum(top, x * bandwidth) / 1e9, color="0.3", ls=style, label=f"{label}: {top / 1e9:.0f} G/s")

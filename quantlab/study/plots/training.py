@@ -1,10 +1,9 @@
 """Figures of training: how a model learned."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, VERMILION
+from quantlab.study.plots.style import BLUE, VERMILION, new_axes
 
 
 def loss_curve(history: pd.DataFrame, *, unigram: float, ax: Axes | None = None) -> Axes:
@@ -23,8 +22,7 @@ def loss_curve(history: pd.DataFrame, *, unigram: float, ax: Axes | None = None)
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    ax = ax or new_axes((8, 4))
     for column, colour, label in (("loss", BLUE, "training text"), ("heldout", VERMILION, "held-out text")):
         ax.plot(history["tokens"] / 1e6, history[column], color=colour, marker="o", ms=3, label=label)
     ax.axhline(unigram, color="0.4", lw=1, ls="--", label=f"frequencies alone: {unigram:.2f}")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes
 
 _SUB_BLOCKS = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#B8A900", "0.55"]  # then from the beginning
 _BLOCK = "0.25"  # colour of what belongs to the whole block
@@ -35,8 +35,7 @@ def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes
     Axes
     """
     first, lines = frame["byte"].min(), -(-frame["byte"].nunique() // per_row)
-    if ax is None:
-        _, ax = plt.subplots(figsize=(11, 0.7 + 1.8 * lines), layout="constrained")
+    ax = ax or new_axes((11, 0.7 + 1.8 * lines))
     for bit in frame.itertuples():
         line, column = divmod(bit.byte - first, per_row)
         y = 9.4 * line + 7 - bit.bit
@@ -91,8 +90,7 @@ def scale_search(
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    ax = ax or new_axes((9, 4.2))
     if fine is not None:
         ax.plot(fine["steps"][1:], fine["error"][1:], color="0.7", lw=1, zorder=1, label="in between, not tried")
     plain, fitted = tries.iloc[0], tries.iloc[1:]
@@ -182,8 +180,7 @@ def bit_budget(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 1.2 + 0.28 * len(frame)), layout="constrained")
+    ax = ax or new_axes((9, 1.2 + 0.28 * len(frame)))
     parts = (
         ("code", "codes", BLUE, ""),
         ("sc", "sub-blocks' scales", ORANGE, ""),
@@ -224,8 +221,7 @@ def snr_against_bits(
     -------
     Axes
     """
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 6), layout="constrained")
+    ax = ax or new_axes((9, 6))
     looks = [("0.2", "-"), ("0.45", "--"), ("0.45", ":"), (GREEN, "-."), (PURPLE, "--")]
     for (label, line), (colour, style) in zip(lines.items(), looks, strict=False):
         marker = "." if len(line) < 10 else ""
