@@ -27,8 +27,9 @@ from quantlab.files import bundled, checkpoint
 from quantlab.files.byte_range import StoredTensor
 from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.transform.convert import convert
-from quantlab.transform.plan import MIB, SLAB, plan
+from quantlab.transform.plan import MIB, plan
 from quantlab.transform.quantize import quantize
+from quantlab.transform.slabs import SLAB, row_ranges
 
 SHARD = 4 << 30  # bytes of weights per safetensors file
 MEASURED = 16 << 20  # weights per type in the measurement of the kernels' own speed
@@ -197,8 +198,7 @@ def in_memory(folder: Path, shape: dict, ftype: str) -> None:
     specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
     print(f"{len(model)} tensors, {model.n_weights:,} weights, tensor data {model.nbytes / MIB:.2f} MiB", flush=True)
     rows = (  # of each tensor, a few at a time
-        (t.rows(i, min(i + n, t.nrows)) for i in range(0, t.nrows, n))
-        for t, n in ((t, max(1, SLAB // t.shape[-1])) for t in model)
+        (t.rows(start, stop) for start, stop in row_ranges(t)) for t in model
     )
     count = Count()
     seconds, _ = timed(lambda: write_gguf(count, model.metadata, specs, rows))

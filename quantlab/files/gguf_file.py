@@ -22,6 +22,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +32,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from quantlab.files.recognize import looks_like, short
 
-__all__ = ["Header", "TensorInfo", "TensorSpec", "pack_header", "read_header", "row_nbytes", "write_gguf"]
+__all__ = ["Header", "Strings", "TensorInfo", "TensorSpec", "pack_header", "read_header", "row_nbytes", "write_gguf"]
 
 ALIGNMENT = 32
 MAX_HEADER = 32 << 20  # bytes; a vocabulary of 262 k tokens with its merges takes 12 MB
@@ -68,6 +69,46 @@ class TensorInfo(TensorSpec):
     """A tensor of a file; `offset` counts from the start of the file."""
 
     offset: int
+
+
+class Strings(Sequence):
+    """An array of strings of a file: its bytes, as they are copied into another; a sequence of str for who looks.
+
+    A vocabulary has hundreds of thousands; to unpack and pack them takes longer than to quantize a small model.
+
+    Parameters
+    ----------
+    raw : bytes
+        Each string's length, 8 bytes, and the string.
+    count : int
+    """
+
+    def __init__(self, raw: bytes, count: int):
+        self.raw, self._count = raw, count
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        unpack, texts, end, raw = struct.Struct("<Q").unpack_from, [], 0, self.raw
+        for _ in range(self._count):
+            start = end + 8
+            end = start + unpack(raw, end)[0]
+            texts.append(raw[start:end].decode("utf-8", "surrogateescape"))
+        return texts
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place):
+        return self._texts[place]
+
+    def __iter__(self):
+        return iter(self._texts)
+
+    def __eq__(self, other) -> bool:
+        return self.raw == other.raw if isinstance(other, Strings) else self._texts == other
+
+    def __repr__(self) -> str:
+        return repr(self._texts)
 
 
 @dataclass(frozen=True)
@@ -112,7 +153,7 @@ def read_header(path: str | Path) -> Header:
     -------
     Header
         Metadata in file order, where each value carries its GGUF type: NumPy scalars for numbers, bool, str,
-        NumPy arrays for arrays of numbers, `list[str]` for arrays of strings, lists of these for nested arrays.
+        NumPy arrays for arrays of numbers, `Strings` for arrays of strings, lists of these for nested arrays.
         Bytes that are not UTF-8 come back as surrogate escapes, so that writing restores them.
 
     Raises
@@ -188,22 +229,20 @@ class _Cursor:
         self.pos = end
         return text
 
-    def strings(self, count: int, what: str) -> list[str]:
+    def strings(self, count: int, what: str) -> Strings:
         """Read `count` strings; one tight loop, because a vocabulary has hundreds of thousands."""
         self.n_strings += count
         if self.n_strings > MAX_STRINGS:
             raise self.bad(f"{what} brings the file to {self.n_strings} strings, need at most {MAX_STRINGS}")
-        unpack, texts, pos, buffer = struct.Struct("<Q").unpack_from, [], self.pos, self.buffer
+        unpack, pos, buffer = struct.Struct("<Q").unpack_from, self.pos, self.buffer
         for _ in range(count):
-            start = pos + 8
-            if start > len(buffer):
-                buffer = self.have(start, what)
-            pos = start + unpack(buffer, pos)[0]
+            if pos + 8 > len(buffer):
+                buffer = self.have(pos + 8, what)
+            pos += 8 + unpack(buffer, pos)[0]
             if pos > len(buffer):
                 buffer = self.have(pos, what)
-            texts.append(buffer[start:pos].decode("utf-8", "surrogateescape"))
-        self.pos = pos
-        return texts
+        start, self.pos = self.pos, pos
+        return Strings(buffer[start:pos], count)
 
 
 def _read_start(cursor: _Cursor) -> tuple[int, int, int]:
@@ -340,7 +379,7 @@ def write_gguf(
     path_or_file : str, Path or object with `.write(bytes)`
         Where to write; a path is written as it is (see `quantlab.files.output.replacing`).
     metadata : dict
-        Values typed as `read_header` returns them.
+        Values typed as `read_header` returns them; a `list[str]` does as well as `Strings`.
     specs : sequence of TensorSpec
         The tensors in file order.
     data : iterable
@@ -419,6 +458,8 @@ def _pack_value(value: Any, key: str) -> bytes:
     if isinstance(value, np.ndarray):
         head = struct.pack("<IIQ", _ARRAY, _TYPE_OF_NUMBER[value.dtype], len(value))
         return head + value.astype(value.dtype.newbyteorder("<")).tobytes()
+    if isinstance(value, Strings):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + value.raw
     if isinstance(value, list):
         items = [_pack_string(item) if isinstance(item, str) else _pack_value(item, key)[4:] for item in value]
         item_type = _ARRAY if value and not isinstance(value[0], str) else _STRING

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from quantlab.files.gguf_file import Strings
 from quantlab.files.recognize import short
 
 __all__ = ["Hparams", "RopeScaling"]
@@ -115,7 +116,7 @@ class Hparams:
         tokens = metadata.get("tokenizer.ggml.tokens")
         return cls(
             arch=arch,
-            n_vocab=whole("vocab_size", len(tokens) if isinstance(tokens, list) else 0, least=0),
+            n_vocab=whole("vocab_size", len(tokens) if isinstance(tokens, list | Strings) else 0, least=0),
             n_ctx=whole("context_length"),
             n_embd=n_embd,
             n_ff=whole("feed_forward_length"),

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from quantlab.files.byte_range import ByteRange
-from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
+from quantlab.files.gguf_file import Strings, TensorSpec, read_header, write_gguf
 from quantlab.files.imatrix_statistics import statistics
 from quantlab.files.output import replacing
 from quantlab.files.recognize import short
@@ -145,7 +145,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     if missing:
         raise ValueError(f"{path}: {missing[0]} is missing, must be there in an importance matrix. Check the name.")
     datasets, chunk_count, chunk_size = (header.metadata[key] for key in _KEYS)
-    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+    if not isinstance(datasets, Strings):
         raise ValueError(f"{path}: imatrix.datasets={short(datasets)}, must be names. The file is damaged.")
     if not all(isinstance(number, np.integer) for number in (chunk_count, chunk_size)) or chunk_size < 1:
         what = f"imatrix.chunk_count={short(chunk_count)}, imatrix.chunk_size={short(chunk_size)}"

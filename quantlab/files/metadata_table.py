@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from quantlab.files.gguf_file import Strings
+
 __all__ = ["metadata_table"]
 
 MAX_SHOWN = 80  # characters of a value
@@ -34,7 +36,7 @@ def metadata_table(metadata: Mapping[str, Any]) -> pd.DataFrame:
 
 def _type(value: Any) -> str:
     """Name the type of a value, arrays with their length."""
-    if isinstance(value, list):
+    if isinstance(value, list | Strings):
         item = "string" if not value or isinstance(value[0], str) else "array"
         return f"{item}[{len(value)}]"
     if isinstance(value, np.ndarray):
@@ -44,7 +46,7 @@ def _type(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """Return a value as text of at most MAX_SHOWN characters, control characters written out."""
-    if isinstance(value, list | np.ndarray):
+    if isinstance(value, list | Strings | np.ndarray):
         items = [_shown(item) for item in value[:N_ITEMS]] + ["…"] * (len(value) > N_ITEMS)
         text = f"[{', '.join(items)}]"
     else:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from quantlab.files.gguf_file import Strings
 from quantlab.files.pretokenizers import pre_tokenizer
 from quantlab.files.recognize import reason, short
 
@@ -327,9 +328,9 @@ def text_of_bytes(raw: bytes) -> str:
 
 def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
     value = metadata.get(key)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list | Strings) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"{source}: {key} is missing or no list of strings. Convert the checkpoint again.")
-    return value
+    return list(value)
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, count: int, dtype: type, default: int, source: str) -> np.ndarray:

@@ -27,7 +27,7 @@ from numba.extending import lower_builtin, models, register_model
 
 kernel = njit(cache=True, error_model="numpy")  # how every function over lanes is compiled
 inlined_kernel = njit(cache=True, error_model="numpy", forceinline=True)  # for steps of one caller's inner loops
-parallel_kernel = njit(cache=True, error_model="numpy", parallel=True)
+parallel_kernel = njit(cache=True, error_model="numpy", parallel=True, nogil=True)
 
 WIDTH = 16
 ROUNDER = np.float32(12582912)  # 1.5 * 2**23: adding it rounds a small float to a whole number, half to even

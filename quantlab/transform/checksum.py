@@ -33,6 +33,18 @@ def _mix(words, lanes):
     lanes[0], lanes[1], lanes[2], lanes[3] = a, b, c, d
 
 
+def mixed(piece: np.ndarray) -> bytes:
+    """Return what a checksum takes of an array: its lanes, the bytes that do not fill them, its size."""
+    raw = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+    whole = raw.size // 32 * 32
+    lanes = np.arange(1, 5, dtype=np.uint64)
+    words = raw[:whole]
+    if words.ctypes.data % 8:
+        words = words.copy()
+    _mix(words.view(np.uint64), lanes)
+    return lanes.tobytes() + raw[whole:].tobytes() + raw.size.to_bytes(8, "little")
+
+
 class Checksum:
     """A checksum that is fed piece by piece; the cuts between the pieces count.
 
@@ -50,14 +62,11 @@ class Checksum:
 
     def update(self, piece: np.ndarray) -> None:
         """Take the bytes of an array."""
-        raw = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-        whole = raw.size // 32 * 32
-        lanes = np.arange(1, 5, dtype=np.uint64)
-        words = raw[:whole]
-        if words.ctypes.data % 8:
-            words = words.copy()
-        _mix(words.view(np.uint64), lanes)
-        self._sha.update(lanes.tobytes() + raw[whole:].tobytes() + raw.size.to_bytes(8, "little"))
+        self.add(mixed(piece))
+
+    def add(self, piece: bytes) -> None:
+        """Take what `mixed` made of an array, perhaps in another thread."""
+        self._sha.update(piece)
 
     def hexdigest(self) -> str:
         """Return the checksum of all pieces as 64 hexadecimal digits."""

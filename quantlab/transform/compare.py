@@ -11,9 +11,10 @@ import pandas as pd
 
 from quantlab import quants
 from quantlab.files.byte_range import PLAIN_DTYPES
+from quantlab.files.gguf_file import Strings
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.model import LazyTensor
-from quantlab.transform.plan import SLAB
+from quantlab.transform.slabs import in_order, row_ranges
 
 # ---- metadata
 
@@ -55,6 +56,8 @@ def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two values are the same in type and bits; NaN is the same as NaN."""
+    if type(a) is not type(b):  # a file's strings, and those that a converter made
+        a, b = (list(value) if isinstance(value, Strings) else value for value in (a, b))
     if type(a) is not type(b):
         return False
     if isinstance(a, np.ndarray | np.generic):
@@ -66,11 +69,14 @@ def _equal(a: Any, b: Any) -> bool:
 
 def untyped(value: Any) -> Any:
     """Return a value of the metadata without its GGUF type: as a bool, int, float, str or list of these."""
+    if isinstance(value, Strings):
+        return list(value)
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _from_difference(a: Any, b: Any) -> tuple[str, str]:
     """Two values as text; two lists of one length from their first different item on."""
+    a, b = (list(value) if isinstance(value, Strings) else value for value in (a, b))
     if isinstance(a, list | np.ndarray) and type(a) is type(b) and len(a) == len(b):
         first = next((i for i in range(len(a)) if not _equal(a[i], b[i])), 0)
         return f"{_text(a)} [{first}]={_text(a[first : first + 1])}", f"[{first}]={_text(b[first : first + 1])}"
@@ -145,7 +151,7 @@ def as_floats(rows: np.ndarray, qtype: str, n_per_row: int) -> np.ndarray:
 
 
 def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple[Any, np.ndarray, np.ndarray, bool]]:
-    """Read pairs of tensors of one shape slab by slab, so that memory holds a few rows.
+    """Read pairs of tensors of one shape slab by slab, the next ones ahead; memory holds a few rows.
 
     Parameters
     ----------
@@ -161,18 +167,19 @@ def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple
     is_last : bool
         Whether they are the tensor's last rows.
     """
-    for item, a, b in pairs:
-        n = max(1, SLAB // a.shape[-1])
-        for start in range(0, a.nrows, n):
-            stop = min(start + n, a.nrows)
-            yield item, a.rows(start, stop), b.rows(start, stop), stop == a.nrows
+    cuts = ((item, a, b, start, stop) for item, a, b in pairs for start, stop in row_ranges(a))
+    return in_order(_read, cuts)
+
+
+def _read(cut: tuple[Any, LazyTensor, LazyTensor, int, int]) -> tuple[Any, np.ndarray, np.ndarray, bool]:
+    item, a, b, start, stop = cut
+    return item, a.rows(start, stop), b.rows(start, stop), stop == a.nrows
 
 
 def root_mean_square(tensor: LazyTensor) -> float:
     """Return the root mean square of a tensor's weights, in their unit; NaN where some are NaN."""
-    n = max(1, SLAB // tensor.shape[-1])
     with np.errstate(invalid="ignore", over="ignore"):
-        parts = (tensor.floats(i, min(i + n, tensor.nrows)) for i in range(0, tensor.nrows, n))
+        parts = (tensor.floats(start, stop) for start, stop in row_ranges(tensor))
         total = sum(float(np.square(rows, dtype=np.float64).sum()) for rows in parts)
     return (total / max(tensor.n_weights, 1)) ** 0.5
 

@@ -4,9 +4,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from quantlab.files.gguf_file import TensorSpec, pack_header, write_gguf
 from quantlab.files.hub import find_checkpoint
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.output import check_apart, check_output, replacing
+from quantlab.transform.slabs import in_order
 
 __all__ = ["convert"]
 
@@ -84,7 +83,9 @@ def convert(
     _check_room(outfile, header + model.nbytes)
     if progress:
         tqdm.write(_plan_line(src, outfile, model, header), file=sys.stderr)
-    blocks = _ahead(_reads(model), encodes=outtype != "auto")
+    # beside the disk, kernels in more threads would only wait for each other; reading alone loads no kernel
+    limit = None if outtype == "auto" else 1
+    blocks = in_order(lambda read: read(), _reads(model), kernel_threads=limit, ahead=AHEAD)
     data = (islice(blocks, _n_blocks(tensor)) for tensor in model)
     with replacing(outfile, overwrite=overwrite) as part:
         with tqdm(total=model.nbytes, unit="B", unit_scale=True, desc=outfile.name, disable=not progress) as bar:
@@ -137,29 +138,6 @@ def _reads(model: Model) -> Iterator[Callable[[], np.ndarray]]:
         step = _rows_per_block(tensor)
         for start in range(0, tensor.nrows, step):
             yield lambda tensor=tensor, start=start, step=step: tensor.rows(start, min(start + step, tensor.nrows))
-
-
-def _ahead(reads: Iterable[Callable[[], np.ndarray]], *, encodes: bool) -> Iterator[np.ndarray]:
-    """Carry out reads in another thread, a few before their results are asked for; `encodes`: they use kernels."""
-    with ThreadPoolExecutor(1, initializer=_use_one_thread if encodes else None) as pool:
-        pending: deque[Future] = deque()
-        try:
-            for read in reads:
-                pending.append(pool.submit(read))
-                if len(pending) > AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _use_one_thread() -> None:
-    """Let kernels called from this thread stay in it: beside the disk, more threads would only wait for each other."""
-    import numba
-
-    numba.set_num_threads(1)
 
 
 def _warn_of_loss(loss: RangeLoss) -> None:

@@ -23,7 +23,6 @@ from quantlab.transform.compare import (
     squeezed,
 )
 from quantlab.transform.inspect import text_table
-from quantlab.transform.quantize import ahead
 
 COLUMNS = ["name", "change", "a", "b", "blocks", "differing", "rmse", "max_abs", "relative"]
 
@@ -155,7 +154,7 @@ def _tallies(pairs: list[tuple]) -> Iterator[tuple[dict, Tally]]:
     qtypes = {row["name"]: (one.qtype, other.qtype) for row, one, other in pairs}
     tally = Tally()
     with tqdm(total=total, unit="B", unit_scale=True, desc="diff") as bar:
-        for (row, n_per_row), one, other, last in ahead(slabs(((r, x.shape[-1]), x, y) for r, x, y in pairs)):
+        for (row, n_per_row), one, other, last in slabs(((r, x.shape[-1]), x, y) for r, x, y in pairs):
             tally.add(one, other, qtypes[row["name"]], n_per_row)
             bar.update(one.nbytes + other.nbytes)
             if last:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
 
+import numba
 import numpy as np
 import pandas as pd
 
@@ -27,11 +28,11 @@ from quantlab.files.output import beside
 from quantlab.quants import block_bytes, block_size, row_bytes
 from quantlab.transform.job import Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
+from quantlab.transform.slabs import SLAB
 
 MIB = 1024**2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-SLAB = 1 << 22  # weights that are read, quantized and written at once
-IN_FLIGHT = 6  # slabs in memory at once: some read ahead, one quantized, some behind to be written
+IN_FLIGHT = 3  # slabs of float32 in memory per thread: one as read, one decoded, some to be written
 SAMPLE = 1 << 18  # weights of the calibration
 
 
@@ -358,7 +359,7 @@ def plan_of(job: Job) -> Plan:
         job,
         sum(step.tensor.nbytes for step in steps),
         written,
-        _memory_now() + IN_FLIGHT * 4 * slab,
+        _memory_now() + numba.get_num_threads() * IN_FLIGHT * 4 * slab,
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _free_disk([output.path for output in job.outputs if output.path is not None]),
         _kernel_seconds(job),

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
+import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+import numba
 import numpy as np
 from tqdm.auto import tqdm
 
 from quantlab import quants
 from quantlab.files.gguf_file import read_header
-from quantlab.files.model import Model
+from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, check_output, replacing
-from quantlab.transform.checksum import Checksum
+from quantlab.transform.checksum import Checksum, mixed
 from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_files
-from quantlab.transform.plan import MIB, SLAB, Plan, plan_of
+from quantlab.transform.plan import MIB, Plan, plan_of
+from quantlab.transform.slabs import in_order, row_ranges
 from quantlab.transform.unfinished import Sink, Unfinished
-
-AHEAD = 2  # slabs that are read, and slabs that wait to be written, while one is quantized
 
 
 def quantize(
@@ -128,63 +130,75 @@ def _foretell(job: Job, old: _Reusable | None, overwrite: bool) -> Iterator[Plan
 
 
 def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: bool, report) -> None:
-    """Take all steps that `target` does not have yet; read ahead, write behind."""
+    """Take all steps that `target` does not have yet: slabs in all threads at once, written in their order."""
     steps = job.steps
     done = len(target.records)
     if report is not None and done:
         report(f"going on after {done} of {len(steps)} tensors")
     total = sum(step.tensor.nbytes for step in steps[done:])
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=job.ftype.name, disable=None if report is None else True)
-    codes = np.zeros(0, np.int64)
-    with bar, ThreadPoolExecutor(1) as writer:
-        behind: deque = deque()
-        for step, rows, is_old, digest in ahead(_read(steps[done:], old)):
-            encoded = rows if is_old else encode(step, rows)
-            behind.append(writer.submit(target.write, encoded))
-            if histogram and not is_old and not step.is_kept:
-                codes = _add(codes, quants.code_histogram(encoded, step.choice.qtype))
-            if digest is not None:
-                behind.append(writer.submit(target.finish, digest))
+    threads = _threads()
+    limit = 1 if threads > 1 else None
+    take = partial(_take, histogram=histogram)
+    taken = in_order(take, _slabs(steps[done:], old), threads=threads, kernel_threads=limit, ahead=4 * threads)
+    digest, codes = Checksum(), np.zeros(0, np.int64)
+    with bar, closing(taken):
+        for slab, encoded, piece, counts in taken:
+            target.write(encoded)
+            digest.add(piece)
+            codes = counts if codes.size == 0 else codes + counts
+            bar.update(slab.nbytes)
+            if slab.stop == slab.tensor.nrows:
+                target.finish(old.source(slab.step) if slab.is_old else digest.hexdigest())
                 done += 1
                 if report is not None:
-                    report(_tensor_line(done, len(steps), step, is_old, codes))
-                codes = np.zeros(0, np.int64)
-            while len(behind) > AHEAD:
-                behind.popleft().result()
-            bar.update(rows.nbytes)
-        for write in behind:
-            write.result()
+                    report(_tensor_line(done, len(steps), slab.step, slab.is_old, codes))
+                digest, codes = Checksum(), np.zeros(0, np.int64)
 
 
-def ahead(items: Iterator) -> Iterator:
-    """Yield the items, the next ones made in a thread while the caller works on one."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, items, None) for _ in range(AHEAD))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(thread.submit(next, items, None))
-            yield item
+def _threads() -> int:
+    """How many threads may call kernels at once: numba's simplest threading layer bears one."""
+    try:
+        layer = numba.threading_layer()
+    except ValueError:  # nothing to quantize, so that the plan has not tried any kernel
+        return 1
+    return 1 if layer == "workqueue" else numba.get_num_threads()
 
 
-def _read(steps: Iterable[Step], old: _Reusable | None) -> Iterator[tuple[Step, np.ndarray, bool, str | None]]:
-    """Yield slabs of rows, whether they are an old output's, and with a tensor's last slab its source's digest."""
+class _Slab(NamedTuple):
+    """Rows of one tensor; `tensor` is the step's own, or an older output's that is copied."""
+
+    step: Step
+    tensor: LazyTensor
+    start: int
+    stop: int
+
+    @property
+    def is_old(self) -> bool:
+        return self.tensor is not self.step.tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.step.tensor.nbytes // self.tensor.nrows * (self.stop - self.start)
+
+
+def _slabs(steps: Iterable[Step], old: _Reusable | None) -> Iterator[_Slab]:
+    """Yield the slabs of all tensors, those of an older output where it has the same."""
     for step in steps:
-        if old is not None and (kept := old.find(step)):
-            for rows, digest in _slabs(kept):
-                yield step, rows, True, digest and old.source(step)
-        else:
-            for rows, digest in _slabs(step.tensor):
-                yield step, rows, False, digest
+        tensor = old and old.find(step) or step.tensor
+        for start, stop in row_ranges(tensor):
+            yield _Slab(step, tensor, start, stop)
 
 
-def _slabs(tensor) -> Iterator[tuple[np.ndarray, str | None]]:
-    """Yield a tensor's rows in slabs, with the last one the checksum of all."""
-    n = max(1, SLAB // tensor.shape[-1])
-    digest = Checksum()
-    for start in range(0, tensor.nrows, n):
-        stop = min(start + n, tensor.nrows)
-        rows = tensor.rows(start, stop)
-        digest.update(rows)
-        yield rows, digest.hexdigest() if stop == tensor.nrows else None
+def _take(slab: _Slab, histogram: bool) -> tuple[_Slab, np.ndarray, bytes, np.ndarray]:
+    """Read and encode a slab; return it with its bytes, what the source's checksum takes, and the counts of codes."""
+    rows = slab.tensor.rows(slab.start, slab.stop)
+    none = np.zeros(0, np.int64)
+    if slab.is_old:
+        return slab, rows, b"", none
+    encoded = encode(slab.step, rows)
+    counted = histogram and not slab.step.is_kept
+    return slab, encoded, mixed(rows), quants.code_histogram(encoded, slab.step.choice.qtype) if counted else none
 
 
 def encode(step: Step, rows: np.ndarray) -> np.ndarray:
@@ -195,11 +209,23 @@ def encode(step: Step, rows: np.ndarray) -> np.ndarray:
             raise ValueError(f"{tensor.name}: has NaN or infinite values, must be finite. Check where it came from.")
         return rows
     if tensor.qtype != "F32":
-        rows = quants.dequantize(rows.view(np.uint8), tensor.qtype, (len(rows), tensor.shape[-1]))
+        shape = len(rows), tensor.shape[-1]
+        rows = quants.dequantize(rows.view(np.uint8), tensor.qtype, shape, out=_scratch(shape))
     encoded = quants.quantize(rows, qtype, step.weights, name=tensor.name)
     if qtype == "F16" and not np.isfinite(encoded.view(np.float16)).all():
         raise ValueError(f"{tensor.name}: has values beyond 65504, F16 cannot hold them. Choose BF16 or F32.")
     return encoded
+
+
+_own = threading.local()
+
+
+def _scratch(shape: tuple[int, int]) -> np.ndarray:
+    """Return float32 memory of this thread, used again and again: fresh pages cost more than decoding into them."""
+    size = math.prod(shape)
+    if getattr(_own, "floats", np.zeros(0)).size < size:
+        _own.floats = np.empty(size, np.float32)
+    return _own.floats[:size].reshape(shape)
 
 
 # ---- what users see
@@ -216,10 +242,6 @@ def _tensor_line(i: int, n: int, step: Step, is_old: bool, codes: np.ndarray) ->
         sixteen = codes.reshape(min(16, codes.size), -1).sum(axis=1)  # neighbours together
         line += "  codes: " + " ".join(f"{share:.3f}" for share in sixteen / sixteen.sum())
     return line
-
-
-def _add(codes: np.ndarray, more: np.ndarray) -> np.ndarray:
-    return more if codes.size == 0 else codes + more
 
 
 # ---- what later runs need to know
@@ -280,8 +302,10 @@ class _Reusable:
         """Return the old tensor if source, type and weights are the same, else None; reads the source once."""
         if not self.has_same_type(step):
             return None
-        _, digest = deque(_slabs(step.tensor), maxlen=1).pop()
-        return self._model.tensor(step.tensor.name) if digest == self.source(step) else None
+        digest = Checksum()
+        for start, stop in row_ranges(step.tensor):
+            digest.update(step.tensor.rows(start, stop))
+        return self._model.tensor(step.tensor.name) if digest.hexdigest() == self.source(step) else None
 
     def has_same_type(self, step: Step) -> bool:
         """Whether the old tensor was made from the same type, to the same type, with the same weights."""

@@ -37,7 +37,7 @@ from quantlab.transform.compare import (
 from quantlab.transform.inspect import mixtures, text_table
 from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
 from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
-from quantlab.transform.quantize import ahead, encode
+from quantlab.transform.quantize import encode
 from quantlab.transform.rounding import allowed, is_other_rounding
 
 IDENTICAL, ROUNDING, OTHER = VERDICTS = ("identical", "rounding", "other")
@@ -372,7 +372,7 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
             rows.append(_unknown(tensor))
     total = sum(case.step.tensor.nbytes for case in cases)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
-        for case, x, theirs, _ in ahead(slabs((case, case.step.tensor, case.tensor) for case in cases)):
+        for case, x, theirs, _ in slabs((case, case.step.tensor, case.tensor) for case in cases):
             case.add(x, theirs)
             bar.update(x.nbytes)
     other_build = sum(case.fused for case in cases) >= sum(case.good for case in cases)

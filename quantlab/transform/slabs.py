@@ -1,0 +1,68 @@
+"""Slabs: rows of a tensor that are read and worked on at once, in other threads, ahead of who takes the results."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from quantlab.files.model import LazyTensor
+
+SLAB = 1 << 19  # weights: few enough to stay near the processor between reading, decoding and encoding
+
+
+def row_ranges(tensor: LazyTensor) -> Iterator[tuple[int, int]]:
+    """Yield first row and end of each slab of a tensor; a slab has at least one row."""
+    n = max(1, SLAB // tensor.shape[-1])
+    for start in range(0, tensor.nrows, n):
+        yield start, min(start + n, tensor.nrows)
+
+
+def in_order(
+    work: Callable[[Any], Any],
+    items: Iterable,
+    *,
+    threads: int = 1,
+    kernel_threads: int | None = None,
+    ahead: int = 2,
+) -> Iterator:
+    """Yield ``work(item)`` for each item, in their order, while the next ones are worked on in other threads.
+
+    Parameters
+    ----------
+    work : callable
+        Called in the threads.
+    items : iterable
+        Taken in the caller's thread, `ahead` more than results were yielded.
+    threads : int
+        How many items are worked on at once.
+    kernel_threads : int, optional
+        How many threads each parallel kernel may use that `work` calls. Default: all.
+    ahead : int
+        Results that are there or under way while the caller holds one.
+
+    Raises
+    ------
+    Exception
+        What `work` raised, in the place of its result; what is under way ends first, the rest is dropped.
+    """
+    limit = None if kernel_threads is None else partial(_limit_kernels, kernel_threads)
+    with ThreadPoolExecutor(threads, initializer=limit) as pool:
+        pending: deque[Future] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _limit_kernels(n: int) -> None:
+    """Let kernels called from this thread use `n` threads."""
+    import numba  # only here: reading alone needs no kernels
+
+    numba.set_num_threads(n)
