@@ -141,7 +141,7 @@ def check(folder: Path, name: str) -> None:
     ]
     assert outputs
     assert not [output for output in outputs if output.output_type == "error"]
-    assert not [output for output in outputs if "Warning" in output.get("text", "")]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]  # JupyterLab shows that in red
     shown = [cell for cell in nbformat.read(folder / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
     assert not [cell.source for cell in shown if _speaks(cell.source) and not cell.outputs]
 
@@ -158,6 +158,21 @@ def test_the_size_ppl_table_leaves_its_results(tmp_path):
     assert {".ipynb", ".html", ".csv", ".json", ".txt"} == {path.suffix for path in folder.iterdir()}
     rows = json.loads((folder / "size_ppl_table.json").read_text())["rows"]
     assert {row["variant"]: row["bytes"] for row in rows}["F16"] / 2**20 == pytest.approx(65593.31, abs=0.005)
+
+
+def test_a_page_shows_a_sentence_for_a_control_and_no_progress_bar(tmp_path):
+    bar = nbformat.v4.new_output("display_data", {notebooks._WIDGET: {"model_id": "1"}, "text/plain": "50%|bar"})
+    slider = nbformat.v4.new_output(
+        "execute_result", {notebooks._WIDGET: {"model_id": "2"}, "text/plain": "interactive()"}
+    )
+    said = [nbformat.v4.new_output("stream", name=name, text=f"to {name}") for name in ("stdout", "stderr")]
+    cell = nbformat.v4.new_code_cell("1", outputs=[bar, *said, slider])
+    state = {"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {}}}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=state), tmp_path / "a.ipynb")
+    notebooks._write_html(tmp_path / "a.ipynb")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert notebooks._NO_KERNEL in page and "to stdout" in page
+    assert not any(text in page for text in ("50%|bar", "to stderr", "interactive()", "widget-view+json"))
 
 
 def test_the_first_figure_is_the_picture(tmp_path):

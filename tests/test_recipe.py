@@ -153,6 +153,7 @@ def test_reduction_is_paired():
     theirs = np.array([1.0, 3.0, 2.0, 5.0])
     assert reduction(0.8 * theirs, theirs) == (pytest.approx(0.2), pytest.approx(0, abs=1e-15))
     assert reduction(theirs[::-1], theirs)[1] > 0
+    assert np.isnan(reduction(theirs, 0 * theirs)).all()
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ have gate and up.
 Source: llama-imatrix (tools/imatrix/imatrix.cpp of llama.cpp), whose chunks, columns and counts these are.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -136,7 +135,7 @@ def _collect(
     with Workers() as workers:
         budget = fit([variant], windows, workers, memory, keep_states=False)
         if progress:
-            tqdm.write(f"importance matrix over {windows.tokens.size} tokens: {budget}", file=sys.stderr)
+            budget.announce(f"importance matrix over {windows.tokens.size} tokens")
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         shown = dict(unit="tokens", unit_scale=1 / steps, disable=not progress, bar_format=bar_format)
         with tqdm(total=steps * windows.tokens.size, **shown) as bar:

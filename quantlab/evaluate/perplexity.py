@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -267,7 +266,7 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
             scratch = Path(scratch)
             _check_disk(scratch, budget.disk)
         if progress:
-            tqdm.write(f"{len(variants)} × {windows.tokens.size} tokens: {budget}", file=sys.stderr)
+            budget.announce(f"{len(variants)} × {windows.tokens.size} tokens")
         shown = dict(unit="tokens", unit_scale=1 / (base.hparams.n_layer + 1), disable=not progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=steps(variants) * windows.tokens.size, bar_format=bar_format, **shown) as bar:

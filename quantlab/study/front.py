@@ -1,6 +1,7 @@
 """The whole front of recipes, damage against size; and recipes judged on a text that they were not made from."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,7 +99,8 @@ class Judgement:
         All that was measured.
     rows : tuple of dict
         `variant`, `bytes`, `bpw`, `predicted_kld` (on the calibration text), `kld_mean`, `kld_se`, and for a recipe
-        `against` which ftype its KLD is `less`, as a fraction, with `less_se`, the error over chunks, paired.
+        `against` which ftype its KLD is `less`, as a fraction, with `less_se`, the error over chunks, paired; None
+        where the ftype does no damage, or there is one chunk only.
     """
 
     comparison: Comparison
@@ -166,7 +168,8 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     for row in rows:
         row |= {"predicted_kld": None, "against": None, "less": None, "less_se": None}
     for row, recipe in zip(rows[1 + len(ftypes) :], recipes, strict=True):
-        less, error = reduction(chunks[row["variant"]], chunks[stock[recipe.ftype]])
+        found = reduction(chunks[row["variant"]], chunks[stock[recipe.ftype]])
+        less, error = (None if math.isnan(value) else value for value in found)
         row |= {"predicted_kld": recipe.predicted, "against": recipe.ftype, "less": less, "less_se": error}
     return Judgement(measured, tuple(rows))
 
@@ -184,11 +187,15 @@ def by_chunk(comparison: Comparison) -> dict[str, np.ndarray]:
 def reduction(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     """Return by which fraction the mean of `ours` is less than that of `theirs`, and its error, paired by chunk.
 
+    Nothing is less than nothing: both are NaN where `theirs` is 0.
+
     Examples
     --------
     >>> reduction(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
     (0.5, 0.0)
     """
+    if theirs.mean() == 0:
+        return float("nan"), float("nan")
     ratio = ours.mean() / theirs.mean()
     if len(ours) < 2:
         return float(1 - ratio), float("nan")

@@ -17,6 +17,8 @@ from quantlab.files.bundled import notebooks_dir, runs_dir
 from quantlab.files.output import replacing
 
 _LARGE_PICTURE = 100_000  # bytes
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+_NO_KERNEL = "<p><em>In JupyterLab, while the notebook's kernel runs, a control stands here.</em></p>"
 
 
 def names() -> list[str]:
@@ -199,13 +201,26 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _write_html(executed: Path) -> None:
-    """Write the HTML copy of an executed notebook beside it, without progress bars."""
+    """Write the HTML copy of an executed notebook beside it, without what only a running kernel can show."""
     import nbformat
     from nbconvert import HTMLExporter
 
     notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [shown for output in cell.outputs if (shown := _on_a_page(output))]
     html, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
     executed.with_suffix(".html").write_text(html, encoding="utf-8")
+
+
+def _on_a_page(output):
+    """An output as a page shows it: no messages and progress bars, and for sliders, which need a kernel, a sentence."""
+    from nbformat.v4 import new_output
+
+    if output.get("name") == "stderr":
+        return None
+    if _WIDGET not in output.get("data", {}):
+        return output
+    is_value = output.output_type == "execute_result"  # a progress bar is none
+    return new_output("display_data", {"text/html": _NO_KERNEL}) if is_value else None

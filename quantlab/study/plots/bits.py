@@ -94,9 +94,9 @@ def recipe_front(
     recipes, ftypes = frame[frame["variant"] == "recipe"], frame[frame["variant"] != "recipe"]
     ax.plot(recipes["bpw"], recipes["predicted_kld"], "-", color=BLUE, label="best recipe, predicted")
     ax.plot(ftypes["bpw"], ftypes["predicted_kld"], "s", color=VERMILION, ms=5, label="ftype, predicted")
-    for row in ftypes.itertuples():
+    for point, names in ftypes.groupby(["bpw", "predicted_kld"])["variant"]:
         look = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 8, "rotation": 40}
-        ax.annotate(row.variant, (row.bpw, row.predicted_kld), **look)
+        ax.annotate(", ".join(names), point, **look)
     if judged is not None:
         measured = judged[judged["kld_mean"] > 0]
         for rows, colour, label in (
@@ -106,10 +106,9 @@ def recipe_front(
             look = {"fmt": "o", "color": colour, "mfc": "none", "ms": 9, "capsize": 3}
             ax.errorbar(rows["bpw"], rows["kld_mean"], yerr=rows["kld_se"], label=label, **look)
     ax.set(yscale="log", xlabel="size (bits per weight)", ylabel="KL divergence from the base (nats per token)")
-    right = min(recipes["bpw"].max(), 1.15 * ftypes["bpw"].max())
-    shown = frame[frame["bpw"] <= right]
-    ax.set(title=title, xlim=(0.95 * shown["bpw"].min(), right))
-    ax.set(ylim=(shown["predicted_kld"].min() / 1.5, shown["predicted_kld"].max() * 2))
+    shown = frame[frame["bpw"] <= 1.15 * ftypes["bpw"].max()]
+    ax.set(title=title, xlim=(0.95 * shown["bpw"].min(), 1.03 * shown["bpw"].max()))
+    ax.set(ylim=(shown["predicted_kld"].min() / 1.5, shown["predicted_kld"].max() * 3))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     return ax

@@ -88,7 +88,8 @@ def additivity(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     for (colour, marker), name in zip(_LOOKS, frame.columns.drop("joint"), strict=False):
         ax.plot(frame["joint"], frame[name] / frame["joint"], marker=marker, color=colour, lw=1, ms=5, label=name)
     for qtype, joint in frame["joint"].items():
-        ax.annotate(qtype, (joint, 1), (0, 5), textcoords="offset points", ha="center", fontsize=8, color="0.3")
+        place = {"xycoords": ax.get_xaxis_transform(), "xytext": (0, 5), "textcoords": "offset points"}
+        ax.annotate(qtype, (joint, 0), **place, ha="center", fontsize=8, color="0.3")
     ax.axhline(1, color="0.4", lw=1, ls="--")
     ax.set(xscale="log", xlabel="KL divergence of all changes at once (nats per token)", title=title)
     ax.set_ylabel("sum of the single divergences / joint divergence")
