@@ -93,7 +93,7 @@ def additivity(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     ax.axhline(1, color="0.4", lw=1, ls="--")
     ax.set(xscale="log", xlabel="KL divergence of all changes at once (nats per token)", title=title)
     ax.set_ylabel("sum of the single divergences / joint divergence")
-    ax.margins(x=0.1)
+    ax.margins(x=0.1, y=0.12)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     return ax
