@@ -71,6 +71,10 @@ FLOAT_OPERATIONS = {
     "number left": (lambda a, b: 2 - a, lambda a, b: np.float32(2) - a),
     "number right": (lambda a, b: a / np.float32(3), lambda a, b: a / np.float32(3)),
     "absolute": (lambda a, b: L.absolute(a), lambda a, b: np.abs(a)),
+    "ordered sum": (
+        lambda a, b: L.lanes(L.ordered_sum(a)),
+        lambda a, b: np.cumsum(groups(a), axis=1, dtype=np.float32)[:, -1].repeat(16),
+    ),
     "sqrt": (lambda a, b: L.sqrt(a), lambda a, b: np.sqrt(a)),
     "minimum": (lambda a, b: L.minimum(a, b), lambda a, b: np.where(a < b, a, b)),
     "maximum": (lambda a, b: L.maximum(a, b), lambda a, b: np.where(a > b, a, b)),

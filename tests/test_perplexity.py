@@ -1,6 +1,7 @@
 """Perplexity and comparison, on a small random model: against plain NumPy, across threads, in pieces, after a kill."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,17 @@ def test_other_architectures_are_refused_by_name(tmp_path, text):
 
 def test_the_text_has_enough_chunks(folder, text):
     assert len(chunks_of(ql.open(folder), text)) > 3 and checkpoints.N_VOCAB > 100
+
+
+AFRESH = """
+import quantlab as ql
+for mode in ("float", "ggml-cpu"):
+    print(ql.compare("tiny", ["Q4_K_M"], "primer", chunks=1, mode=mode, progress=False).to_json())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_and_one_that_loads_what_is_compiled_agree_to_the_last_bit(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    first, second = (subprocess.check_output([sys.executable, "-c", AFRESH], env=environment) for _ in range(2))
+    assert first == second

@@ -1,13 +1,16 @@
 """The element-wise work of the forward pass, each step fused into one loop over rows.
 
 Every function is compiled without the GIL and works on the rows it is given; `dense.Workers` runs it on several blocks
-of rows at once. Sums may be reordered here (unlike in quantlab.quants, no byte depends on them).
+of rows at once. The order of every sum is written down, in lanes. Where a compiler may choose it, a function that is
+called from another compiled one can have two orders, one in the process that compiles and one in those that load it.
 """
 
 import numpy as np
 from numba import njit
 
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
+from quantlab.quants.lanes import WIDTH, lanes, load, ordered_sum
+
+_FAST = {"contract"}  # a multiplication and an addition may become one instruction
 _LOG2E = np.float32(1.44269504)
 _LN2_HIGH = np.float32(0.693359375)  # ln 2 = high + low, high exact in few bits
 _LN2_LOW = np.float32(-2.12194440e-4)
@@ -44,17 +47,40 @@ def row_max(x):
     return np.int32(_ordered(top)).view(np.float32)
 
 
+@njit(nogil=True)
+def _sum(x):
+    """The sum of a contiguous row of float32."""
+    sums, whole = lanes(_ZERO), x.shape[0] // WIDTH * WIDTH
+    for i in range(0, whole, WIDTH):
+        sums = sums + load(x, i)
+    result = ordered_sum(sums)
+    for i in range(whole, x.shape[0]):
+        result += x[i]
+    return result
+
+
+@njit(nogil=True, fastmath=_FAST)
+def _sum_of_products(x, y):
+    """The sum of x[i] · y[i] over two contiguous rows of float32."""
+    sums, whole = lanes(_ZERO), x.shape[0] // WIDTH * WIDTH
+    for i in range(0, whole, WIDTH):
+        sums = sums + load(x, i) * load(y, i)
+    result = ordered_sum(sums)
+    for i in range(whole, x.shape[0]):
+        result += x[i] * y[i]
+    return result
+
+
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def rms_norm(x, weight, eps, out):
     """out = x / sqrt(mean(x²) + eps) · weight, row by row; `out` may be `x`."""
     n = x.shape[1]
+    row = np.empty(n, np.float32)  # contiguous, whatever `x` is a part of
     for r in range(x.shape[0]):
-        total = _ZERO
+        row[:] = x[r]
+        scale = np.float32(1.0 / np.sqrt(_sum_of_products(row, row) / np.float32(n) + eps))
         for i in range(n):
-            total += x[r, i] * x[r, i]
-        scale = np.float32(1.0 / np.sqrt(total / np.float32(n) + eps))
-        for i in range(n):
-            out[r, i] = x[r, i] * scale * weight[i]
+            out[r, i] = row[i] * scale * weight[i]
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
@@ -103,11 +129,9 @@ def causal_softmax(scores, first, scale):
         seen = first + s + 1
         row = scores[s]
         top = row_max(row[:seen])
-        total = _ZERO
         for i in range(seen):
             row[i] = exp32((row[i] - top) * scale)
-            total += row[i]
-        inverse = _ONE / total
+        inverse = _ONE / _sum(row[:seen])
         for i in range(seen):
             row[i] *= inverse
         row[seen:] = _ZERO
@@ -123,6 +147,7 @@ def silu_mul(gate_up, out):
             row[i] = gate[i] / (_ONE + exp32(-gate[i])) * up[i]
 
 
+PIECE = 1024  # logits whose exponentials are summed in float32; the pieces' sums are added in float64
 TOP = 10  # how many of a row's greatest logits are remembered
 
 
@@ -148,17 +173,18 @@ def _top(row, values, indices):
 def _divergence(base, base_max, other, other_max):
     """Sums over a row: Σ e^(base - max), Σ e^(other - max), Σ e^(base - max) · (base - other)."""
     base_sum, other_sum, weighted = 0.0, 0.0, 0.0
-    for start in range(0, base.shape[0], 1024):  # float32 within a piece, float64 across pieces
-        b, o, w = _ZERO, _ZERO, _ZERO
-        base_piece, other_piece = base[start : start + 1024], other[start : start + 1024]
-        for i in range(base_piece.shape[0]):
-            e = exp32(base_piece[i] - base_max)
-            b += e
-            o += exp32(other_piece[i] - other_max)
-            w += e * (base_piece[i] - other_piece[i])
-        base_sum += b
-        other_sum += o
-        weighted += w
+    scratch = np.empty((3, PIECE), np.float32)
+    for start in range(0, base.shape[0], PIECE):
+        base_piece, other_piece = base[start : start + PIECE], other[start : start + PIECE]
+        n = base_piece.shape[0]
+        e, f, difference = scratch[0, :n], scratch[1, :n], scratch[2, :n]
+        for i in range(n):
+            e[i] = exp32(base_piece[i] - base_max)
+            f[i] = exp32(other_piece[i] - other_max)
+            difference[i] = base_piece[i] - other_piece[i]
+        base_sum += _sum(e)
+        other_sum += _sum(f)
+        weighted += _sum_of_products(e, difference)
     return base_sum, other_sum, weighted
 
 

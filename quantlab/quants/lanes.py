@@ -12,6 +12,7 @@ same bytes, slowly.
     operators       + - * / and comparisons on floats; + - * & | ^ << >> and comparisons on ints; & | ^ ~ on masks;
                     a plain number on either side stands for 16 equal ones
     functions       select minimum maximum absolute sqrt any_lane all_lanes lane_bits total lowest highest
+                    ordered_sum
     conversions     to_float to_int nearest_int bits from_bits to_half from_half
     memory          load store gather scatter transpose
 """
@@ -323,6 +324,20 @@ def _reduce_lower(operation):
 _teach(total, _from_to(INTS, types.int32), _reduce_lower("add"))
 _teach(lowest, _from_to(INTS, types.int32), _reduce_lower("smin"))
 _teach(highest, _from_to(INTS, types.int32), _reduce_lower("smax"))
+
+
+def ordered_sum(v):
+    """Add the 16 floats, the first one first."""
+    return np.cumsum(v, dtype=np.float32)[-1]
+
+
+def _ordered_sum_lower(context, builder, sig, args):
+    shape = ir.FunctionType(_ELEMENTS[FLOATS], [_ELEMENTS[FLOATS], _vector(FLOATS)])
+    add = cgutils.get_or_insert_function(builder.module, shape, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(add, [ir.Constant(_ELEMENTS[FLOATS], -0.0), args[0]])
+
+
+_teach(ordered_sum, _from_to(FLOATS, types.float32), _ordered_sum_lower)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
