@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["quantlab.files", "pickletools", "zipfi
 MAX_SECONDS, MAX_GROWTH = 5, 200 << 20
 MAX_INPUT = 1 << 18
 LIBRARIES = (sys.prefix, sys.base_prefix, "/proc/", "/dev/null")  # what is opened there is no stranger's wish
-LIBRARY_PARTS = ("site-packages", "numba", "/quantlab/")
+LIBRARY_PARTS = ("site-packages", "numba", "quantlab/")
 
 
 class BrokenRule(BaseException):

@@ -132,3 +132,11 @@ def test_names_of_texts_are_shown_printably():
     sums, counts = {"a": np.ones((1, 8), np.float32)}, {"a": np.ones(1, np.float32)}
     shown = str(ImportanceMatrix(sums, counts, 1, 512, ("plain.txt", "\x1b[2J")))
     assert "plain.txt, '\\x1b[2J'" in shown and "\x1b" not in shown
+
+
+def test_sums_beyond_float32_are_refused():
+    counts = {"a": np.ones(1, np.float32)}
+    most = np.full((1, 32), np.finfo(np.float32).max)
+    matrix = ImportanceMatrix({"a": most}, counts, 1, 512)
+    with pytest.raises(ValueError, match=r"^a: the sum is beyond 3.403e\+38"):
+        merge([matrix, matrix])

@@ -298,7 +298,7 @@ def merge(matrices: Iterable[ImportanceMatrix], *, chunk_size: int = 512) -> Imp
     Raises
     ------
     ValueError
-        If a tensor's columns differ between two matrices, or there is no matrix.
+        If a tensor's columns differ between two matrices, a sum is beyond float32, or there is no matrix.
     """
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, np.ndarray] = {}
@@ -306,11 +306,14 @@ def merge(matrices: Iterable[ImportanceMatrix], *, chunk_size: int = 512) -> Imp
     for matrix in matrices:
         scale = np.float32(chunk_size if matrix.is_legacy else 1)
         for name in matrix.sums:
-            more, count = matrix.sums[name] * scale, matrix.counts[name] * scale
-            if name in sums and sums[name].shape != more.shape:
-                raise ValueError(f"{name}: shapes {sums[name].shape} and {more.shape}, must be equal to be merged")
-            sums[name] = sums[name] + more if name in sums else more
-            counts[name] = counts[name] + count if name in counts else count
+            if name in sums and sums[name].shape != matrix.sums[name].shape:
+                shapes = f"{sums[name].shape} and {matrix.sums[name].shape}"
+                raise ValueError(f"{name}: shapes {shapes}, must be equal to be merged")
+            with np.errstate(over="ignore"):
+                sums[name] = matrix.sums[name] * scale + sums.get(name, np.float32(0))
+                counts[name] = matrix.counts[name] * scale + counts.get(name, np.float32(0))
+            if not (np.isfinite(sums[name]).all() and np.isfinite(counts[name]).all()):
+                raise ValueError(f"{name}: the sum is beyond {np.finfo(np.float32).max:.4g}. The files are damaged.")
         datasets += matrix.datasets
     if not sums:
         raise ValueError(
