@@ -3,12 +3,14 @@
 import sys
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 matplotlib.use("Agg")
 
 from quantlab.study import sliders
+from quantlab.study.plots.types import block_weights
 
 
 def test_without_ipywidgets_a_line_says_so(monkeypatch, rng):
@@ -20,13 +22,15 @@ def test_without_ipywidgets_a_line_says_so(monkeypatch, rng):
 def test_moving_the_slider_draws_again(monkeypatch, rng):
     pytest.importorskip("ipywidgets")
     drawn = []
-    monkeypatch.setattr(sliders, "block_weights", lambda frame: drawn.append(frame))
+    monkeypatch.setattr(sliders, "block_weights", lambda frame: drawn.append(frame) or block_weights(frame))
     x = rng.standard_normal(256).astype(np.float32)
-    widget = sliders.outlier(x, ["Q4_K", "Q8_0"], size=4)
-    widget.update()
-    size, qtype = widget.children[:2]
-    size.value = 12
-    qtype.value = "Q8_0"
-    assert [frame.attrs["type"] for frame in drawn][-2:] == ["Q4_K", "Q8_0"]
+    size, qtype, picture = sliders.outlier(x, ["Q4_K", "Q8_0"], size=4).children
+    pictures = [bytes(picture.value)]
+    for control, value in ((size, 12), (qtype, "Q8_0")):
+        control.value = value
+        pictures.append(bytes(picture.value))
+    assert [frame.attrs["type"] for frame in drawn] == ["Q4_K", "Q4_K", "Q8_0"]
     rms = np.sqrt(np.mean(x**2))
-    assert drawn[-1]["x"][100] == pytest.approx(12 * rms, rel=1e-6)
+    assert [frame["x"][100] for frame in drawn] == pytest.approx([4 * rms, 12 * rms, 12 * rms], rel=1e-6)
+    assert len(set(pictures)) == 3 and all(png.startswith(b"\x89PNG") for png in pictures)
+    assert not plt.get_fignums()  # an open figure would be shown below the cell as well

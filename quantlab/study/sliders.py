@@ -1,5 +1,7 @@
 """Figures with sliders, for notebooks that are open in JupyterLab."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -31,10 +33,6 @@ def outlier(x: np.ndarray, qtypes: list[str], *, qtype: str = "Q4_K", size: floa
     except ImportError:
         return "Sliders need ipywidgets: pip install 'gguf-quantlab[lab]'. The figure above shows one setting."
 
-    def draw(size, qtype):
-        block_weights(blocks.weights(blocks.with_outlier(x, size), qtype))
-        plt.show()
-
     slider = ipywidgets.FloatSlider(
         value=size,
         max=max(40.0, size),
@@ -44,6 +42,17 @@ def outlier(x: np.ndarray, qtypes: list[str], *, qtype: str = "Q4_K", size: floa
         style={"description_width": "initial"},
         layout={"width": "480px"},
     )
-    return ipywidgets.interactive(
-        draw, size=slider, qtype=ipywidgets.Dropdown(options=qtypes, value=qtype, description="type")
-    )
+    types = ipywidgets.Dropdown(options=qtypes, value=qtype, description="type")
+    picture = ipywidgets.Image(format="png", layout={"max_width": "1000px"})  # nbclient can hang at an Output widget
+
+    def draw(change=None):
+        axes = block_weights(blocks.weights(blocks.with_outlier(x, slider.value), types.value))
+        png = io.BytesIO()
+        axes[0].figure.savefig(png, dpi=100)
+        plt.close(axes[0].figure)
+        picture.value = png.getvalue()
+
+    slider.observe(draw, "value")
+    types.observe(draw, "value")
+    draw()
+    return ipywidgets.VBox([slider, types, picture])
