@@ -241,7 +241,7 @@ def snr_against_bits(
     ax.set(xlabel="size (bits per weight)", ylabel="signal to noise ratio (dB)", title=title)
     ax.set(xlim=(low - 0.8, high + 0.8), ylim=(frame["snr_db"].min() - 4, frame["snr_db"].max() + 7))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=9, loc="lower right")
+    ax.legend(fontsize=9, loc="best")
     return ax
 
 
