@@ -167,11 +167,19 @@ def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple
     is_last : bool
         Whether they are the tensor's last rows.
     """
-    cuts = ((item, a, b, start, stop) for item, a, b in pairs for start, stop in row_ranges(a))
-    return in_order(_read, cuts)
+    return in_order(read, cuts(pairs))
 
 
-def _read(cut: tuple[Any, LazyTensor, LazyTensor, int, int]) -> tuple[Any, np.ndarray, np.ndarray, bool]:
+Cut = tuple[Any, LazyTensor, LazyTensor, int, int]  # item, two tensors, first row and end
+
+
+def cuts(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[Cut]:
+    """Cut pairs of tensors into slabs that are yet to be read; see `slabs`."""
+    return ((item, a, b, start, stop) for item, a, b in pairs for start, stop in row_ranges(a))
+
+
+def read(cut: Cut) -> tuple[Any, np.ndarray, np.ndarray, bool]:
+    """Read the rows of a cut; see `slabs` for what is returned."""
     item, a, b, start, stop = cut
     return item, a.rows(start, stop), b.rows(start, stop), stop == a.nrows
 

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numba
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -24,7 +23,7 @@ from quantlab.files.output import beside, check_output, replacing
 from quantlab.transform.checksum import Checksum, mixed
 from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_files
 from quantlab.transform.plan import MIB, Plan, plan_of
-from quantlab.transform.slabs import in_order, row_ranges
+from quantlab.transform.slabs import kernels_in_order, row_ranges
 from quantlab.transform.unfinished import Sink, Unfinished
 
 
@@ -137,10 +136,7 @@ def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: 
         report(f"going on after {done} of {len(steps)} tensors")
     total = sum(step.tensor.nbytes for step in steps[done:])
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=job.ftype.name, disable=None if report is None else True)
-    threads = _threads()
-    limit = 1 if threads > 1 else None
-    take = partial(_take, histogram=histogram)
-    taken = in_order(take, _slabs(steps[done:], old), threads=threads, kernel_threads=limit, ahead=4 * threads)
+    taken = kernels_in_order(partial(_take, histogram=histogram), _slabs(steps[done:], old))
     digest, codes = Checksum(), np.zeros(0, np.int64)
     with bar, closing(taken):
         for slab, encoded, piece, counts in taken:
@@ -154,15 +150,6 @@ def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: 
                 if report is not None:
                     report(_tensor_line(done, len(steps), slab.step, slab.is_old, codes))
                 digest, codes = Checksum(), np.zeros(0, np.int64)
-
-
-def _threads() -> int:
-    """How many threads may call kernels at once: numba's simplest threading layer bears one."""
-    try:
-        layer = numba.threading_layer()
-    except ValueError:  # nothing to quantize, so that the plan has not tried any kernel
-        return 1
-    return 1 if layer == "workqueue" else numba.get_num_threads()
 
 
 class _Slab(NamedTuple):

@@ -25,12 +25,14 @@ from quantlab.quants.arrays import WEIGHTED
 from quantlab.quants.codebook import CODES
 from quantlab.transform.compare import (
     Change,
+    Cut,
     Tally,
     as_floats,
     can_decode,
+    cuts,
     finite,
     metadata_changes,
-    slabs,
+    read,
     squeezed,
     untyped,
 )
@@ -39,6 +41,7 @@ from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weight
 from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
 from quantlab.transform.quantize import encode
 from quantlab.transform.rounding import allowed, is_other_rounding
+from quantlab.transform.slabs import kernels_in_order
 
 IDENTICAL, ROUNDING, OTHER = VERDICTS = ("identical", "rounding", "other")
 MEANING = {
@@ -293,9 +296,10 @@ class _Case:
         self.first: tuple[int, int] | None = None  # row and block of the first one left over
         self.is_bare = False  # whether the matrix turned out not to have been used
 
-    def add(self, x: np.ndarray, theirs: np.ndarray) -> None:
-        """Quantize a slab of the source and compare."""
-        ours = encode(self.step, x)
+    def add(self, x: np.ndarray, theirs: np.ndarray, ours: np.ndarray, step: Step) -> None:
+        """Compare a slab of the file with what quantizing the source's rows by `step` gave."""
+        if step is not self.step:  # it was under way when the matrix was dropped
+            ours = encode(self.step, x)
         qtype, n_per_row = self.tensor.qtype, self.tensor.shape[-1]
         if self.tally.n_blocks == 0 and self.step.weights is not None:
             ours = self._without_matrix(x, ours, theirs)
@@ -360,7 +364,7 @@ class _Case:
 
 
 def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[dict]:
-    """Return the row of every tensor that both have in one shape; slabs are read while others are quantized."""
+    """Return the row of every tensor that both have in one shape; slabs are quantized in all threads at once."""
     cases, rows = [], []
     for tensor in model:
         if tensor.name not in base or squeezed(base.tensor(tensor.name).shape) != squeezed(tensor.shape):
@@ -372,11 +376,18 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
             rows.append(_unknown(tensor))
     total = sum(case.step.tensor.nbytes for case in cases)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
-        for case, x, theirs, _ in slabs((case, case.step.tensor, case.tensor) for case in cases):
-            case.add(x, theirs)
-            bar.update(x.nbytes)
+        for case, *slab in kernels_in_order(_tried, cuts((case, case.step.tensor, case.tensor) for case in cases)):
+            case.add(*slab)
+            bar.update(slab[0].nbytes)
     other_build = sum(case.fused for case in cases) >= sum(case.good for case in cases)
     return [case.row(other_build) for case in cases] + rows
+
+
+def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray, Step]:
+    """Read the rows of a cut, and quantize the source's as things stand."""
+    case, x, theirs, _ = read(cut)
+    step = case.step
+    return case, x, theirs, encode(step, x), step
 
 
 def _unknown(tensor: LazyTensor) -> dict:
