@@ -89,8 +89,9 @@ def test_shards_are_verified_as_one_file(made, tmp_path):
 
 
 @pytest.mark.parametrize("via", [None, "f16"])
-def test_the_precision_of_a_checkpoint_is_found(tmp_path, via):
-    path = ql.quantize("tiny", tmp_path / "q.gguf", ftype="Q5_0", via=via)
+@pytest.mark.parametrize("ftype", ["Q5_0", "Q5_K_M"])  # of the second, F16 changes one block of one tensor
+def test_the_precision_of_a_checkpoint_is_found(tmp_path, via, ftype):
+    path = ql.quantize("tiny", tmp_path / "q.gguf", ftype=ftype, via=via)
     found = ql.verify(path, "tiny")
     assert found.verdict == "identical" and found.notes[0].startswith("weights of the source as ")
 

@@ -51,6 +51,7 @@ MEANING = {
 }
 COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "relative"]
 OWN_KEYS = re.compile(r"general\.(file_type|quantization_version)|quantize\.imatrix\..*")  # a quantizer sets these
+CLOSE = 0.01  # of the blocks of a probe: precisions that differ in fewer are told apart by all blocks
 PROBE = 1 << 16  # weights of a tensor by which one of several precisions of a source is chosen
 SHOWN = 20  # tensors and keys that do not fit, on a terminal
 
@@ -162,11 +163,10 @@ def verify(
     model, options = open_model(quant), Options(ftype="COPY", imatrix=imatrix)
     matrix, matrix_keys = matrix_of(options)
     bases = list(_bases(model_path(source)))
-    base = bases[0] if len(bases) == 1 else max(bases, key=lambda base: _share_found(model, base, matrix))
+    base, rows = _nearest(model, bases, matrix)
     notes = [] if len(bases) == 1 else [f"weights of the source as {_precision(base)}"]
     mixture, misfits = _mixture(model, base)
     misfits += _metadata_misfits(model, base, matrix_keys) + _table_misfits(model, base)
-    rows = _judged(model, base, matrix)
     notes += _matrix_notes(model, matrix, rows)
     misfits += _matrix_misfits(matrix, rows) + [misfit for row in rows if (misfit := row.pop("misfit"))]
     worst = max((VERDICTS.index(row["verdict"]) for row in rows), default=0)
@@ -194,6 +194,27 @@ def _bases(path: Path) -> Iterator[Model]:
 def _precision(model: Model) -> str:
     """The type of a model's first matrix."""
     return next((tensor.qtype for tensor in model if len(tensor.shape) > 1), "F32")
+
+
+def _nearest(model: Model, bases: list[Model], matrix: dict[str, np.ndarray]) -> tuple[Model, list[dict]]:
+    """Return the base that the file comes from, and the rows of its tensors.
+
+    A checkpoint's precisions may differ in a handful of weights. Where the starts of a few tensors leave more than one
+    base, all blocks decide.
+    """
+    if len(bases) > 1:
+        shares = [_share_found(model, base, matrix) for base in bases]
+        bases = [base for base, share in zip(bases, shares, strict=True) if share >= max(shares) - CLOSE]
+    judged: list[tuple[Model, list[dict]]] = []
+    for base in bases:
+        try:
+            judged.append((base, _judged(model, base, matrix)))
+        except ValueError:  # values that this precision cannot hold; nobody converted it so
+            if base is bases[-1] and not judged:
+                raise
+        if judged and all(row["verdict"] == IDENTICAL for row in judged[-1][1]):
+            return judged[-1]
+    return min(judged, key=lambda found: sum(row["left"] + row["differing"] for row in found[1]))
 
 
 def _share_found(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> float:
