@@ -65,21 +65,19 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable) -> Iterator:
     """Yield ``work(item)`` as `in_order` does, in as many threads as numba has; `work` spends its time in kernels.
 
     One thread that takes a slab from reading to encoding waits for nobody; threads that share a kernel wait for the
-    slowest of them, slab after slab.
+    slowest of them, slab after slab. Under numba's simplest threading layer only one thread may call kernels: the
+    caller's, which may have its own to call between two results.
     """
-    threads = _kernel_callers()
-    return in_order(work, items, threads=threads, kernel_threads=1 if threads > 1 else None, ahead=4 * threads)
-
-
-def _kernel_callers() -> int:
-    """How many threads may call kernels at once: numba's simplest threading layer bears one."""
     import numba
     import numpy as np
 
     from quantlab.quants.floats import all_finite
 
     all_finite(np.zeros((1, 1), np.uint32))  # the first parallel kernel makes numba choose its layer
-    return 1 if numba.threading_layer() == "workqueue" else numba.get_num_threads()
+    if numba.threading_layer() == "workqueue":
+        return (work(item) for item in items)
+    threads = numba.get_num_threads()
+    return in_order(work, items, threads=threads, kernel_threads=1, ahead=4 * threads)
 
 
 def _limit_kernels(n: int) -> None:
