@@ -111,6 +111,8 @@ def test_arrays_of_metadata():
     assert "[2]=" in str(metadata_changes({"x": one}, {"x": other})[0])
     assert metadata_changes({"x": one}, {"x": one.astype(np.float64)})[0].change == "type"
     assert metadata_changes({"x": [["a"], ["b"]]}, {"x": [["a"], ["c"]]})[0].change == "changed"
+    assert metadata_changes({"x": [one]}, {"x": [one + 1]})[0].change == "changed"
+    assert metadata_changes({"x": [one]}, {"x": [one.astype(np.float64)]})[0].change == "type"
 
 
 def test_a_strangers_values_cannot_write_to_the_terminal(tmp_path):

@@ -71,6 +71,8 @@ def untyped(value: Any) -> Any:
     """Return a value of the metadata without its GGUF type: as a bool, int, float, str or list of these."""
     if isinstance(value, Strings):
         return list(value)
+    if isinstance(value, list):
+        return [untyped(item) for item in value]
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
