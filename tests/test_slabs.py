@@ -1,4 +1,4 @@
-"""transform/slabs.py: results in order, errors in their place, no thread left over, kernels where they may be called."""
+"""transform/slabs.py: results in order, errors in their place, no thread left over, kernels where they may run."""
 
 import os
 import subprocess
