@@ -168,6 +168,24 @@ def test_lines_tell_shape_type_size_and_codes(work):
     assert "75 tensors" in lines[0] or "75, " in lines[0]
 
 
+def test_an_error_in_a_later_slab_names_its_rows(work, monkeypatch):
+    monkeypatch.setattr("quantlab.transform.slabs.SLAB", 8192)
+    model = open_model("wide.gguf")
+    x = model.tensor("blk.3.ffn_up.weight").floats()
+    x[300, 5] = np.nan
+    specs = [TensorSpec("blk.3.ffn_up.weight", x.shape, "F32")]
+    write_gguf("nan.gguf", model.metadata, specs, [x])
+    with pytest.raises(ValueError, match=r"blk\.3\.ffn_up\.weight\[288:\]: value=nan in row 12, column 5, must be fin"):
+        quantize("nan.gguf", "out.gguf", ftype="Q4_K_M")
+
+
+def test_types_without_codes_have_no_histogram(work):
+    lines = []
+    options = dict(tensor_types=[("ffn_down", "BF16")], histogram=True)
+    quantize("wide.gguf", "out.gguf", ftype="Q4_0", report=lambda line: lines.append(str(line)), **options)
+    assert ["codes" in line for line in lines if "blk.3.ffn_" in line and "norm" not in line] == [False, True, True]
+
+
 def test_the_plan_knows_the_size_of_the_file(work):
     planned = plan("wide.gguf", "out.gguf", ftype="Q3_K_M", imatrix="made.imatrix")
     assert planned.refusals == ()

@@ -20,6 +20,7 @@ from quantlab.files.gguf_file import read_header
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, check_output, replacing
+from quantlab.quants.codebook import CODES
 from quantlab.transform.checksum import Checksum, mixed
 from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_files
 from quantlab.transform.plan import MIB, Plan, plan_of
@@ -183,12 +184,12 @@ def _take(slab: _Slab, histogram: bool) -> tuple[_Slab, np.ndarray, bytes, np.nd
     none = np.zeros(0, np.int64)
     if slab.is_old:
         return slab, rows, b"", none
-    encoded = encode(slab.step, rows)
-    counted = histogram and not slab.step.is_kept
+    encoded = encode(slab.step, rows, slab.start)
+    counted = histogram and not slab.step.is_kept and slab.step.choice.qtype in CODES
     return slab, encoded, mixed(rows), quants.code_histogram(encoded, slab.step.choice.qtype) if counted else none
 
 
-def encode(step: Step, rows: np.ndarray) -> np.ndarray:
+def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
     """Return rows in their new type, checked to be finite."""
     tensor, qtype = step.tensor, step.choice.qtype
     if step.is_kept:
@@ -198,7 +199,8 @@ def encode(step: Step, rows: np.ndarray) -> np.ndarray:
     if tensor.qtype != "F32":
         shape = len(rows), tensor.shape[-1]
         rows = quants.dequantize(rows.view(np.uint8), tensor.qtype, shape, out=_scratch(shape))
-    encoded = quants.quantize(rows, qtype, step.weights, name=tensor.name)
+    name = f"{tensor.name}[{start}:]" if start else tensor.name  # an error counts the rows that it sees
+    encoded = quants.quantize(rows, qtype, step.weights, name=name)
     if qtype == "F16" and not np.isfinite(encoded.view(np.float16)).all():
         raise ValueError(f"{tensor.name}: has values beyond 65504, F16 cannot hold them. Choose BF16 or F32.")
     return encoded

@@ -407,8 +407,8 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
 def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray, Step]:
     """Read the rows of a cut, and quantize the source's as things stand."""
     case, x, theirs, _ = read(cut)
-    step = case.step
-    return case, x, theirs, encode(step, x), step
+    step, start = case.step, cut[3]
+    return case, x, theirs, encode(step, x, start), step
 
 
 def _unknown(tensor: LazyTensor) -> dict:
