@@ -1,7 +1,12 @@
 """Sizes without weights, and the account of what falls back."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import made_models
 import pandas as pd
 import pytest
 
@@ -72,3 +77,23 @@ def test_bad_input():
         sizes("yi-35b")
     with pytest.raises(ValueError, match="rules=2024"):
         sizes("yi-34b", rules="2024")
+
+
+PEAK = """
+import resource
+from quantlab.transform.quantize import quantize
+
+lines = []
+quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=lines.append)
+print(lines[0].peak_memory / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_run_takes_no_more_memory_than_foretold(tmp_path):
+    made_models.made_gguf(tmp_path / "wide.gguf")
+    (tmp_path / "peak.py").write_text(PEAK)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    line = f'"{sys.executable}" peak.py; exit'  # a child of the shell, which is small: a peak outlives exec
+    found = subprocess.check_output(line, shell=True, cwd=tmp_path, env=environment, text=True)
+    foretold, peak = map(float, found.split())
+    assert 0.7 * foretold < peak <= foretold

@@ -32,7 +32,7 @@ from quantlab.transform.slabs import SLAB
 
 MIB = 1024**2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-IN_FLIGHT = 3  # slabs of float32 in memory per thread: one as read, one decoded, some to be written
+IN_FLIGHT = 6  # slabs of float32 in memory per thread: one as read, one encoded, four to be written, all F32 at worst
 SAMPLE = 1 << 18  # weights of the calibration
 
 
@@ -355,6 +355,7 @@ def plan_of(job: Job) -> Plan:
         -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
     )
     slab = max(min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps)
+    seconds = _kernel_seconds(job)  # first: the kernels that it loads stay in memory
     return Plan(
         job,
         sum(step.tensor.nbytes for step in steps),
@@ -362,7 +363,7 @@ def plan_of(job: Job) -> Plan:
         _memory_now() + numba.get_num_threads() * IN_FLIGHT * 4 * slab,
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _free_disk([output.path for output in job.outputs if output.path is not None]),
-        _kernel_seconds(job),
+        seconds,
     )
 
 
