@@ -1,13 +1,11 @@
 """How much memory, disk and time a pass takes, worked out before it starts, and how it is cut to fit the memory."""
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from quantlab.evaluate.attention import QUERIES
 from quantlab.evaluate.dense import Workers
@@ -55,12 +53,6 @@ class Budget:
     def __str__(self) -> str:
         disk = "" if self.in_memory else f", {self.disk / 2**30:.2f} GiB on disk"
         return f"memory {self.memory / 2**30:.2f} GiB{disk}; about {self.seconds / 60:.1f} minutes"
-
-    def announce(self, what: str) -> None:
-        """Print what a pass takes, above its bar: on stderr, but in a notebook, which shows that in red, on stdout."""
-        from tqdm.notebook import tqdm_notebook  # brings ipywidgets along
-
-        tqdm.write(f"{what}: {self}", file=sys.stdout if issubclass(tqdm, tqdm_notebook) else sys.stderr)
 
 
 def fit(

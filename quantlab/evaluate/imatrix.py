@@ -29,6 +29,7 @@ from quantlab.files.bundled import model_path, read_text
 from quantlab.files.imatrix_file import ImportanceMatrix, merge, read_imatrix
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
+from quantlab.files.progress import announce
 
 # field of a Layer -> the tensors that its product stacks
 KINDS = {
@@ -135,7 +136,7 @@ def _collect(
     with Workers() as workers:
         budget = fit([variant], windows, workers, memory, keep_states=False)
         if progress:
-            budget.announce(f"importance matrix over {windows.tokens.size} tokens")
+            announce(f"importance matrix over {windows.tokens.size} tokens: {budget}")
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         shown = dict(unit="tokens", unit_scale=1 / steps, disable=not progress, bar_format=bar_format)
         with tqdm(total=steps * windows.tokens.size, **shown) as bar:

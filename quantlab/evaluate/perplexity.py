@@ -24,6 +24,7 @@ from quantlab.files.bundled import model_path, read_text
 from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
+from quantlab.files.progress import announce
 
 _SHOWN = ["variant", "bpw", "ppl", "ppl_se", "ln_ratio", "ln_ratio_se", "kld_mean", "kld_se", "dp_rms", "same_top_p"]
 
@@ -266,7 +267,7 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
             scratch = Path(scratch)
             _check_disk(scratch, budget.disk)
         if progress:
-            budget.announce(f"{len(variants)} × {windows.tokens.size} tokens")
+            announce(f"{len(variants)} × {windows.tokens.size} tokens: {budget}")
         shown = dict(unit="tokens", unit_scale=1 / (base.hparams.n_layer + 1), disable=not progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=steps(variants) * windows.tokens.size, bar_format=bar_format, **shown) as bar:

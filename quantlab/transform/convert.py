@@ -1,7 +1,6 @@
 """Checkpoint → F32, F16, BF16 or Q8_0 GGUF, a few rows in memory at a time."""
 
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from quantlab.files.gguf_file import TensorSpec, pack_header, write_gguf
 from quantlab.files.hub import find_checkpoint
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.output import check_apart, check_output, replacing
+from quantlab.files.progress import announce
 from quantlab.transform.slabs import in_order
 
 __all__ = ["convert"]
@@ -82,7 +82,7 @@ def convert(
     header = len(pack_header(model.metadata, specs))
     _check_room(outfile, header + model.nbytes)
     if progress:
-        tqdm.write(_plan_line(src, outfile, model, header), file=sys.stderr)
+        announce(_plan_line(src, outfile, model, header))
     # beside the disk, kernels in more threads would only wait for each other; reading alone loads no kernel
     limit = None if outtype == "auto" else 1
     blocks = in_order(lambda read: read(), _reads(model), kernel_threads=limit, ahead=AHEAD)
