@@ -269,6 +269,13 @@ def test_broken_tokenizer_json(tmp_path, change, text):
     refuse(src, text)
 
 
+def test_merges_that_are_no_list(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "smollm")
+    model = json.loads((src / "tokenizer.json").read_text())["model"]
+    edit(src / "tokenizer.json", model=model | {"merges": 0.5})
+    refuse(src, "tokenizer.json")
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -100,6 +100,11 @@ def test_bad_input(tmp_path):
     write_imatrix(matrix, bad, overwrite=True)
     with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight: values must be finite"):
         read_imatrix(bad)
+    matrix = made(1)
+    matrix.counts["blk.0.attn_q.weight"].view(np.uint32)[0] = 0x7F800001  # a signalling NaN
+    write_imatrix(matrix, bad, overwrite=True)
+    with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight: values must be finite"):
+        read_imatrix(bad)
     metadata = {"imatrix.datasets": ["t"], "imatrix.chunk_count": np.uint32(1), "imatrix.chunk_size": np.uint32(512)}
     write_gguf(bad, metadata, [TensorSpec("a.in_sum2", (4,), "F32")], [np.ones(4, np.float32)])
     with pytest.raises(ValueError, match="a: sums and counts do not match"):

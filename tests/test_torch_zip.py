@@ -124,10 +124,12 @@ def test_strided_tensors_are_read_as_torch_shows_them(tmp_path, offset, shape, s
 def test_bad_archives_get_one_line(tmp_path):
     good = tensor()
     assert list(read_torch(zipped(tmp_path / "a.pth", good, data__0=bytes(16)))) == ["x"]
-    with pytest.raises(ValueError, match="data/0: found nothing, need 16 bytes"):
+    with pytest.raises(ValueError, match="'data/0': found nothing, need 16 bytes"):
         read_torch(zipped(tmp_path / "a.pth", good))
-    with pytest.raises(ValueError, match="data/0: found 12 bytes, need 16"):
+    with pytest.raises(ValueError, match="'data/0': found 12 bytes, need 16"):
         read_torch(zipped(tmp_path / "a.pth", good, data__0=bytes(12)))
+    with pytest.raises(ValueError, match=r"'data/\\x00': found nothing"):
+        read_torch(zipped(tmp_path / "a.pth", good.replace(text("0"), text("\0"))))
     with pytest.raises(ValueError, match="byte order is not little-endian"):
         read_torch(zipped(tmp_path / "a.pth", good, data__0=bytes(16), byteorder=b"big"))
     for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):  # a bomb: 100 MB of zeros in 100 kB

@@ -163,7 +163,8 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             if count is None or value.size % count.size:
                 raise ValueError(f"{path}: {name}: sums and counts do not match. The file is damaged.")
             sums[name] = value.reshape(count.size, -1)
-            counts[name] = np.floor(count + np.float32(0.5))
+            with np.errstate(invalid="ignore"):  # a NaN is refused later
+                counts[name] = np.floor(count + np.float32(0.5))
     if 2 * len(sums) != len(values):
         raise ValueError(f"{path}: {len(values)} tensors, must be {_SUMS} and {_COUNTS} in pairs. The file is damaged.")
     return ImportanceMatrix(sums, counts, int(chunk_count), int(chunk_size), tuple(datasets))

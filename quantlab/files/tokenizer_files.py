@@ -249,8 +249,10 @@ def _byte_level(folder: Path, tokenizer: dict[str, Any], n_vocab: int) -> dict[s
             tokens.append(text if control else text.replace("▁", " "))
             types.append(CONTROL if control else USER_DEFINED)
     keys = _vocabulary("gpt2", _pre(folder, tokenizer), tokens, None, types)
-    merges = tokenizer["model"].get("merges")
-    keys["tokenizer.ggml.merges"] = [_merge(folder, merge) for merge in merges or []]
+    merges = tokenizer["model"].get("merges") or []
+    if not isinstance(merges, list):
+        raise ValueError(f"{folder}: tokenizer.json: merges={short(merges)}, need a list. Download it again.")
+    keys["tokenizer.ggml.merges"] = [_merge(folder, merge) for merge in merges]
     return keys | special_metadata(folder)
 
 

@@ -153,15 +153,15 @@ def _read_zip(path: Path) -> dict[str, StoredTensor]:
         nbytes = storage.numel * np.dtype(PLAIN_DTYPES[storage.dtype]).itemsize
         if info is None or info.file_size != nbytes:
             found = "nothing" if info is None else f"{info.file_size} bytes"
-            raise ValueError(f"{path}: data/{storage.key}: found {found}, need {nbytes} bytes. {_DAMAGED}")
+            entry = short(f"data/{storage.key}")
+            raise ValueError(f"{path}: {entry}: found {found}, need {nbytes} bytes. {_DAMAGED}")
         with open(path, "rb") as file:
             file.seek(info.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
         offset = info.header_offset + 30 + name_length + extra_length
         if offset + nbytes > size:
-            raise ValueError(
-                f"{path}: data/{storage.key}: ends at byte {offset + nbytes}, the file has {size}. {_DAMAGED}"
-            )
+            entry = short(f"data/{storage.key}")
+            raise ValueError(f"{path}: {entry}: ends at byte {offset + nbytes}, the file has {size}. {_DAMAGED}")
         return offset
 
     return _stored(path, table, locate)
