@@ -272,8 +272,9 @@ def test_broken_tokenizer_json(tmp_path, change, text):
 def test_merges_that_are_no_list(tmp_path):
     src = write_checkpoint(tmp_path / "m", "smollm")
     model = json.loads((src / "tokenizer.json").read_text())["model"]
-    edit(src / "tokenizer.json", model=model | {"merges": 0.5})
-    refuse(src, "tokenizer.json")
+    token = next(iter(model["vocab"]))  # a model without a type and with this is a list of words to the library
+    edit(src / "tokenizer.json", model={"vocab": model["vocab"], "unk_token": token, "merges": 0.5})
+    refuse(src, "merges=0.5, need a list")
 
 
 @pytest.mark.parametrize(
