@@ -190,7 +190,7 @@ def _take(slab: _Slab, histogram: bool) -> tuple[_Slab, np.ndarray, bytes, np.nd
 
 
 def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
-    """Return rows in their new type, checked to be finite."""
+    """Return rows in their new type, checked to be finite; `start` is the first one's number in the tensor."""
     tensor, qtype = step.tensor, step.choice.qtype
     if step.is_kept:
         if qtype in FLOATS and not np.isfinite(rows).all():
