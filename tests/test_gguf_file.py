@@ -171,6 +171,18 @@ def test_version_2_is_read(tmp_path):
     assert read_header(tmp_path / "a.gguf").version == 2
 
 
+@pytest.mark.parametrize("lengths", [[5], [0, 1, 7, 8], [255, 256, 300, 3], [0, 9, 65536, 2, 1 << 18], [7, 150_000]])
+@pytest.mark.parametrize("byte", [b"x", b"\0"])
+def test_arrays_of_strings_of_all_lengths_come_back(tmp_path, rng, lengths, byte):
+    """However the strings lie to what the reader looks at in one go, and whatever their bytes look like."""
+    common = rng.choice([length for length in lengths if length < 400], 20_000)
+    rare = [byte.decode() * length for length in lengths] * 3
+    texts = [byte.decode() * int(length) for length in common[:9000]] + rare + [str(length) for length in common[9000:]]
+    write(tmp_path / "a.gguf", {"a": texts, "b": ["", "last"]}, {})
+    found = read_header(tmp_path / "a.gguf").metadata
+    assert list(found["a"]) == texts and list(found["b"]) == ["", "last"]
+
+
 def test_a_large_vocabulary_opens_fast(tmp_path):
     tokens = [f"token{i}" for i in range(152_000)]
     write(tmp_path / "a.gguf", METADATA | {"tokens": tokens, "merges": [f"{t} {t}" for t in tokens]}, {})

@@ -9,7 +9,7 @@ from pathlib import Path
 import numba
 import pytest
 
-from quantlab.transform.slabs import in_order, kernels_in_order
+from quantlab.transform.slabs import SLAB, in_order, kernels_in_order
 
 KERNELS_AT_ONCE = """
 import numba, numpy as np
@@ -17,18 +17,23 @@ from quantlab.quants.floats import all_finite
 from quantlab.transform.slabs import kernels_in_order
 
 x = np.zeros((64, 1 << 14), np.uint32)
-found = [result and all_finite(x) for result in kernels_in_order(lambda _: all_finite(x), range(100))]
+found = [result and all_finite(x) for result in kernels_in_order(lambda _: all_finite(x), range(100), int)]
 print(numba.threading_layer(), found.count(True))
 """
 
 
-@pytest.mark.parametrize("take", [in_order, kernels_in_order])
+def in_batches(work, items):
+    """As slabs and small tensors come: some of `items` are a slab, most are taken with their neighbours."""
+    return kernels_in_order(work, items, lambda i: SLAB if i % 7 == 0 else SLAB // 5)
+
+
+@pytest.mark.parametrize("take", [in_order, in_batches])
 def test_results_come_in_order(take):
     assert list(take(lambda i: i * i, range(50))) == [i * i for i in range(50)]
     assert list(take(str, [])) == []
 
 
-@pytest.mark.parametrize("take", [in_order, kernels_in_order])
+@pytest.mark.parametrize("take", [in_order, in_batches])
 def test_an_error_comes_in_its_place_and_leaves_no_thread(take):
     before, seen = threading.active_count(), []
     with pytest.raises(ZeroDivisionError):
@@ -48,7 +53,7 @@ def test_kernels_take_no_more_threads_than_the_caller_may():
     before = numba.get_num_threads()
     numba.set_num_threads(1)
     try:
-        assert set(kernels_in_order(lambda _: numba.get_num_threads(), range(8))) == {1}
+        assert set(in_batches(lambda _: numba.get_num_threads(), range(8))) == {1}
     finally:
         numba.set_num_threads(before)
 

@@ -41,6 +41,7 @@ MAX_STRINGS = 1_500_000  # in one file; bounds the memory that a header of tiny 
 MAX_KEYS = MAX_TENSORS = 1 << 16
 MAX_NAME, MAX_KEY = 127, 65535  # bytes
 MAX_DEPTH, MAX_NESTED = 4, 4096  # how deep, and how many in a file, arrays may lie in arrays
+WINDOW, FEW_STRINGS = 1 << 17, 512  # bytes of strings that are looked at together, strings taken singly in between
 
 # GGUF value type -> NumPy scalar; bool, string and array have no entry
 _NUMBERS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32}
@@ -230,19 +231,42 @@ class _Cursor:
         return text
 
     def strings(self, count: int, what: str) -> Strings:
-        """Read `count` strings; one tight loop, because a vocabulary has hundreds of thousands."""
+        """Read `count` strings: some one by one, many at once, because a vocabulary has hundreds of thousands."""
         self.n_strings += count
         if self.n_strings > MAX_STRINGS:
             raise self.bad(f"{what} brings the file to {self.n_strings} strings, need at most {MAX_STRINGS}")
-        unpack, pos, buffer = struct.Struct("<Q").unpack_from, self.pos, self.buffer
-        for _ in range(count):
-            if pos + 8 > len(buffer):
-                buffer = self.have(pos + 8, what)
-            pos += 8 + unpack(buffer, pos)[0]
-            if pos > len(buffer):
-                buffer = self.have(pos, what)
+        unpack, pos, buffer, left = struct.Struct("<Q").unpack_from, self.pos, self.buffer, count
+        while left:
+            few = min(left, FEW_STRINGS)
+            for _ in range(few):
+                try:
+                    pos += 8 + unpack(buffer, pos)[0]
+                except (struct.error, OverflowError):  # the length lies behind what has been read
+                    buffer = self.have(pos + 8, what)
+                    pos += 8 + unpack(buffer, pos)[0]
+            many, pos = _short_strings(buffer, pos, left - few)
+            left -= few + many
+        buffer = self.have(pos, what)
         start, self.pos = self.pos, pos
         return Strings(buffer[start:pos], count)
+
+
+def _short_strings(buffer: bytes, pos: int, most: int) -> tuple[int, int]:
+    """Return how many strings, at most `most`, lie one behind the other from `pos` on, and where the next one begins.
+
+    It finds those of fewer than 256 bytes in the next WINDOW bytes: a length that is followed by seven zeros can only
+    be a string's start where the string before it ends there.
+    """
+    window = np.frombuffer(buffer[pos : pos + WINDOW], np.uint8)
+    is_zero = window[1:] == 0
+    for step in (1, 2, 3):
+        is_zero = is_zero[:-step] & is_zero[step:]  # 2, 4, then 7 zeros from here on
+    starts = np.flatnonzero(is_zero)[: most + 1]
+    if starts.size == 0 or starts[0] != 0:
+        return 0, pos
+    follows = starts[:-1] + 8 + window[starts[:-1]] == starts[1:]
+    n = follows.size if follows.all() else int(follows.argmin())
+    return n, pos + int(starts[n])
 
 
 def _read_start(cursor: _Cursor) -> tuple[int, int, int]:

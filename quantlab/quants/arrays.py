@@ -5,9 +5,11 @@ the same number of bytes. Work goes through the kernels piece by piece, a few Mi
 costs no more memory than its input and its output.
 """
 
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from math import prod
+from typing import NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +24,7 @@ _KERNELS = {
 # the types whose encoder minimizes an error that an importance matrix can weight
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_FLOATS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 PIECE = 1 << 20  # weights that go through a kernel at once: 4 MiB of float32, which stay in the cache
 
 
@@ -178,31 +180,52 @@ def check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: str
         )
 
 
-def _check_finite(piece: np.ndarray, name: str, row: int, column: int) -> None:
-    """Raise ValueError naming the first NaN or infinity of a float32 piece that begins at `row`, `column`."""
-    from quantlab.quants.floats import all_finite
-
-    if not all_finite(piece.view(np.uint32)):
-        r, c = np.argwhere(~np.isfinite(piece))[0]
-        raise ValueError(
-            f"{name}: value={piece[r, c]} in row {row + r}, column {column + c}, must be finite. "
-            "Check the checkpoint that it came from."
-        )
-
-
 def float_pieces(
     x: np.ndarray, block: int, whole_rows: bool, name: str, check: bool = True
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Row range, column range and contiguous float32 values of each piece of `x`, checked to be finite."""
+    """Row range, column range and contiguous float32 values of each piece of `x`, checked to be finite.
+
+    The values of an array of halves are good until the next piece.
+    """
     start = 0
     for rows_of_x in _as_rows(x, x.shape[-1]):
         for rows, columns in _pieces(*rows_of_x.shape, block, whole_rows):
-            piece = np.ascontiguousarray(rows_of_x[rows, columns], np.float32)
+            piece, is_finite = _floats(np.ascontiguousarray(rows_of_x[rows, columns]), check)
             rows = slice(start + rows.start, start + rows.stop)
-            if check:
-                _check_finite(piece, name, rows.start, columns.start)
+            if check and not is_finite:
+                _refuse(piece, name, rows.start, columns.start)
             yield rows, columns, piece
         start += len(rows_of_x)
+
+
+def _floats(piece: np.ndarray, check: bool) -> tuple[np.ndarray, bool]:
+    """A piece as float32, and whether it is finite if that is asked for; halves are decoded into `_scratch`."""
+    from quantlab.quants.floats import all_finite
+
+    if piece.dtype == np.float32:
+        return piece, check and all_finite(piece.view(np.uint32))
+    floats = _scratch(piece.shape)
+    return floats, kernel_of("decode", _FLOATS[piece.dtype])(piece.view(np.uint8), floats)
+
+
+_own = threading.local()
+
+
+def _scratch(shape: tuple[int, int]) -> np.ndarray:
+    """Float32 memory of this thread, used again and again: fresh pages cost more than decoding into them."""
+    size = prod(shape)
+    if getattr(_own, "floats", np.zeros(0)).size < size:
+        _own.floats = np.empty(size, np.float32)
+    return _own.floats[:size].reshape(shape)
+
+
+def _refuse(piece: np.ndarray, name: str, row: int, column: int) -> NoReturn:
+    """Raise ValueError naming the first NaN or infinity of a piece that begins at `row`, `column`."""
+    r, c = np.argwhere(~np.isfinite(piece))[0]
+    raise ValueError(
+        f"{name}: value={piece[r, c]} in row {row + r}, column {column + c}, must be finite. "
+        "Check the checkpoint that it came from."
+    )
 
 
 def _output(out: np.ndarray | None, shape: tuple, dtype: type) -> np.ndarray:

@@ -6,7 +6,19 @@ Source: `ggml_compute_fp32_to_fp16` and `ggml_compute_fp32_to_bf16` of llama.cpp
 import numpy as np
 from numba import prange
 
-from quantlab.quants.lanes import bits, from_bits, from_half, kernel, load, parallel_kernel, store, to_half
+from quantlab.quants.lanes import (
+    bits,
+    from_bits,
+    from_half,
+    highest,
+    kernel,
+    lanes,
+    load,
+    maximum,
+    parallel_kernel,
+    store,
+    to_half,
+)
 
 SPAN = 1 << 14  # weights that one thread takes at a time
 
@@ -45,16 +57,19 @@ def _narrow(x, start, stop, brain, out):
 
 @kernel
 def _widen(data, start, stop, brain, out):
-    """Convert halves start..stop to float32; the last few go through an array of 16."""
+    """Convert halves start..stop to float32, the last few in an array of 16; return the largest bits without sign."""
     halves, last, last_floats = data.view(np.uint16), np.zeros(16, np.uint16), np.zeros(16, np.float32)
     whole = start + (stop - start) // 16 * 16
+    largest = lanes(0)
     for i in range(start, whole, 16):
         h = load(halves, i)
         store(out, i, from_bits(h << 16) if brain else from_half(h))
+        largest = maximum(largest, h & 0x7FFF)
     last[: stop - whole] = halves[whole:stop]
     h = load(last, 0)
     store(last_floats, 0, from_bits(h << 16) if brain else from_half(h))
     out[whole:stop] = last_floats[: stop - whole]
+    return highest(maximum(largest, h & 0x7FFF))
 
 
 @parallel_kernel
@@ -67,10 +82,12 @@ def encode_f16(x, out):
 
 @parallel_kernel
 def decode_f16(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row); return whether all are finite."""
     data, out = data.reshape(-1), out.reshape(-1)
+    bad = 0
     for span in prange((out.size + SPAN - 1) // SPAN):
-        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), False, out)
+        bad += _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), False, out) >= 0x7C00
+    return bad == 0
 
 
 @parallel_kernel
@@ -83,7 +100,9 @@ def encode_bf16(x, out):
 
 @parallel_kernel
 def decode_bf16(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row); return whether all are finite."""
     data, out = data.reshape(-1), out.reshape(-1)
+    bad = 0
     for span in prange((out.size + SPAN - 1) // SPAN):
-        _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), True, out)
+        bad += _widen(data, span * SPAN, min(span * SPAN + SPAN, out.size), True, out) >= 0x7F80
+    return bad == 0

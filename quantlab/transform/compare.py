@@ -180,6 +180,12 @@ def cuts(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[Cut]:
     return ((item, a, b, start, stop) for item, a, b in pairs for start, stop in row_ranges(a))
 
 
+def n_weights(cut: Cut) -> int:
+    """Return the number of weights of each of a cut's two tensors."""
+    _, a, _, start, stop = cut
+    return a.shape[-1] * (stop - start)
+
+
 def read(cut: Cut) -> tuple[Any, np.ndarray, np.ndarray, bool]:
     """Read the rows of a cut; see `slabs` for what is returned."""
     item, a, b, start, stop = cut

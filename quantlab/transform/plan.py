@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -33,7 +34,7 @@ from quantlab.transform.slabs import SLAB
 MIB = 1024**2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 IN_FLIGHT = 6  # slabs of float32 in memory per thread: one as read, one encoded, four to be written, all F32 at worst
-SAMPLE = 1 << 18  # weights of the calibration
+SAMPLE = 1 << 17  # weights of the calibration
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,6 @@ class Plan:
         Bytes of memory that this machine has.
     free_disk : int or None
         Bytes free where the output goes; None where it is no file.
-    seconds : float
-        Expected time of the kernels, from a calibration on this machine.
     """
 
     job: Job
@@ -247,7 +246,18 @@ class Plan:
     peak_memory: int
     memory: int
     free_disk: int | None
-    seconds: float
+
+    @cached_property
+    def seconds(self) -> float:
+        """Expected time of the kernels, from a sample of normal weights that each of them encodes when first asked."""
+        sample = np.random.default_rng(0).standard_normal((SAMPLE // 1024, 1024), np.float32)
+        weights = np.ones(1024, np.float32)
+        seconds = 0.0
+        for (qtype, is_weighted), n_weights in _work(self.job).items():
+            start = time.perf_counter()
+            quants.quantize(sample, qtype, weights if is_weighted else None)
+            seconds += n_weights / SAMPLE * (time.perf_counter() - start)
+        return seconds
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -355,7 +365,9 @@ def plan_of(job: Job) -> Plan:
         -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
     )
     slab = max(min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps)
-    seconds = _kernel_seconds(job)  # first: the kernels that it loads stay in memory
+    for qtype, is_weighted in _work(job):  # first: the kernels stay in memory
+        ones = np.ones(256, np.float32)
+        quants.quantize(ones, qtype, ones if is_weighted else None)
     return Plan(
         job,
         sum(step.tensor.nbytes for step in steps),
@@ -363,7 +375,6 @@ def plan_of(job: Job) -> Plan:
         _memory_now() + numba.get_num_threads() * IN_FLIGHT * 4 * slab,
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _free_disk([output.path for output in job.outputs if output.path is not None]),
-        seconds,
     )
 
 
@@ -383,24 +394,14 @@ def _free_disk(paths: Sequence[Path]) -> int | None:
     return shutil.disk_usage(folder).free + sum(part.stat().st_size for part in parts if part.exists())
 
 
-def _kernel_seconds(job: Job) -> float:
-    """Return the time that the kernels will take, from a sample of normally distributed weights per type."""
+def _work(job: Job) -> dict[tuple[str, bool], int]:
+    """Return how many weights each encoder takes: by type, and whether an importance matrix weights them."""
     work: dict[tuple[str, bool], int] = {}
     for step in job.steps:
         if not step.is_kept:
             key = step.choice.qtype, step.weights is not None
             work[key] = work.get(key, 0) + step.tensor.n_weights
-    sample = np.random.default_rng(0).standard_normal((SAMPLE // 1024, 1024), np.float32)
-    weights = np.ones(1024, np.float32)
-    seconds = 0.0
-    for (qtype, is_weighted), n in work.items():
-        took = []
-        for _ in range(2):  # the first call may have to compile
-            start = time.perf_counter()
-            quants.quantize(sample, qtype, weights if is_weighted else None)
-            took.append(time.perf_counter() - start)
-        seconds += n / SAMPLE * min(took)
-    return seconds
+    return work
 
 
 def parse_bytes(text: str | int, name: str = "memory") -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -26,6 +24,8 @@ from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_
 from quantlab.transform.plan import MIB, Plan, plan_of
 from quantlab.transform.slabs import kernels_in_order, row_ranges
 from quantlab.transform.unfinished import Sink, Unfinished
+
+SCHEMA = 2  # of the sidecar: how the digests are made, the size of slabs included
 
 
 def quantize(
@@ -137,7 +137,7 @@ def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: 
         report(f"going on after {done} of {len(steps)} tensors")
     total = sum(step.tensor.nbytes for step in steps[done:])
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=job.ftype.name, disable=None if report is None else True)
-    taken = kernels_in_order(partial(_take, histogram=histogram), _slabs(steps[done:], old))
+    taken = kernels_in_order(partial(_take, histogram=histogram), _slabs(steps[done:], old), _Slab.n_weights)
     digest, codes = Checksum(), np.zeros(0, np.int64)
     with bar, closing(taken):
         for slab, encoded, piece, counts in taken:
@@ -169,6 +169,9 @@ class _Slab(NamedTuple):
     def nbytes(self) -> int:
         return self.step.tensor.nbytes // self.tensor.nrows * (self.stop - self.start)
 
+    def n_weights(self) -> int:
+        return self.tensor.shape[-1] * (self.stop - self.start)
+
 
 def _slabs(steps: Iterable[Step], old: _Reusable | None) -> Iterator[_Slab]:
     """Yield the slabs of all tensors, those of an older output where it has the same."""
@@ -196,25 +199,13 @@ def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
         if qtype in FLOATS and not np.isfinite(rows).all():
             raise ValueError(f"{tensor.name}: has NaN or infinite values, must be finite. Check where it came from.")
         return rows
-    if tensor.qtype != "F32":
-        shape = len(rows), tensor.shape[-1]
-        rows = quants.dequantize(rows.view(np.uint8), tensor.qtype, shape, out=_scratch(shape))
+    if tensor.qtype not in FLOATS:
+        rows = quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
     name = f"{tensor.name}[{start}:]" if start else tensor.name  # an error counts the rows that it sees
     encoded = quants.quantize(rows, qtype, step.weights, name=name)
     if qtype == "F16" and not np.isfinite(encoded.view(np.float16)).all():
         raise ValueError(f"{tensor.name}: has values beyond 65504, F16 cannot hold them. Choose BF16 or F32.")
     return encoded
-
-
-_own = threading.local()
-
-
-def _scratch(shape: tuple[int, int]) -> np.ndarray:
-    """Return float32 memory of this thread, used again and again: fresh pages cost more than decoding into them."""
-    size = math.prod(shape)
-    if getattr(_own, "floats", np.zeros(0)).size < size:
-        _own.floats = np.empty(size, np.float32)
-    return _own.floats[:size].reshape(shape)
 
 
 # ---- what users see
@@ -263,7 +254,7 @@ def _sidecar(job: Job, records: list[dict]) -> str:
         for step, record in zip(job.steps, records, strict=True)
     }
     header = hashlib.sha256(job.outputs[0].header).hexdigest()
-    return json.dumps({"schema": 1, "header": header, "tensors": tensors}, indent=1)
+    return json.dumps({"schema": SCHEMA, "header": header, "tensors": tensors}, indent=1)
 
 
 class _Reusable:
@@ -279,8 +270,12 @@ class _Reusable:
             header = stored["header"]
             if not all(isinstance(entry, dict) for entry in self._digests.values()):
                 raise TypeError
+            if stored["schema"] != SCHEMA:
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{sidecar}: must hold the digests of {path.name}. Quantize it again.") from None
+            raise ValueError(
+                f"{sidecar}: must hold the digests of {path.name}, schema {SCHEMA}. Quantize it again."
+            ) from None
         self._model = open_model(path)
         with open(path, "rb") as file:
             start = file.read(read_header(path).data_offset)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -61,12 +62,13 @@ def in_order(
                 future.cancel()
 
 
-def kernels_in_order(work: Callable[[Any], Any], items: Iterable) -> Iterator:
+def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Callable[[Any], int]) -> Iterator:
     """Yield ``work(item)`` as `in_order` does, in as many threads as numba has; `work` spends its time in kernels.
 
     One thread that takes a slab from reading to encoding waits for nobody; threads that share a kernel wait for the
-    slowest of them, slab after slab. Under numba's simplest threading layer only one thread may call kernels: the
-    caller's, which may have its own to call between two results.
+    slowest of them, slab after slab. To hand an item to a thread and its result back takes as long as a small tensor
+    does, so small ones go together: `n_weights` says how large an item is. Under numba's simplest threading layer only
+    one thread may call kernels: the caller's, which may have its own to call between two results.
     """
     import numba
     import numpy as np
@@ -75,9 +77,40 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable) -> Iterator:
 
     all_finite(np.zeros((1, 1), np.uint32))  # the first parallel kernel makes numba choose its layer
     if numba.threading_layer() == "workqueue":
-        return (work(item) for item in items)
+        yield from map(work, items)
+        return
     threads = numba.get_num_threads()
-    return in_order(work, items, threads=threads, kernel_threads=1, ahead=4 * threads)
+    batches = _batches(items, n_weights)
+    taken = in_order(partial(_taken, work), batches, threads=threads, kernel_threads=1, ahead=2 * threads)
+    with closing(taken):
+        for results, error in taken:
+            yield from results
+            if error is not None:
+                raise error
+
+
+def _batches(items: Iterable, n_weights: Callable[[Any], int]) -> Iterator[list]:
+    """Yield neighbours together that have a slab's weights or more: at most two slabs."""
+    batch, n = [], 0
+    for item in items:
+        batch.append(item)
+        n += n_weights(item)
+        if n >= SLAB:
+            yield batch
+            batch, n = [], 0
+    if batch:
+        yield batch
+
+
+def _taken(work: Callable[[Any], Any], batch: list) -> tuple[list, Exception | None]:
+    """Return the results of a batch up to the first error, and that."""
+    results: list = []
+    try:
+        for item in batch:
+            results.append(work(item))
+    except Exception as error:
+        return results, error
+    return results, None
 
 
 def _limit_kernels(n: int) -> None:

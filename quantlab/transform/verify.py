@@ -32,6 +32,7 @@ from quantlab.transform.compare import (
     cuts,
     finite,
     metadata_changes,
+    n_weights,
     read,
     squeezed,
     untyped,
@@ -397,7 +398,8 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
             rows.append(_unknown(tensor))
     total = sum(case.step.tensor.nbytes for case in cases)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
-        for case, *slab in kernels_in_order(_tried, cuts((case, case.step.tensor, case.tensor) for case in cases)):
+        pairs = cuts((case, case.step.tensor, case.tensor) for case in cases)
+        for case, *slab in kernels_in_order(_tried, pairs, n_weights):
             case.add(*slab)
             bar.update(slab[0].nbytes)
     other_build = sum(case.fused for case in cases) >= sum(case.good for case in cases)
