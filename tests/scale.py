@@ -33,6 +33,7 @@ from quantlab.transform.quantize import quantize
 from quantlab.transform.slabs import row_ranges
 
 SHARD = 4 << 30  # bytes of weights per safetensors file
+POOL, RUN = 1 << 18, 64  # weights that are drawn once, and how many of them follow each other in a tensor
 MEASURED = 16 << 20  # weights per type in the measurement of the kernels' own speed
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -40,39 +41,42 @@ GOLDEN = Path(__file__).parent / "golden"
 # ---- weights from (tensor name, position)
 
 
-def normal_table() -> np.ndarray:
-    """The bits of 65536 BF16 quantiles of a normal distribution, of the spread of a trained layer's weights."""
+def normal_pool() -> np.ndarray:
+    """The bits of POOL quantiles of a normal distribution, of the spread of a trained layer's weights, shuffled."""
     quantile = NormalDist(0, 0.02).inv_cdf
-    values = np.array([quantile((i + 0.5) / 65536) for i in range(65536)], np.float32)
-    return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    values = np.array([quantile((i + 0.5) / POOL) for i in range(POOL)], np.float32)
+    return np.random.default_rng(0).permutation(values).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 @njit(cache=True, nogil=True)
-def fill(out, key, first, table):
-    """Fill `out` with the weights from position `4 * first` on: 64 mixed bits give four weights."""
-    for i in range(out.size // 4):
+def fill(out, key, first, pool):
+    """Fill `out` with runs of the pool, from run `first` on: 64 mixed bits say where it begins and which bits turn."""
+    for i in range(out.size // RUN):
         z = (key + np.uint64(first + i)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-        for j in range(4):
-            out[4 * i + j] = table[(z >> np.uint64(16 * j)) & np.uint64(0xFFFF)]
+        start, turned = np.int64(z % np.uint64(POOL - RUN)), np.uint16(z >> np.uint64(48)) & np.uint16(0x8007)
+        for j in range(RUN):
+            out[i * RUN + j] = pool[start + j] ^ turned  # the sign and the last three bits of all
 
 
 class Made:
     """The bytes of a tensor of made BF16 weights, in the place of a stretch of a file."""
 
-    table = normal_table()
+    pool = normal_pool()
 
     def __init__(self, name: str, shape: tuple[int, ...]):
         self.key = np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
         self.nbytes = 2 * int(np.prod(shape))
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return bytes `start:stop`; both are multiples of eight, as rows of these shapes begin."""
+        """Return bytes `start:stop`; both are at whole runs, as rows of these shapes begin."""
         stop = self.nbytes if stop is None else stop
+        if start % (2 * RUN) or stop % (2 * RUN):
+            raise ValueError(f"bytes {start}:{stop}, must be multiples of {2 * RUN}. Choose another shape.")
         out = np.empty((stop - start) // 2, np.uint16)
-        fill(out, self.key, start // 8, self.table)
+        fill(out, self.key, start // (2 * RUN), self.pool)
         return out.view(np.uint8)
 
 

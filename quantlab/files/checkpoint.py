@@ -9,6 +9,7 @@ Source: `convert_hf_to_gguf.py` and `conversion/` of llama.cpp; `convert.py` of 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,25 @@ class _Permuted:
     n_head: int
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        if start == stop:
+            return self.source.rows(start, stop)
         head_dim = self.source.nrows // self.n_head
-        first, last = start // head_dim, -(-stop // head_dim)
-        halves = self.source.rows(first * head_dim, last * head_dim)
-        heads = halves.reshape(last - first, 2, head_dim // 2, halves.shape[1])
-        pairs = heads.swapaxes(1, 2).reshape(halves.shape)
-        return pairs[start - first * head_dim : stop - first * head_dim]
+        heads = -(-start // head_dim) * head_dim, stop // head_dim * head_dim  # whole ones lie between these
+        cuts = sorted({start, *(cut for cut in heads if start < cut < stop), stop})
+        parts = [self._pairs(first, last, head_dim) for first, last in pairwise(cuts)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _pairs(self, start: int, stop: int, head_dim: int) -> np.ndarray:
+        """Rows of whole heads, or of a part of one: then of both halves only what is needed, as heads may be large."""
+        head = start // head_dim * head_dim
+        if start == head and stop % head_dim == 0:
+            halves = self.source.rows(start, stop).reshape(-1, 2, head_dim // 2, self.source.shape[-1])
+        else:
+            low, high = (start - head) // 2, -(-(stop - head) // 2)
+            halves = np.stack([self.source.rows(at + low, at + high) for at in (head, head + head_dim // 2)])[None]
+        pairs = halves.swapaxes(1, 2).reshape(-1, self.source.shape[-1])
+        skipped = (start - head) % 2
+        return pairs[skipped : skipped + stop - start]
 
 
 @dataclass(frozen=True)
@@ -255,17 +269,18 @@ def _read_as(
 ) -> np.ndarray:
     """Read rows, check that they are finite and convert them to `qtype`."""
     rows = source.rows(start, stop)
-    _check_finite(rows, name, start)
-    if qtype == _dtype(source):
-        return rows
-    floats = _widen(rows)
-    if qtype == "F32":
-        return floats
+    if qtype in (_dtype(source), "F32"):
+        _check_finite(rows, name, start)
+        return rows if qtype == _dtype(source) else _widen(rows)
     from quantlab import quants  # numba; a checkpoint that keeps its type does without
 
-    data = quants.quantize(floats, qtype, name=name)
+    try:
+        data = quants.quantize(rows if rows.itemsize == 2 else _widen(rows), qtype, name=name)
+    except ValueError:
+        _check_finite(rows, name, start)  # says where in the tensor, not in these rows
+        raise
     if qtype == "F16" and loss is not None:
-        _count_loss(floats, data.view(np.uint16), name, loss)
+        _count_loss(rows, data.view(np.uint16), name, loss)
     return data.view(PLAIN_DTYPES.get(qtype, np.uint8))
 
 
@@ -300,13 +315,13 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
         )
 
 
-def _count_loss(floats: np.ndarray, halves: np.ndarray, name: str, loss: RangeLoss) -> None:
+def _count_loss(rows: np.ndarray, halves: np.ndarray, name: str, loss: RangeLoss) -> None:
     """Count what became infinite or zero; `halves` are the float16 bits."""
     bits, overflowed, vanished = halves & 0x7FFF, 0, 0
     if bits.max() == 0x7C00:  # seldom, and faster to find out than to count
         overflowed = int(np.count_nonzero(bits == 0x7C00))
     if bits.min() == 0:
-        vanished = int(np.count_nonzero(bits == 0)) - int(np.count_nonzero(floats == 0))
+        vanished = int(np.count_nonzero(bits == 0)) - int(np.count_nonzero(_widen(rows) == 0))
     if overflowed:
         loss.overflowed[name] = loss.overflowed.get(name, 0) + overflowed
     if vanished:
