@@ -114,6 +114,7 @@ def _plan_line(src: Path, outfile: Path, model: Model, header: int) -> str:
     """Return one line on what the conversion reads, writes and takes; the time follows from reading a first piece."""
     largest = max(model, key=lambda tensor: tensor.nbytes)
     rows = min(_rows_per_block(largest), largest.nrows)
+    largest.rows(0, 1)  # what is loaded for it is loaded once
     begin = time.perf_counter()
     largest.rows(0, rows)
     rate = rows * largest.nbytes / largest.nrows / (time.perf_counter() - begin)
