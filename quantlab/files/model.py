@@ -49,17 +49,17 @@ class LazyTensor:
     read_rows: Callable[[int, int], np.ndarray]
     offset: int | None = None
 
-    @property
+    @cached_property
     def nrows(self) -> int:
         """Number of rows of `shape[-1]` weights."""
         return prod(self.shape[:-1])
 
-    @property
+    @cached_property
     def n_weights(self) -> int:
         """Number of weights."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
         return self.nrows * row_nbytes(self.name, self.qtype, self.shape[-1])

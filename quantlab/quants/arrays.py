@@ -7,6 +7,7 @@ costs no more memory than its input and its output.
 
 import threading
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from math import prod
 from typing import NoReturn
@@ -31,6 +32,7 @@ PIECE = 1 << 20  # weights that go through a kernel at once: 4 MiB of float32, w
 # ---- the table of types
 
 
+@cache
 def _sizes(qtype: str) -> tuple[int, int]:
     """Weights and bytes per block of a ggml type."""
     if qtype == "Q8_1":
@@ -125,6 +127,7 @@ def types():
     return pd.DataFrame(rows).set_index("type")
 
 
+@cache
 def kernel_of(verb: str, qtype: str, mode: str = ""):
     """The compiled function `<verb>_<qtype><mode>`; its module, and numba with it, is imported when first needed."""
     return getattr(import_module(f"quantlab.quants.{_KERNELS[qtype]}"), f"{verb}_{qtype.lower()}{mode}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,6 +116,11 @@ class Output:
     def header(self) -> bytes:
         """The bytes before the tensor data."""
         return pack_header(self.metadata, [step.spec for step in self.steps])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the header."""
+        return hashlib.sha256(self.header).hexdigest()
 
     @property
     def alignment(self) -> int:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -33,7 +33,7 @@ from quantlab.transform.slabs import SLAB
 
 MIB = 1024**2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-IN_FLIGHT = 6  # slabs of float32 in memory per thread: one as read, one encoded, four to be written, all F32 at worst
+IN_FLIGHT = 8  # slabs of float32 in memory per thread: one as read, one decoded, six to be written, all F32 at worst
 SAMPLE = 1 << 17  # weights of the calibration
 
 
@@ -365,9 +365,8 @@ def plan_of(job: Job) -> Plan:
         -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
     )
     slab = max(min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps)
-    for qtype, is_weighted in _work(job):  # first: the kernels stay in memory
-        ones = np.ones(256, np.float32)
-        quants.quantize(ones, qtype, ones if is_weighted else None)
+    for encoder in _work(job):  # first: they stay in memory
+        _load(*encoder)
     return Plan(
         job,
         sum(step.tensor.nbytes for step in steps),
@@ -376,6 +375,13 @@ def plan_of(job: Job) -> Plan:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _free_disk([output.path for output in job.outputs if output.path is not None]),
     )
+
+
+@cache
+def _load(qtype: str, is_weighted: bool) -> None:
+    """Let an encoder be loaded, or compiled, by using it for a moment."""
+    ones = np.ones(block_size(qtype), np.float32)
+    quants.quantize(ones, qtype, ones if is_weighted else None)
 
 
 def _memory_now() -> int:

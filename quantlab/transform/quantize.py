@@ -234,12 +234,8 @@ def _digest(weights: np.ndarray | None) -> str | None:
 def _identity(job: Job) -> str:
     """Return a digest of all that the output's bytes depend on; source files count by name, size and time."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source_files(job.source)]
-    digest = hashlib.sha256(json.dumps([stats, job.options.via]).encode())
-    for output in job.outputs:
-        digest.update(output.header)
-    for step in job.steps:
-        digest.update(str(_digest(step.weights)).encode())
-    return digest.hexdigest()
+    headers, weights = [output.digest for output in job.outputs], [_digest(step.weights) for step in job.steps]
+    return hashlib.sha256(json.dumps([stats, job.options.via, headers, weights]).encode()).hexdigest()
 
 
 def _sidecar(job: Job, records: list[dict]) -> str:
@@ -253,8 +249,7 @@ def _sidecar(job: Job, records: list[dict]) -> str:
         }
         for step, record in zip(job.steps, records, strict=True)
     }
-    header = hashlib.sha256(job.outputs[0].header).hexdigest()
-    return json.dumps({"schema": SCHEMA, "header": header, "tensors": tensors}, indent=1)
+    return json.dumps({"schema": SCHEMA, "header": job.outputs[0].digest, "tensors": tensors})
 
 
 class _Reusable:

@@ -10,6 +10,7 @@ from typing import Any
 from quantlab.files.model import LazyTensor
 
 SLAB = 1 << 19  # weights: few enough to stay near the processor between reading, decoding and encoding
+BATCH = 2 * SLAB  # weights, or more, that a thread takes at once
 
 
 def row_ranges(tensor: LazyTensor) -> Iterator[tuple[int, int]]:
@@ -67,8 +68,8 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
 
     One thread that takes a slab from reading to encoding waits for nobody; threads that share a kernel wait for the
     slowest of them, slab after slab. To hand an item to a thread and its result back takes as long as a small tensor
-    does, so small ones go together: `n_weights` says how large an item is. Under numba's simplest threading layer only
-    one thread may call kernels: the caller's, which may have its own to call between two results.
+    does, so they go in batches: `n_weights` says how large an item is. Under numba's simplest threading layer only one
+    thread may call kernels: the caller's, which may have its own to call between two results.
     """
     import numba
     import numpy as np
@@ -81,7 +82,7 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
         return
     threads = numba.get_num_threads()
     batches = _batches(items, n_weights)
-    taken = in_order(partial(_taken, work), batches, threads=threads, kernel_threads=1, ahead=2 * threads)
+    taken = in_order(partial(_taken, work), batches, threads=threads, kernel_threads=1, ahead=threads + 1)
     with closing(taken):
         for results, error in taken:
             yield from results
@@ -90,12 +91,12 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
 
 
 def _batches(items: Iterable, n_weights: Callable[[Any], int]) -> Iterator[list]:
-    """Yield neighbours together that have a slab's weights or more: at most two slabs."""
+    """Yield neighbours together that have BATCH weights or more: at most three slabs."""
     batch, n = [], 0
     for item in items:
         batch.append(item)
         n += n_weights(item)
-        if n >= SLAB:
+        if n >= BATCH:
             yield batch
             batch, n = [], 0
     if batch:
