@@ -27,8 +27,9 @@ test: $(VENV)/.test  ## the tests, without the slow ones
 lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-bench: $(VENV)/.test  ## the kernels beside ggml's and the evaluator beside the machine's own peak
+bench: $(VENV)/.test  ## the kernels beside ggml's, quantizing a file, and the evaluator beside the machine's own peak
 	$(BIN)/python tests/bench_kernels.py
+	$(BIN)/python tests/bench_quantize.py
 	$(BIN)/python tests/bench_evaluator.py
 
 scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b [LAYERS=n] through the real convert and quantize paths

@@ -222,6 +222,18 @@ def test_non_finite_weight_is_named(bad, dtype):
             function(x, "Q4_K")
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 1 << 14, (1 << 14) + 3])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_half_that_is_not_finite_is_found_in_any_place(n, dtype):
+    """Also among the last ones, that do not fill sixteen lanes."""
+    for place in {0, n // 2, n - 1}:
+        x = np.ones((1, n), dtype)
+        x[0, place] = -np.inf
+        for qtype in ("F16", "BF16", "F32"):
+            with pytest.raises(ValueError, match=f"row 0, column {place}, must be finite"):
+                quants.quantize(x, qtype)
+
+
 def test_importance_matrix_is_checked():
     weights = np.ones(256, np.float32)
     refused(

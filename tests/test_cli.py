@@ -1,5 +1,6 @@
 """What every word of the command line shares: help, errors, exit status, --json."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -143,8 +144,11 @@ def test_interrupt_is_clean(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["quantlab", "interrupted"])
+    thresholds = gc.get_threshold()
     with pytest.raises(SystemExit) as left:
         cli.main()
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
     cli.app.registered_commands.pop()
     assert left.value.code == 130
     assert capsys.readouterr().err == "quantlab: interrupted\n"

@@ -13,6 +13,8 @@ import pytest
 from checkpoints import (
     DTYPES,
     GOLDEN,
+    N_EMBD,
+    N_FF,
     content_digest,
     tensors,
     write_checkpoint,
@@ -23,6 +25,7 @@ from checkpoints import (
 
 import quantlab as ql
 from quantlab.files.bundled import model_path
+from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.torch_zip import read_torch
 from quantlab.transform.convert import convert
 
@@ -134,6 +137,19 @@ def test_weights_that_are_not_finite_are_refused_and_leave_nothing(tmp_path, dty
     ):
         convert(src, progress=False)
     assert sorted(src.iterdir()) == before
+
+
+@pytest.mark.parametrize("outtype", ["auto", "f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["I8", "I16", "I32", "I64"])
+def test_whole_numbers_are_refused_as_weights(tmp_path, monkeypatch, dtype, outtype):
+    """A checkpoint that another program has quantized already."""
+    monkeypatch.setitem(DTYPES, dtype, PLAIN_DTYPES[dtype])
+    src = write_checkpoint(tmp_path / "m", "llama1", "BF16")
+    weights = {name: x.astype(DTYPES["BF16"]) for name, x in tensors("llama1").items()}
+    weights["model.layers.0.mlp.up_proj.weight"] = np.ones((N_FF, N_EMBD), PLAIN_DTYPES[dtype])
+    write_safetensors(src / "model.safetensors", weights)
+    with pytest.raises(ValueError, match="blk.0.ffn_up.weight: dtype=int.*, need floating-point weights"):
+        convert(src, outtype=outtype, progress=False)
 
 
 def test_the_largest_finite_values_pass(tmp_path):

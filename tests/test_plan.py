@@ -80,20 +80,21 @@ def test_bad_input():
 
 
 PEAK = """
-import resource
+import resource, sys
 from quantlab.transform.quantize import quantize
 
 lines = []
-quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=lines.append)
+quantize("wide.gguf", "out.gguf", ftype=sys.argv[1], report=lines.append)
 print(lines[0].peak_memory / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_a_run_takes_no_more_memory_than_foretold(tmp_path):
+@pytest.mark.parametrize("ftype", ["Q4_K_M", "F32"])
+def test_a_run_takes_no_more_memory_than_foretold(tmp_path, ftype):
     made_models.made_gguf(tmp_path / "wide.gguf")
     (tmp_path / "peak.py").write_text(PEAK)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    line = f'"{sys.executable}" peak.py; exit'  # a child of the shell, which is small: a peak outlives exec
+    line = f'"{sys.executable}" peak.py {ftype}; exit'  # a child of the shell, which is small: a peak outlives exec
     found = subprocess.check_output(line, shell=True, cwd=tmp_path, env=environment, text=True)
     foretold, peak = map(float, found.split())
     assert 0.7 * foretold < peak <= foretold

@@ -332,9 +332,10 @@ def test_reuse_without_digests_is_refused(work):
     Path("old.gguf.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"old\.gguf\.json: not there, old\.gguf cannot be reused"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf")
-    Path("old.gguf.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"old\.gguf\.json: must hold the digests"):
-        quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf")
+    for spoilt in ("{}", json.dumps(json.loads(stored) | {"schema": 1})):
+        Path("old.gguf.json").write_text(spoilt)
+        with pytest.raises(ValueError, match=r"old\.gguf\.json: must hold the digests of old\.gguf, schema 2"):
+            quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf")
     quantize("wide.gguf", "old.gguf", ftype="Q3_K_S", overwrite=True)
     Path("old.gguf.json").write_text(stored)
     with pytest.raises(ValueError, match=r"old\.gguf\.json: belongs to another file"):

@@ -14,10 +14,10 @@ from quantlab.transform.slabs import SLAB, in_order, kernels_in_order
 KERNELS_AT_ONCE = """
 import numba, numpy as np
 from quantlab.quants.floats import all_finite
-from quantlab.transform.slabs import kernels_in_order
+from quantlab.transform.slabs import BATCH, kernels_in_order
 
 x = np.zeros((64, 1 << 14), np.uint32)
-found = [result and all_finite(x) for result in kernels_in_order(lambda _: all_finite(x), range(100), int)]
+found = [result and all_finite(x) for result in kernels_in_order(lambda _: all_finite(x), range(100), lambda _: BATCH)]
 print(numba.threading_layer(), found.count(True))
 """
 

@@ -269,13 +269,17 @@ def _read_as(
 ) -> np.ndarray:
     """Read rows, check that they are finite and convert them to `qtype`."""
     rows = source.rows(start, stop)
-    if qtype in (_dtype(source), "F32"):
+    are_halves = _dtype(source) in ("F16", "BF16")  # which are checked while they are decoded
+    if not are_halves or qtype in (_dtype(source), "F32"):
         _check_finite(rows, name, start)
-        return rows if qtype == _dtype(source) else _widen(rows)
+    if qtype == _dtype(source):
+        return rows
+    if qtype == "F32":
+        return _widen(rows)
     from quantlab import quants  # numba; a checkpoint that keeps its type does without
 
     try:
-        data = quants.quantize(rows if rows.itemsize == 2 else _widen(rows), qtype, name=name)
+        data = quants.quantize(rows if are_halves else _widen(rows), qtype, name=name)
     except ValueError:
         _check_finite(rows, name, start)  # says where in the tensor, not in these rows
         raise

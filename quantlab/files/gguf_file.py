@@ -242,10 +242,13 @@ class _Cursor:
                 try:
                     pos += 8 + unpack(buffer, pos)[0]
                 except (struct.error, OverflowError):  # the length lies behind what has been read
+                    self.have(pos, what)
                     buffer = self.have(pos + 8, what)
                     pos += 8 + unpack(buffer, pos)[0]
-            many, pos = _short_strings(buffer, pos, left - few)
-            left -= few + many
+            left -= few
+            if left:
+                many, pos = _short_strings(buffer, pos, left)
+                left -= many
         buffer = self.have(pos, what)
         start, self.pos = self.pos, pos
         return Strings(buffer[start:pos], count)

@@ -217,8 +217,10 @@ _own = threading.local()
 def _scratch(shape: tuple[int, int]) -> np.ndarray:
     """Float32 memory of this thread, used again and again: fresh pages cost more than decoding into them."""
     size = prod(shape)
-    if getattr(_own, "floats", np.zeros(0)).size < size:
-        _own.floats = np.empty(size, np.float32)
+    if size > PIECE:
+        return np.empty(shape, np.float32)
+    if not hasattr(_own, "floats"):
+        _own.floats = np.empty(PIECE, np.float32)
     return _own.floats[:size].reshape(shape)
 
 

@@ -23,17 +23,18 @@ import pandas as pd
 
 from quantlab import quants
 from quantlab.files import bundled
+from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside
 from quantlab.quants import block_bytes, block_size, row_bytes
+from quantlab.transform.checksum import mixed
 from quantlab.transform.job import Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
-from quantlab.transform.slabs import SLAB
+from quantlab.transform.slabs import SLAB, weights_in_flight
 
 MIB = 1024**2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-IN_FLIGHT = 8  # slabs of float32 in memory per thread: one as read, one decoded, six to be written, all F32 at worst
 SAMPLE = 1 << 17  # weights of the calibration
 
 
@@ -253,7 +254,7 @@ class Plan:
         sample = np.random.default_rng(0).standard_normal((SAMPLE // 1024, 1024), np.float32)
         weights = np.ones(1024, np.float32)
         seconds = 0.0
-        for (qtype, is_weighted), n_weights in _work(self.job).items():
+        for (_, qtype, is_weighted), n_weights in _work(self.job).items():
             start = time.perf_counter()
             quants.quantize(sample, qtype, weights if is_weighted else None)
             seconds += n_weights / SAMPLE * (time.perf_counter() - start)
@@ -365,23 +366,25 @@ def plan_of(job: Job) -> Plan:
         -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
     )
     slab = max(min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps)
-    for encoder in _work(job):  # first: they stay in memory
-        _load(*encoder)
+    for kernels in [("F32", "F32", False), *_work(job)]:  # first: they stay in memory
+        _load(*kernels)
+    in_flight = min(weights_in_flight(slab, numba.get_num_threads()), 2 * sum(step.tensor.n_weights for step in steps))
     return Plan(
         job,
         sum(step.tensor.nbytes for step in steps),
         written,
-        _memory_now() + numba.get_num_threads() * IN_FLIGHT * 4 * slab,
+        _memory_now() + 4 * in_flight,  # bytes if all were F32
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _free_disk([output.path for output in job.outputs if output.path is not None]),
     )
 
 
 @cache
-def _load(qtype: str, is_weighted: bool) -> None:
-    """Let an encoder be loaded, or compiled, by using it for a moment."""
+def _load(source: str, qtype: str, is_weighted: bool) -> None:
+    """Let the kernels for one kind of step be loaded, or compiled, by using them for a moment."""
     ones = np.ones(block_size(qtype), np.float32)
-    quants.quantize(ones, qtype, ones if is_weighted else None)
+    mixed(ones)
+    quants.quantize(ones.astype(PLAIN_DTYPES.get(source, np.float32)), qtype, ones if is_weighted else None)
 
 
 def _memory_now() -> int:
@@ -400,12 +403,12 @@ def _free_disk(paths: Sequence[Path]) -> int | None:
     return shutil.disk_usage(folder).free + sum(part.stat().st_size for part in parts if part.exists())
 
 
-def _work(job: Job) -> dict[tuple[str, bool], int]:
-    """Return how many weights each encoder takes: by type, and whether an importance matrix weights them."""
-    work: dict[tuple[str, bool], int] = {}
+def _work(job: Job) -> dict[tuple[str, str, bool], int]:
+    """Return how many weights go from each type to each, and whether an importance matrix weights them."""
+    work: dict[tuple[str, str, bool], int] = {}
     for step in job.steps:
         if not step.is_kept:
-            key = step.choice.qtype, step.weights is not None
+            key = step.tensor.qtype, step.choice.qtype, step.weights is not None
             work[key] = work.get(key, 0) + step.tensor.n_weights
     return work
 

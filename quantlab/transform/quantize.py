@@ -235,7 +235,7 @@ def _identity(job: Job) -> str:
     """Return a digest of all that the output's bytes depend on; source files count by name, size and time."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source_files(job.source)]
     headers, weights = [output.digest for output in job.outputs], [_digest(step.weights) for step in job.steps]
-    return hashlib.sha256(json.dumps([stats, job.options.via, headers, weights]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([SCHEMA, stats, job.options.via, headers, weights]).encode()).hexdigest()
 
 
 def _sidecar(job: Job, records: list[dict]) -> str:
@@ -294,4 +294,4 @@ class _Reusable:
 
     def source(self, step: Step) -> str:
         """Return the digest of the source of a tensor that `find` found."""
-        return self._digests[step.tensor.name]["source"]
+        return self._digests[step.tensor.name].get("source", "")

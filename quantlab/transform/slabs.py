@@ -90,6 +90,12 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
                 raise error
 
 
+def weights_in_flight(slab: int, threads: int) -> int:
+    """Return how many weights `kernels_in_order` holds at most, as read, decoded and encoded, if slabs have `slab`."""
+    batches = threads + 3  # in work or done, with the one that is taken and the one before
+    return batches * (BATCH + slab) + threads * 2 * slab
+
+
 def _batches(items: Iterable, n_weights: Callable[[Any], int]) -> Iterator[list]:
     """Yield neighbours together that have BATCH weights or more: at most three slabs."""
     batch, n = [], 0
