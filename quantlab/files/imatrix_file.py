@@ -22,16 +22,18 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import pandas as pd
 
 from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import Strings, TensorSpec, read_header, write_gguf
 from quantlab.files.imatrix_statistics import statistics
 from quantlab.files.output import replacing
 from quantlab.files.recognize import short
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 _SUMS, _COUNTS = ".in_sum2", ".counts"

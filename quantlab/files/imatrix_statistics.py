@@ -10,9 +10,10 @@ import re
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from quantlab.files.imatrix_file import ImportanceMatrix
 
 INACTIVE = 1e-5  # a mean square up to here counts as no input
@@ -30,6 +31,8 @@ def statistics(matrix: ImportanceMatrix) -> pd.DataFrame:
         than one `std` above the mean; `cos_previous`, the cosine to the same tensor of the layer before, 0 without one.
         Tensors for which nothing was counted are left out.
     """
+    import pandas as pd  # only here: to quantize with a matrix needs no table
+
     rows = [_row(matrix, name) for name in matrix.sums if matrix.counts[name].any()]
     return pd.DataFrame(rows).sort_values(["kind", "total"], ascending=[True, False], ignore_index=True)
 

@@ -1,12 +1,16 @@
 """GGUF metadata as a table for people: long texts and arrays are shortened, nothing in them reaches a terminal raw."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from quantlab.files.gguf_file import Strings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["metadata_table"]
 
@@ -30,6 +34,8 @@ def metadata_table(metadata: Mapping[str, Any]) -> pd.DataFrame:
     >>> table["type"].tolist()
     ['string', 'string[4]']
     """
+    import pandas as pd  # takes longer to import than a header to read
+
     rows = [(key, _type(value), _shown(value)) for key, value in metadata.items()]
     return pd.DataFrame(rows, columns=["key", "type", "value"])
 

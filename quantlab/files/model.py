@@ -1,5 +1,7 @@
 """Models on disk, opened lazily: hyper-parameters, metadata, vocabulary and tensors that are read when asked for."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,10 +9,9 @@ from functools import cached_property, partial
 from html import escape
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from quantlab.files.bundled import model_path
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange
@@ -19,6 +20,9 @@ from quantlab.files.gguf_shards import shard_headers
 from quantlab.files.hparams import Hparams
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.vocab import Vocab
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["LazyTensor", "Model", "open"]
 
@@ -144,6 +148,8 @@ class Model:
     @cached_property
     def tensors(self) -> pd.DataFrame:
         """Table of the tensors: name, shape, qtype, n_weights, bytes, bpw (bits per weight), offset."""
+        import pandas as pd  # takes longer to import than a header to read
+
         rows = [(t.name, t.shape, t.qtype, t.n_weights, t.nbytes, 8 * t.nbytes / t.n_weights, t.offset) for t in self]
         return pd.DataFrame(rows, columns=["name", "shape", "qtype", "n_weights", "bytes", "bpw", "offset"])
 

@@ -15,11 +15,10 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numba
 import numpy as np
-import pandas as pd
 
 from quantlab import quants
 from quantlab.files import bundled
@@ -32,6 +31,9 @@ from quantlab.transform.checksum import mixed
 from quantlab.transform.job import Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 from quantlab.transform.slabs import SLAB, weights_in_flight
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MIB = 1024**2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -70,6 +72,8 @@ class SizeTable:
 
     def to_frame(self) -> pd.DataFrame:
         """Return the rows as a table: ftype, bytes, bpw."""
+        import pandas as pd  # in functions: a quantization that prints no table starts without
+
         return pd.DataFrame([asdict(row) for row in self.rows])
 
     def to_json(self) -> str:
@@ -197,6 +201,15 @@ def fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...
         One row per group: ``columns`` (row length), ``wanted``, ``qtype``, ``tensors``, ``share`` (fraction of all
         weights), ``bpw_gained`` (bits per weight that the whole model grew by). Empty where nothing fell back.
     """
+    import pandas as pd
+
+    return pd.DataFrame(_fallbacks(choices, shapes), columns=_ACCOUNT)
+
+
+_ACCOUNT = ["columns", "wanted", "qtype", "tensors", "share", "bpw_gained"]
+
+
+def _fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...]]) -> list[tuple]:
     total = sum(math.prod(shape) for shape in shapes.values())
     groups: dict[tuple, list[str]] = {}
     for name, choice in choices.items():
@@ -207,7 +220,7 @@ def fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...
         n_weights = sum(math.prod(shapes[name]) for name in names)
         gained = n_weights / total * (bits_per_weight(qtype) - bits_per_weight(wanted))
         rows.append((columns, wanted, qtype, len(names), n_weights / total, gained))
-    return pd.DataFrame(rows, columns=["columns", "wanted", "qtype", "tensors", "share", "bpw_gained"])
+    return rows
 
 
 def tensor_bytes(shape: tuple[int, ...], qtype: str) -> int:
@@ -283,8 +296,11 @@ class Plan:
     @property
     def fallbacks(self) -> pd.DataFrame:
         """The account of tensors whose rows did not fit; see `fallbacks`."""
+        return fallbacks(*self._choices())
+
+    def _choices(self) -> tuple[dict[str, Choice], dict[str, tuple[int, ...]]]:
         steps = self.job.steps
-        return fallbacks({s.tensor.name: s.choice for s in steps}, {s.tensor.name: s.tensor.shape for s in steps})
+        return {s.tensor.name: s.choice for s in steps}, {s.tensor.name: s.tensor.shape for s in steps}
 
     def check(self) -> None:
         """Raise ValueError or OSError if it cannot be done."""
@@ -293,6 +309,8 @@ class Plan:
 
     def to_frame(self) -> pd.DataFrame:
         """Return the tensors in the order of processing: name, shape, source, type, why, bytes before and after."""
+        import pandas as pd
+
         rows = [
             (
                 s.tensor.name,
@@ -316,10 +334,11 @@ class Plan:
         rows = self.to_frame().to_dict("records")
         return json.dumps({"schema": 1, "protocol": protocol, "rows": rows})
 
-    def _totals(self) -> pd.DataFrame:
-        job = self.job
-        steps = job.steps
-        rows = [
+    def _totals(self) -> list[tuple[str, str]]:
+        """Return what is said of the whole, the title first."""
+        job, steps = self.job, self.job.steps
+        return [
+            ("", f"{job.source.name} → {job.ftype.name}, rules {job.options.rules}"),
             ("tensors", f"{len(steps)}, {sum(not step.is_kept for step in steps)} of them to quantize"),
             ("read", f"{self.bytes_read / MIB:.2f} MiB"),
             ("written", f"{self.bytes_written / MIB:.2f} MiB, {self.bpw:.4f} bits per weight"),
@@ -327,19 +346,21 @@ class Plan:
             ("free disk", "not needed" if self.free_disk is None else f"{self.free_disk / MIB:.0f} MiB"),
             ("time", f"about {self.seconds:.0f} s"),
         ]
-        return pd.DataFrame(rows, columns=["", f"{job.source.name} → {job.ftype.name}, rules {job.options.rules}"])
 
     def __str__(self) -> str:
-        parts = [self._totals().to_string(index=False, justify="left", formatters=[str, "{:<50}".format])]
-        if not self.fallbacks.empty:
-            parts.append("fallback, rows that the wanted type's blocks do not divide:")
-            parts.append(self.fallbacks.to_string(index=False, float_format="{:.4f}".format))
-        return "\n".join(line.rstrip() for line in "\n".join([*parts, *self.job.notes, *self.refusals]).splitlines())
+        lines = [f"{what:>11} {value}" for what, value in self._totals()]
+        fallen = [(*row[:4], f"{row[4]:.4f}", f"{row[5]:.4f}") for row in _fallbacks(*self._choices())]
+        if fallen:
+            lines.append("fallback, rows that the wanted type's blocks do not divide:")
+            lines += [" ".join(f"{cell:>10}" for cell in row) for row in [_ACCOUNT, *fallen]]
+        return "\n".join([*lines, *self.job.notes, *self.refusals])
 
     def _repr_html_(self) -> str:
-        return self._totals().to_html(index=False) + (
-            "" if self.fallbacks.empty else self.fallbacks.to_html(index=False)
-        )
+        import pandas as pd
+
+        title, *rows = self._totals()
+        totals = pd.DataFrame(rows, columns=title).to_html(index=False)
+        return totals + ("" if self.fallbacks.empty else self.fallbacks.to_html(index=False))
 
 
 def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, *, ftype: str | int, **options) -> Plan:
