@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from quantlab.files.bundled import model_path
+from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
 from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import open as open_model
@@ -404,6 +405,20 @@ def test_nan_leaves_nothing_behind(work):
         with pytest.raises(ValueError, match=re.escape(name)):
             quantize("nan.gguf", "out.gguf", ftype="Q4_K_M")
         assert not list(work.glob("out*"))
+
+
+@pytest.mark.parametrize("qtype", ["F64", "I8", "I16", "I32", "I64"])
+def test_numbers_of_other_types_are_refused_by_name(work, qtype):
+    model = open_model("wide.gguf")
+    name = "blk.0.ffn_up.weight"
+    data = {tensor.name: tensor.load() for tensor in model}
+    data[name] = np.ones(data[name].shape, PLAIN_DTYPES[qtype])
+    specs = [TensorSpec(t.name, t.shape, qtype if t.name == name else t.qtype) for t in model]
+    write_gguf("odd.gguf", model.metadata, specs, data.values())
+    assert f"{name}: type={qtype}" in str(plan("odd.gguf", ftype="Q4_K_M"))
+    with pytest.raises(ValueError, match=f"^{name}: type={qtype}, .* Start from F16, BF16 or F32"):
+        quantize("odd.gguf", "out.gguf", ftype="Q4_K_M")
+    assert not list(work.glob("out*"))
 
 
 def test_values_beyond_f16_are_refused_as_llama_quantize_does(work):

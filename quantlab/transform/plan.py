@@ -26,9 +26,10 @@ from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside
+from quantlab.files.recognize import short
 from quantlab.quants import block_bytes, block_size, row_bytes
 from quantlab.transform.checksum import mixed
-from quantlab.transform.job import Job, Options, make_job
+from quantlab.transform.job import FLOATS, Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 from quantlab.transform.slabs import SLAB, weights_in_flight
 
@@ -337,8 +338,9 @@ class Plan:
     def _totals(self) -> list[tuple[str, str]]:
         """Return what is said of the whole, the title first."""
         job, steps = self.job, self.job.steps
+        name = job.source.name if job.source.name.isprintable() else short(job.source.name)
         return [
-            ("", f"{job.source.name} → {job.ftype.name}, rules {job.options.rules}"),
+            ("", f"{name} → {job.ftype.name}, rules {job.options.rules}"),
             ("tensors", f"{len(steps)}, {sum(not step.is_kept for step in steps)} of them to quantize"),
             ("read", f"{self.bytes_read / MIB:.2f} MiB"),
             ("written", f"{self.bytes_written / MIB:.2f} MiB, {self.bpw:.4f} bits per weight"),
@@ -405,7 +407,8 @@ def _load(source: str, qtype: str, is_weighted: bool) -> None:
     """Let the kernels for one kind of step be loaded, or compiled, by using them for a moment."""
     ones = np.ones(block_size(qtype), np.float32)
     mixed(ones)
-    quants.quantize(ones.astype(PLAIN_DTYPES.get(source, np.float32)), qtype, ones if is_weighted else None)
+    x = ones.astype(PLAIN_DTYPES[source]) if source in FLOATS else ones
+    quants.quantize(x, qtype, ones if is_weighted else None)
 
 
 def _memory_now() -> int:

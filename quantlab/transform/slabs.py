@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from quantlab.files.model import LazyTensor
+from quantlab.quants.arrays import PIECE
 
 SLAB = 1 << 19  # weights: few enough to stay near the processor between reading, decoding and encoding
 BATCH = 2 * SLAB  # weights, or more, that a thread takes at once
@@ -92,8 +93,8 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
 
 def weights_in_flight(slab: int, threads: int) -> int:
     """Return how many weights `kernels_in_order` holds at most, as read, decoded and encoded, if slabs have `slab`."""
-    batches = threads + 3  # in work or done, with the one that is taken and the one before
-    return batches * (BATCH + slab) + threads * 2 * slab
+    batches = threads + 4  # in work or done, taken, the one before, and as much that is free but not given back
+    return batches * (BATCH + slab) + threads * (slab + max(slab, PIECE))
 
 
 def _batches(items: Iterable, n_weights: Callable[[Any], int]) -> Iterator[list]:
