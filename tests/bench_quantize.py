@@ -19,14 +19,14 @@ import numba
 import scale
 
 import quantlab as ql
-from quantlab.files import bundled, checkpoint
+from quantlab.files import bundled
 from quantlab.transform.convert import convert
 
 
 def made_file(folder: Path, shape: dict) -> Path:
     """Write an F16 file of made weights."""
     scale.write_config(folder, shape)
-    checkpoint.index_weights = lambda _: scale.made_checkpoint(shape)  # the made weights stand where the files' would
+    scale.stand_in(shape)
     return convert(folder, folder / "made-f16.gguf", outtype="f16", progress=False)
 
 
@@ -79,10 +79,10 @@ def race(src: Path, folder: Path, options: argparse.Namespace) -> None:
                 raise SystemExit(f"{out.name}: other bytes than {ours.name}")
     n_weights = ql.open(src).n_weights
     print(f"{src.name}, {n_weights:,} weights, → {options.ftype}, {numba.get_num_threads()} threads, same bytes")
-    for way, times in seconds.items():
-        took, last = median(times[1:]), median(seconds[list(ways)[-1]][1:])
-        ratio = f"   {last / took:5.1f} times" if options.llama_quantize else ""
-        print(f"{way:<18} {took:8.3f} s {n_weights / took / 1e6:8.0f} Mw/s{ratio}")
+    took = {way: median(times[1:]) for way, times in seconds.items()}
+    for way, time in took.items():
+        ratio = f"   {took['llama-quantize'] / time:5.1f} times" if options.llama_quantize else ""
+        print(f"{way:<18} {time:8.3f} s {n_weights / time / 1e6:8.0f} Mw/s{ratio}")
 
 
 if __name__ == "__main__":

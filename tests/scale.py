@@ -102,6 +102,11 @@ def made_checkpoint(shape: dict) -> dict[str, StoredTensor]:
     return {name: StoredTensor(name, "BF16", dims, Made(name, dims)) for name, dims in shapes.items()}
 
 
+def stand_in(shape: dict) -> None:
+    """Let the made weights of this shape stand where the files' would, in any folder that has a configuration."""
+    checkpoint.index_weights = lambda _: made_checkpoint(shape)
+
+
 def write_config(folder: Path, shape: dict) -> None:
     """Write configuration and tokenizer; the vocabulary is padded to the embedding."""
     config = {
@@ -209,7 +214,7 @@ def timed(call) -> tuple[float, object]:
 
 def in_memory(folder: Path, shape: dict, ftype: str) -> None:
     """Convert and quantize into a counter; nothing is on the disk but the configuration."""
-    checkpoint.index_weights = lambda _: made_checkpoint(shape)  # the made weights stand where the files' would
+    stand_in(shape)
     model = checkpoint.open_checkpoint(folder, "f16")
     specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
     print(f"{len(model)} tensors, {model.n_weights:,} weights, tensor data {model.nbytes / MIB:.2f} MiB", flush=True)

@@ -29,7 +29,7 @@ def _line(error: BaseException) -> str:
 def main() -> None:
     """Run the command line: exit status 0, 1 with one line for an error, 2 for wrong usage, 130 when interrupted."""
     warnings.showwarning = lambda message, *_: typer.echo(f"quantlab: {message}", err=True)
-    gc.set_threshold(7000)  # ten times Python's: to look again and again at all that was imported takes 0.1 s
+    gc.set_threshold(7000)  # above Python's own: to look again and again at all that was imported takes 0.1 s
     try:
         app()
     except SystemExit as left:

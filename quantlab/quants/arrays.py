@@ -2,7 +2,7 @@
 
 An array is seen as rows, `(nrows, n_per_row)`; each row is a sequence of blocks, and a block of a type always takes
 the same number of bytes. Work goes through the kernels piece by piece, a few MiB each, so that an array of any size
-costs no more memory than its input and its output.
+costs little more memory than its input and its output.
 """
 
 import threading
@@ -203,9 +203,9 @@ def float_pieces(
 
 def _floats(piece: np.ndarray, check: bool) -> tuple[np.ndarray, bool]:
     """A piece as float32, and whether it is finite if that is asked for; halves are decoded into `_scratch`."""
-    from quantlab.quants.floats import all_finite
-
     if piece.dtype == np.float32:
+        from quantlab.quants.floats import all_finite
+
         return piece, check and all_finite(piece.view(np.uint32))
     floats = _scratch(piece.shape)
     return floats, kernel_of("decode", _FLOATS[piece.dtype])(piece.view(np.uint8), floats)

@@ -57,7 +57,7 @@ def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]
 def _equal(a: Any, b: Any) -> bool:
     """Whether two values are the same in type and bits; NaN is the same as NaN."""
     if type(a) is not type(b):  # a file's strings, and those that a converter made
-        a, b = (list(value) if isinstance(value, Strings) else value for value in (a, b))
+        a, b = _listed(a), _listed(b)
     if type(a) is not type(b):
         return False
     if isinstance(a, np.ndarray | np.generic):
@@ -67,10 +67,14 @@ def _equal(a: Any, b: Any) -> bool:
     return a == b
 
 
+def _listed(value: Any) -> Any:
+    """Return a file's strings as a list, anything else as it is."""
+    return list(value) if isinstance(value, Strings) else value
+
+
 def untyped(value: Any) -> Any:
     """Return a value of the metadata without its GGUF type: as a bool, int, float, str or list of these."""
-    if isinstance(value, Strings):
-        return list(value)
+    value = _listed(value)
     if isinstance(value, list):
         return [untyped(item) for item in value]
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
@@ -78,7 +82,7 @@ def untyped(value: Any) -> Any:
 
 def _from_difference(a: Any, b: Any) -> tuple[str, str]:
     """Two values as text; two lists of one length from their first different item on."""
-    a, b = (list(value) if isinstance(value, Strings) else value for value in (a, b))
+    a, b = _listed(a), _listed(b)
     if isinstance(a, list | np.ndarray) and type(a) is type(b) and len(a) == len(b):
         first = next((i for i in range(len(a)) if not _equal(a[i], b[i])), 0)
         return f"{_text(a)} [{first}]={_text(a[first : first + 1])}", f"[{first}]={_text(b[first : first + 1])}"
