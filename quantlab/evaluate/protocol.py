@@ -12,7 +12,8 @@ from quantlab.files.vocab import Vocab
 
 # name -> what it scores
 PROTOCOLS = {
-    "llama.cpp": "the second half of each window; BOS, where there is one, replaces the first token of each",
+    "llama.cpp": "the second half of each window; BOS, where there is one, replaces the first token of each; "
+    "one newline at the end of the text is dropped",
     "full": "every token but the first of each window; BOS, where there is one, starts the text",
 }
 
@@ -27,7 +28,7 @@ class Protocol:
     text, text_sha256 : str
         Name and digest of the text.
     n_tokens : int
-        Tokens of the whole text.
+        Tokens of the whole text; under `llama.cpp` without one newline at its end.
     tokens_sha256 : str
         Digest of the token ids of the evaluated chunks, int32 little-endian.
     tokenizer : str
@@ -117,7 +118,7 @@ def cut(
         raise ValueError(
             f"{text.name}: the vocabulary ends every text with EOS, which has no place in the middle of one."
         )
-    tokens = vocab.encode(text.text)
+    tokens = vocab.encode(_prompt(text.text) if name == "llama.cpp" else text.text)
     if len(tokens) < 2 * n_ctx:
         raise ValueError(
             f"{text.name}: n_tokens={len(tokens)}, must be at least 2 * n_ctx = {2 * n_ctx}. "
@@ -146,6 +147,14 @@ def cut(
         versions={"quantlab": quantlab.__version__, **{name: version(name) for name in ("numpy", "numba")}},
     )
     return Windows(evaluated, original[:, first + 1 :].copy(), first), record
+
+
+def _prompt(text: str) -> str:
+    r"""Drop one `\n` at the end, as llama.cpp does with a file of `-f`; a `\r` before it stays.
+
+    Source: the option `-f` in common/arg.cpp of llama.cpp.
+    """
+    return text.removesuffix("\n")
 
 
 def require_same(protocols: list[Protocol]) -> None:
