@@ -11,6 +11,7 @@ from checkpoints import GOLDEN, tensors, write_checkpoint, write_meta, write_saf
 
 import quantlab as ql
 from quantlab.files.checkpoint import open_checkpoint
+from quantlab.files.checkpoint_metadata import read_config
 from quantlab.files.hub import find_checkpoint
 from quantlab.files.vocab import Vocab, text_of_bytes
 
@@ -50,6 +51,33 @@ def test_hparams_of_a_checkpoint(tmp_path):
         4.0,
         8192,
     )
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+LAYERS = {"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}
+ROPES = [
+    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": LINEAR}, ("linear", 1e4)),
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5, "rope_scaling": LINEAR}, ("linear", 5e5)),
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LINEAR | {"rope_theta": 5e5}}, ("linear", 5e5)),
+    ({"rope_parameters": {**LINEAR, "rope_theta": 1e4}, "rope_scaling": LINEAR}, ("linear", 1e4)),
+    ({"rope_parameters": None, "rope_scaling": LINEAR}, ("linear", 1e4)),
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": None}, ("default", 5e5)),
+    ({"rope_parameters": LAYERS}, ("default", 5e5)),
+    ({"rope_parameters": LAYERS | {"sliding_attention": LAYERS["full_attention"]}}, ("default", 5e5)),
+    ({"rope_scaling": {"full_attention": LINEAR, "rope_theta": 5e5}}, ("linear", 5e5)),
+    (
+        {"rope_parameters": LAYERS | {"sliding_attention": LINEAR}, "layer_types": ["full_attention"] * 2},
+        ("default", 5e5),
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), ROPES)
+def test_every_table_of_rotary_positions_is_read(tmp_path, changes, expected):
+    src = write_checkpoint(tmp_path / "m", "llama1")
+    edit(src / "config.json", **changes)
+    config = read_config(src)
+    assert (config.rope["rope_type"], config.rope_base) == expected
 
 
 def test_links_inside_the_folder_are_followed(tmp_path):
@@ -143,6 +171,17 @@ CONFIGS = [
         "original_max_.* need",
     ),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": [1]}}, r"beta_fast=\[1\], need a positive number"),
+    (
+        {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 2.0}},
+        r"rope_parameters=\{.*'factor': 2.0.*\} and rope_scaling=\{.*'factor': 4.0.*\} differ. .* Keep one of them",
+    ),
+    ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 5e5}}, "500000.0.* differ. .* with rope_theta=10000.0"),
+    (
+        {"rope_parameters": LAYERS | {"sliding_attention": {"rope_theta": 1e4}}},
+        r"rope_parameters=\{'full_attention': .*'sliding_attention': .*need the same table for all layers",
+    ),
+    ({"rope_parameters": LAYERS, "layer_types": ["sliding_attention"]}, "need the same table for all layers"),
+    ({"rope_scaling": [1]}, r"rope_scaling=\[1\], need a table"),
     ({"rope_theta": 1e-300}, "rope_theta=1e-300, need a positive number from 1e-12"),
     ({"rope_theta": float("nan")}, "rope_theta=nan, need a positive number"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf, need a positive number"),

@@ -19,6 +19,7 @@ from quantlab.files.weights import read_json
 __all__ = ["Config", "general_metadata", "hparams_metadata", "read_config", "rope_factors"]
 
 MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
+DEFAULT_BASE = 10000.0  # rope_theta of transformers
 MAX_CARD = 1 << 18  # bytes of a model card's front matter
 _ARCH_OF_CLASS = {
     "LlamaForCausalLM": "llama",
@@ -138,13 +139,8 @@ def _hugging_face(path: Path) -> Config:
 
 def _rope(path: Path, table: dict[str, Any], n_ctx: int) -> dict[str, Any]:
     """Gather what old (`rope_scaling`, `rope_theta`) and new (`rope_parameters`) files say of rotary positions."""
-    rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(
-            f"{path}: rope_scaling={short(rope)}, need a table. Take the configuration of this checkpoint."
-        )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    rope = rope | {"rope_type": kind}
+    rope = _rope_table(path, table)
+    kind = rope["rope_type"]
     if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "su", "longrope"):
         raise ValueError(
             f"{path}: rope_type={short(kind)}, need default, linear, yarn or llama3. Use llama.cpp's converter."
@@ -165,8 +161,47 @@ def _rope(path: Path, table: dict[str, Any], n_ctx: int) -> dict[str, Any]:
             f"{path}: low_freq_factor={low}, high_freq_factor={high}, the second must be the larger. "
             f"Take the configuration of this checkpoint."
         )
-    base = _number(path, rope, "rope_theta", table.get("rope_theta") or 10000.0, whole=False)
+    base = _number(path, rope, "rope_theta", table.get("rope_theta") or DEFAULT_BASE, whole=False)
     return {"rope_base": base, "rope": rope}
+
+
+def _rope_table(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """Return the one table of rotary positions; where both are given, `rope_scaling` counts, as in transformers."""
+    given = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = _of_one_layer_type(path, key, table.get(key) or {}, table.get("layer_types"))
+        if rope:
+            given[key] = rope | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    scaling, parameters = given.get("rope_scaling"), given.get("rope_parameters")
+    if scaling is None or parameters is None:
+        return scaling or parameters or {"rope_type": "default"}
+    base = scaling.get("rope_theta") or table.get("rope_theta") or DEFAULT_BASE
+    same = [{key: value for key, value in rope.items() if key not in ("type", "rope_theta")} for rope in given.values()]
+    if (parameters.get("rope_theta") or base) != base or parameters["rope_type"] != "default" and same[0] != same[1]:
+        raise ValueError(
+            f"{path}: rope_parameters={short(parameters, 200)} and rope_scaling={short(scaling, 200)} differ. "
+            f"transformers takes the second with rope_theta={short(base)}. Keep one of them, with its rope_theta."
+        )
+    return scaling | {"rope_theta": base}
+
+
+def _of_one_layer_type(path: Path, key: str, rope: Any, layer_types: Any) -> dict[str, Any]:
+    """Return the table that all layers share, where a configuration has one per layer type."""
+    if not isinstance(rope, dict):
+        raise ValueError(
+            f"{path}: {key}={short(rope)}, need a table. Use the config.json that came with this checkpoint."
+        )
+    names = [name for name, value in rope.items() if isinstance(value, dict)]
+    if not names:
+        return rope
+    used = {name for name in layer_types if isinstance(name, str)} if isinstance(layer_types, list) else set()
+    tables = [rope.get(name) for name in sorted(used or names)]
+    if not all(isinstance(value, dict) and value == tables[0] for value in tables):
+        raise ValueError(
+            f"{path}: {key}={short(rope, 200)}, need the same table for all layers of this architecture. "
+            f"Use llama.cpp's converter."
+        )
+    return {name: value for name, value in rope.items() if name not in names} | tables[0]
 
 
 def _meta(folder: Path) -> Config:

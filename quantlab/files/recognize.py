@@ -39,8 +39,8 @@ def looks_like(start: bytes) -> str:
     return "This is no model file that quantlab knows."
 
 
-def short(value: Any) -> str:
-    """Return a stranger's value as printable text that fits an error line.
+def short(value: Any, most: int = 80) -> str:
+    """Return a value from a file as printable text of `most` characters at most.
 
     Examples
     --------
@@ -53,7 +53,7 @@ def short(value: Any) -> str:
         text = " ".join(repr(value).split())  # the text of an array has several lines
     except (RecursionError, ValueError):  # nested too deeply, or with too long a number in it
         return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:79] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def reason(error: BaseException) -> str:
