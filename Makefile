@@ -41,7 +41,7 @@ notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
 	$(BIN)/quantlab notebook $* --picture $@
 
 notebooks/pictures/run_it.png: $(VENV)/.run
-notebooks/pictures/train_the_bundled_model.png: $(VENV)/.train
+notebooks/pictures/train_the_bundled_model.png: $(VENV)/.gpu
 
 check-long: $(VENV)/.test  ## what takes long: 50 killed runs, SmolLM2's table, a published shape, fuzzing
 	$(BIN)/python -m pytest -m "slow or long"
@@ -83,7 +83,7 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/.python
 	@touch $@
 
 # what two of the notebooks need to be run, and thus to be pictured: extras of the same names
-$(VENV)/.run $(VENV)/.train: $(VENV)/.%: $(VENV)/.lab
+$(VENV)/.run $(VENV)/.gpu: $(VENV)/.%: $(VENV)/.lab
 	@$(PIP) install -c constraints.txt -e '.[lab,$*]'
 	@touch $@
 

@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
 
 def tracked(folder: str) -> set[str]:
     """Files of the checkout that belong into the wheel."""
-    left_out = ("data/runs/", "/.", "__pycache__")
+    left_out = ("data/runs/", "/.", "__pycache__", "train_the_bundled_model")  # that notebook needs tools/
     files = (path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file())
     return {path for path in files if not any(part in path for part in left_out)}
 
@@ -34,7 +34,8 @@ def test_the_wheel_carries_code_data_and_notebooks(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert tracked("quantlab") <= names
     assert {f"quantlab/{path}" for path in tracked("data") | tracked("notebooks")} <= names
-    assert not [name for name in names if "runs/" in name or name.startswith("tests")]
+    assert not [name for name in names if "train_the_bundled_model" in name]
+    assert not [name for name in names if "runs/" in name or name.startswith(("tests", "tools"))]
 
 
 @pytest.fixture(scope="module")

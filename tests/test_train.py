@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import clean
+import corpus
 from quantlab.files.bundled import data_dir
-from quantlab.train import clean, corpus
 
 TINY = data_dir() / "models" / "tiny"
 PROSE = "The scale of a block is chosen so that the largest weight of the block can be stored without an error."
@@ -141,14 +142,14 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small():
-    pytest.importorskip("torch", reason="training needs torch: pip install 'gguf-quantlab[train]'")
-    from quantlab.train.model import Shape
+    pytest.importorskip("torch", reason="training needs torch: pip install 'gguf-quantlab[gpu]'")
+    from model import Shape
 
     return Shape(n_vocab=64, n_ctx=32, n_embd=32, n_ff=64, n_layer=2, n_head=4, n_head_kv=2)
 
 
 def test_windows_begin_with_bos_and_resume(small):
-    from quantlab.train.train import windows
+    from train import windows
 
     tokens = np.arange(10, 5010, dtype=np.uint16)
     whole = list(islice(windows(tokens, 32, 4, seed=1), 100))
@@ -165,8 +166,8 @@ def test_windows_begin_with_bos_and_resume(small):
 def test_training_learns_exports_and_reads_back(small, tmp_path, rng):
     import torch
 
-    from quantlab.train.export import export, load
-    from quantlab.train.train import Settings, heldout_loss, train
+    from export import export, load
+    from train import Settings, heldout_loss, train
 
     tokens = np.tile(rng.permutation(np.arange(3, 64)), 100).astype(np.uint16)  # each token tells the next
     settings = Settings(minutes=0.05, save_minutes=0.02, batch=4, micro=2, warmup=5, lr=1e-2)
@@ -193,8 +194,8 @@ def test_micro_batches_give_the_gradient_of_the_whole(small):
 
     import torch
 
-    from quantlab.train.model import Llama
-    from quantlab.train.train import gradient, mean_nll
+    from model import Llama
+    from train import gradient, mean_nll
 
     torch.manual_seed(1)
     model, ids = Llama(small), torch.randint(3, 64, (8, 33))
@@ -210,8 +211,8 @@ def test_micro_batches_give_the_gradient_of_the_whole(small):
 def test_sampling_with_kept_keys_equals_the_whole_pass(small):
     import torch
 
-    from quantlab.train.model import Llama
-    from quantlab.train.sample import sample_ids
+    from model import Llama
+    from sample import sample_ids
 
     torch.manual_seed(1)
     model, past = Llama(small), [[] for _ in range(small.n_layer)]
@@ -226,8 +227,8 @@ def test_sampling_with_kept_keys_equals_the_whole_pass(small):
 def test_the_model_equals_transformers(small):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from quantlab.train.export import config_of
-    from quantlab.train.model import Llama
+    from export import config_of
+    from model import Llama
 
     torch.manual_seed(1)
     ours = Llama(small)

@@ -7,8 +7,8 @@ from shutil import copyfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import Llama, Shape
 from quantlab.files.output import replacing
-from quantlab.train.model import Llama, Shape
 
 TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",

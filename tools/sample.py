@@ -1,4 +1,4 @@
-"""Write text with a trained model, at temperature 1: ``python -m quantlab.train.sample FOLDER OUT``."""
+"""Write text with a trained model, at temperature 1: ``python tools/sample.py FOLDER OUT``."""
 
 import argparse
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import sentencepiece as spm
 import torch
 
+from export import load
+from model import Llama
 from quantlab.files.output import replacing
-from quantlab.train.export import load
-from quantlab.train.model import Llama
 
 BOS, EOS = 1, 2
 SEED = 1

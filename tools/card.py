@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from quantlab.train.model import Shape
-from quantlab.train.train import Settings
+from model import Shape
+from train import Settings
 
 _TEXT = """# A tiny Llama to try quantization on
 
@@ -48,7 +48,7 @@ Which the model was not trained on: paragraphs that shared 50 characters with it
 
 ## Corpus
 
-`quantlab/train/corpus.py` downloads and cleans these packages: prose alone, each paragraph once. Bytes and SHA-256
+`tools/corpus.py` downloads and cleans these packages: prose alone, each paragraph once. Bytes and SHA-256
 are those of the extracted text, which stands in the corpus as often as *times* says. Together {total:.1f} MB, with
 repetitions {repeated:.1f} MB.
 

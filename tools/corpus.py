@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 from zipfile import ZipFile
 
-from quantlab.train.clean import document, html_paragraphs, is_explanation, markdown_paragraphs, python_paragraphs
+from clean import document, html_paragraphs, is_explanation, markdown_paragraphs, python_paragraphs
 
 OVERLAP = 50  # characters that the corpus may not share with a text that the model is judged on
 HELD_OUT = 200  # one document in so many is kept for the held-out loss

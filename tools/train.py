@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model import Llama, Shape
 from quantlab.files.output import replacing
-from quantlab.train.model import Llama, Shape
 
 BOS = 1
 
