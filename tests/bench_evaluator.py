@@ -15,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import quantlab as ql
+from quantlab.arch import Hparams
 from quantlab.evaluate import budget
 from quantlab.evaluate.dense import Matrix, Workers
 from quantlab.evaluate.llama import Layer, Llama
@@ -23,7 +24,6 @@ from quantlab.evaluate.sweep import Sweep
 from quantlab.evaluate.tiles import COLUMNS, fill_panels, n_panels
 from quantlab.evaluate.variants import as_is, resolve
 from quantlab.files.bundled import model_path, read_text
-from quantlab.files.hparams import Hparams
 
 EIGHT = ["Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"]
 N_CTX = 512
@@ -66,23 +66,7 @@ def blas_peak(workers: Workers) -> float:
 def wide_layer(workers: Workers) -> float:
     """Operations per second of one layer of Llama-7B's shape over four chunks."""
     n_embd, n_ff, n_head, rows = 4096, 11008, 32, 4 * N_CTX
-    hparams = Hparams(
-        "llama",
-        32000,
-        N_CTX,
-        n_embd,
-        n_ff,
-        1,
-        n_head,
-        n_head,
-        n_embd // n_head,
-        n_embd // n_head,
-        1e-5,
-        1e4,
-        None,
-        0,
-        False,
-    )
+    hparams = Hparams(arch="llama", n_layer=1, n_embd=n_embd, n_head=n_head, n_ff=n_ff, n_vocab=32000, n_ctx=N_CTX)
     rng = np.random.default_rng(0)
 
     def matrix(n_out: int, n_in: int) -> Matrix:

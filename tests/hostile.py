@@ -25,7 +25,7 @@ from checkpoints import (
     write_torch,
     write_torch_legacy,
 )
-from made_models import NARROW, Shape, made_imatrix, metadata_of
+from made_models import NARROW, made_imatrix, metadata_of, shape_of
 from spoil import (
     spoil_checkpoint,
     spoil_gguf,
@@ -74,7 +74,7 @@ def attempt(folder: Path, ask: Callable[[], Any], named: str | None = None) -> A
 
 def gguf_seeds(folder: Path) -> list[bytes]:
     """Small models with a vocabulary of either kind, and one with every type of value."""
-    shape = Shape(**NARROW | {"n_vocab": 8, "n_embd": 32, "n_ff": 32, "n_layer": 1})
+    shape = shape_of(**NARROW | {"n_vocab": 8, "n_embd": 32, "n_ff": 32, "n_layer": 1})
     spm = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁", "<0x0A>"]}
     spm |= {"scores": -np.arange(8, dtype=np.float32), "token_type": np.array([2, 3, 3, 1, 1, 1, 1, 6], np.int32)}
     bpe = {"model": "gpt2", "pre": "smollm", "tokens": ["a", "b", "ab", "Ġ", "c", "<|im_end|>", "d", "e"]}

@@ -6,21 +6,19 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from quantlab.arch import Hparams, tensor_shapes
 from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.files.imatrix_file import ImportanceMatrix, write_imatrix
-from quantlab.transform.plan import tensor_shapes
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 WIDE = dict(n_vocab=320, n_embd=256, n_ff=512, n_layer=8, n_head=8, n_head_kv=2)
 NARROW = dict(n_vocab=320, n_embd=96, n_ff=72, n_layer=2, n_head=4, n_head_kv=4)  # rows that fit no super-block
 
 
-class Shape:
-    """Hyper-parameters as attributes."""
-
-    def __init__(self, **values):
-        self.__dict__.update(values)
+def shape_of(**values) -> Hparams:
+    """Hyper-parameters of a Llama."""
+    return Hparams(**{"arch": "llama"} | values)
 
 
 def made_weights(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -51,7 +49,7 @@ def metadata_of(shape) -> dict:
 
 def made_gguf(path: Path, hparams: dict = WIDE, qtype: str = "F16", *, tied: bool = False, seed: int = 0) -> Path:
     """Write a model to one GGUF file, tensors in a converter's order."""
-    shape = Shape(**hparams)
+    shape = shape_of(**hparams)
     shapes = tensor_shapes(shape)
     if tied:
         del shapes["output.weight"]
@@ -70,7 +68,7 @@ def gguf_of(path: Path, folder: Path) -> Path:
 
 def made_shards(folder: Path, hparams: dict = WIDE) -> Path:
     """Write a model to two GGUF files, the tensors backwards; return the first."""
-    shape = Shape(**hparams)
+    shape = shape_of(**hparams)
     specs, data = _tensors(dict(reversed(tensor_shapes(shape).items())), "F16", 0)
     paths = [folder / f"made-{i + 1:05d}-of-00002.gguf" for i in range(2)]
     half = len(specs) // 2
@@ -82,7 +80,7 @@ def made_shards(folder: Path, hparams: dict = WIDE) -> Path:
 
 def made_imatrix(path: Path, hparams: dict = WIDE, *, legacy: bool = False) -> Path:
     """Write an importance matrix for such a model; it has no entries for the ends, as llama-imatrix's have none."""
-    shapes = {n: s for n, s in tensor_shapes(Shape(**hparams)).items() if n.startswith("blk.") and len(s) == 2}
+    shapes = {n: s for n, s in tensor_shapes(shape_of(**hparams)).items() if n.startswith("blk.") and len(s) == 2}
     sums = {n: np.abs(made_weights(n, (1, s[-1]), seed=1)) * np.float32(4096) for n, s in shapes.items()}
     counts = {n: np.full(1, 3 * 512, np.float32) for n in shapes}
     matrix = ImportanceMatrix(sums, counts, 3, 512, ("made.txt",))

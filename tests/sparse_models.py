@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from quantlab.arch import tensor_shapes
 from quantlab.files.gguf_file import TensorSpec, pack_header
 from quantlab.transform.mixture import choose_types
-from quantlab.transform.plan import tensor_shapes
 
 
 def metadata_of(shape) -> dict:

@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import sparse_models
 
+from quantlab.arch import Hparams
 from quantlab.files import bundled
 from quantlab.files.bundled import model_path
 from quantlab.run.compute_buffer import Arena, compute_bytes
@@ -38,10 +39,8 @@ os._exit(0)
 
 
 def shape(n_vocab, n_embd, n_ff, n_layer, n_head, n_head_kv):
-    head_dim = n_embd // n_head
-    return SimpleNamespace(arch="llama", n_expert=0, tied_embeddings=False, name="made", n_ctx=32768, n_vocab=n_vocab,
-                           n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head=n_head, n_head_kv=n_head_kv,
-                           head_dim=head_dim)  # fmt: skip
+    sizes = dict(n_vocab=n_vocab, n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head=n_head, n_head_kv=n_head_kv)
+    return Hparams(arch="llama", n_ctx=32768, **sizes)
 
 
 YI = shape(64000, 7168, 20480, 60, 56, 8)
@@ -172,7 +171,7 @@ def test_the_longest_context_fits_and_one_block_more_does_not():
 
 def test_it_agrees_with_xllamacpp(tmp_path):
     xllamacpp = pytest.importorskip("xllamacpp")
-    llama = SimpleNamespace(**vars(shape(32000, 4096, 11008, 32, 32, 32)))
+    llama = shape(32000, 4096, 11008, 32, 32, 32)
     path = sparse_models.sparse_gguf(tmp_path / "7b.gguf", llama, "Q4_K_M")
     for gib in (3, 5, 8):
         card = [{"name": "CUDA", "memory_free": gib * GIB}]
@@ -182,7 +181,7 @@ def test_it_agrees_with_xllamacpp(tmp_path):
 
 
 def test_from_the_third_layer_on_nothing_is_added():
-    deep = [compute_bytes(SimpleNamespace(**vars(YI) | {"n_layer": n}), n_ctx=512) for n in (3, 4, 60)]
+    deep = [compute_bytes(replace(YI, n_layer=n), n_ctx=512) for n in (3, 4, 60)]
     assert deep[0] == deep[1] == deep[2]
 
 

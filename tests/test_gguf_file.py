@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_models import NARROW, Shape, metadata_of
+from made_models import NARROW, metadata_of, shape_of
 
 import quantlab as ql
 from quantlab.files.gguf_file import Strings, TensorSpec, read_header, write_gguf
@@ -295,7 +295,7 @@ def test_any_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, data):
 def test_values_of_the_wrong_kind_get_one_line_or_do_no_harm(tmp_path, key, value):
     path = tmp_path / "a.gguf"
     vocabulary = {"model": "gpt2", "tokens": ["a", "b"], "merges": [], "pre": "gpt-2"}
-    metadata = metadata_of(Shape(**NARROW)) | {f"tokenizer.ggml.{name}": text for name, text in vocabulary.items()}
+    metadata = metadata_of(shape_of(**NARROW)) | {f"tokenizer.ggml.{name}": text for name, text in vocabulary.items()}
     write_gguf(path, metadata | {key: value}, [], [])
     for ask in (lambda model: model.ftype, lambda model: model.hparams, lambda model: model.vocab):
         try:

@@ -2,18 +2,18 @@
 
 import numpy as np
 import pytest
-from made_models import NARROW, Shape, metadata_of
+from made_models import NARROW, metadata_of, shape_of
 
-from quantlab.files.hparams import Hparams
+from quantlab.files.hparams import read_hparams
 
-KEYS = metadata_of(Shape(**NARROW))
+KEYS = metadata_of(shape_of(**NARROW))
 
 
 def test_what_is_not_given_follows_from_the_rest():
-    hparams = Hparams.from_metadata(KEYS, ["output.weight"])
+    hparams = read_hparams(KEYS, ["output.weight"])
     assert (hparams.head_dim, hparams.n_rot, hparams.rope_base) == (24, 24, 10000.0)
     assert hparams.rope_scaling is None and not hparams.tied_embeddings
-    assert Hparams.from_metadata(KEYS, []).tied_embeddings
+    assert read_hparams(KEYS, []).tied_embeddings
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_what_is_not_given_follows_from_the_rest():
 )
 def test_rope_scaling(changes, factor):
     keys = {f"llama.rope.scaling.{key}": value for key, value in changes.items()}
-    assert Hparams.from_metadata(KEYS | keys, []).rope_scaling.factor == factor
+    assert read_hparams(KEYS | keys, []).rope_scaling.factor == factor
 
 
 BAD = [
@@ -52,11 +52,11 @@ BAD = [
 @pytest.mark.parametrize(("key", "value", "text"), BAD, ids=range(len(BAD)))
 def test_what_no_model_has_gets_one_line(key, value, text):
     with pytest.raises(ValueError, match=f"^a.gguf: .*{text}"):
-        Hparams.from_metadata(KEYS | {f"llama.{key}": value}, [], source="a.gguf")
+        read_hparams(KEYS | {f"llama.{key}": value}, [], source="a.gguf")
 
 
 @pytest.mark.parametrize("arch", [None, np.uint32(1), "\x1b[2J", "x" * 999, ["llama"]], ids=range(5))
 def test_strange_architectures_get_one_line(arch):
     with pytest.raises(ValueError, match="^a.gguf: general.architecture=.*, need a name") as caught:
-        Hparams.from_metadata(KEYS | {"general.architecture": arch}, [], source="a.gguf")
+        read_hparams(KEYS | {"general.architecture": arch}, [], source="a.gguf")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300

@@ -17,11 +17,12 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 # room -> the rooms that it may import, besides itself
 ALLOWED = {
     "quants": set(),
-    "files": {"quants"},
-    "transform": {"quants", "files"},
-    "evaluate": {"quants", "files", "transform"},
-    "study": {"quants", "files", "transform", "evaluate"},
-    "run": {"quants", "files", "transform"},
+    "arch": set(),
+    "files": {"quants", "arch"},
+    "transform": {"quants", "arch", "files"},
+    "evaluate": {"quants", "arch", "files", "transform"},
+    "study": {"quants", "arch", "files", "transform", "evaluate"},
+    "run": {"quants", "arch", "files", "transform"},
 }
 
 
@@ -78,6 +79,13 @@ def test_every_third_party_import_is_declared():
 
 def test_importing_the_package_imports_no_room():
     code = "import sys, quantlab; print(sorted(m for m in sys.modules if m.startswith('quantlab.') or m == 'numpy'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_architectures_are_read_without_numba_and_files():
+    code = "import sys, quantlab.arch; quantlab.arch.architectures(); print([m for m in sys.modules if 'numba' in m or "
+    code += "m.startswith('quantlab.') and not m.startswith('quantlab.arch')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import quantlab as ql
-from quantlab.evaluate.llama import check_model
+from quantlab.evaluate.check import check_model
 from quantlab.evaluate.logits import logits
 from quantlab.files.bundled import data_dir
 

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from quantlab.arch import Hparams, tensor_shapes
 from quantlab.transform.mixture import (
     FTYPES,
     Recipe,
@@ -16,14 +16,13 @@ from quantlab.transform.mixture import (
     parse_tensor_type,
     read_tensor_types,
 )
-from quantlab.transform.plan import tensor_shapes
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "types.json").read_text())["models"]
 HPARAMS = dict(arch="llama", n_vocab=512, n_embd=512, n_ff=1024, n_layer=32, n_head=8, n_head_kv=2)
 
 
 def hparams(**changes):
-    return SimpleNamespace(**HPARAMS | changes)
+    return Hparams(**HPARAMS | changes)
 
 
 def qtypes(ftype, names=None, **options):
@@ -57,13 +56,12 @@ def expected(section, shapes):
 @pytest.mark.parametrize("model", GOLDEN)
 @pytest.mark.parametrize("ftype", [name for name in FTYPES if name != "COPY"])
 def test_types_of_every_tensor_equal_llama_cpp(model, ftype):
-    golden = SimpleNamespace(**GOLDEN[model])
+    ftypes, golden = GOLDEN[model]["ftypes"], dict(GOLDEN[model])
+    golden = Hparams(**{key: value for key, value in golden.items() if key != "ftypes"})
     shapes = tensor_shapes(golden)
-    for i in range(golden.n_layer if golden.arch == "qwen3" else 0):
-        shapes |= {f"blk.{i}.attn_{kind}_norm.weight": (golden.head_dim,) for kind in "qk"}
     choices = choose_types(golden, shapes, ftype)
     matrices = {name: choice.qtype for name, choice in choices.items() if len(shapes[name]) == 2}
-    assert matrices == expected(golden.ftypes[ftype], shapes)
+    assert matrices == expected(ftypes[ftype], shapes)
     assert {choice.qtype for name, choice in choices.items() if len(shapes[name]) == 1} == {"F32"}
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import checkpoints
@@ -77,7 +78,7 @@ def make_sources(folder):
         make(folder / name)
     made_models.made_imatrix(folder / "made.imatrix")
     made_models.made_imatrix(folder / "made.dat", legacy=True)
-    made_models.made_imatrix(folder / "tiny.imatrix", vars(open_model("tiny").hparams))
+    made_models.made_imatrix(folder / "tiny.imatrix", asdict(open_model("tiny").hparams))
     made_models.made_shards(folder)
 
 

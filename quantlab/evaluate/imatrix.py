@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from quantlab.evaluate import fused
 from quantlab.evaluate.budget import fit
+from quantlab.evaluate.check import check_model
 from quantlab.evaluate.dense import Matrix, Workers
-from quantlab.evaluate.llama import MODES, Layer, Llama, check_model, layer_weights
+from quantlab.evaluate.llama import MODES, Layer, Llama, layer_weights
 from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.sweep import Sweep
 from quantlab.evaluate.variants import as_is

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantlab.arch import find
 from quantlab.evaluate import dense, fused, ggml_products, ggml_steps
 from quantlab.evaluate.activations import round_f16
 from quantlab.evaluate.attention import QUERIES, causal_attention
@@ -19,18 +20,8 @@ from quantlab.evaluate.ggml_products import Packed, PackedMatrix
 from quantlab.evaluate.rope import rope_angles, rope_angles_as_ggml
 from quantlab.evaluate.tiles import COLUMNS, n_panels, panels_size
 
-# architecture -> how its q and k pair up the dimensions that are rotated
-ROPE = {"llama": "rope_pairs", "qwen2": "rope_halves", "qwen3": "rope_halves"}
-
 MODES = ("float", "ggml-cpu")
 ROWS = 192  # rows of activations that a thread takes at a time: whole tiles, and small enough for an even share
-
-_TENSORS = {"attn_norm.weight", "ffn_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight"}
-_TENSORS |= {
-    f"{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-}
-_TENSORS |= {f"{name}.bias" for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
-_OUTER = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
 
 
 @dataclass(frozen=True)
@@ -47,68 +38,6 @@ class Layer:
     ffn_norm: np.ndarray
     gate_up: Matrix | PackedMatrix
     ffn_down: Matrix | PackedMatrix
-
-
-def check_model(model) -> None:
-    """Raise ValueError unless the forward pass computes this model completely.
-
-    Raises
-    ------
-    ValueError
-        If the architecture, its rope scaling or one of its tensors is not known here, or a tensor is missing.
-    """
-    hparams = model.hparams
-    if hparams.arch not in ROPE or hparams.n_expert:
-        arch = hparams.arch + (f" with {hparams.n_expert} experts" if hparams.n_expert else "")
-        raise ValueError(
-            f"{model.path}: architecture={arch}, must be one of {', '.join(ROPE)} (dense). Evaluate it in llama.cpp."
-        )
-    if hparams.rope_scaling and hparams.rope_scaling.type not in ("linear", "yarn"):
-        raise ValueError(
-            f"{model.path}: rope scaling={hparams.rope_scaling.type}, must be linear or yarn. Evaluate it in llama.cpp."
-        )
-    for name in model.names:
-        if name not in _OUTER and name.split(".", 2)[-1] not in _TENSORS:
-            raise ValueError(f"{model.path}: {name} has no place in a {hparams.arch}. Evaluate it in llama.cpp.")
-    needed = {"attn_norm.weight", "ffn_norm.weight"} | {
-        name for name in _TENSORS if "norm" not in name and name.endswith("weight")
-    }
-    for name in ["token_embd.weight", "output_norm.weight"] + [
-        f"blk.{i}.{n}" for i in range(hparams.n_layer) for n in sorted(needed)
-    ]:
-        if name not in model:
-            raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")
-    _check_shapes(model)
-
-
-def _check_shapes(model) -> None:
-    """Refuse a model whose tensors are not those that its metadata promises."""
-    h = model.hparams
-    if h.n_head % h.n_head_kv or h.n_rot % 2 or h.n_rot > h.head_dim:
-        raise ValueError(
-            f"{model.path}: n_head={h.n_head}, n_head_kv={h.n_head_kv}, head_dim={h.head_dim}, n_rot={h.n_rot} "
-            f"do not fit together. Convert the checkpoint again."
-        )
-    n_q, n_kv = h.n_head * h.head_dim, h.n_head_kv * h.head_dim
-    rows = {"attn_q": n_q, "attn_k": n_kv, "attn_v": n_kv, "ffn_gate": h.n_ff, "ffn_up": h.n_ff}
-    columns = {"attn_output": n_q, "ffn_down": h.n_ff}
-    places = {""} | {f"blk.{i}" for i in range(h.n_layer)}
-    for tensor in model:
-        place, part, kind = ("." + tensor.name).rsplit(".", 2)
-        n_rows, n_columns = rows.get(part, h.n_embd), columns.get(part, h.n_embd)
-        if part in ("attn_q_norm", "attn_k_norm"):
-            shape = (h.head_dim,)
-        elif part == "rope_freqs":
-            shape = (h.n_rot // 2,)
-        elif part in ("token_embd", "output"):
-            shape = (model.tensor("token_embd.weight").shape[0], h.n_embd)
-        else:
-            shape = (n_rows, n_columns) if kind == "weight" and not part.endswith("_norm") else (n_rows,)
-        if tensor.shape != shape or place.removeprefix(".") not in places:
-            raise ValueError(
-                f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata asks for {shape} in each of "
-                f"{h.n_layer} layers. Convert the checkpoint again."
-            )
 
 
 def layer_shapes(model, index: int) -> dict[str, tuple[int, ...]]:
@@ -208,7 +137,7 @@ class Llama:
         self.hparams, self.n_ctx, self.workers = hparams, n_ctx, workers
         self.as_ggml = mode == "ggml-cpu"
         self.steps = ggml_steps if self.as_ggml else fused
-        self.rope = getattr(self.steps, ROPE[hparams.arch])
+        self.rope = getattr(self.steps, f"rope_{find(hparams.arch).layer.rope}")
         angles = rope_angles_as_ggml if self.as_ggml else rope_angles
         self.cos, self.sin = angles(hparams, n_ctx, rope_factors)
         self.eps = np.float32(hparams.rms_eps)

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from quantlab.evaluate.check import check_model
 from quantlab.evaluate.dense import Workers
-from quantlab.evaluate.llama import MODES, Llama, check_model
+from quantlab.evaluate.llama import MODES, Llama
 from quantlab.evaluate.variants import Weights, as_is
 
 

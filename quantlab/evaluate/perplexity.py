@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from quantlab.evaluate import metrics
 from quantlab.evaluate.budget import fit
+from quantlab.evaluate.check import check_model
 from quantlab.evaluate.dense import Workers
-from quantlab.evaluate.llama import MODES, check_model
+from quantlab.evaluate.llama import MODES
 from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same
 from quantlab.evaluate.sweep import Sweep
 from quantlab.evaluate.variants import Variant, as_is, resolve, steps

@@ -15,9 +15,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType
-from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
 from quantlab.files.checkpoint_metadata import Config, general_metadata, hparams_metadata, read_config, rope_factors
 from quantlab.files.model import LazyTensor, Model
@@ -27,8 +27,6 @@ from quantlab.files.weights import index_weights, meta_parts, read_weights
 __all__ = ["OUTTYPES", "RangeLoss", "open_checkpoint"]
 
 OUTTYPES = {"auto": None, "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-_SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
-_ARCHS = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
 
 
 @dataclass
@@ -117,11 +115,12 @@ def open_checkpoint(path: str | Path, outtype: str = "auto", *, loss: RangeLoss 
     config = read_config(folder)
     stored = _read_sources(path, config)
     config = _with_sizes(folder, config, stored)
-    names = get_tensor_name_map(_ARCHS[config.arch], config.n_layer)
-    sources = dict(_gguf_sources(folder, stored, names, config))
-    _check_shapes(folder, sources, config)
+    sources = dict(_gguf_sources(folder, stored, config))
+    roles = _check_shapes(folder, sources, config)
     qtype = OUTTYPES[outtype] or _own_type(sources)
-    tensors = [_lazy(name, source, qtype, loss) for name, source in sources.items()]
+    tensors = [
+        _lazy(name, source, "F32" if roles[name] in FLOAT_ROLES else qtype, loss) for name, source in sources.items()
+    ]
     factors = rope_factors(config)
     if factors is not None:
         tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
@@ -192,55 +191,46 @@ def _dtype(source: StoredTensor | _Permuted | _Joined) -> str:
 
 
 def _gguf_sources(
-    folder: Path, stored: Mapping[str, StoredTensor | _Joined], names: TensorNameMap, config: Config
+    folder: Path, stored: Mapping[str, StoredTensor | _Joined], config: Config
 ) -> Iterator[tuple[str, StoredTensor | _Permuted | _Joined]]:
     """Give tensors their GGUF names and row order."""
-    n_heads = {"q_proj": config.n_head, "k_proj": config.n_head_kv}
+    names = config.record.checkpoint_names(config.n_layer)
     for name, source in stored.items():
-        if name.endswith(_SKIPPED):
+        if name.endswith(config.record.skipped):
             continue
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
+        if name not in names:
             raise ValueError(
                 f"{folder}: {name}: no tensor of a {config.arch} model with {config.n_layer} layers has this name. "
                 f"Check num_hidden_layers and architectures in its configuration."
             )
-        part = name.split(".")[-2]
-        if config.arch == "llama" and part in n_heads:
-            if _shape(source)[0] % (2 * n_heads[part]):
-                raise ValueError(
-                    f"{folder}: {name}: {_shape(source)[0]} rows are no {n_heads[part]} heads. Check its configuration."
-                )
-            source = _Permuted(source, n_heads[part])
-        yield gguf_name, source
+        gguf_name, change = names[name]
+        yield gguf_name, _permuted(folder, name, source, getattr(config, change[1])) if change else source
 
 
-def _check_shapes(folder: Path, sources: Mapping[str, StoredTensor | _Permuted | _Joined], config: Config) -> None:
-    """Check that the tensors are there and have the shapes that the configuration promises."""
-    n_q, n_kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
-    expected = {"token_embd.weight": (config.n_vocab, config.n_embd), "output_norm.weight": (config.n_embd,)}
-    if "output.weight" in sources:
-        expected["output.weight"] = (config.n_vocab, config.n_embd)
-    for layer in range(config.n_layer):
-        expected |= {
-            f"blk.{layer}.attn_norm.weight": (config.n_embd,),
-            f"blk.{layer}.attn_q.weight": (n_q, config.n_embd),
-            f"blk.{layer}.attn_k.weight": (n_kv, config.n_embd),
-            f"blk.{layer}.attn_v.weight": (n_kv, config.n_embd),
-            f"blk.{layer}.attn_output.weight": (config.n_embd, n_q),
-            f"blk.{layer}.ffn_norm.weight": (config.n_embd,),
-            f"blk.{layer}.ffn_gate.weight": (config.n_ff, config.n_embd),
-            f"blk.{layer}.ffn_up.weight": (config.n_ff, config.n_embd),
-            f"blk.{layer}.ffn_down.weight": (config.n_embd, config.n_ff),
-        }
-    for name, shape in expected.items():
+def _permuted(folder: Path, name: str, source: StoredTensor | _Joined, n_heads: int) -> _Permuted:
+    """Return a tensor with the halves of each head as pairs."""
+    if _shape(source)[0] % (2 * n_heads):
+        raise ValueError(f"{folder}: {name}: {_shape(source)[0]} rows are no {n_heads} heads. Check its configuration.")
+    return _Permuted(source, n_heads)
+
+
+def _check_shapes(
+    folder: Path, sources: Mapping[str, StoredTensor | _Permuted | _Joined], config: Config
+) -> dict[str, str]:
+    """Check that the tensors are there and have the shapes that the configuration promises; return their roles."""
+    roles = {}
+    for name, tensor, shape in config.record.expand(config):
         if name not in sources:
+            if tensor.optional:
+                continue
             raise ValueError(f"{folder}: {name}: missing from the weights. Download the whole checkpoint.")
         if _shape(sources[name]) != shape:
             raise ValueError(
                 f"{folder}: {name}: shape={_shape(sources[name])}, the configuration asks for {shape}. "
                 f"Weights and configuration belong to different models."
             )
+        roles[name] = tensor.role
+    return roles
 
 
 def _own_type(sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> str:
@@ -253,9 +243,7 @@ def _own_type(sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> str:
 
 def _lazy(name: str, source: StoredTensor | _Permuted | _Joined, qtype: str, loss: RangeLoss | None) -> LazyTensor:
     shape = _shape(source)
-    if len(shape) == 1 or name.endswith("_norm.weight") or not name.endswith(".weight"):
-        qtype = "F32"
-    elif shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[qtype]][0]:
+    if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[qtype]][0]:
         qtype = "F16"  # a row that Q8_0's blocks do not divide
     return LazyTensor(name, shape, qtype, partial(_read_as, source, name, qtype, loss))
 

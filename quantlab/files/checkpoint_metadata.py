@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.constants import LlamaFileType
 
-from quantlab.files.hparams import MAX_LAYERS
+from quantlab.arch import MAX_LAYERS, Architecture, Hparams, architectures, find, find_class
 from quantlab.files.recognize import reason, short
 from quantlab.files.weights import read_json
 
@@ -21,20 +21,6 @@ __all__ = ["Config", "general_metadata", "hparams_metadata", "read_config", "rop
 MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
 DEFAULT_BASE = 10000.0  # rope_theta of transformers
 MAX_CARD = 1 << 18  # bytes of a model card's front matter
-_ARCH_OF_CLASS = {
-    "LlamaForCausalLM": "llama",
-    "LLaMAForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-# what a configuration of this model_type means where it says nothing; the number of heads stands for its own
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 _YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
@@ -48,24 +34,18 @@ _SCALARS = {
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """What a checkpoint's configuration says, under llama.cpp's names; `rope` is the scaling, under transformers'."""
+@dataclass(frozen=True, kw_only=True)
+class Config(Hparams):
+    """The hyper-parameters of a checkpoint; `rope` is the scaling under transformers' names."""
 
-    arch: str
     is_meta: bool
-    n_vocab: int
-    n_ctx: int
-    n_embd: int
-    n_ff: int
-    n_layer: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
     writes_head_dim: bool
-    rms_eps: float
-    rope_base: float
     rope: dict[str, Any]
+
+    @property
+    def record(self) -> Architecture:
+        """The record of the architecture."""
+        return find(self.arch)
 
 
 def read_config(folder: Path) -> Config:
@@ -104,24 +84,23 @@ def _hugging_face(path: Path) -> Config:
     table = read_json(path)
     classes = table.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
-    if not isinstance(name, str) or name not in _ARCH_OF_CLASS:
-        raise ValueError(
-            f"{path}: architectures={short(classes)}, need one of {' '.join(_ARCH_OF_CLASS)}. "
-            f"Use llama.cpp's converter."
-        )
+    record = find_class(name) if isinstance(name, str) else None
+    if record is None:
+        known = " ".join(known for record in architectures().values() for known in record.classes)
+        raise ValueError(f"{path}: architectures={short(classes)}, need one of {known}. Use llama.cpp's converter.")
     if table.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config is set, need plain weights. Take the unquantized checkpoint.")
     model_type = table.get("model_type")
-    defaults = _DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
+    defaults = record.defaults.get(model_type, {}) if isinstance(model_type, str) else {}
     n_embd, n_head = _number(path, table, "hidden_size"), _number(path, table, "num_attention_heads")
-    head_dim = table.get("head_dim") or defaults.get("head_dim")
+    head_dim = table.get("head_dim") or defaults.get("head_dim") or None
     if n_embd % n_head and not head_dim:
         raise ValueError(
             f"{path}: hidden_size={n_embd} is no multiple of num_attention_heads={n_head}. Check the configuration."
         )
     n_ctx = _number(path, table, "max_position_embeddings", defaults.get("max_position_embeddings"))
     return Config(
-        arch=_ARCH_OF_CLASS[name],
+        arch=record.name,
         is_meta=False,
         n_vocab=_number(path, table, "vocab_size"),
         n_ctx=n_ctx,
@@ -131,7 +110,7 @@ def _hugging_face(path: Path) -> Config:
         n_head=n_head,
         n_head_kv=_number(path, table, "num_key_value_heads", defaults.get("num_key_value_heads", n_head)),
         head_dim=_number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head),
-        writes_head_dim=bool(head_dim) or model_type in ("llama", "mistral"),
+        writes_head_dim=bool(head_dim) or "head_dim" in defaults,
         rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),
         **_rope(path, table, n_ctx),
     )
@@ -241,7 +220,8 @@ def rope_factors(config: Config) -> np.ndarray | None:
     -------
     np.ndarray [shape=(head_dim // 2,), dtype=float32] or None
     """
-    if config.arch != "llama" or config.rope["rope_type"] != "llama3":
+    has_factors = any(tensor.name == "rope_freqs.weight" for tensor in config.record.tensors)
+    if not has_factors or config.rope["rope_type"] != "llama3":
         return None
     factor = config.rope.get("factor", 8.0)
     low, high = config.rope.get("low_freq_factor", 1.0), config.rope.get("high_freq_factor", 4.0)
@@ -318,9 +298,9 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
         keys["attention.key_length"] = keys["attention.value_length"] = np.uint32(config.head_dim)
     metadata = {f"{config.arch}.{key}": value for key, value in keys.items()}
     metadata["general.file_type"] = np.uint32(_FILE_TYPES[qtype])
-    if config.arch == "llama":
-        metadata["llama.vocab_size"] = np.uint32(config.n_vocab)
-        metadata["llama.rope.dimension_count"] = np.uint32(config.head_dim)
+    metadata |= {
+        f"{config.arch}.{key}": np.uint32(getattr(config, size)) for key, size in config.record.metadata.items()
+    }
     return metadata | {"general.quantization_version": np.uint32(2)}
 
 

@@ -1,146 +1,122 @@
-"""Hyper-parameters of a model, from GGUF metadata."""
+"""Hyper-parameters out of GGUF metadata."""
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from quantlab.files.gguf_file import Strings
+from quantlab.arch import MAX_LAYERS, Hparams, RopeScaling
 from quantlab.files.recognize import short
 
-__all__ = ["Hparams", "RopeScaling"]
+__all__ = ["read_hparams"]
 
 MAX_NAME = 64  # characters of an architecture's
-MAX_LAYERS = 1024  # the deepest models have about 130; tables of names grow with them
+_MOST = (1 << 31) - 1
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary positions are stretched beyond the context length of the training.
+def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata") -> Hparams:
+    """Read the hyper-parameters out of GGUF metadata.
 
-    `type` is `linear`, `yarn` or `longrope`; `factor` stretches, `orig_ctx` is the context length before it (0: not
-    given), `attn_factor` multiplies the magnitude. Llama 3's scheme is no entry here: its factors are the tensor
-    `rope_freqs.weight`.
-    """
-
-    type: str
-    factor: float
-    orig_ctx: int
-    attn_factor: float
-
-
-@dataclass(frozen=True)
-class Hparams:
-    """Hyper-parameters under llama.cpp's names.
-
-    Attributes
+    Parameters
     ----------
-    n_ctx : int
-        Context length of the training, in tokens.
-    n_rot : int
-        Dimensions of a head that are rotated.
-    n_expert : int
-        Experts per layer; 0 in a dense model.
-    rope_scaling : RopeScaling or None
-    tied_embeddings : bool
-        Whether the output layer is the token embedding.
+    metadata : mapping
+        As `read_header` returns it.
+    tensors : container of str
+        Names of the tensors that there are.
+    source : str
+        What the error text starts with.
+
+    Raises
+    ------
+    ValueError
+        If a key is missing, has no number, or one that is out of range.
     """
+    keys = _Keys(metadata, source)
+    n_layer = keys.whole("block_count", most=MAX_LAYERS)
+    n_head = keys.per_layer("attention.head_count", n_layer)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    n_tokens = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else 0
+    return Hparams(
+        arch=keys.arch,
+        n_layer=n_layer,
+        n_embd=keys.whole("embedding_length"),
+        n_head=n_head,
+        n_head_kv=keys.per_layer("attention.head_count_kv", n_layer, n_head),
+        n_ff=keys.per_layer("feed_forward_length", n_layer),
+        n_vocab=keys.whole("vocab_size", n_tokens, least=0),
+        n_ctx=keys.whole("context_length"),
+        head_dim=keys.whole("attention.key_length", optional=True),
+        n_rot=keys.whole("rope.dimension_count", optional=True),
+        rms_eps=keys.positive("attention.layer_norm_rms_epsilon"),
+        rope_base=keys.positive("rope.freq_base", 10000.0),
+        rope_scaling=_rope_scaling(keys),
+        n_expert=keys.whole("expert_count", 0, least=0),
+        tied_embeddings="output.weight" not in tensors,
+    )
 
-    arch: str
-    n_vocab: int
-    n_ctx: int
-    n_embd: int
-    n_ff: int
-    n_layer: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    n_rot: int
-    rms_eps: float
-    rope_base: float
-    rope_scaling: RopeScaling | None
-    n_expert: int
-    tied_embeddings: bool
 
-    @classmethod
-    def from_metadata(
-        cls, metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata"
-    ) -> "Hparams":
-        """Read the hyper-parameters out of GGUF metadata.
+class _Keys:
+    """The `ARCH.*` keys of some metadata, read as numbers."""
 
-        Parameters
-        ----------
-        metadata : mapping
-            As `read_header` returns it.
-        tensors : container of str
-            Names of the tensors that there are.
-        source : str
-            What the error text starts with.
-
-        Raises
-        ------
-        ValueError
-            If a key is missing, is no single number, or out of range.
-        """
+    def __init__(self, metadata: Mapping[str, Any], source: str):
         arch = metadata.get("general.architecture")
         if not isinstance(arch, str) or not arch.isprintable() or len(arch) > MAX_NAME:
             raise ValueError(
-                f"{source}: general.architecture={short(arch)}, need a name. This is no language model's file."
+                f"{source}: general.architecture={short(arch)}, need a name. This is not a language model's file."
             )
+        self.metadata, self.arch, self.source = metadata, arch, source
 
-        def number(key: str, default: Any = None) -> Any:
-            value = metadata.get(f"{arch}.{key}", default)
-            if not isinstance(value, np.generic | int | float) or isinstance(value, bool):
-                raise ValueError(
-                    f"{source}: {arch}.{key}={short(value)}, need one number. Convert the checkpoint again."
-                )
-            return value.item() if isinstance(value, np.generic) else value
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(f"{self.arch}.{key}", default)
 
-        def whole(key: str, default: Any = None, least: int = 1, most: int = (1 << 31) - 1) -> int:
-            value = number(key, default)
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(
-                    f"{source}: {arch}.{key}={value}, need a whole number from {least} to {most}. Convert again."
-                )
-            return value
+    def number(self, key: str, default: Any = None) -> Any:
+        value = self.get(key, default)
+        if not isinstance(value, np.generic | int | float) or isinstance(value, bool):
+            raise ValueError(
+                f"{self.source}: {self.arch}.{key}={short(value)}, need one number. Convert the checkpoint again."
+            )
+        return value.item() if isinstance(value, np.generic) else value
 
-        def positive(key: str, default: Any = None) -> float:
-            value = number(key, default)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{source}: {arch}.{key}={value}, need a positive number. Convert again.")
-            return value
+    def whole(self, key: str, default: Any = None, least: int = 1, most: int = _MOST, *, optional: bool = False) -> Any:
+        """Return a whole number; None for an optional one that is not given."""
+        if optional and self.get(key) is None:
+            return None
+        value = self.number(key, default)
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(
+                f"{self.source}: {self.arch}.{key}={value}, need a whole number from {least} to {most}. Convert again."
+            )
+        return value
 
-        n_embd, n_head = whole("embedding_length"), whole("attention.head_count")
-        head_dim = whole("attention.key_length", max(1, n_embd // n_head))
-        tokens = metadata.get("tokenizer.ggml.tokens")
-        return cls(
-            arch=arch,
-            n_vocab=whole("vocab_size", len(tokens) if isinstance(tokens, list | Strings) else 0, least=0),
-            n_ctx=whole("context_length"),
-            n_embd=n_embd,
-            n_ff=whole("feed_forward_length"),
-            n_layer=whole("block_count", most=MAX_LAYERS),
-            n_head=n_head,
-            n_head_kv=whole("attention.head_count_kv", n_head),
-            head_dim=head_dim,
-            n_rot=whole("rope.dimension_count", head_dim),
-            rms_eps=positive("attention.layer_norm_rms_epsilon"),
-            rope_base=positive("rope.freq_base", 10000.0),
-            rope_scaling=_rope_scaling(metadata, positive, whole),
-            n_expert=whole("expert_count", 0, least=0),
-            tied_embeddings="output.weight" not in tensors,
-        )
+    def per_layer(self, key: str, n_layer: int, default: Any = None) -> Any:
+        """Return a whole number, or a tuple of one for each layer where they differ."""
+        values = self.get(key, default)
+        if isinstance(values, tuple):  # a default that varies
+            return values
+        if not isinstance(values, np.ndarray):
+            return self.whole(key, default)
+        if values.dtype.kind not in "iu" or values.shape != (n_layer,) or values.min() < 0 or values.max() > _MOST:
+            raise ValueError(
+                f"{self.source}: {self.arch}.{key}={short(values)}, need one number, or a whole number of 0 to {_MOST} "
+                f"for each of {n_layer} layers. Convert the checkpoint again."
+            )
+        values = tuple(values.tolist())
+        return values[0] if len(set(values)) == 1 else values
+
+    def positive(self, key: str, default: Any = None) -> float:
+        value = self.number(key, default)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{self.source}: {self.arch}.{key}={value}, need a positive number. Convert again.")
+        return value
 
 
-def _rope_scaling(metadata: Mapping[str, Any], positive: Any, whole: Any) -> RopeScaling | None:
-    arch = metadata["general.architecture"]
-    kind = metadata.get(f"{arch}.rope.scaling.type", "linear" if f"{arch}.rope.scale_linear" in metadata else "none")
+def _rope_scaling(keys: _Keys) -> RopeScaling | None:
+    kind = keys.get("rope.scaling.type", "none" if keys.get("rope.scale_linear") is None else "linear")
     if not isinstance(kind, str) or kind == "none":
         return None
-    key = "rope.scaling.factor" if f"{arch}.rope.scaling.factor" in metadata else "rope.scale_linear"
-    given = metadata.get(f"{arch}.{key}")
+    key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
+    given = keys.get(key)
     is_zero = isinstance(given, int | float | np.number) and given == 0  # llama.cpp takes it as not given
-    factor = 1.0 if is_zero else positive(key, 1.0)
-    orig_ctx = whole("rope.scaling.original_context_length", 0, least=0)
-    return RopeScaling(kind, factor, orig_ctx, positive("rope.scaling.attn_factor", 1.0))
+    factor = 1.0 if is_zero else keys.positive(key, 1.0)
+    orig_ctx = keys.whole("rope.scaling.original_context_length", 0, least=0)
+    return RopeScaling(kind, factor, orig_ctx, keys.positive("rope.scaling.attn_factor", 1.0))

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantlab.arch import Hparams
 from quantlab.files.bundled import model_path
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange
 from quantlab.files.gguf_file import Header, read_header, row_nbytes
 from quantlab.files.gguf_shards import shard_headers
-from quantlab.files.hparams import Hparams
+from quantlab.files.hparams import read_hparams
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.vocab import Vocab
 
@@ -128,7 +129,7 @@ class Model:
     @cached_property
     def hparams(self) -> Hparams:
         """Hyper-parameters from the metadata."""
-        return Hparams.from_metadata(self.metadata, self._tensors, source=str(self.path))
+        return read_hparams(self.metadata, self._tensors, source=str(self.path))
 
     @cached_property
     def vocab(self) -> Vocab:

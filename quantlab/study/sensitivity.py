@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 import quantlab
 from quantlab.evaluate import protocol as protocols
-from quantlab.evaluate.llama import MODES, check_model
+from quantlab.evaluate.check import check_model
+from quantlab.evaluate.llama import MODES
 from quantlab.evaluate.variants import Variant, as_is, resolve
 from quantlab.files.bundled import cache_dir, read_text
 from quantlab.files.imatrix_file import read_imatrix

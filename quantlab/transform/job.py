@@ -17,7 +17,7 @@ from quantlab.files.bundled import model_path
 from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, read_header
 from quantlab.files.gguf_shards import shard_headers, shard_path
-from quantlab.files.hparams import Hparams
+from quantlab.files.hparams import read_hparams
 from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
@@ -176,7 +176,7 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
         raise ValueError("override: key=general.alignment, must be left alone: the tensors' places depend on it.")
     matrix, matrix_keys = matrix_of(options)
     choices = choose_types(
-        Hparams.from_metadata(model.metadata | overrides, tensors, source=str(model.path)),
+        read_hparams(model.metadata | overrides, tensors, source=str(model.path)),
         {name: tensors[name].shape for names in shards for name in names},
         ftype.name,
         rules=options.rules,

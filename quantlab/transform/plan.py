@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO
 
 import numba
 import numpy as np
 
 from quantlab import quants
+from quantlab.arch import Hparams, tensor_shapes
 from quantlab.files import bundled
 from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.model import Model
@@ -97,44 +97,6 @@ class SizeTable:
         return self._shown().to_html(index=False)
 
 
-def tensor_shapes(hparams) -> dict[str, tuple[int, ...]]:
-    """Derive the name and shape of every tensor of a dense Llama from its hyper-parameters.
-
-    Parameters
-    ----------
-    hparams : Hparams
-        Needs ``n_vocab n_embd n_ff n_layer n_head n_head_kv``.
-
-    Returns
-    -------
-    dict[str, tuple[int, ...]]
-        GGUF name → shape in NumPy order, in the order in which a converter writes them.
-
-    Examples
-    --------
-    >>> hparams = SimpleNamespace(n_vocab=32, n_embd=8, n_ff=16, n_layer=1, n_head=2, n_head_kv=1)
-    >>> tensor_shapes(hparams)["blk.0.attn_v.weight"]
-    (4, 8)
-    """
-    n_embd, n_ff = hparams.n_embd, hparams.n_ff
-    n_kv = n_embd // hparams.n_head * hparams.n_head_kv
-    layer = {
-        "attn_norm": (n_embd,),
-        "ffn_down": (n_embd, n_ff),
-        "ffn_gate": (n_ff, n_embd),
-        "ffn_up": (n_ff, n_embd),
-        "ffn_norm": (n_embd,),
-        "attn_k": (n_kv, n_embd),
-        "attn_output": (n_embd, n_embd),
-        "attn_q": (n_embd, n_embd),
-        "attn_v": (n_kv, n_embd),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (hparams.n_vocab, n_embd)}
-    for i in range(hparams.n_layer):
-        shapes.update({f"blk.{i}.{name}.weight": shape for name, shape in layer.items()})
-    return shapes | {"output_norm.weight": (n_embd,), "output.weight": (hparams.n_vocab, n_embd)}
-
-
 def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
     """Compute the exact size of a model in every ftype, without any weights.
 
@@ -180,8 +142,8 @@ def look_up(shape_or_file: str | Path):
     name = str(shape_or_file)
     if bundled.is_shape(name):
         shape = bundled.shape(name)
-        hparams = SimpleNamespace(**{"head_dim": shape["n_embd"] // shape["n_head"]} | shape)
-        return hparams.name, hparams, tensor_shapes(hparams), None
+        hparams = Hparams(**{key: value for key, value in shape.items() if key not in ("name", "source")})
+        return shape["name"], hparams, tensor_shapes(hparams), None
     opened = open_model(name)
     return opened.path.name, opened.hparams, opened.shapes, {tensor.name: tensor.qtype for tensor in opened}
 

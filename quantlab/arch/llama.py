@@ -1,0 +1,67 @@
+"""Llama, Mistral and their many kin: a dense decoder with rotary positions over neighbouring dimensions."""
+
+from quantlab.arch.record import Architecture, Layer, Tensor
+
+
+def matrix(name: str, shape: str, hugging_face: str, meta: str, heads: str = "") -> Tensor:
+    """Return a matrix of each layer; `heads` is the field with the number of heads of one whose rows are permuted."""
+    change = ("permute", heads) if heads else ()
+    names = (f"model.layers.{{}}.{hugging_face}.weight",)
+    return Tensor(f"blk.{{}}.{name}.weight", shape, "matrix", names, change, meta=f"layers.{{}}.{meta}.weight")
+
+
+def norm(name: str, shape: str, hugging_face: str, meta: str = "") -> Tensor:
+    """Return a norm of each layer."""
+    names, meta = (f"model.layers.{{}}.{hugging_face}.weight",), meta and f"layers.{{}}.{meta}.weight"
+    return Tensor(f"blk.{{}}.{name}.weight", shape, "norm", names, meta=meta)
+
+
+def bias(name: str, size: str, hugging_face: str, heads: str = "", *, optional: bool = False) -> Tensor:
+    """Return the bias of a matrix of each layer."""
+    change = ("permute", heads) if heads else ()
+    names = (f"model.layers.{{}}.{hugging_face}.bias",)
+    return Tensor(f"blk.{{}}.{name}.bias", size, "bias", names, change, optional=optional)
+
+
+EMBEDDING = Tensor(
+    "token_embd.weight", "n_vocab n_embd", "embedding", ("model.embed_tokens.weight",), meta="tok_embeddings.weight"
+)
+ENDS = (
+    Tensor("output_norm.weight", "n_embd", "norm", ("model.norm.weight",), meta="norm.weight"),
+    Tensor("output.weight", "n_vocab n_embd", "output", ("lm_head.weight",), meta="output.weight", optional=True),
+)
+FEED_FORWARD = (
+    norm("attn_norm", "n_embd", "input_layernorm", "attention_norm"),
+    matrix("ffn_down", "n_embd n_ff", "mlp.down_proj", "feed_forward.w2"),
+    matrix("ffn_gate", "n_ff n_embd", "mlp.gate_proj", "feed_forward.w1"),
+    matrix("ffn_up", "n_ff n_embd", "mlp.up_proj", "feed_forward.w3"),
+    norm("ffn_norm", "n_embd", "post_attention_layernorm", "ffn_norm"),
+)
+
+ARCH = Architecture(
+    name="llama",
+    classes=("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"),
+    tensors=(
+        Tensor("rope_freqs.weight", "n_pairs", "rope", optional=True),
+        EMBEDDING,
+        *FEED_FORWARD,
+        matrix("attn_k", "n_kv n_embd", "self_attn.k_proj", "attention.wk", heads="n_head_kv"),
+        matrix("attn_output", "n_embd n_q", "self_attn.o_proj", "attention.wo"),
+        matrix("attn_q", "n_q n_embd", "self_attn.q_proj", "attention.wq", heads="n_head"),
+        matrix("attn_v", "n_kv n_embd", "self_attn.v_proj", "attention.wv"),
+        bias("attn_k", "n_kv", "self_attn.k_proj", heads="n_head_kv", optional=True),
+        bias("attn_output", "n_embd", "self_attn.o_proj", optional=True),
+        bias("attn_q", "n_q", "self_attn.q_proj", heads="n_head", optional=True),
+        bias("attn_v", "n_kv", "self_attn.v_proj", optional=True),
+        bias("ffn_down", "n_embd", "mlp.down_proj", optional=True),
+        bias("ffn_gate", "n_ff", "mlp.gate_proj", optional=True),
+        bias("ffn_up", "n_ff", "mlp.up_proj", optional=True),
+        *ENDS,
+    ),
+    layer=Layer(rope="pairs"),
+    defaults={
+        "llama": {"max_position_embeddings": 2048, "head_dim": 0},
+        "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "head_dim": 0},
+    },
+    metadata={"vocab_size": "n_vocab", "rope.dimension_count": "n_rot"},
+)

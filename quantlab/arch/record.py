@@ -1,0 +1,160 @@
+"""The parts of an architecture's record: its tensors, and what a layer does with them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from quantlab.arch.hparams import Hparams
+
+Role = Literal["embedding", "norm", "matrix", "bias", "router", "experts", "output", "state", "rope"]
+FLOAT_ROLES = ("norm", "bias", "router", "state", "rope")  # stay F32 in every file
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a model, or one of each of its layers.
+
+    Attributes
+    ----------
+    name : str
+        GGUF name; `{}` stands for the number of the layer.
+    shape : str
+        Fields of `Hparams` in NumPy order, the row length last: `"n_ff n_embd"`.
+    role : str
+        What it is: a matrix multiplies, a norm scales, a router picks experts, a state belongs to a recurrent layer.
+    checkpoint : tuple of str
+        Its names in Hugging Face checkpoints, `{}` for the number of the layer; empty where the converter computes it.
+    change : tuple of str
+        What the converter does with the rows. `("permute", "n_head")` turns the halves of each of `n_head` heads into
+        pairs.
+    meta : str
+        Its name in Meta's checkpoints, whose rows have GGUF's order already.
+    optional : bool
+        Whether a model may lack it.
+    """
+
+    name: str
+    shape: str
+    role: Role
+    checkpoint: tuple[str, ...] = ()
+    change: tuple[str, ...] = ()
+    meta: str = ""
+    optional: bool = False
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether each layer has one."""
+        return "{}" in self.name
+
+    def shape_in(self, hparams: Hparams) -> tuple[int, ...]:
+        """Return its shape; `hparams` are those of its layer."""
+        return tuple(getattr(hparams, size) for size in self.shape.split())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer does, in its order; each field names tensors without `blk.N.` and `.weight`, empty for none.
+
+        x ─ attn_norm ─ attn_qkv ─ q_norm, k_norm ─ rope ─ attention ─ attn_output ─ attn_post_norm ─ + x
+        x ─ ffn_norm ─ ffn_in ─ activation ─ ffn_down ─ ffn_post_norm ─ + x
+
+    Attributes
+    ----------
+    attn_qkv, attn_output, ffn_in, ffn_down : tuple of str
+        The products with weights. The matrices of one product have the same input; a bias has its matrix's name.
+    attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm : str
+        RMS norms.
+    rope : str
+        Which dimensions of a head are turned together: neighbours (`pairs`) or those half a head apart (`halves`).
+    activation : str
+        `silu`: silu(gate) · up, `ffn_in` being gate and up.
+    """
+
+    attn_norm: str = "attn_norm"
+    attn_qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
+    q_norm: str = ""
+    k_norm: str = ""
+    attn_output: tuple[str, ...] = ("attn_output",)
+    attn_post_norm: str = ""
+    ffn_norm: str = "ffn_norm"
+    ffn_in: tuple[str, ...] = ("ffn_gate", "ffn_up")
+    ffn_down: tuple[str, ...] = ("ffn_down",)
+    ffn_post_norm: str = ""
+    rope: Literal["pairs", "halves"] = "halves"
+    activation: Literal["silu"] = "silu"
+
+    @property
+    def products(self) -> dict[str, tuple[str, ...]]:
+        """The matrices of each product with weights, by field, in the order in which a layer computes them."""
+        return {name: getattr(self, name) for name in ("attn_qkv", "attn_output", "ffn_in", "ffn_down")}
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """The norms that there are, by field."""
+        fields = ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm")
+        return {name: getattr(self, name) for name in fields if getattr(self, name)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that the workbench knows of one architecture.
+
+    Attributes
+    ----------
+    name : str
+        `general.architecture`.
+    classes : tuple of str
+        Classes of checkpoints, as `architectures` in config.json has them.
+    tensors : tuple of Tensor
+        In the order in which a converter writes them.
+    layer : Layer
+    defaults : mapping
+        `model_type` → what a configuration of this type means where it says nothing. A `head_dim` of 0 follows from
+        the other sizes, and is written all the same.
+    metadata : mapping
+        GGUF key without the architecture's name → field of `Hparams`: written after those that every file has.
+    skipped : tuple of str
+        Ends of the names of a checkpoint's tensors that no file needs.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    layer: Layer = Layer()
+    defaults: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
+
+    @cached_property
+    def _by_name(self) -> dict[str, Tensor]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Return the record of the tensor called `name` in a file, None for one that such a model does not have."""
+        return self._by_name.get(re.sub(r"^blk\.\d+\.", "blk.{}.", name))
+
+    def expand(self, hparams: Hparams) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+        """Yield name, record and shape of every tensor that such a model can have: each layer's own, in file order."""
+        layers = [hparams.at(i) for i in range(hparams.n_layer)]
+        inner = [tensor for tensor in self.tensors if tensor.is_layered]
+        first = self.tensors.index(inner[0]) if inner else len(self.tensors)
+        for tensor in self.tensors[:first]:
+            yield tensor.name, tensor, tensor.shape_in(hparams)
+        for i, sizes in enumerate(layers):
+            for tensor in inner:
+                yield tensor.name.format(i), tensor, tensor.shape_in(sizes)
+        for tensor in self.tensors[first:]:
+            if not tensor.is_layered:
+                yield tensor.name, tensor, tensor.shape_in(hparams)
+
+    def checkpoint_names(self, n_layer: int) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Return, for every name that a checkpoint may use, the tensor's GGUF name and the change of its rows."""
+        return {
+            name.format(i): (tensor.name.format(i), change)
+            for tensor in self.tensors
+            for name, change in (*((name, tensor.change) for name in tensor.checkpoint), (tensor.meta, ()))
+            for i in range(n_layer if tensor.is_layered else 1)
+            if name
+        }

@@ -1,0 +1,68 @@
+"""Whether the evaluator computes a model completely: known architecture, known tensors, shapes as promised."""
+
+from dataclasses import replace
+
+from quantlab.arch import Architecture, architectures, find
+
+ROPE_SCALINGS = ("linear", "yarn")
+
+
+def check_model(model) -> None:
+    """Raise ValueError unless the forward pass computes this model completely.
+
+    Raises
+    ------
+    ValueError
+        If the architecture, its rope scaling or one of its tensors is unknown here, a tensor is missing, or tensors
+        are not those that the metadata promises.
+    """
+    hparams = model.hparams
+    record = find(hparams.arch)
+    if record is None or hparams.n_expert:
+        arch = hparams.arch + (f" with {hparams.n_expert} experts" if hparams.n_expert else "")
+        raise ValueError(
+            f"{model.path}: architecture={arch}, must be one of {', '.join(architectures())} (dense). "
+            f"Evaluate it in llama.cpp."
+        )
+    if hparams.rope_scaling and hparams.rope_scaling.type not in ROPE_SCALINGS:
+        raise ValueError(
+            f"{model.path}: rope scaling={hparams.rope_scaling.type}, must be linear or yarn. Evaluate it in llama.cpp."
+        )
+    if hparams.varies:
+        raise ValueError(
+            f"{model.path}: {hparams.varies[0]} differs between layers, must be one number. Evaluate it in llama.cpp."
+        )
+    _check_heads(model)
+    _check_tensors(model, record)
+
+
+def _check_heads(model) -> None:
+    """Refuse heads that do not divide what they share."""
+    h = model.hparams
+    if h.n_head % h.n_head_kv or h.n_rot % 2 or h.n_rot > h.head_dim:
+        raise ValueError(
+            f"{model.path}: n_head={h.n_head}, n_head_kv={h.n_head_kv}, head_dim={h.head_dim}, n_rot={h.n_rot} "
+            f"do not fit together. Convert the checkpoint again."
+        )
+
+
+def _check_tensors(model, record: Architecture) -> None:
+    """Refuse tensors that the forward pass does not use, that are missing, or that have another shape."""
+    hparams = model.hparams
+    used = {*record.layer.norms.values(), *(name for names in record.layer.products.values() for name in names)}
+    for name in model.names:
+        tensor = record.tensor(name)
+        if tensor is None or tensor.is_layered and name.split(".")[2] not in used:
+            raise ValueError(f"{model.path}: {name} has no place in a {hparams.arch}. Evaluate it in llama.cpp.")
+    expected = {name: (tensor, shape) for name, tensor, shape in record.expand(hparams)}
+    for name, (tensor, _) in expected.items():
+        if name not in model and not tensor.optional:
+            raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")
+    n_vocab = model.tensor("token_embd.weight").shape[0]  # the metadata may count fewer tokens
+    for tensor in model:
+        shape = record.tensor(tensor.name).shape_in(replace(hparams, n_vocab=n_vocab))
+        if tensor.shape != shape or tensor.name not in expected:
+            raise ValueError(
+                f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata asks for {shape} in each of "
+                f"{hparams.n_layer} layers. Convert the checkpoint again."
+            )
