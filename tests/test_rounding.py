@@ -15,7 +15,7 @@ import pytest
 from quantlab import quants
 from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import open as open_model
-from quantlab.quants.codebook import CODES
+from quantlab.quants.codebook import CODES, put
 from quantlab.quants.fused import quantize_fused
 from quantlab.transform.rounding import FEW, MAX_LEFT, allowed, is_other_rounding
 
@@ -80,7 +80,7 @@ def with_code(block: np.ndarray, qtype: str, weight: int, change: int) -> np.nda
     codes[0, weight] = code + change if 0 <= code + change <= top else code - change
     shift = 0
     for place in CODES[qtype]:
-        place.put(block, codes >> shift & np.uint8((1 << place.width) - 1))
+        put(place, block, codes >> shift & np.uint8((1 << place.width) - 1))
         shift += place.width
     return block[0]
 

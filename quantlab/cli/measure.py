@@ -98,9 +98,10 @@ def sensitivity(
     json: JsonPath = None,
 ) -> None:
     """Measure what each tensor costs at each type. A run that was stopped goes on where it was."""
-    from quantlab.study.sensitivity import TYPES, sensitivity
+    from quantlab.quants.ggml_types import CANDIDATES
+    from quantlab.study.sensitivity import sensitivity
 
-    names = [name for name in types.split(",") if name] or TYPES
+    names = [name for name in types.split(",") if name] or CANDIDATES
     options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
     options |= {"n_ctx": n_ctx, "chunks": chunks, "mode": mode, "memory": memory, "cache": cache or True}
     report(sensitivity(model, text, types=names, **options), json)
@@ -227,9 +228,9 @@ def recipe(
     """Choose the type of every tensor: the least damage that a size allows, written as a --tensor-type-file."""
     from quantlab.files.model import open as open_model
     from quantlab.files.output import beside, check_outputs
+    from quantlab.quants.ggml_types import CANDIDATES
     from quantlab.study import front
     from quantlab.study.recipe import recipe, size_limit
-    from quantlab.study.sensitivity import TYPES
     from quantlab.study.sensitivity import sensitivity as measure
     from quantlab.transform.mixture import parse_tensor_type
     from quantlab.transform.quantize import quantize
@@ -245,7 +246,7 @@ def recipe(
     if sensitivity is None:
         names = [name for name in (types or "").split(",") if name]
         given = {"types": names or None, "n_ctx": n_ctx, "chunks": chunks, "sample": sample}
-        options = {"types": TYPES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
+        options = {"types": CANDIDATES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
         sensitivity = measure(base, text or "sampled", imatrix=imatrix, memory=memory, **options)
     elif (types, sample, text, n_ctx, chunks) != (None,) * 5:
         raise typer.BadParameter(

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - makes bfloat16 known to NumPy
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+
+from quantlab.quants.ggml_types import GGML_TYPES
 
 __all__ = ["PLAIN_DTYPES", "ByteRange", "StoredTensor", "StridedTensor"]
 
 # ggml types whose rows are plain numbers; rows of every other type are uint8 blocks
-PLAIN_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-PLAIN_DTYPES |= {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+PLAIN_DTYPES = {record.name: np.dtype(record.dtype).type for record in GGML_TYPES.values() if record.dtype}
 
 
 @dataclass(frozen=True)

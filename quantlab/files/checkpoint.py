@@ -15,7 +15,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
@@ -23,6 +22,7 @@ from quantlab.files.checkpoint_metadata import Config, general_metadata, hparams
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.tokenizer_files import vocab_metadata
 from quantlab.files.weights import index_weights, meta_parts, read_weights
+from quantlab.quants.ggml_types import block_size
 
 __all__ = ["OUTTYPES", "RangeLoss", "open_checkpoint"]
 
@@ -243,7 +243,7 @@ def _own_type(sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> str:
 
 def _lazy(name: str, source: StoredTensor | _Permuted | _Joined, qtype: str, loss: RangeLoss | None) -> LazyTensor:
     shape = _shape(source)
-    if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[qtype]][0]:
+    if shape[-1] % block_size(qtype):
         qtype = "F16"  # a row that Q8_0's blocks do not divide
     return LazyTensor(name, shape, qtype, partial(_read_as, source, name, qtype, loss))
 

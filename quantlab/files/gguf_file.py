@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from quantlab.files.recognize import looks_like, short
+from quantlab.quants.ggml_types import GGML_TYPES, row_bytes
 
-__all__ = ["Header", "Strings", "TensorInfo", "TensorSpec", "pack_header", "read_header", "row_nbytes", "write_gguf"]
+__all__ = ["Header", "Strings", "TensorInfo", "TensorSpec", "pack_header", "read_header", "write_gguf"]
 
 ALIGNMENT = 32
 MAX_HEADER = 32 << 20  # bytes; a vocabulary of 262 k tokens with its merges takes 12 MB
@@ -47,7 +47,7 @@ WINDOW, FEW_STRINGS = 1 << 17, 512  # bytes of strings that are looked at togeth
 _NUMBERS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32}
 _NUMBERS |= {10: np.uint64, 11: np.int64, 12: np.float64}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_SIZES = GGML_QUANT_SIZES | {GGMLQuantizationType.Q8_1: (32, 36)}  # where the library has 40 bytes, as ggml had in 2023
+_QTYPES = {record.number: record.name for record in GGML_TYPES.values()}
 _TYPE_OF_NUMBER = {np.dtype(number): value_type for value_type, number in _NUMBERS.items()} | {np.dtype(bool): _BOOL}
 
 
@@ -62,7 +62,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
-        return prod(self.shape[:-1]) * row_nbytes(self.name, self.qtype, self.shape[-1])
+        return prod(self.shape[:-1]) * row_bytes(self.qtype, self.shape[-1], name=self.name)
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,6 @@ class Header:
     alignment: int
     data_offset: int
     file_size: int
-
-
-def row_nbytes(name: str, qtype: str, n_per_row: int) -> int:
-    """Return the bytes of one row of `n_per_row` weights; `name` starts the error text.
-
-    Raises
-    ------
-    ValueError
-        If the row is not a whole number of blocks.
-    """
-    block, nbytes = _SIZES[GGMLQuantizationType[qtype]]
-    if n_per_row % block:
-        raise ValueError(
-            f"{name}: n_per_row={n_per_row} is not a multiple of the {qtype} block size {block}. "
-            f"Choose a type with smaller blocks for this tensor."
-        )
-    return n_per_row // block * nbytes
 
 
 def read_header(path: str | Path) -> Header:
@@ -359,11 +342,9 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
     if min(shape) < 1:
         raise cursor.bad(f"{name}: shape={shape}, every dimension must be at least 1")
     number = cursor.number("I", name)
-    try:
-        qtype = GGMLQuantizationType(number).name
-    except ValueError:
-        raise cursor.bad(f"{name}: ggml type {number} is not known", "A newer llama.cpp may read it.") from None
-    return name, shape, qtype, cursor.number("Q", name)
+    if number not in _QTYPES:
+        raise cursor.bad(f"{name}: ggml type {number} is not known", "A newer llama.cpp may read it.")
+    return name, shape, _QTYPES[number], cursor.number("Q", name)
 
 
 def _place(cursor: _Cursor, infos: list, data_offset: int, alignment: int) -> tuple[TensorInfo, ...]:
@@ -463,7 +444,7 @@ def pack_header(metadata: dict[str, Any], specs: Sequence[TensorSpec]) -> bytes:
         parts += [_pack_string(key), _pack_value(value, key)]
     offset = 0
     for spec in specs:
-        number = GGMLQuantizationType[spec.qtype].value
+        number = GGML_TYPES[spec.qtype].number
         form = f"<I{len(spec.shape)}QIQ"
         parts += [_pack_string(spec.name), struct.pack(form, len(spec.shape), *spec.shape[::-1], number, offset)]
         offset += -(-spec.nbytes // alignment) * alignment

@@ -16,11 +16,12 @@ import numpy as np
 from quantlab.arch import Hparams
 from quantlab.files.bundled import model_path
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange
-from quantlab.files.gguf_file import Header, read_header, row_nbytes
+from quantlab.files.gguf_file import Header, read_header
 from quantlab.files.gguf_shards import shard_headers
 from quantlab.files.hparams import read_hparams
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.vocab import Vocab
+from quantlab.quants.ggml_types import row_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +68,7 @@ class LazyTensor:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
-        return self.nrows * row_nbytes(self.name, self.qtype, self.shape[-1])
+        return self.nrows * row_bytes(self.qtype, self.shape[-1], name=self.name)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read rows `start:stop` of the tensor seen as (nrows, n_per_row).
@@ -256,8 +257,8 @@ def _starts_as_gguf(path: Path) -> bool:
 def _lazy_tensors(header: Header) -> Iterator[LazyTensor]:
     for info in header.tensors:
         stored = ByteRange(header.path, info.offset, info.nbytes)
-        row_bytes = row_nbytes(info.name, info.qtype, info.shape[-1])
-        read = partial(_read_stored, stored, row_bytes, PLAIN_DTYPES.get(info.qtype, np.uint8))
+        n_bytes = row_bytes(info.qtype, info.shape[-1], name=info.name)
+        read = partial(_read_stored, stored, n_bytes, PLAIN_DTYPES.get(info.qtype, np.uint8))
         yield LazyTensor(info.name, info.shape, info.qtype, read, info.offset)
 
 

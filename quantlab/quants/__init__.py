@@ -1,12 +1,13 @@
 """Numbers ↔ bytes: ggml's tensor encodings on NumPy arrays, byte for byte as llama.cpp writes them.
 
-`arrays`, `codebook` and `losses` hold the functions below; `floats`, `legacy` and `kquants` hold one encoder and one
-decoder per type, written over the vectors of `lanes`; `search` holds the searches for the best scale. Nothing here
-knows of files.
+`ggml_types` holds a record per type; `arrays`, `codebook` and `losses` hold the functions below; `floats`, `legacy` and
+`kquants` hold one encoder and one decoder per type, written over the vectors of `lanes`; `search` holds the searches
+for the best scale. Nothing here knows of files.
 """
 
-from quantlab.quants.arrays import block_bytes, block_size, dequantize, quantize, roundtrip, row_bytes, types
+from quantlab.quants.arrays import dequantize, quantize, roundtrip
 from quantlab.quants.codebook import code_histogram, codes, grid
+from quantlab.quants.ggml_types import block_bytes, block_size, row_bytes, types
 from quantlab.quants.losses import Errors, errors
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Quantize and dequantize NumPy arrays, and list the types.
+"""Quantize and dequantize NumPy arrays.
 
 An array is seen as rows, `(nrows, n_per_row)`; each row is a sequence of blocks, and a block of a type always takes
 the same number of bytes. Work goes through the kernels piece by piece, a few MiB each, so that an array of any size
@@ -7,130 +7,17 @@ costs little more memory than its input and its output.
 
 import threading
 from collections.abc import Iterator
-from functools import cache
-from importlib import import_module
 from math import prod
 from typing import NoReturn
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-# type -> module of this package that has its encode_<type> and decode_<type>
-_KERNELS = {
-    **dict.fromkeys(("F16", "BF16"), "floats"),
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1"), "legacy"),
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"), "kquants"),
-}
-# the types whose encoder minimizes an error that an importance matrix can weight
-WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+from quantlab.quants.ggml_types import ENCODED, GGML_TYPES, GgmlType, can_decode, ggml_type, load, row_bytes
 
-_FLOATS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
+# dtype that an array may have -> its record; ml_dtypes makes bfloat16 known to NumPy
+_FLOATS = {np.dtype(record.dtype): record for record in GGML_TYPES.values() if record.dtype and record.can_encode}
 PIECE = 1 << 20  # weights that go through a kernel at once: 4 MiB of float32, which stay in the cache
-
-
-# ---- the table of types
-
-
-@cache
-def _sizes(qtype: str) -> tuple[int, int]:
-    """Weights and bytes per block of a ggml type."""
-    if qtype == "Q8_1":
-        return 32, 36  # gguf still has the 40 bytes of the layout with float32 scales
-    if qtype not in GGMLQuantizationType.__members__:
-        raise ValueError(f"qtype={qtype!r}, must be a ggml type. See quantlab.quants.types() for their names.")
-    return GGML_QUANT_SIZES[GGMLQuantizationType[qtype]]
-
-
-def block_size(qtype: str) -> int:
-    """Return the number of weights per block of `qtype`: 256 for K types, 32 for legacy types, 1 for floats.
-
-    Raises
-    ------
-    ValueError
-        If `qtype` is not the name of a ggml type.
-    """
-    return _sizes(qtype)[0]
-
-
-def block_bytes(qtype: str) -> int:
-    """Return the number of bytes per block of `qtype`.
-
-    Raises
-    ------
-    ValueError
-        If `qtype` is not the name of a ggml type.
-    """
-    return _sizes(qtype)[1]
-
-
-def row_bytes(qtype: str, n_per_row: int, *, name: str = "x") -> int:
-    """Return the number of bytes that a row of `n_per_row` weights takes in `qtype`.
-
-    Raises
-    ------
-    ValueError
-        If `qtype` is not the name of a ggml type, or a row is not a whole number of its blocks. The text starts
-        with `name`.
-
-    Examples
-    --------
-    >>> row_bytes("Q4_K", 4096)
-    2304
-    """
-    weights, bytes_ = _sizes(qtype)
-    if n_per_row % weights:
-        smaller = "a type with blocks of 32 (Q4_0, Q5_0, Q8_0), " if weights > 32 and n_per_row % 32 == 0 else ""
-        raise ValueError(
-            f"{name}: n_per_row={n_per_row} is not a multiple of the {qtype} block size {weights}. "
-            f"Choose {smaller}F16 or BF16 for this tensor."
-        )
-    return n_per_row // weights * bytes_
-
-
-def _can_decode(qtype: str) -> bool:
-    """Whether `dequantize` knows `qtype`: by a kernel of ours, or by the gguf package."""
-    from gguf.quants import _type_traits
-
-    return qtype == "F32" or qtype in _KERNELS or GGMLQuantizationType[qtype] in _type_traits
-
-
-def types():
-    """Return the table of ggml types, one row per type.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index `type` (ggml name). Columns: `id` (number in GGUF files), `bpw` (bits per weight), `block` (weights per
-        block), `bytes` (bytes per block), `can_encode`, `can_decode`, `uses_imatrix` (bool).
-
-    Examples
-    --------
-    >>> float(types().loc["Q4_K", "bpw"])
-    4.5
-    """
-    import pandas as pd
-
-    rows = [
-        {
-            "type": qtype,
-            "id": int(number),
-            "bpw": 8 * block_bytes(qtype) / block_size(qtype),
-            "block": block_size(qtype),
-            "bytes": block_bytes(qtype),
-            "can_encode": qtype == "F32" or qtype in _KERNELS,
-            "can_decode": _can_decode(qtype),
-            "uses_imatrix": qtype in WEIGHTED,
-        }
-        for qtype, number in GGMLQuantizationType.__members__.items()
-    ]
-    return pd.DataFrame(rows).set_index("type")
-
-
-@cache
-def kernel_of(verb: str, qtype: str, mode: str = ""):
-    """The compiled function `<verb>_<qtype><mode>`; its module, and numba with it, is imported when first needed."""
-    return getattr(import_module(f"quantlab.quants.{_KERNELS[qtype]}"), f"{verb}_{qtype.lower()}{mode}")
 
 
 # ---- arrays in pieces
@@ -156,11 +43,18 @@ def _pieces(nrows: int, n_per_row: int, block: int, whole_rows: bool) -> Iterato
             yield slice(r, min(r + rows, nrows)), slice(c, min(c + columns, n_per_row))
 
 
+def _in_bytes(columns: slice, record: GgmlType) -> slice:
+    """The bytes that a row keeps a range of columns in."""
+    return slice(columns.start // record.block * record.nbytes, columns.stop // record.block * record.nbytes)
+
+
 def check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: str) -> None:
     """Raise ValueError unless dtype, shape, type and importance matrix go together."""
-    row_bytes(qtype, 0)
-    if qtype != "F32" and qtype not in _KERNELS:
-        raise ValueError(f"{name}: qtype={qtype}, cannot be encoded here. Choose one of F32, {', '.join(_KERNELS)}.")
+    record = ggml_type(qtype)
+    if not record.can_encode:
+        raise ValueError(f"{name}: qtype={qtype}, cannot be encoded here. Choose one of {', '.join(ENCODED)}.")
+    if imatrix is None and not record.encoder:
+        raise ValueError(f"{name}: qtype={qtype}, needs an importance matrix. Pass one as imatrix.")
     if x.dtype not in _FLOATS:
         raise ValueError(
             f"{name}: dtype={x.dtype}, must be float32, float16 or bfloat16. Convert it with .astype(np.float32)."
@@ -208,7 +102,7 @@ def _floats(piece: np.ndarray, check: bool) -> tuple[np.ndarray, bool]:
 
         return piece, check and all_finite(piece.view(np.uint32))
     floats = _scratch(piece.shape)
-    return floats, kernel_of("decode", _FLOATS[piece.dtype])(piece.view(np.uint8), floats)
+    return floats, load(_FLOATS[piece.dtype].decoder)(piece.view(np.uint8), floats)
 
 
 _own = threading.local()
@@ -286,39 +180,47 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.nd
     x = np.asarray(x)
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
     check_input(x, qtype, imatrix, name)
-    block, bytes_ = _sizes(qtype)
+    record = GGML_TYPES[qtype]
     result = _output(out, (*x.shape[:-1], row_bytes(qtype, x.shape[-1])), np.uint8)
-    weighted = imatrix is not None and qtype in WEIGHTED
+    whole_rows = imatrix is not None and bool(record.weighted_encoder)
     if out is not None:
-        for _ in float_pieces(x, block, weighted, name):
+        for _ in float_pieces(x, record.block, whole_rows, name):
             pass  # only checks: `out` stays as it is unless everything is finite
     data = result.reshape(prod(x.shape[:-1]), result.shape[-1])
-    for rows, columns, piece in float_pieces(x, block, weighted, name, check=out is None):
-        target = data[rows, columns.start // block * bytes_ : columns.stop // block * bytes_]
-        _encode(piece, qtype, imatrix if weighted else None, target)
+    for rows, columns, piece in float_pieces(x, record.block, whole_rows, name, check=out is None):
+        target = data[rows, _in_bytes(columns, record)]
+        encode(piece, qtype, imatrix, target)
     return result
 
 
-def _encode(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, out: np.ndarray) -> None:
-    """Encode contiguous rows of float32 into contiguous rows of bytes."""
-    if qtype == "F32":
-        out[:] = x.view(np.uint8)
-    elif imatrix is not None:
-        kernel_of("encode", qtype, "_imatrix")(x, imatrix, out)
+def encode(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, out: np.ndarray) -> None:
+    """Encode contiguous rows of float32 into contiguous rows of bytes, all of them checked before."""
+    record = GGML_TYPES[qtype]
+    if imatrix is not None and record.weighted_encoder:
+        load(record.weighted_encoder)(x, imatrix, out)
     else:
-        kernel_of("encode", qtype)(x, out)
+        load(record.encoder)(x, out)
 
 
 def _decode(data: np.ndarray, qtype: str, out: np.ndarray) -> None:
     """Decode contiguous rows of bytes into contiguous rows of float32."""
-    if qtype == "F32":
-        out[:] = data.view(np.float32)
-    elif qtype in _KERNELS:
-        kernel_of("decode", qtype)(data, out)
+    if GGML_TYPES[qtype].decoder:
+        load(GGML_TYPES[qtype].decoder)(data, out)
     else:
+        from gguf import GGMLQuantizationType
         from gguf.quants import dequantize as gguf_dequantize
 
         out[:] = gguf_dequantize(data, GGMLQuantizationType[qtype])
+
+
+def encode_f32(x: np.ndarray, out: np.ndarray) -> None:
+    """Copy rows of float32 (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
+    out[:] = x.view(np.uint8)
+
+
+def decode_f32(data: np.ndarray, out: np.ndarray) -> None:
+    """Copy uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
+    out[:] = data.view(np.float32)
 
 
 def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
@@ -354,8 +256,8 @@ def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
     """
     data = np.asarray(data)
     shape = tuple(shape)
-    block, bytes_ = _sizes(qtype)
-    if not _can_decode(qtype):
+    record = ggml_type(qtype)
+    if not can_decode(qtype):
         raise ValueError(f"data: qtype={qtype}, cannot be decoded. See quantlab.quants.types(), column can_decode.")
     if data.dtype != np.uint8:
         raise ValueError(f"data: dtype={data.dtype}, must be uint8. Pass array.view(np.uint8).")
@@ -371,8 +273,8 @@ def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
     result = _output(out, shape, np.float32)
     data = np.ascontiguousarray(data).reshape(nrows, n_bytes)
     values = result.reshape(nrows, shape[-1])
-    for rows, columns in _pieces(nrows, shape[-1], block, whole_rows=False):
-        source = data[rows, columns.start // block * bytes_ : columns.stop // block * bytes_]
+    for rows, columns in _pieces(nrows, shape[-1], record.block, whole_rows=False):
+        source = data[rows, _in_bytes(columns, record)]
         _decode(source, qtype, values[rows, columns])
     return result
 
@@ -405,14 +307,14 @@ def roundtrip(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.n
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
     check_input(x, qtype, imatrix, name)
     result = _output(out, x.shape, np.float32)
-    block = block_size(qtype)
-    weighted = imatrix is not None and qtype in WEIGHTED
+    record = GGML_TYPES[qtype]
+    whole_rows = imatrix is not None and bool(record.weighted_encoder)
     if out is not None:
-        for _ in float_pieces(x, block, weighted, name):
+        for _ in float_pieces(x, record.block, whole_rows, name):
             pass  # only checks
     values = result.reshape(prod(x.shape[:-1]), x.shape[-1])
-    for rows, columns, piece in float_pieces(x, block, weighted, name, check=out is None):
+    for rows, columns, piece in float_pieces(x, record.block, whole_rows, name, check=out is None):
         data = np.empty((len(piece), row_bytes(qtype, piece.shape[1])), np.uint8)
-        _encode(piece, qtype, imatrix if weighted else None, data)
+        encode(piece, qtype, imatrix, data)
         _decode(data, qtype, values[rows, columns])
     return result

@@ -1,47 +1,39 @@
 """The codes in the blocks: where each type keeps them, how often each is used, what values they stand for."""
 
-from typing import NamedTuple
-
 import numpy as np
 
-from quantlab.quants.arrays import PIECE, block_bytes, block_size, dequantize
-
-
-class _Bits(NamedTuple):
-    """Where a type keeps `width` bits of every code: bytes start..stop of the block, in runs of `run` bytes; the
-    lowest bits of a run's bytes belong to `run` neighbouring weights, the next bits to the next `run` weights."""
-
-    start: int
-    stop: int
-    run: int
-    width: int
-
-    def take(self, blocks: np.ndarray) -> np.ndarray:
-        """These bits of every weight, in the weights' order: uint8 (n_blocks, weights)."""
-        runs = blocks[:, self.start : self.stop].reshape(len(blocks), -1, 1, self.run)
-        shifts = np.arange(0, 8, self.width, dtype=np.uint8)[:, None]
-        return (runs >> shifts & np.uint8((1 << self.width) - 1)).reshape(len(blocks), -1)
-
-    def put(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        """Write these bits of every weight; `codes` of the shape that `take` gives."""
-        runs = codes.reshape(len(blocks), -1, 8 // self.width, self.run)
-        shifts = np.arange(0, 8, self.width, dtype=np.uint8)[:, None]
-        blocks[:, self.start : self.stop] = np.bitwise_or.reduce(runs << shifts, axis=2).reshape(len(blocks), -1)
-
+from quantlab.quants.arrays import PIECE, dequantize
+from quantlab.quants.ggml_types import GGML_TYPES, Bits, block_bytes, block_size
 
 # type -> the places of its codes' bits, lowest bits first
-CODES = {
-    "Q4_0": (_Bits(2, 18, 16, 4),),
-    "Q4_1": (_Bits(4, 20, 16, 4),),
-    "Q5_0": (_Bits(6, 22, 16, 4), _Bits(2, 6, 1, 1)),
-    "Q5_1": (_Bits(8, 24, 16, 4), _Bits(4, 8, 1, 1)),
-    "Q8_0": (_Bits(2, 34, 32, 8),),
-    "Q2_K": (_Bits(16, 80, 32, 2),),
-    "Q3_K": (_Bits(32, 96, 32, 2), _Bits(0, 32, 32, 1)),
-    "Q4_K": (_Bits(16, 144, 32, 4),),
-    "Q5_K": (_Bits(48, 176, 32, 4), _Bits(16, 48, 32, 1)),
-    "Q6_K": (_Bits(0, 128, 64, 4), _Bits(128, 192, 32, 2)),
-}
+CODES = {record.name: record.codes for record in GGML_TYPES.values() if record.codes}
+
+
+def take(place: Bits, blocks: np.ndarray) -> np.ndarray:
+    """Read some bits of every weight's code, in the weights' order: uint8 (n_blocks, weights)."""
+    runs = blocks[:, place.start : place.stop].reshape(len(blocks), -1, 1, place.run)
+    return (runs >> _shifts(place) & np.uint8((1 << place.width) - 1)).reshape(len(blocks), -1)
+
+
+def put(place: Bits, blocks: np.ndarray, codes: np.ndarray) -> None:
+    """Write some bits of every weight's code; `codes` of the shape that `take` gives."""
+    runs = codes.reshape(len(blocks), -1, 8 // place.width, place.run)
+    blocks[:, place.start : place.stop] = np.bitwise_or.reduce(runs << _shifts(place), axis=2).reshape(len(blocks), -1)
+
+
+def _shifts(place: Bits) -> np.ndarray:
+    return np.arange(0, 8, place.width, dtype=np.uint8)[:, None]
+
+
+def code_values(qtype: str) -> np.ndarray:
+    """Return what `grid` counts its steps by: the codes themselves, or what the type's table has for each.
+
+    Returns
+    -------
+    np.ndarray [shape=(2**bits,), dtype=int64]
+    """
+    levels = GGML_TYPES[qtype].levels
+    return np.arange(len(levels)) if isinstance(levels, range) else np.array(levels)
 
 
 def code_histogram(data, qtype: str) -> np.ndarray:
@@ -57,7 +49,7 @@ def code_histogram(data, qtype: str) -> np.ndarray:
     Returns
     -------
     np.ndarray [shape=(2**bits,), dtype=int64]
-        Counts in the order of the codes' values (Q8_0: from -128 to 127).
+        Counts in the order of the codes' values (Q8_0: from -128 to 127; of a table: from its lowest value).
 
     Raises
     ------
@@ -71,11 +63,12 @@ def code_histogram(data, qtype: str) -> np.ndarray:
     np.int64(256)
     """
     blocks = _blocks(data, qtype)
-    counts = np.zeros(1 << sum(place.width for place in CODES[qtype]), np.int64)
+    order = np.argsort(code_values(qtype), kind="stable")
+    counts = np.zeros(len(order), np.int64)
     step = PIECE // block_size(qtype)
     for start in range(0, len(blocks), step):
         counts += np.bincount(codes(blocks[start : start + step], qtype).ravel(), minlength=len(counts))
-    return np.roll(counts, 128) if qtype == "Q8_0" else counts
+    return counts[order]
 
 
 def codes(data, qtype: str) -> np.ndarray:
@@ -107,13 +100,13 @@ def codes(data, qtype: str) -> np.ndarray:
     result, shift = np.uint8(0), 0
     blocks = _blocks(data, qtype)
     for place in CODES[qtype]:
-        result = result | place.take(blocks) << shift
+        result = result | take(place, blocks) << shift
         shift += place.width
     return result
 
 
 def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Find the values that every weight can take: `first + step * code`.
+    """Find the values that every weight can take: `first + step * code_values(qtype)[code]`.
 
     Parameters
     ----------
@@ -123,7 +116,7 @@ def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     first, step : np.ndarray [shape=(n_blocks, block_size), dtype=float32]
-        What the decoder makes of code 0, and how much more of code 1, in the weights' unit; a step may be negative,
+        What the decoder makes of value 0, and how much more of value 1, in the weights' unit; a step may be negative,
         or NaN where a block's scale is not finite.
 
     Raises
@@ -139,8 +132,11 @@ def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
     (np.float32(-8.0), np.float32(1.0))
     """
     blocks = _blocks(data, qtype)
-    shape = (len(blocks), block_size(qtype))
-    first, second = (dequantize(_with_codes(blocks, qtype, code), qtype, shape) for code in (0, 1))
+    shape, values = (len(blocks), block_size(qtype)), code_values(qtype).tolist()
+    second = dequantize(_with_codes(blocks, qtype, values.index(1)), qtype, shape)
+    if 0 not in values:
+        return np.zeros_like(second), second
+    first = dequantize(_with_codes(blocks, qtype, values.index(0)), qtype, shape)
     with np.errstate(invalid="ignore", over="ignore"):
         return first, second - first
 
@@ -160,9 +156,8 @@ def _blocks(data, qtype: str) -> np.ndarray:
 
 def _with_codes(blocks: np.ndarray, qtype: str, code: int) -> np.ndarray:
     """The blocks with every code replaced by `code`."""
-    blocks = blocks.copy()
+    blocks, shape = blocks.copy(), (len(blocks), block_size(qtype))
     for place in CODES[qtype]:
-        blocks[:, place.start : place.stop] = 0
-    lowest = CODES[qtype][0]
-    lowest.put(blocks, np.full((len(blocks), block_size(qtype)), code, np.uint8))
+        put(place, blocks, np.full(shape, code & ((1 << place.width) - 1), np.uint8))
+        code >>= place.width
     return blocks

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numba.core.dispatcher import Dispatcher
 
-from quantlab.quants.arrays import WEIGHTED, kernel_of, row_bytes
+from quantlab.quants.ggml_types import ggml_type, load, row_bytes
 
 _KEPT = ("error_model", "forceinline", "parallel")  # options of a kernel that its fused twin has too
 
@@ -44,10 +44,11 @@ def quantize_fused(x: np.ndarray, qtype: str, imatrix: np.ndarray | None = None)
     (2, 144)
     """
     out = np.empty((len(x), row_bytes(qtype, x.shape[1])), np.uint8)
-    if imatrix is not None and qtype in WEIGHTED:
-        fused(kernel_of("encode", qtype, "_imatrix"))(x, imatrix, out)
+    record = ggml_type(qtype)
+    if imatrix is not None and record.weighted_encoder:
+        fused(load(record.weighted_encoder))(x, imatrix, out)
     else:
-        fused(kernel_of("encode", qtype))(x, out)
+        fused(load(record.encoder))(x, out)
     return out
 
 

@@ -6,16 +6,9 @@ from math import log10
 
 import numpy as np
 
-from quantlab.quants.arrays import (
-    WEIGHTED,
-    block_bytes,
-    block_size,
-    check_input,
-    dequantize,
-    float_pieces,
-    quantize,
-)
+from quantlab.quants.arrays import check_input, dequantize, float_pieces, quantize
 from quantlab.quants.codebook import CODES, code_histogram
+from quantlab.quants.ggml_types import WEIGHTED, ggml_type
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
         raise ValueError(f"{name}: shape={x.shape}, must not be empty. There is nothing to measure.")
     noise = signal = largest = 0.0
     codes = np.zeros(0, np.int64)
-    for _, columns, piece in float_pieces(x, block_size(qtype), imatrix is not None, name):
+    for _, columns, piece in float_pieces(x, ggml_type(qtype).block, imatrix is not None, name):
         data = quantize(piece, qtype, None if imatrix is None else imatrix[columns])
         difference = np.abs(dequantize(data, qtype, piece.shape) - piece)
         noise += float(np.square(difference, dtype=np.float64).sum())
@@ -115,7 +108,7 @@ def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
         qtype=qtype,
         imatrix=imatrix is not None and qtype in WEIGHTED,
         n_weights=x.size,
-        bpw=8 * block_bytes(qtype) / block_size(qtype),
+        bpw=ggml_type(qtype).bpw,
         rmse=(noise / x.size) ** 0.5,
         max_abs=largest,
         relative=relative,

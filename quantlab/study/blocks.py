@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from quantlab.quants import block_bytes, block_size, codes, dequantize, grid, quantize
-
-_SUB_BLOCKS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}  # weights that share a scale, where these are not 32
+from quantlab.quants import block_size, codes, dequantize, grid, quantize
+from quantlab.quants.codebook import code_values
+from quantlab.quants.ggml_types import ggml_type
 
 
 def bit_map(qtype: str) -> pd.DataFrame:
@@ -40,7 +40,7 @@ def bit_map(qtype: str) -> pd.DataFrame:
     x = 0.01 * np.random.default_rng(1).standard_normal(block_size(qtype)).astype(np.float32)
     block = quantize(x, qtype)
     codes(block, qtype)  # checks the type
-    n_bits, size = 8 * len(block), _SUB_BLOCKS.get(qtype, 32)
+    n_bits, size = 8 * len(block), _sub_block(qtype)
     flipped = np.unpackbits(np.repeat(block[None], n_bits, axis=0), axis=1, bitorder="little")
     flipped[np.arange(n_bits), np.arange(n_bits)] ^= 1
     after = dequantize(np.packbits(flipped, axis=1, bitorder="little"), qtype, (n_bits, len(x)))
@@ -54,6 +54,11 @@ def bit_map(qtype: str) -> pd.DataFrame:
     frame["place"] = pd.Series(order).groupby([frame["field"], frame["sub_block"], frame["weight"]]).rank().astype(int)
     frame["place"] -= 1
     return frame.drop(columns="by")
+
+
+def _sub_block(qtype: str) -> int:
+    """Weights that share a scale."""
+    return ggml_type(qtype).sub_block or block_size(qtype)
 
 
 def _owner(change: np.ndarray) -> tuple[str, int, int, int, float]:
@@ -124,14 +129,12 @@ def weights(x: np.ndarray, qtype: str) -> pd.DataFrame:
     """
     data = quantize(x, qtype)
     code = codes(data, qtype)
-    levels = code.view(np.int8) if qtype == "Q8_0" else code
-    top = 2 ** (8 * block_bytes(qtype) // block_size(qtype))
-    ends = (-top // 2, top // 2 - 1) if qtype == "Q8_0" else (0, top - 1)
+    values = code_values(qtype)
     first, step = (part.ravel() for part in grid(data, qtype))
     decoded = dequantize(data, qtype, x.shape)
-    frame = pd.DataFrame({"sub_block": np.arange(len(x)) // _SUB_BLOCKS.get(qtype, 32), "x": x})
-    frame = frame.assign(code=levels.ravel(), decoded=decoded, error=decoded - x, step=np.abs(step))
-    limits = np.sort([first + step * ends[0], first + step * ends[1]], axis=0)
+    frame = pd.DataFrame({"sub_block": np.arange(len(x)) // _sub_block(qtype), "x": x})
+    frame = frame.assign(code=values[code].ravel(), decoded=decoded, error=decoded - x, step=np.abs(step))
+    limits = np.sort([first + step * values.min(), first + step * values.max()], axis=0)
     frame = frame.assign(lowest=limits[0], highest=limits[1])
     frame.attrs["type"] = qtype
     return frame

@@ -9,6 +9,7 @@ import pandas as pd
 from quantlab.files.model import LazyTensor, Model
 from quantlab.quants import block_size, code_histogram, dequantize, grid, quantize
 from quantlab.quants import errors as errors_of
+from quantlab.quants.codebook import code_values
 from quantlab.transform.mixture import is_quantizable, layer_of
 
 _PERCENTILES = (50, 90, 99, 99.9, 100)
@@ -216,7 +217,7 @@ def code_counts(tensor: LazyTensor, qtypes: Iterable[str]) -> pd.DataFrame:
     frames = []
     for qtype in qtypes:
         count = code_histogram(quantize(x, qtype, name=tensor.name), qtype)
-        code = np.arange(len(count)) - (128 if qtype == "Q8_0" else 0)
+        code = np.sort(code_values(qtype))
         frames.append(pd.DataFrame({"type": qtype, "code": code, "count": count, "share": count / count.sum()}))
     return pd.concat(frames, ignore_index=True)
 

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 
 from quantlab import quants
+from quantlab.quants.ggml_types import GGML_TYPES
 
 
 class _Traits(ctypes.Structure):
@@ -54,19 +54,19 @@ def version() -> str:
 
 def traits(qtype):
     """Block size, block bytes and row functions of a type."""
-    return library().ggml_get_type_traits(int(GGMLQuantizationType[qtype])).contents
+    return library().ggml_get_type_traits(GGML_TYPES[qtype].number).contents
 
 
 def quantize(x, qtype, imatrix=None, out=None):
     """Encode float32 rows (nrows, n_per_row) with the C library; one thread."""
     # zeros: of a block of zeros quantize_row_q8_K_ref leaves the sums as they were
     out = np.zeros((len(x), quants.row_bytes(qtype, x.shape[1])), np.uint8) if out is None else out
-    if qtype in ("Q8_1", "Q8_K"):  # activations: not known to ggml_quantize_chunk
+    if GGML_TYPES[qtype].for_activations:  # not known to ggml_quantize_chunk
         function = getattr(library(), f"quantize_row_{qtype.replace('Q', 'q')}_ref")
         function(x.ctypes, out.ctypes, ctypes.c_int64(x.size))
     else:
         weights = None if imatrix is None else imatrix.ctypes.data
-        number = int(GGMLQuantizationType[qtype])
+        number = GGML_TYPES[qtype].number
         library().ggml_quantize_chunk(number, x.ctypes.data, out.ctypes.data, 0, *x.shape, weights)
     return out
 

@@ -20,13 +20,12 @@ from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import replacing
-from quantlab.quants import block_size
+from quantlab.quants.ggml_types import CANDIDATES, FALLBACK, block_size
 from quantlab.study import damage, proxy
 from quantlab.study.damage_cache import DamageCache, json_digest, matrix_digests, model_digest
-from quantlab.transform.mixture import FALLBACK, find_qtype, is_quantizable, layer_of
+from quantlab.transform.mixture import find_qtype, is_quantizable, layer_of
 from quantlab.transform.plan import tensor_bytes
 
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _SHOWN = ["group", "qtype", "bytes", "delta_kld", "delta_kld_se", "ln_ratio", "ln_ratio_se", "error", "measured"]
 _KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -183,7 +182,7 @@ def sensitivity(
     model,
     text="sampled",
     *,
-    types: Sequence[str] = TYPES,
+    types: Sequence[str] = CANDIDATES,
     groups: str | Mapping[str, Sequence[str]] | None = None,
     imatrix=None,
     around=None,

@@ -14,6 +14,7 @@ from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.gguf_file import Strings
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.model import LazyTensor
+from quantlab.quants import ggml_types
 from quantlab.transform.slabs import in_order, row_ranges
 
 # ---- metadata
@@ -206,7 +207,7 @@ def root_mean_square(tensor: LazyTensor) -> float:
 
 def can_decode(qtype: str) -> bool:
     """Whether values of this type can be compared, and not only bytes."""
-    return qtype in PLAIN_DTYPES or bool(quants.types().loc[qtype, "can_decode"])
+    return qtype in PLAIN_DTYPES or ggml_types.can_decode(qtype)
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

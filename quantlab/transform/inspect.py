@@ -12,7 +12,8 @@ import pandas as pd
 
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.model import Model, open
-from quantlab.transform.mixture import FALLBACK, FALLBACK_2023, FTYPES, RULES, Ftype, choose_types
+from quantlab.quants.ggml_types import FALLBACK
+from quantlab.transform.mixture import FALLBACK_2023, FTYPES, RULES, Ftype, choose_types
 
 __all__ = ["Inspection", "inspect", "mixtures", "text_table"]
 

@@ -22,13 +22,13 @@ from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, check_apart
-from quantlab.quants import block_size
+from quantlab.quants.ggml_types import GGML_TYPES, WRITABLE, block_size
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
 
 QUANTIZATION_VERSION = 2  # of the block layouts, ggml's GGML_QNT_VERSION
 GUESSED = 1024  # added to the ftype number by llama.cpp where it was counted from the tensors' types
 MAX_STRING = 127  # bytes of a metadata string that comes from the command line
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = tuple(name for name in WRITABLE if GGML_TYPES[name].dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,15 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantlab.quants import block_size
+from quantlab.quants.ggml_types import FALLBACK, WRITABLE, block_size
 
 RULES = ("current", "2023-12")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-WRITABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-
-# what a type becomes when a row is not a whole number of its super-blocks
-FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-FALLBACK_2023 = FALLBACK | {"Q3_K": "Q4_1"}
+FALLBACK_2023 = FALLBACK | {"Q3_K": "Q4_1"}  # what types became in 2023 where a row is not a whole number of blocks
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from __future__ import annotations
 import numpy as np
 
 from quantlab import quants
-from quantlab.quants.codebook import CODES
 from quantlab.quants.fused import quantize_fused
+from quantlab.quants.ggml_types import GGML_TYPES
 
 MAX_LEFT = 0.02  # share of a tensor's blocks that may be neither ours nor the fused ones
 FEW = 8  # so many may in any tensor
@@ -78,7 +78,7 @@ def allowed(left: int, n_blocks: int) -> bool:
 def _codes_are_nearest(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.ndarray:
     """Whether each block's codes are the nearest under its own scales; codes under a scale of 0 mean nothing."""
     first, step = quants.grid(blocks, qtype)
-    top = (1 << sum(place.width for place in CODES[qtype])) - 1
+    top = len(GGML_TYPES[qtype].levels) - 1
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ideal = np.clip((x.astype(np.float64) - first) / step, 0, top)
     off = np.abs(ideal - quants.codes(blocks, qtype))
@@ -87,13 +87,8 @@ def _codes_are_nearest(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.ndar
 
 def _codes_are_on_a_line(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.ndarray:
     """Whether some `slope * x + shift` rounds to each block's codes; without a minimum, the shift is that of code 0."""
-    codes = quants.codes(blocks, qtype).astype(np.float64)
-    top = (1 << sum(place.width for place in CODES[qtype])) - 1
-    if qtype == "Q8_0":
-        codes, lowest, highest = codes.astype(np.uint8).view(np.int8).astype(np.float64), -128, 127
-    else:
-        middle = 0 if qtype.endswith("_1") else (top + 1) // 2
-        codes, lowest, highest = codes - middle, -middle, top - middle
+    levels = np.array(GGML_TYPES[qtype].levels, np.float64)
+    codes, lowest, highest = levels[quants.codes(blocks, qtype)], levels.min(), levels.max()
     low = np.where(codes == lowest, -np.inf, codes - 0.5)  # beyond the last codes everything is rounded to them
     high = np.where(codes == highest, np.inf, codes + 0.5)
     step = quants.grid(blocks, qtype)[1][:, :1].astype(np.float64)
@@ -101,7 +96,7 @@ def _codes_are_on_a_line(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.nd
     def room(slope):
         """How far the best shift keeps all weights from the middles of their codes; negative where it cannot."""
         floor, ceiling = (low - slope * x).max(axis=1), (high - slope * x).min(axis=1)
-        return (ceiling - floor) / 2 if qtype.endswith("_1") else np.minimum(ceiling, -floor)
+        return (ceiling - floor) / 2 if lowest == 0 else np.minimum(ceiling, -floor)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         left, right = 0.7 / step, 1.4 / step

@@ -21,8 +21,8 @@ from quantlab.files.imatrix_file import ImportanceMatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.recognize import short
-from quantlab.quants.arrays import WEIGHTED
 from quantlab.quants.codebook import CODES
+from quantlab.quants.ggml_types import WEIGHTED, WRITABLE
 from quantlab.transform.compare import (
     Change,
     Cut,
@@ -39,7 +39,7 @@ from quantlab.transform.compare import (
 )
 from quantlab.transform.inspect import mixtures, text_table
 from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
-from quantlab.transform.mixture import FTYPES, RULES, WRITABLE, Choice, choose_types
+from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 from quantlab.transform.quantize import encode
 from quantlab.transform.rounding import allowed, is_other_rounding
 from quantlab.transform.slabs import kernels_in_order

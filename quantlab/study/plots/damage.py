@@ -1,16 +1,15 @@
 """Figures of what quantization costs: size against perplexity and divergence."""
 
+import re
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-from quantlab.study.plots.style import BLUE, VERMILION, new_axes
+from quantlab.study.plots.style import BLUE, VERMILION, by_family, new_axes
 from quantlab.study.tables import pareto
+from quantlab.transform.mixture import FTYPES
 
-_FAMILIES = (  # label, what the names of its ftypes look like, colour, marker
-    ("k-quants (super-blocks of 256)", r"^Q\d_K", BLUE, "o"),
-    ("legacy types (blocks of 32)", r"^Q\d_[01]", VERMILION, "s"),
-)
 _RULE_SETS = ((BLUE, "o", "-"), (VERMILION, "s", "--"))  # colour, marker and line of each curve
 
 
@@ -39,15 +38,16 @@ def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = N
     ValueError
         If no quantized row has a perplexity.
     """
-    families = [(*look, frame[frame["ppl"].notna() & frame["ftype"].str.match(look[1])]) for look in _FAMILIES]
-    shown = pd.concat([rows for *_, rows in families])
+    frame = frame[frame["ppl"].notna()]
+    families = by_family(frame, frame["ftype"].map(_base_type))
+    shown = pd.concat([frame.head(0), *(rows for _, rows in families)])
     if shown.empty:
         raise ValueError("bpw_against_ppl: no quantized row has a perplexity. Measure the model first.")
     ax = ax or new_axes((8, 5))
     base, error = shown["ppl"].iloc[0] - shown["delta_ppl"].iloc[0], shown["ppl_se"].min()
-    for label, _, colour, marker, rows in families:
-        look = {"fmt": marker, "color": colour, "ms": 5, "lw": 1, "capsize": 3}
-        ax.errorbar(rows["bpw"], rows["ppl"], yerr=rows["delta_ppl_se"], label=label, **look)
+    for family, rows in families:
+        look = {"fmt": family.marker, "color": family.colour, "ms": 5, "lw": 1, "capsize": 3}
+        ax.errorbar(rows["bpw"], rows["ppl"], yerr=rows["delta_ppl_se"], label=family.label, **look)
     ax.axhline(base, color="0.4", lw=1, ls="--", label=f"the model as it is: {base:.2f} ± {error:.2f}")
     ax.set(xlabel="size (bits per weight)", ylabel="perplexity", title=title, ylim=ax.get_ylim())
     ax.axhspan(base - error, base + error, color="0.92", zorder=0)  # does not stretch the axis
@@ -80,7 +80,7 @@ def size_against_kld(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
     ValueError
         If no quantized row has a KL divergence.
     """
-    shown = frame[frame["ftype"].str.match(r"^Q\d_") & (frame["kld_mean"] > 0)]
+    shown = frame[frame["ftype"].map(_base_type).notna() & (frame["kld_mean"] > 0)]
     if shown.empty:
         raise ValueError("size_against_kld: no quantized row has a KL divergence. Measure the model first.")
     points = shown.drop_duplicates(["ftype", "bpw"])
@@ -96,6 +96,12 @@ def size_against_kld(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
     ax.legend(frameon=False)
     _label_points(ax, points, "kld_mean")
     return ax
+
+
+def _base_type(name: str) -> str | None:
+    """The base type of a variant's ftype (`Q4_K` of `Q4_K_M+imatrix`); None where that is not a quantized one."""
+    ftype = FTYPES.get(re.match(r"\w*", name)[0])
+    return ftype.qtype if ftype and ftype.is_quantized else None
 
 
 def _label_points(ax: Axes, frame: pd.DataFrame, y: str = "ppl") -> None:

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
+
+from quantlab.quants.ggml_types import FAMILIES, GGML_TYPES, Family
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 
@@ -11,6 +14,25 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "
 def new_axes(size: tuple[float, float]) -> Axes:
     """Begin a figure of `size` inches, width and height, whose labels have room."""
     return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def by_family(frame: pd.DataFrame, qtypes: pd.Series) -> list[tuple[Family, pd.DataFrame]]:
+    """Part the rows of a frame by the family of their types; rows without a type are left out.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+    qtypes : pd.Series
+        The ggml type of each row, or None.
+
+    Returns
+    -------
+    list of (Family, pd.DataFrame)
+        The families that there are rows of.
+    """
+    names = qtypes.map(lambda qtype: GGML_TYPES[qtype].family if qtype in GGML_TYPES else "")
+    parts = ((family, frame[names == name]) for name, family in FAMILIES.items())
+    return [(family, rows) for family, rows in parts if len(rows)]
 
 
 def save(ax: Axes, path: str | Path) -> Path:

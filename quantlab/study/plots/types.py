@@ -1,13 +1,14 @@
 """Figures of the types: what is in a block, how its scale is found, what each type keeps of the weights."""
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes
+from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, by_family, new_axes
 
 _SUB_BLOCKS = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#B8A900", "0.55"]  # then from the beginning
 _BLOCK = "0.25"  # colour of what belongs to the whole block
@@ -227,15 +228,10 @@ def snr_against_bits(
         marker = "." if len(line) < 10 else ""
         ax.plot(line["bpw"], line["snr_db"], color=colour, ls=style, lw=1.2, marker=marker, label=label, zorder=1)
     frame = frame[np.isfinite(frame["snr_db"])]  # what loses nothing has no place on the axis
-    families = (
-        ("k-quants (super-blocks of 256)", True, BLUE, "o"),
-        ("legacy types (blocks of 32)", False, ORANGE, "s"),
-    )
-    for label, k, colour, marker in families:
-        rows = frame[frame["type"].str.endswith("_K") == k]
-        ax.plot(rows["bpw"], rows["snr_db"], marker, color=colour, mec="black", ms=8, label=label)
+    places = cycle(({"xytext": (-8, 4), "ha": "right"}, {"xytext": (8, -8), "ha": "left"}))
+    for (family, rows), place in zip(by_family(frame, frame["type"]), places, strict=False):
+        ax.plot(rows["bpw"], rows["snr_db"], family.marker, color=family.colour, mec="black", ms=8, label=family.label)
         for row in rows.itertuples():
-            place = {"xytext": (-8, 4), "ha": "right"} if k else {"xytext": (8, -8), "ha": "left"}
             ax.annotate(row.type, (row.bpw, row.snr_db), textcoords="offset points", fontsize=9, bbox=_PLAIN, **place)
     low, high = frame["bpw"].min(), frame["bpw"].max()
     ax.set(xlabel="size (bits per weight)", ylabel="signal to noise ratio (dB)", title=title)
