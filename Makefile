@@ -27,8 +27,9 @@ test: $(VENV)/.test  ## the tests, without the slow ones
 lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-bench: $(VENV)/.test  ## the kernels beside ggml's, quantizing a file, and the evaluator beside the machine's own peak
-	$(BIN)/python tests/bench_kernels.py
+bench: $(VENV)/.test  ## the start, the kernels beside ggml's, quantizing a file, the evaluator beside the machine's peak
+	$(BIN)/python tests/bench_start.py
+	$(BIN)/python tests/bench_kernels.py --start
 	$(BIN)/python tests/bench_quantize.py
 	$(BIN)/python tests/bench_evaluator.py
 

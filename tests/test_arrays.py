@@ -362,21 +362,3 @@ def test_same_bytes_on_smaller_processors(cpu, tmp_path):
     tests = [Path(__file__).with_name(f"test_{module}.py") for module in ("legacy", "kquants")]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "golden or oracle or random", *map(str, tests)]
     subprocess.run(command, env=environment, check=True, cwd=Path(__file__).parents[1])
-
-
-@pytest.mark.slow
-def test_first_call_is_quick_once_compiled():
-    """With compiled kernels on disk the first call of a process takes under a second of processor time."""
-    code = """
-import sys, time
-import numpy as np
-from quantlab import quants
-x = np.ones((16, 256), np.float32)
-start = time.process_time()
-quants.dequantize(quants.quantize(x, sys.argv[1]), sys.argv[1], x.shape)
-print(time.process_time() - start)
-"""
-    for qtype in quants.types().query("can_encode").index:
-        program = f"import sys; sys.argv[1:] = [{qtype!r}]\n{code}"
-        python(program)
-        assert float(python(program)) < 1, qtype
