@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 import quantlab as ql
+from quantlab import quants
 from quantlab.arch import Hparams
-from quantlab.evaluate import budget
-from quantlab.evaluate.dense import Matrix, Workers
-from quantlab.evaluate.llama import Layer, Llama
+from quantlab.evaluate.engine import Stored, find
+from quantlab.evaluate.engine.workers import Workers
+from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import cut
-from quantlab.evaluate.sweep import Sweep
-from quantlab.evaluate.tiles import COLUMNS, fill_panels, n_panels
+from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import as_is, resolve
 from quantlab.files.bundled import model_path, read_text
 
@@ -36,18 +35,19 @@ def operations(hparams, tokens: int, scored: int) -> int:
     return 2 * (hparams.n_layer * layer * tokens + hparams.n_vocab * hparams.n_embd * scored)
 
 
-def timed_pass(model, specs: list, text, chunks: int, workers: Workers) -> tuple[float, int, int]:
+def timed_pass(model, specs: list, text, chunks: int, mode: str) -> tuple[float, int, int]:
     """Seconds of one pass over a model and its variants, tokens, and operations of the base alone."""
-    windows, _ = cut(text, model.vocab, n_ctx=N_CTX, chunks=chunks, name="llama.cpp", mode="float", rules="current")
+    windows, _ = cut(text, model.vocab, n_ctx=N_CTX, chunks=chunks, name="llama.cpp", mode=mode, rules="current")
     variants = [as_is(model), *resolve(model, specs)]
-    plan = budget.fit(variants, windows, workers, None, False)
-    start = time.perf_counter()
-    Sweep(variants, windows, "float", plan, workers, "", None, tqdm(disable=True)).run()
-    return (
-        time.perf_counter() - start,
-        windows.tokens.size,
-        operations(model.hparams, windows.tokens.size, windows.targets.size),
-    )
+    with find(mode)(model, N_CTX) as engine:
+        plan = engine.plan(variants, windows, None, False)
+        start = time.perf_counter()
+        ForwardPass(variants, windows, engine, plan).run(ScoreTokens())
+        return (
+            time.perf_counter() - start,
+            windows.tokens.size,
+            operations(model.hparams, windows.tokens.size, windows.targets.size),
+        )
 
 
 def blas_peak(workers: Workers) -> float:
@@ -63,28 +63,47 @@ def blas_peak(workers: Workers) -> float:
     return 4 * len(a) * 2 * a[0].size * len(b) / best
 
 
-def wide_layer(workers: Workers) -> float:
+class WideModel:
+    """One layer of Llama-7B's shape, made up."""
+
+    hparams = Hparams(arch="llama", n_vocab=32000, n_ctx=N_CTX, n_embd=4096, n_ff=11008, n_layer=1, n_head=32)
+
+    def __init__(self, qtype: str):
+        self._rng, self._qtype = np.random.default_rng(0), qtype
+
+    def __contains__(self, name: str) -> bool:
+        return False
+
+    def read(self, name: str) -> Stored | None:
+        """A tensor of the layer."""
+        n_embd, n_ff = self.hparams.n_embd, self.hparams.n_ff
+        if "norm" in name:
+            return (
+                Stored(np.ones(n_embd, np.float32), "F32", (n_embd,))
+                if "_q_" not in name and "_k_" not in name
+                else None
+            )
+        if name.endswith("bias"):
+            return None
+        shape = {"ffn_gate.weight": (n_ff, n_embd), "ffn_up.weight": (n_ff, n_embd), "ffn_down.weight": (n_embd, n_ff)}
+        n_out, n_in = shape.get(name, (n_embd, n_embd))
+        weights = self._rng.standard_normal((n_out, n_in), np.float32) / np.float32(n_in**0.5)
+        if self._qtype == "F32":
+            return Stored(weights, "F32", weights.shape)
+        return Stored(quants.quantize(weights, self._qtype), self._qtype, weights.shape)
+
+
+def wide_layer(mode: str, qtype: str = "F32") -> float:
     """Operations per second of one layer of Llama-7B's shape over four chunks."""
-    n_embd, n_ff, n_head, rows = 4096, 11008, 32, 4 * N_CTX
-    hparams = Hparams(arch="llama", n_layer=1, n_embd=n_embd, n_head=n_head, n_ff=n_ff, n_vocab=32000, n_ctx=N_CTX)
-    rng = np.random.default_rng(0)
-
-    def matrix(n_out: int, n_in: int) -> Matrix:
-        panels = np.empty((n_panels(n_out), n_in, COLUMNS), np.float32)
-        fill_panels(rng.standard_normal((n_out, n_in), np.float32) / n_in**0.5, panels, 0)
-        return Matrix(((panels, n_out),))
-
-    ones = np.ones(n_embd, np.float32)
-    square, gate_up, down = matrix(n_embd, n_embd), matrix(2 * n_ff, n_embd), matrix(n_embd, n_ff)
-    layer = Layer(ones, matrix(3 * n_embd, n_embd), None, None, None, square, None, ones, gate_up, down)
-    llama = Llama(hparams, N_CTX, "float", workers)
-    x, qkv = rng.standard_normal((rows, n_embd), np.float32), np.empty((rows, llama.qkv_width), np.float32)
-    best = np.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        llama.forward(layer, x, qkv)
-        best = min(best, time.perf_counter() - start)
-    return operations(hparams, rows, 0) / best
+    model = WideModel(qtype)
+    with find(mode)(model, N_CTX) as engine:
+        layer, best = engine.load(model.read), np.inf
+        x = np.random.default_rng(1).standard_normal((4, N_CTX, model.hparams.n_embd), np.float32)
+        for _ in range(3):
+            start = time.perf_counter()
+            engine.forward(layer, x)
+            best = min(best, time.perf_counter() - start)
+    return operations(model.hparams, 4 * N_CTX, 0) / best
 
 
 def llama_perplexity(tool: str, model: Path, text, chunks: int, n_threads: int) -> float:
@@ -107,25 +126,26 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="tiny")
     parser.add_argument("text", nargs="?", default="primer")
     parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--mode", default="float")
     parser.add_argument("--llama-perplexity", metavar="PATH")
     parser.add_argument("--no-variants", action="store_true")
     options = parser.parse_args()
     path, text = model_path(options.model), read_text(options.text)
     model = ql.open(path)
     with Workers() as workers:
-        timed_pass(model, [], text, 1, workers)  # compiles
+        timed_pass(model, [], text, 1, options.mode)  # compiles
         peak = blas_peak(workers)
-        seconds, tokens, work = timed_pass(model, [], text, options.chunks, workers)
+        seconds, tokens, work = timed_pass(model, [], text, options.chunks, options.mode)
         peak = max(peak, blas_peak(workers))
         print(f"{workers.n_threads} threads, BLAS peak {peak / 1e9:.0f} GFLOP/s")
         speed = tokens / seconds
         reached = work / seconds
         print(f"{path.name}: {speed:.0f} tokens/s, {reached / 1e9:.0f} GFLOP/s, {reached / peak:.0%} of peak")
-        wide = wide_layer(workers)
+        wide = wide_layer(options.mode)
         print(f"4096-wide layer: {wide / 1e9:.0f} GFLOP/s, {wide / peak:.0%} of peak")
         if not options.no_variants:
-            timed_pass(model, EIGHT, text, 1, workers)
-            nine = timed_pass(model, EIGHT, text, options.chunks, workers)[0]
+            timed_pass(model, EIGHT, text, 1, options.mode)
+            nine = timed_pass(model, EIGHT, text, options.chunks, options.mode)[0]
             print(
                 f"base and {len(EIGHT)} variants: {nine:.1f} s, {nine / seconds:.2f} times the base's {seconds:.1f} s"
             )

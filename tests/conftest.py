@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-_KERNELS = sorted((Path(__file__).parents[1] / "quantlab").glob("[qe]*/*.py"))  # quants and evaluate
+_KERNELS = sorted((Path(__file__).parents[1] / "quantlab").glob("[qe]*/**/*.py"))  # quants and evaluate
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _KERNELS)).hexdigest()[:16]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"quantlab-numba-{_DIGEST}"))
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from quantlab import quants
-from quantlab.evaluate.activations import Blocks, round_bf16, round_f16
-from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
+from quantlab.evaluate.engine.workers import Workers
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 import quantlab as ql
 from quantlab.evaluate import budget, perplexity
-from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.engine import find
 from quantlab.evaluate.protocol import cut
 from quantlab.evaluate.variants import as_is
 from quantlab.files.bundled import read_text
@@ -33,14 +33,15 @@ def test_less_memory_cuts_the_pass_finer(variants):
     windows, _ = cut(
         read_text("primer"), variants[0].model.vocab, n_ctx=512, chunks=None, name="full", mode="float", rules="current"
     )
-    with Workers() as workers:
-        wide = budget.fit(variants, windows, workers, None, False)
-        kept = budget.fit(variants, windows, workers, None, True)
-        narrow = budget.fit(variants, windows, workers, wide.memory - 1, False)
-        least = budget.fit(variants, windows, workers, budget.PROCESS + (12 << 20), False)
+    with find("float")(variants[0].model, 512) as engine:
+        wide = engine.plan(variants, windows, None, False)
+        kept = engine.plan(variants, windows, None, True)
+        observed = engine.plan(variants, windows, None, False, observed=True)
+        narrow = engine.plan(variants, windows, wide.memory - 1, False)
+        least = engine.plan(variants, windows, budget.PROCESS + (12 << 20), False)
     assert wide.in_memory and wide.disk == 0
     assert not kept.in_memory and kept.disk == 2 * 4 * 4 * windows.tokens.size * variants[0].model.hparams.n_embd
-    assert narrow.memory < wide.memory
+    assert narrow.memory < wide.memory < observed.memory
     assert (least.in_memory, least.chunks_at_once) == (False, 1)
 
 
@@ -48,7 +49,7 @@ def test_a_pass_in_pieces_on_disk_gives_the_same(tmp_path, monkeypatch):
     folder = llama_models.write_model(tmp_path / "llama2", "llama2")
     options = {"n_ctx": 64, "chunks": 6, "progress": False}
     whole = ql.compare(folder, ["Q8_0", "Q4_0"], "primer", **options)
-    monkeypatch.setattr(perplexity, "fit", lambda *args, **kwargs: budget.Budget(2, 1, 16, False, 0, 0, 0.0))
+    monkeypatch.setattr(find("float"), "plan", lambda *args, **kwargs: budget.Budget(2, 1, False, 0, 0, 0.0))
     pieces = ql.compare(folder, ["Q8_0", "Q4_0"], "primer", **options)
     for a, b in zip(whole.rows, pieces.rows, strict=True):
         assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-6)  # products of other sizes may add up in another order

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from quantlab import quants
-from quantlab.evaluate import ggml_products
-from quantlab.evaluate.activations import Blocks
-from quantlab.evaluate.dense import Workers
-from quantlab.evaluate.ggml_products import ORDERS, PackedMatrix, pack, product
+from quantlab.evaluate.engine import ggml_products
+from quantlab.evaluate.engine.ggml_activations import Blocks
+from quantlab.evaluate.engine.ggml_products import ORDERS, pack, product
+from quantlab.evaluate.engine.workers import Workers
 
 ORDERED = [qtype for qtype, order in ORDERS.items() if order.group and not qtype.startswith("IQ")]  # what we encode
 f32 = np.float32
@@ -68,7 +68,7 @@ def test_sums_keep_their_order(rng, qtype):
     data = quants.quantize(weights, qtype)
     out = np.full((5, 70), np.nan, f32)
     workers = Workers()
-    product(x, PackedMatrix((pack(data, qtype, weights.shape),)), out, workers)
+    product(x, [pack(data, qtype, weights.shape)], out, workers)
     blocks = Blocks(x, ORDERS[qtype].activations, workers)
     for r in (0, 4):
         for c in (0, 1, 64, 69):
@@ -86,7 +86,7 @@ def test_is_the_product_of_what_is_left_after_rounding(rng, qtype):
         data = quants.quantize(weights, qtype)
     decoded = quants.dequantize(data, qtype, weights.shape).astype(np.float64)
     out, activations = np.empty((200, 40), f32), ORDERS[qtype].activations
-    product(x, PackedMatrix((pack(data, qtype, weights.shape),)), out, Workers())
+    product(x, [pack(data, qtype, weights.shape)], out, Workers())
     rounded = quants.roundtrip(x, "Q8_0" if activations == "Q8_1" else activations).astype(np.float64)
     expected = rounded @ decoded.T
     # Q8_1 keeps its sums in float16, 11 bits; else only float32 sums are in between
@@ -101,7 +101,7 @@ def test_matrices_stand_side_by_side_each_in_its_type(rng):
         data = quants.quantize(rng.standard_normal((n_out, 256)).astype(f32), qtype)
         parts.append(pack(data, qtype, (n_out, 256)))
         alone.append(np.empty((9, n_out), f32))
-        product(x, PackedMatrix(parts[-1:]), alone[-1], Workers())
-    together = np.empty((9, PackedMatrix(tuple(parts)).n_out), f32)
-    product(x, PackedMatrix(tuple(parts)), together, Workers())
+        product(x, parts[-1:], alone[-1], Workers())
+    together = np.empty((9, sum(part.n_out for part in parts)), f32)
+    product(x, parts, together, Workers())
     assert np.array_equal(together, np.hstack(alone))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from quantlab.evaluate.tiles import BLAS, COLUMNS, DEPTH, ROWS, fill_panels, multiply, n_panels
+from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, DEPTH, ROWS, fill_panels, multiply, n_panels
 
 
 def in_panels(weight):

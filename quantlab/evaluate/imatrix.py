@@ -15,30 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from tqdm.auto import tqdm
 
-from quantlab.evaluate import fused
-from quantlab.evaluate.budget import fit
+from quantlab import arch
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.dense import Matrix, Workers
-from quantlab.evaluate.llama import MODES, Layer, Llama, layer_weights
+from quantlab.evaluate.engine import Engine, find
+from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Windows, cut
-from quantlab.evaluate.sweep import Sweep
 from quantlab.evaluate.variants import as_is
 from quantlab.files.bundled import model_path, read_text
 from quantlab.files.imatrix_file import ImportanceMatrix, merge, read_imatrix
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.progress import announce
-
-# field of a Layer -> the tensors that its product stacks
-KINDS = {
-    "qkv": ("attn_q", "attn_k", "attn_v"),
-    "attn_output": ("attn_output",),
-    "gate_up": ("ffn_gate", "ffn_up"),
-    "ffn_down": ("ffn_down",),
-}
 
 
 def imatrix(
@@ -95,8 +84,7 @@ def imatrix(
     >>> matrix.sums["blk.0.ffn_down.weight"].shape, matrix.counts["blk.0.ffn_down.weight"]
     ((1, 512), array([512.], dtype=float32))
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
+    find(mode)
     opened = model if isinstance(model, Model) else open_model(model_path(model))
     check_model(opened)
     text = read_text(text)
@@ -132,82 +120,41 @@ def _collect(
     model: Model, windows: Windows, mode: str, process_output: bool, memory, progress: bool
 ) -> dict[str, np.ndarray]:
     """Do the pass and return the sums [shape=(1, n_per_row), dtype=float32] by tensor name."""
-    variant = as_is(model)
-    steps = model.hparams.n_layer
-    with Workers() as workers:
-        budget = fit([variant], windows, workers, memory, keep_states=False)
+    n_layer = model.hparams.n_layer
+    with find(mode)(model, windows.tokens.shape[1]) as engine:
+        budget = engine.plan([as_is(model)], windows, memory, keep_states=False, observed=True)
         if progress:
             announce(f"importance matrix over {windows.tokens.size} tokens: {budget}")
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
-        shown = dict(unit="tokens", unit_scale=1 / steps, disable=not progress, bar_format=bar_format)
-        with tqdm(total=steps * windows.tokens.size, **shown) as bar:
-            return _Collection([variant], windows, mode, budget, workers, "", None, bar).collect(process_output)
+        shown = dict(unit="tokens", unit_scale=1 / n_layer, disable=not progress, bar_format=bar_format)
+        with tqdm(total=n_layer * windows.tokens.size, **shown) as bar:
+            consumer = _Importance(model, engine, process_output)
+            return ForwardPass([as_is(model)], windows, engine, budget, bar).run(consumer)
 
 
-class _Collection(Sweep):
-    """The evaluator's pass over one model, for the inputs of its products instead of its scores."""
+class _Importance:
+    """Consumer of a `ForwardPass` that adds up the squared inputs of every product with weights."""
 
-    def collect(self, process_output: bool) -> dict[str, np.ndarray]:
-        """Return the sums of every layer's tensors, and on request the output matrix's."""
-        factors = self.base.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in self.base else None
-        self.llama = _Observer(self.hparams, self.windows.tokens.shape[1], self.mode, self.workers, factors)
-        sums: dict[str, np.ndarray] = {}
-        memory = np.empty(max(layer_weights(self.base, i) for i in range(self.hparams.n_layer)), np.float32)
-        qkv = np.empty((self.budget.chunks_at_once * self.windows.tokens.shape[1], self.llama.qkv_width), np.float32)
-        self._embed()
-        for index in range(self.hparams.n_layer):
-            self._layer(index, memory, qkv)
-            for field, total in self.llama.take().items():
-                sums |= {f"blk.{index}.{kind}.weight": total for kind in KINDS[field]}
-        if process_output and "output.weight" in self.base:
-            norm = self.base.tensor("output_norm.weight").floats()
-            self.workers.map(lambda chunks: self._output_inputs(norm, chunks), self._batches())
-            sums["output.weight"] = self.llama.take()["output"]
-        self.states.close(delete=True)
-        return sums
+    def __init__(self, model: Model, engine: Engine, process_output: bool):
+        self._model, self._engine = model, engine
+        self._process_output = process_output and "output.weight" in model
+        self._products = arch.find(model.hparams.arch).layer.products
+        self._sums: dict[str, np.ndarray] = {}
 
-    def _output_inputs(self, norm: np.ndarray, chunks: slice) -> None:
-        """Add up what the output matrix gets from some chunks."""
-        x = self.states.read(0, chunks).reshape(-1, self.hparams.n_embd)
-        normed = np.empty_like(x)
-        fused.rms_norm(x, norm, self.llama.eps, normed)
-        self.llama.observe("output", normed)
+    def observe(self, variant: int, layer: int, field: str, inputs) -> None:
+        """Add up the squares of the inputs of one product, for each of its matrices."""
+        squares = self._engine.column_squares(inputs)
+        for name in self._products[field]:
+            self._add(f"blk.{layer}.{name}.weight", squares)
 
+    def _add(self, tensor: str, squares: np.ndarray) -> None:
+        self._sums[tensor] = self._sums.get(tensor, 0) + squares
 
-class _Observer(Llama):
-    """A forward pass that adds up the squared inputs of every product with weights."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self._layer: Layer | None = None
-        self._partial: dict[str, list[np.ndarray]] = {}
-
-    def forward(self, layer: Layer, x: np.ndarray, qkv: np.ndarray, first: int = 0) -> None:
-        """Apply one layer in place."""
-        self._layer = layer
-        super().forward(layer, x, qkv, first)
-
-    def product(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
-        """Compute out = x · weightᵀ, having looked at x."""
-        self.observe(next(field for field in KINDS if getattr(self._layer, field) is matrix), x)
-        super().product(x, matrix, out)
-
-    def observe(self, field: str, x: np.ndarray) -> None:
-        """Add up the squares of a block of rows; called by several threads at once."""
-        total = np.zeros(x.shape[1])
-        _add_squares(x, total)
-        self._partial.setdefault(field, []).append(total)
-
-    def take(self) -> dict[str, np.ndarray]:
-        """Return the sums so far, rounded to float32, and begin anew."""
-        partial, self._partial = self._partial, {}
-        # sorted by size, so that the sum is the same whichever thread came first
-        return {f: np.sort(np.stack(t), axis=0).sum(axis=0)[None].astype(np.float32) for f, t in partial.items()}
-
-
-@njit(nogil=True, cache=True)
-def _add_squares(x, total):
-    """total[j] += Σ x[:, j]², in float64."""
-    for r in range(x.shape[0]):
-        for j in range(x.shape[1]):
-            total[j] += np.float64(x[r, j]) * np.float64(x[r, j])
+    def output(self, forward_pass: ForwardPass) -> dict[str, np.ndarray]:
+        """Return the sums by tensor, rounded to float32; the output matrix's on request."""
+        if self._process_output:
+            norm, _ = forward_pass.weights.output(forward_pass.variants[0])
+            for chunks in forward_pass.batches():
+                inputs = self._engine.output_inputs(norm, forward_pass.last_states(0, chunks))
+                self._add("output.weight", self._engine.column_squares(inputs))
+        return {tensor: sums[None].astype(np.float32) for tensor, sums in self._sums.items()}

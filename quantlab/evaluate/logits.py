@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.dense import Workers
-from quantlab.evaluate.llama import MODES, Llama
-from quantlab.evaluate.variants import Weights, as_is
+from quantlab.evaluate.engine import find
+from quantlab.evaluate.forward_pass import ForwardPass
+from quantlab.evaluate.protocol import Windows
+from quantlab.evaluate.variants import as_is
 
 
 def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
@@ -32,24 +34,22 @@ def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
     """
     check_model(model)
     tokens, hparams = np.asarray(tokens, np.int64), model.hparams
-    if mode not in MODES:
-        raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
+    engine = find(mode)
     if tokens.ndim not in (1, 2) or not tokens.size or tokens.min() < 0 or tokens.max() >= hparams.n_vocab:
         raise ValueError(f"tokens: shape={tokens.shape}, must be a row or windows of ids within 0:{hparams.n_vocab}.")
-    variant = as_is(model)
-    used, place = np.unique(tokens, return_inverse=True)
-    place = place.ravel()
-    factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
-    with Workers() as workers:
-        weights = Weights(model, [variant], workers)
-        x = weights.rows(variant, "token_embd.weight", used)[place]
-        llama = Llama(hparams, tokens.shape[-1], mode, workers, factors)
-        qkv = np.empty((len(x), llama.qkv_width), np.float32)
-        for index in range(hparams.n_layer):
-            llama.forward(weights.layer(variant, index, mode), x, qkv)
-            weights.forget()
-        norm, matrix = weights.output(variant, mode)
-        llama.steps.rms_norm(x, norm, llama.eps, x)
-        found = np.empty((len(x), hparams.n_vocab), np.float32)
-        llama.product(x, matrix, found)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    variants, windows = [as_is(model)], Windows(rows, rows, 0)
+    with engine(model, rows.shape[1]) as running:
+        found = ForwardPass(variants, windows, running, Budget(len(rows), 1, True, 0, 0, 0.0)).run(_Logits())
     return found.reshape(*tokens.shape, hparams.n_vocab)
+
+
+class _Logits:
+    """Consumer of a `ForwardPass`: the base's logits at every scored position."""
+
+    observe = None
+
+    def output(self, forward_pass: ForwardPass) -> np.ndarray:
+        """Return the logits [n_chunks, n_scored, n_vocab]."""
+        p, output = forward_pass, forward_pass.output(0)
+        return np.concatenate([p.engine.logits(output, p.last_states(0, chunks)) for chunks in p.batches()])

@@ -4,7 +4,7 @@ Source: llama-perplexity (tools/perplexity/perplexity.cpp of llama.cpp), which t
 the overlaps, flips and bootstrap intervals are additions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -50,6 +50,10 @@ class TokenScores:
         """Arrays to be filled."""
         dtypes = (np.float64, np.float64, np.bool_, np.bool_, np.uint8, np.uint8)
         return cls(*(np.zeros((n_chunks, n_scored), dtype) for dtype in dtypes))
+
+    def at(self, place) -> dict[str, np.ndarray]:
+        """Views of some tokens' scores, by field."""
+        return {field.name: getattr(self, field.name)[place] for field in fields(self)}
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

@@ -14,12 +14,11 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from quantlab.evaluate import metrics
-from quantlab.evaluate.budget import fit
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.dense import Workers
-from quantlab.evaluate.llama import MODES
+from quantlab.evaluate.engine import find
+from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same
-from quantlab.evaluate.sweep import Sweep
+from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Variant, as_is, resolve, steps
 from quantlab.files.bundled import model_path, read_text
 from quantlab.files.imatrix_file import read_imatrix
@@ -251,8 +250,7 @@ def _name(model, opened: Model) -> str:
 
 def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules, memory, scratch, progress):
     """Score every token of every variant."""
-    if mode not in MODES:
-        raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
+    engine = find(mode)
     base = variants[0].model
     for variant in variants:
         check_model(variant.model)
@@ -260,8 +258,8 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
         read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules
     )
     key = _key(variants, windows, record)
-    with Workers() as workers, ExitStack() as stack:
-        budget = fit(variants, windows, workers, memory, keep_states=scratch is not None)
+    with engine(base, windows.tokens.shape[1]) as running, ExitStack() as stack:
+        budget = running.plan(variants, windows, memory, keep_states=scratch is not None)
         if scratch is None and not budget.in_memory:
             scratch = stack.enter_context(TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True))
         if scratch is not None:
@@ -272,7 +270,8 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
         shown = dict(unit="tokens", unit_scale=1 / (base.hparams.n_layer + 1), disable=not progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=steps(variants) * windows.tokens.size, bar_format=bar_format, **shown) as bar:
-            return record, Sweep(variants, windows, mode, budget, workers, key, scratch, bar).run(), variants
+            forward_pass = ForwardPass(variants, windows, running, budget, bar, scratch, key)
+            return record, forward_pass.run(ScoreTokens()), variants
 
 
 def _check_disk(folder: Path, needed: int) -> None:

@@ -8,18 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from quantlab import quants
-from quantlab.evaluate.dense import Matrix, Workers, blocks
-from quantlab.evaluate.ggml_products import Packed, PackedMatrix, pack
-from quantlab.evaluate.llama import Layer, load_layer
-from quantlab.evaluate.tiles import COLUMNS, fill_panels, n_panels
+from quantlab.evaluate.engine import Stored
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.transform.mixture import Recipe, choose_types, layer_of
 from quantlab.transform.plan import tensor_bytes
 
 _ROWS = 2048  # rows of a matrix that are read or converted at a time
-PIECE = 1 << 22  # weights that are dequantized at a time on their way into panels
-_PANEL_ROWS = 64  # rows that a thread puts into panels at a time
+_PIECE = 1 << 22  # weights that are dequantized at a time on their way to another type
 
 
 @dataclass(frozen=True)
@@ -138,53 +134,29 @@ def _from_file(base: Model, path: Path) -> Variant:
 
 
 class Weights:
-    """Values of the variants' tensors. What several variants share is read and quantized once while it is at work.
+    """Tensors of the variants as they are stored. What several variants share is read and quantized once.
 
-    `fill` remembers a base tensor as it is stored, and its bytes in a type that more than one variant wants;
-    `forget` drops all that, and belongs at the end of each layer.
+    A base tensor is remembered, and so are its bytes in a type that more than one variant wants; `forget` drops all
+    that, and belongs at the end of each layer.
     """
 
-    def __init__(self, base: Model, variants: Sequence[Variant], workers: Workers):
-        self._base, self._workers = base, workers
+    def __init__(self, base: Model, variants: Sequence[Variant]):
+        self._base = base
         self._wanted = Counter(identity(variant, name) for variant in variants for name in variant.types)
         self._stored: dict[str, np.ndarray] = {}
         self._encoded: dict[tuple, np.ndarray] = {}
 
-    def layer(self, variant: Variant, index: int, mode: str, memory: np.ndarray | None = None) -> Layer:
-        """Return the weights of a layer as the forward pass in `mode` takes them; for `memory` see `load_layer`."""
-        packed = None if mode == "float" else lambda name: self._packed(variant, name)
-        return load_layer(variant.model, index, lambda name, out: self.fill(variant, name, out), memory, packed)
+    def get(self, variant: Variant, name: str) -> Stored | None:
+        """Return tensor `name` of a variant; None where it has no such tensor."""
+        if name not in variant.model:
+            return None
+        return Stored(self._load_as(variant, name), variant.types[name], variant.model.tensor(name).shape)
 
-    def output(self, variant: Variant, mode: str) -> tuple[np.ndarray, Matrix | PackedMatrix]:
+    def output(self, variant: Variant) -> tuple[Stored, Stored]:
         """Return output norm and output matrix."""
-        name = "output.weight" if "output.weight" in variant.model else "token_embd.weight"
-        norm = np.empty(variant.model.tensor("output_norm.weight").shape, np.float32)
-        self.fill(variant, "output_norm.weight", norm)
-        if mode != "float":
-            return norm, PackedMatrix((self._packed(variant, name),))
-        n_out, n_in = variant.model.tensor(name).shape
-        panels = np.empty((n_panels(n_out), n_in, COLUMNS), np.float32)
-        self.fill(variant, name, panels)
-        return norm, Matrix(((panels, n_out),))
+        return self.get(variant, "output_norm.weight"), self.get(variant, output_name(variant.model))
 
-    def fill(self, variant: Variant, name: str, out: np.ndarray) -> None:
-        """Put the values of tensor `name` of `variant` into `out`, float32 of its shape, or a matrix's panels."""
-        stored, qtype, shape = self._bytes(variant, name), variant.types[name], variant.model.tensor(name).shape
-        if out.shape == shape:
-            self._decode(stored, qtype, out)
-            return
-        for piece in blocks(len(stored), max(_PANEL_ROWS, PIECE // shape[1])):
-            rows = stored[piece]
-            if rows.dtype != np.float32:
-                rows = quants.dequantize(rows.view(np.uint8), qtype, (len(rows), shape[1]))
-            parts = blocks(len(rows), _PANEL_ROWS)
-            self._workers.map(lambda part, x=rows, at=piece.start: fill_panels(x[part], out, at + part.start), parts)
-
-    def _packed(self, variant: Variant, name: str) -> Packed:
-        shape = variant.model.tensor(name).shape
-        return pack(self._bytes(variant, name), variant.types[name], shape)
-
-    def _bytes(self, variant: Variant, name: str) -> np.ndarray:
+    def _load_as(self, variant: Variant, name: str) -> np.ndarray:
         """Tensor `name` of `variant` as it is stored in its type."""
         tensor = variant.model.tensor(name)
         if variant.model is not self._base:
@@ -202,7 +174,8 @@ class Weights:
             if low == high:
                 continue
             stored = tensor.rows(start, min(start + _ROWS, tensor.nrows))[indices[low:high] - start]
-            x = self._decode(stored, tensor.qtype, found[low:high])
+            x = found[low:high]
+            x[:] = Stored(stored, tensor.qtype, stored.shape[:1] + tensor.shape[1:]).floats()
             if qtype != tensor.qtype:
                 quants.roundtrip(x, qtype, variant.imatrix.get(name), name=name, out=x)
         return found
@@ -225,8 +198,8 @@ class Weights:
         x, tensor = self._load(name), self._base.tensor(name)
         qtype, weights = variant.types[name], variant.imatrix.get(name)
         if x.dtype == np.uint8:
-            n_in, pieces = tensor.shape[-1], blocks(len(x), max(1, PIECE // tensor.shape[-1]))
-            floats = (quants.dequantize(x[rows], tensor.qtype, (rows.stop - rows.start, n_in)) for rows in pieces)
+            stored, step = Stored(x, tensor.qtype, tensor.shape), max(1, _PIECE // tensor.shape[-1])
+            floats = (stored.floats(slice(start, start + step)) for start in range(0, len(x), step))
             data = np.concatenate([quants.quantize(piece, qtype, weights, name=name) for piece in floats])
         else:
             data = quants.quantize(x, qtype, weights, name=name)
@@ -234,12 +207,10 @@ class Weights:
             self._encoded[key] = data
         return data
 
-    def _decode(self, stored: np.ndarray, qtype: str, out: np.ndarray) -> np.ndarray:
-        """Put the values of a tensor as `LazyTensor.load` gives it into `out` [float32], and return that."""
-        if stored.dtype == np.uint8:
-            return quants.dequantize(stored, qtype, out.shape, out=out)
-        self._workers.map(lambda rows: np.copyto(out[rows], stored[rows]), blocks(len(out), _ROWS))
-        return out
+
+def output_name(model: Model) -> str:
+    """Return the name of the matrix that gives the logits: the embeddings' where there is no other."""
+    return "output.weight" if "output.weight" in model else "token_embd.weight"
 
 
 def identity(variant: Variant, name: str) -> tuple:

@@ -16,11 +16,11 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
-from quantlab.evaluate.budget import fit
-from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.engine import find
+from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.metrics import TokenScores, mean_and_error
 from quantlab.evaluate.protocol import Windows
-from quantlab.evaluate.sweep import Sweep
+from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Variant, as_is, steps
 from quantlab.files.model import open as open_model
 from quantlab.study.damage_cache import DamageCache
@@ -77,10 +77,9 @@ class Bundle:
     def measure(self, bar: tqdm | None = None) -> list[dict]:
         """Return the damage of each change; what was measured is in the cache by then."""
         variants, cache = self.variants(), DamageCache(self.cache)
-        with threads(self.threads), Workers() as workers, tqdm(disable=True) as silent:
-            budget = fit(variants, self.windows, workers, self.memory, keep_states=False)
-            sweep = Sweep(variants, self.windows, self.mode, budget, workers, "", None, bar or silent)
-            base, *others = sweep.run()
+        with threads(self.threads), find(self.mode)(variants[0].model, self.windows.tokens.shape[1]) as engine:
+            budget = engine.plan(variants, self.windows, self.memory, keep_states=False)
+            base, *others = ForwardPass(variants, self.windows, engine, budget, bar).run(ScoreTokens())
         start = others.pop(0) if len(others) > len(self.changes) else base
         found = [_damage(scores, start, base) | {"blas": _blas()} for scores in others]
         for key, damage in zip(self.keys, found, strict=True):

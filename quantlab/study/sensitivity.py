@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 import quantlab
 from quantlab.evaluate import protocol as protocols
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.llama import MODES
+from quantlab.evaluate.engine import find
 from quantlab.evaluate.variants import Variant, as_is, resolve
 from quantlab.files.bundled import cache_dir, read_text
 from quantlab.files.imatrix_file import read_imatrix
@@ -248,8 +248,7 @@ def sensitivity(
     """
     base = model if isinstance(model, Model) else open_model(model)
     check_model(base)
-    if mode not in MODES:
-        raise ValueError(f"mode={mode}, must be one of {', '.join(MODES)}.")
+    find(mode)
     start = _start(base, around, rules, read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix)
     changes = plan_changes(base, types, groups)
     if sample is not None and (sample < 1 or groups is not None or around is not None):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from quantlab.evaluate.budget import SHARE_OF_PEAK, peak
-from quantlab.evaluate.dense import Workers
+from quantlab.evaluate.engine.cpu import SHARE_OF_PEAK, peak
+from quantlab.evaluate.engine.workers import Workers
 from quantlab.evaluate.perplexity import Comparison, compare
 from quantlab.files.bundled import data_dir, is_shape, shape, shapes
 from quantlab.files.model import Model

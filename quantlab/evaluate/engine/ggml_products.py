@@ -13,14 +13,15 @@ groups by fused multiply-add. What differs between the types is the group, and i
 Source: ggml/src/ggml-cpu of llama.cpp 0c1e57098; the functions are named in ORDERS.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 
 from quantlab import quants
-from quantlab.evaluate.activations import Blocks, round_bf16, round_f16
-from quantlab.evaluate.ggml_steps import fma
+from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
+from quantlab.evaluate.engine.ggml_steps import fma
 
 PANEL = 64  # rows of weights that stand side by side for `_sum_in_lanes`
 _ROWS = 128  # rows of activations that `_sum_groups` takes at a time
@@ -100,18 +101,6 @@ class Packed:
     mins: np.ndarray
 
 
-@dataclass(frozen=True)
-class PackedMatrix:
-    """One or several weight matrices over the same input; their products stand side by side."""
-
-    parts: tuple[Packed, ...]
-
-    @property
-    def n_out(self) -> int:
-        """Columns of the product."""
-        return sum(part.n_out for part in self.parts)
-
-
 def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int]) -> Packed:
     """Take a weight matrix apart.
 
@@ -160,19 +149,19 @@ def _with_scales(blocks: np.ndarray, qtype: str, n_in: int, d: float, dmin: floa
     return quants.dequantize(blocks.reshape(-1), qtype, (len(blocks), n_in))
 
 
-def product(x: np.ndarray, matrix: PackedMatrix, out: np.ndarray, workers) -> None:
-    """Compute out = x · weightᵀ.
+def product(x: np.ndarray, parts: Sequence[Packed], out: np.ndarray, workers) -> None:
+    """Compute out = x · weightᵀ, for matrices over the same input side by side.
 
     Parameters
     ----------
     x : np.ndarray [shape=(nrows, n_in), dtype=float32]
-    matrix : PackedMatrix
-    out : np.ndarray [shape=(nrows, matrix.n_out), dtype=float32]
+    parts : sequence of Packed
+    out : np.ndarray [shape=(nrows, their rows), dtype=float32]
     workers : Workers
         For scratch space.
     """
     column, blocks = 0, None
-    for part in matrix.parts:
+    for part in parts:
         order, target = ORDERS[part.qtype], out[:, column : column + part.n_out]
         column += part.n_out
         if not order.group:

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from quantlab.evaluate.fused import add  # noqa: F401  (one addition per number: it has no order)
+from quantlab.evaluate.engine.fused import add  # noqa: F401  (one addition per number: it has no order)
 
 KEYS = 64  # keys that flash attention takes at a time (GGML_FA_TILE_KV)
 _ZERO, _ONE = np.float32(0), np.float32(1)

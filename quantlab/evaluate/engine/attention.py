@@ -3,8 +3,8 @@
 scores = q · kᵀ          softmax of each row over the keys up to its own          out = scores · v
 """
 
-from quantlab.evaluate.fused import causal_softmax
-from quantlab.evaluate.tiles import COLUMNS, compiled, multiply, pack
+from quantlab.evaluate.engine.fused import causal_softmax
+from quantlab.evaluate.engine.tiles import COLUMNS, compiled, multiply, pack
 
 QUERIES = 60  # positions at a time: whole tiles, and few keys that only the last of them may see
 

@@ -1,6 +1,6 @@
 """The element-wise work of the forward pass, each step fused into one loop over rows.
 
-Every function is compiled without the GIL and works on the rows it is given; `dense.Workers` runs it on several blocks
+Every function is compiled without the GIL and works on the rows it is given; `Workers` runs it on several blocks
 of rows at once. The order of every sum is written down, in lanes. Where a compiler may choose it, a function that is
 called from another compiled one can have two orders, one in the process that compiles and one in those that load it.
 """
@@ -145,6 +145,16 @@ def silu_mul(gate_up, out):
         gate, up, row = gate_up[r, :n], gate_up[r, n:], out[r]
         for i in range(n):
             row[i] = gate[i] / (_ONE + exp32(-gate[i])) * up[i]
+
+
+@njit(nogil=True, cache=True)
+def column_squares(x):
+    """Σ x[:, j]² of each column, in float64."""
+    total = np.zeros(x.shape[1])
+    for r in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            total[j] += np.float64(x[r, j]) * np.float64(x[r, j])
+    return total
 
 
 PIECE = 1024  # logits whose exponentials are summed in float32; the pieces' sums are added in float64

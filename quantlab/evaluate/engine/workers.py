@@ -1,4 +1,4 @@
-"""Products with weights, and the threads that they run on.
+"""The threads that the CPU engines run on.
 
 Work is cut into blocks of rows. Each block is done by one thread from start to end, in compiled loops without the GIL;
 BLAS, where it is at work, has one thread. No two thread pools compete for the cores, and the result does not depend on
@@ -8,46 +8,10 @@ how many there are.
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from numba import get_num_threads
 from threadpoolctl import ThreadpoolController
-
-from quantlab.evaluate.tiles import multiply
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One or several weight matrices over the same input, side by side in one product.
-
-    Attributes
-    ----------
-    parts : tuple of (np.ndarray, int)
-        Of each matrix its panels [shape=(n_panels(n_out), n_in, COLUMNS), dtype=float32] (see `tiles`) and n_out.
-    """
-
-    parts: tuple[tuple[np.ndarray, int], ...]
-
-    @property
-    def n_out(self) -> int:
-        """Columns of the product."""
-        return sum(n_out for _, n_out in self.parts)
-
-
-def product(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
-    """Compute out = x · weightᵀ.
-
-    Parameters
-    ----------
-    x : np.ndarray [shape=(nrows, n_in), dtype=float32]
-    matrix : Matrix
-    out : np.ndarray [shape=(nrows, n_out), dtype=float32]
-    """
-    start = 0
-    for panels, n_out in matrix.parts:
-        multiply(x, panels, out[:, start : start + n_out])
-        start += n_out
 
 
 class Workers:

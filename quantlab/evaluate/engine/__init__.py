@@ -1,0 +1,183 @@
+"""Engines: each computes whole layers in one kind of arithmetic on one kind of device.
+
+An engine is a class in a file of this folder that derives from `Engine`. It is found by the modes and devices that it
+names. It owns the form of its weights, its scratch memory, and its estimate of time and memory; the pass over a model
+(`forward_pass`) knows only what is written here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, ClassVar
+
+import numpy as np
+
+from quantlab import quants
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it is stored.
+
+    Attributes
+    ----------
+    data : np.ndarray
+        As `LazyTensor.load` and `quants.quantize` give it: floats of the tensor's shape, or bytes.
+    qtype : str
+    shape : tuple of int
+    """
+
+    data: np.ndarray
+    qtype: str
+    shape: tuple[int, ...]
+
+    def floats(self, rows: slice = slice(None)) -> np.ndarray:
+        """Return some rows as float32: a view of what is float32 already."""
+        data = self.data[rows]
+        if data.dtype == np.float32:
+            return data
+        shape = (len(data), *self.shape[1:]) if len(self.shape) > 1 else self.shape
+        return quants.dequantize(data.view(np.uint8), self.qtype, shape)
+
+
+# `read(name)` gives a tensor of one layer by its name there, such as `ffn_down.weight`; None where there is none
+Read = Callable[[str], Stored | None]
+# `observe(field, inputs)` sees the inputs of a product; it may return `read` for new weights of that product
+Observe = Callable[[str, Any], Read | None]
+
+
+class Engine(ABC):
+    """Computes the layers of one model.
+
+    Use as a context manager. The fields of a layer's products are those of its description: `attn_qkv`,
+    `attn_output`, `ffn_in`, `ffn_down`; the product after the last layer is `output`.
+
+    Parameters
+    ----------
+    model : Model
+        Gives hyper-parameters and what belongs to no layer, such as `rope_freqs.weight`.
+    n_ctx : int
+        Tokens of a chunk.
+    """
+
+    modes: ClassVar[tuple[str, ...]]
+    devices: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def __enter__(self): ...
+
+    @abstractmethod
+    def __exit__(self, *exc): ...
+
+    @abstractmethod
+    def plan(self, variants: Sequence, windows, memory: str | int | None, keep_states: bool, observed: bool = False):
+        """Return the `Budget` of a pass over `variants`, cut to stay within `memory`.
+
+        Raises
+        ------
+        ValueError
+            If the pass does not fit.
+        """
+
+    @abstractmethod
+    def embed(self, table: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the hidden states [*places.shape, n_embd] before the first layer.
+
+        `table` holds the embeddings of the tokens that occur, float32; `places` says which of its rows each token has.
+        """
+
+    @abstractmethod
+    def load(self, read: Read) -> Any:
+        """Return a layer's weights in this engine's form, valid until the next call."""
+
+    @abstractmethod
+    def forward(self, layer: Any, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:
+        """Apply a layer in place.
+
+        Parameters
+        ----------
+        layer
+            What `load` returned.
+        states : np.ndarray [shape=(n_chunks, n_ctx, n_embd), dtype=float32, C-contiguous]
+        first : int
+            Position of each chunk from which on the result is wanted.
+        observe : callable, optional
+            Called before each product, with its field and its inputs [n_chunks * n_ctx, n_in] in this engine's form,
+            in the order of the layer. What it returns replaces the weights of this product in `layer`.
+        """
+
+    @abstractmethod
+    def load_output(self, norm: Stored, matrix: Stored) -> Any:
+        """Return the weights after the last layer in this engine's form. Weights of layers are forgotten."""
+
+    @abstractmethod
+    def output_inputs(self, norm: Stored, states: np.ndarray) -> Any:
+        """Return the inputs [-1, n_embd] of the product `output`, in this engine's form."""
+
+    @abstractmethod
+    def logits(self, output: Any, states: np.ndarray) -> np.ndarray:
+        """Return the logits [*states.shape[:-1], n_vocab, dtype=float32]."""
+
+    @abstractmethod
+    def score(self, outputs: Sequence, states: Sequence[np.ndarray], targets: np.ndarray) -> list:
+        """Score positions of some chunks for the base, which comes first, and some variants.
+
+        Parameters
+        ----------
+        outputs : sequence
+            What `load_output` returned, of each.
+        states : sequence of np.ndarray [shape=(n_chunks, n_scored, n_embd), dtype=float32]
+            Hidden states after the last layer.
+        targets : np.ndarray [shape=(n_chunks, n_scored), dtype=int32]
+
+        Returns
+        -------
+        list of TokenScores
+            Of each, compared with the base.
+        """
+
+    @abstractmethod
+    def column_squares(self, inputs: Any) -> np.ndarray:
+        """Return the sums of squares of each column of the inputs of a product [shape=(n_in,), dtype=float64]."""
+
+
+@cache
+def engines() -> tuple[type[Engine], ...]:
+    """Return all engines, in the order of their files."""
+    modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
+    return tuple(
+        item
+        for module in modules
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Engine) and item.__module__ == module.__name__
+    )
+
+
+def find(mode: str, device: str = "cpu") -> type[Engine]:
+    """Return the engine that computes in `mode` on `device`.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+
+    Examples
+    --------
+    >>> find("float").__name__, find("ggml-cpu").__name__
+    ('CpuEngine', 'GgmlEngine')
+    """
+    here = [engine for engine in engines() if mode in engine.modes]
+    if not here:
+        raise ValueError(f"mode={mode}, must be one of {', '.join(_names(engines(), 'modes'))}.")
+    for engine in here:
+        if device in engine.devices:
+            return engine
+    raise ValueError(f"device={device}, must be one of {', '.join(_names(here, 'devices'))} in mode {mode}.")
+
+
+def _names(of: Sequence[type[Engine]], kind: str) -> list[str]:
+    """The modes or devices of some engines, each once."""
+    return list(dict.fromkeys(name for engine in of for name in getattr(engine, kind)))

@@ -1,0 +1,389 @@
+"""The CPU engine: float32 in numba.
+
+    x ─ norm ─ q,k,v ─ rope ─ attention ─ attn_output ─ + x ─ norm ─ gate,up ─ silu·mul ─ ffn_down ─ + x
+
+A layer is cut into blocks of rows, and attention into heads; each piece is done by one thread from start to end.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantlab import arch
+from quantlab.evaluate import budget
+from quantlab.evaluate.engine import Engine, Observe, Read, Stored, fused
+from quantlab.evaluate.engine.attention import QUERIES, causal_attention
+from quantlab.evaluate.engine.rope import rope_angles
+from quantlab.evaluate.engine.tiles import COLUMNS, fill_panels, multiply, n_panels, panels_size
+from quantlab.evaluate.engine.workers import Workers, blocks
+from quantlab.evaluate.metrics import TokenScores
+from quantlab.transform.plan import tensor_bytes
+
+ROWS = 192  # rows of activations that a thread takes at a time: whole tiles, and small enough for an even share
+PIECE = 1 << 22  # weights that are dequantized at a time on their way into panels
+LOGITS = 6 << 20  # logits per thread and model at a time
+SHARE_OF_PEAK = 0.7  # of the speed of one large product that a whole pass reaches
+_PANEL_ROWS = 64  # rows that a thread puts into panels at a time
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One or several weight matrices over the same input, side by side in one product.
+
+    Attributes
+    ----------
+    parts : tuple
+        Of each matrix what `CpuEngine.pack` made of it.
+    widths : tuple of int
+        Of each matrix its rows: columns of the product.
+    """
+
+    parts: tuple
+    widths: tuple[int, ...]
+
+    @property
+    def n_out(self) -> int:
+        """Columns of the product."""
+        return sum(self.widths)
+
+
+@dataclass
+class LayerWeights:
+    """The weights of one layer.
+
+    Attributes
+    ----------
+    matrices : dict[str, Matrix]
+        By field of the layer's description.
+    biases : dict[str, np.ndarray]
+        By field, where there is one.
+    norms : dict[str, np.ndarray]
+        By field, where there is one.
+    """
+
+    matrices: dict[str, Matrix]
+    biases: dict[str, np.ndarray]
+    norms: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Norm and matrix after the last layer."""
+
+    norm: np.ndarray
+    matrix: Matrix
+
+
+class CpuEngine(Engine):
+    """Float32 on the CPU; see `Engine`."""
+
+    modes, devices = ("float",), ("cpu",)
+    steps = fused  # what a layer does between its products
+    angles = staticmethod(rope_angles)
+
+    def __init__(self, model, n_ctx: int):
+        self.hparams, self.n_ctx, self.workers = model.hparams, n_ctx, Workers()
+        self.layer = arch.find(self.hparams.arch).layer
+        factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
+        self.cos, self.sin = self.angles(self.hparams, n_ctx, factors)
+        self.rope = getattr(self.steps, f"rope_{self.layer.rope}")
+        self.eps = np.float32(self.hparams.rms_eps)
+        self.logit_rows = max(16, min(128, LOGITS // self.hparams.n_vocab))
+        self._memory = self._qkv = np.empty(0, np.float32)
+
+    def __enter__(self) -> "CpuEngine":
+        self.workers.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.workers.__exit__(*exc)
+
+    # ---- weights
+
+    def load(self, read: Read) -> LayerWeights:
+        """Return a layer's weights; the matrices lie in memory that the next call uses again."""
+        products = {field: [read(f"{name}.weight") for name in names] for field, names in self.layer.products.items()}
+        needed = sum(self.packed_size(stored) for parts in products.values() for stored in parts)
+        if self._memory.size < needed:
+            self._memory = np.empty(needed, np.float32)
+        free = self._memory
+        matrices = {}
+        for field, parts in products.items():
+            matrices[field], free = self._matrix(parts, free)
+        norms = {field: read(f"{name}.weight") for field, name in self.layer.norms.items()}
+        biases = {field: [read(f"{name}.bias") for name in names] for field, names in self.layer.products.items()}
+        return LayerWeights(
+            matrices,
+            {f: np.concatenate([part.floats() for part in parts]) for f, parts in biases.items() if None not in parts},
+            {field: np.array(stored.floats()) for field, stored in norms.items() if stored is not None},
+        )
+
+    def _matrix(self, parts: Sequence[Stored], free: np.ndarray | None = None) -> tuple[Matrix, np.ndarray]:
+        """Pack matrices into `free`; return them, and what is free after them."""
+        if free is None:
+            free = np.empty(sum(self.packed_size(stored) for stored in parts), np.float32)
+        packed = []
+        for stored in parts:
+            size = self.packed_size(stored)
+            packed.append(self.pack(stored, free[:size]))
+            free = free[size:]
+        return Matrix(tuple(packed), tuple(stored.shape[0] for stored in parts)), free
+
+    def packed_size(self, stored: Stored) -> int:
+        """Return how many float32 numbers of memory `pack` is given."""
+        return panels_size(stored.shape)
+
+    def pack(self, stored: Stored, memory: np.ndarray):
+        """Return a matrix as `multiply` takes it: panels [shape=(n_panels(n_out), n_in, COLUMNS), dtype=float32]."""
+        n_out, n_in = stored.shape
+        panels = memory.reshape(n_panels(n_out), n_in, COLUMNS)
+        for piece in blocks(n_out, max(_PANEL_ROWS, PIECE // n_in)):
+            rows = stored.floats(piece)
+            parts = blocks(len(rows), _PANEL_ROWS)
+            self.workers.map(lambda part, x=rows, at=piece.start: fill_panels(x[part], panels, at + part.start), parts)
+        return panels
+
+    def multiply(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
+        """Compute out = x · weightᵀ on this thread alone; every product with weights goes through here.
+
+        Parameters
+        ----------
+        x : np.ndarray [shape=(nrows, n_in), dtype=float32]
+        matrix : Matrix
+        out : np.ndarray [shape=(nrows, n_out), dtype=float32]
+        """
+        start = 0
+        for panels, width in zip(matrix.parts, matrix.widths, strict=True):
+            multiply(x, panels, out[:, start : start + width])
+            start += width
+
+    # ---- layers
+
+    def embed(self, table: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the hidden states before the first layer."""
+        return table[places]
+
+    def forward(self, layer: LayerWeights, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:
+        """Apply a layer in place; see `Engine.forward`."""
+        x = states.reshape(-1, states.shape[-1])
+        n_q, n_kv = (layer.matrices["attn_qkv"].widths[i] for i in (0, 1))
+        if self._qkv.size < len(x) * (2 * n_q + 2 * n_kv):
+            self._qkv = np.empty(len(x) * (2 * n_q + 2 * n_kv), np.float32)
+        qkv = self._qkv[: len(x) * (2 * n_q + 2 * n_kv)].reshape(
+            len(x), -1
+        )  # q, k, v, and what attention makes of them
+        q_k_v, whole = qkv[:, : n_q + 2 * n_kv], {"attended": qkv[:, n_q + 2 * n_kv :]}
+        chunks, by_rows = blocks(len(x), self.n_ctx), blocks(len(x), ROWS)
+        self._run(lambda rows, space: self._project(layer, x, q_k_v, rows, space), by_rows, layer, whole, observe)
+        pieces = [(chunk, head) for chunk in chunks for head in range(n_kv // self.hparams.head_dim)]
+        self.workers.map(lambda piece: self._attend(qkv, n_q, n_kv, first, *piece), pieces)
+        if first:
+            by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
+        self._run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
+
+    def _run(self, part, by_rows: list[slice], layer: LayerWeights, whole: dict, observe: Observe | None) -> None:
+        """Do a part of a layer, a generator that stops before each product, on every block of rows.
+
+        If nobody observes, a block goes from start to end while it is in a thread's cache. Else all blocks stop
+        before each product, and `whole` holds the inputs of all of them by name.
+        """
+
+        def space(name: str, rows: slice, width: int) -> np.ndarray:
+            """Return memory for a block of rows: this thread's where nobody observes."""
+            if name not in whole and observe is None:
+                return self.workers.scratch(name, rows.stop - rows.start, width)
+            if name not in whole:
+                whole.setdefault(name, np.empty((by_rows[-1].stop, width), np.float32))
+            return whole[name][rows]
+
+        if observe is None:
+            self.workers.map(lambda rows: list(part(rows, space)), by_rows)
+            return
+        running = [part(rows, space) for rows in by_rows]
+        while (stops := self.workers.map(lambda steps: next(steps, None), running))[0] is not None:
+            field, name = stops[0]
+            read = observe(field, whole[name])
+            if read is not None:
+                parts = [read(f"{tensor}.weight") for tensor in self.layer.products[field]]
+                layer.matrices[field] = self._matrix(parts)[0]
+
+    def _project(self, layer: LayerWeights, x: np.ndarray, q_k_v: np.ndarray, rows: slice, space) -> Iterator:
+        """Norm, q, k, v and their rotation for a block of rows."""
+        head_dim, (n_q, n_kv, _) = self.hparams.head_dim, layer.matrices["attn_qkv"].widths
+        out, normed = q_k_v[rows], space("normed", rows, x.shape[1])
+        self.steps.rms_norm(x[rows], layer.norms["attn_norm"], self.eps, normed)
+        yield "attn_qkv", "normed"
+        self._product("attn_qkv", layer, normed, out)
+        for name, part in (("q_norm", out[:, :n_q]), ("k_norm", out[:, n_q : n_q + n_kv])):
+            if name in layer.norms:
+                self.steps.head_norm(heads(part, head_dim), layer.norms[name], self.eps)
+        position = np.arange(rows.start, rows.stop) % self.n_ctx
+        cos, sin = self.cos[position], self.sin[position]
+        self.rope(heads(out[:, :n_q], head_dim), cos, sin)
+        self.rope(heads(out[:, n_q : n_q + n_kv], head_dim), cos, sin)
+        self.round_cache(out[:, n_q:])
+
+    def _product(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
+        """Compute a field's product, with its bias."""
+        self.multiply(x, layer.matrices[field], out)
+        if field in layer.biases:
+            self.steps.add(out, layer.biases[field][None])
+
+    def _norm(self, field: str, layer: LayerWeights, x: np.ndarray) -> None:
+        """Normalize in place where the layer does."""
+        if field in layer.norms:
+            self.steps.rms_norm(x, layer.norms[field], self.eps, x)
+
+    def round_cache(self, k_v: np.ndarray) -> None:
+        """Round k and v in place to what attention sees of them: here all."""
+
+    def _attend(self, qkv: np.ndarray, n_q: int, n_kv: int, first: int, chunk: slice, head: int) -> None:
+        """Attention of one chunk from position `first` on, for the query heads that share one k and v head."""
+        dim, group = self.hparams.head_dim, n_q // n_kv
+        every = heads(qkv[chunk], dim)  # the heads of q, of k, of v, and of the result
+        k, v = every[:, n_q // dim + head], every[:, (n_q + n_kv) // dim + head]
+        q, out = (every[:, start + head * group :][:, :group] for start in (0, (n_q + 2 * n_kv) // dim))
+        self.attention(q, k, v, first, out)
+
+    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, out: np.ndarray) -> None:
+        """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
+        dim = q.shape[2]
+        keys = self.workers.scratch("keys", n_panels(self.n_ctx), dim, COLUMNS)
+        values = self.workers.scratch("values", n_panels(dim), self.n_ctx, COLUMNS)
+        scores = self.workers.scratch("scores", QUERIES * self.n_ctx)
+        causal_attention(q, k, v, first, np.float32(dim**-0.5), out, keys, values, scores)
+
+    def _mix(self, layer: LayerWeights, x: np.ndarray, rows: slice, space) -> Iterator:
+        """Everything after attention for a block of rows."""
+        x, n_embd, n_ff = x[rows], x.shape[1], layer.matrices["ffn_in"].n_out // 2
+        attended, normed = space("attended", rows, 0), space("normed", rows, n_embd)
+        yield "attn_output", "attended"
+        change = self.workers.scratch("change", len(x), n_embd)
+        self._product("attn_output", layer, attended, change)
+        self._norm("attn_post_norm", layer, change)
+        self.steps.add(x, change)
+        self.steps.rms_norm(x, layer.norms["ffn_norm"], self.eps, normed)
+        yield "ffn_in", "normed"
+        gate_up, inner = self.workers.scratch("gate_up", len(x), 2 * n_ff), space("inner", rows, n_ff)
+        self._product("ffn_in", layer, normed, gate_up)
+        self.steps.silu_mul(gate_up, inner)
+        yield "ffn_down", "inner"
+        change = self.workers.scratch("change", len(x), n_embd)
+        self._product("ffn_down", layer, inner, change)
+        self._norm("ffn_post_norm", layer, change)
+        self.steps.add(x, change)
+
+    # ---- output
+
+    def load_output(self, norm: Stored, matrix: Stored) -> Output:
+        """Return the weights after the last layer; the memory of the layers is given back."""
+        self._memory = self._qkv = np.empty(0, np.float32)
+        return Output(np.array(norm.floats()), self._matrix([matrix])[0])
+
+    def output_inputs(self, norm: Stored, states: np.ndarray) -> np.ndarray:
+        """Return the inputs of the last product [shape=(-1, n_embd), dtype=float32]."""
+        x, weight = states.reshape(-1, states.shape[-1]), np.array(norm.floats())
+        out = np.empty_like(x)
+        self.workers.map(lambda rows: self.steps.rms_norm(x[rows], weight, self.eps, out[rows]), blocks(len(x), ROWS))
+        return out
+
+    def _logits(self, output: Output, x: np.ndarray, out: np.ndarray) -> None:
+        """Compute the logits of some rows on this thread."""
+        normed = self.workers.scratch("normed", *x.shape)
+        self.steps.rms_norm(x, output.norm, self.eps, normed)
+        self.multiply(normed, output.matrix, out)
+
+    def logits(self, output: Output, states: np.ndarray) -> np.ndarray:
+        """Return the logits [*states.shape[:-1], n_vocab]."""
+        x = states.reshape(-1, states.shape[-1])
+        out = np.empty((len(x), output.matrix.n_out), np.float32)
+        self.workers.map(lambda rows: self._logits(output, x[rows], out[rows]), blocks(len(x), self.logit_rows))
+        return out.reshape(*states.shape[:-1], -1)
+
+    def score(self, outputs: Sequence[Output], states: Sequence[np.ndarray], targets: np.ndarray) -> list[TokenScores]:
+        """Score positions for the base and some variants; see `Engine.score`."""
+        scores = [TokenScores.empty(*targets.shape) for _ in outputs]
+
+        def work(piece: tuple[int, slice]) -> None:
+            base = None
+            for name, output, x, found in zip(names, outputs, states, scores, strict=True):
+                logits = self.workers.scratch(name, piece[1].stop - piece[1].start, output.matrix.n_out)
+                self._logits(output, x[piece], logits)
+                base = logits if base is None else base
+                fused.score(base, logits, targets[piece], **found.at(piece))
+
+        names = ["base_logits"] + ["logits"] * (len(outputs) - 1)
+        n_chunks, n_scored = targets.shape
+        self.workers.map(work, [(i, rows) for i in range(n_chunks) for rows in blocks(n_scored, self.logit_rows)])
+        return scores
+
+    # ---- consumers
+
+    def column_squares(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the sums of squares of each column [shape=(n_in,), dtype=float64], added in the order of the rows."""
+        totals = self.workers.map(lambda rows: fused.column_squares(inputs[rows]), blocks(len(inputs), ROWS))
+        return np.sort(np.stack(totals), axis=0).sum(axis=0)
+
+    # ---- plan
+
+    def plan(
+        self, variants: Sequence, windows, memory: str | int | None, keep_states: bool, observed: bool = False
+    ) -> budget.Budget:
+        """Return the `Budget` of a pass over `variants`; see `Engine.plan`."""
+        return budget.fit(
+            variants,
+            windows,
+            memory,
+            keep_states,
+            layer_bytes=lambda chunks, in_memory: self._layer_bytes(variants, chunks, in_memory, observed),
+            output_bytes=lambda outputs: self._output_bytes(outputs),
+            speed=SHARE_OF_PEAK * peak(self.workers),
+        )
+
+    def _layer_bytes(self, variants: Sequence, chunks: int, in_memory: bool, observed: bool) -> int:
+        """Bytes that applying a layer takes at most, hidden states in memory aside."""
+        h, n_ctx, base = self.hparams, self.n_ctx, variants[0].model
+        shapes = budget.layer_shapes(base, h.n_layer // 2)
+        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        stored = {
+            (v.model.path, name, v.types[name]): tensor_bytes(shape, v.types[name])
+            for v in variants
+            for name, shape in shapes.items()
+        }
+        states = 0 if in_memory else h.n_embd
+        inputs = h.n_embd + h.n_ff if observed else 0
+        activations = chunks * n_ctx * (2 * (h.n_head + h.n_head_kv) * h.head_dim + states + inputs)
+        keys_and_values = panels_size((n_ctx, h.head_dim)) + panels_size((h.head_dim, n_ctx))
+        per_thread = ROWS * (4 * h.n_embd + 4 * h.n_ff) + keys_and_values + QUERIES * n_ctx
+        weights = sum(panels_size(shape) for shape in shapes.values() if len(shape) == 2) + max(sizes)
+        return sum(stored.values()) + 4 * (weights + activations + self.workers.n_threads * per_thread)
+
+    def _output_bytes(self, outputs: int) -> int:
+        """Bytes that the output matrices of the base and `outputs` variants take, with a block of logits per thread."""
+        h = self.hparams
+        matrix, panels = h.n_vocab * h.n_embd, panels_size((h.n_vocab, h.n_embd))
+        logits = 2 * self.workers.n_threads * self.logit_rows * h.n_vocab
+        return (3 + outputs) * matrix + 4 * ((1 + outputs) * panels + min(PIECE, matrix) + logits)
+
+
+def peak(workers: Workers) -> float:
+    """Measure what all threads together reach in one large product each, floating-point operations per second."""
+    x, panels = np.ones((ROWS, 1024), np.float32), np.ones((n_panels(1024), 1024, COLUMNS), np.float32)
+    out = [np.empty((ROWS, 1024), np.float32) for _ in range(workers.n_threads)]
+    best = np.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        workers.map(lambda mine: [multiply(x, panels, mine) for _ in range(10)], out)
+        best = min(best, time.perf_counter() - start)
+    return 10 * len(out) * 2 * x.size * 1024 / best
+
+
+def heads(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """View rows [nrows, n_heads * head_dim] as [nrows, n_heads, head_dim]."""
+    return np.lib.stride_tricks.as_strided(
+        rows,
+        (len(rows), rows.shape[1] // head_dim, head_dim),
+        (rows.strides[0], head_dim * rows.itemsize, rows.itemsize),
+    )

@@ -1,0 +1,135 @@
+"""One pass over a model and its variants: layer after layer, each layer's weights read once.
+
+embeddings → layer 0: every variant, every chunk → … → last layer → what a consumer makes of the output
+
+A variant that agrees with an earlier one in its first layers takes over that one's hidden states there. What is wanted
+of the pass is a consumer: token scores (`scores`), an importance matrix (`imatrix`), or logits (`logits`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from quantlab.evaluate.budget import Budget
+from quantlab.evaluate.engine import Engine
+from quantlab.evaluate.protocol import Windows
+from quantlab.evaluate.states import HiddenStates
+from quantlab.evaluate.variants import Variant, Weights, identity, output_name, shared_layers
+
+
+class Consumer(Protocol):
+    """What is wanted of a pass.
+
+    `observe(variant, layer, field, inputs)`, by index, is called before each product (see `Engine.forward`); None
+    where nobody needs to. `output(forward_pass)` returns the result, once the last layer is done.
+    """
+
+    observe: Callable | None
+
+    def output(self, forward_pass: "ForwardPass") -> Any: ...
+
+
+class ForwardPass:
+    """The pass over `variants`, the first of which is the base that the others come from.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+    windows : Windows
+        All positions are scored where inputs are observed.
+    engine : Engine
+        Entered.
+    budget : Budget
+        How much is done at once.
+    bar : tqdm, optional
+        Counts tokens of all variants, once a layer and once for the output.
+    scratch : Path, optional
+        Folder of the hidden states (default: in memory).
+    key : str
+        What the hidden states in `scratch` belong to.
+    """
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        windows: Windows,
+        engine: Engine,
+        budget: Budget,
+        bar: tqdm | None = None,
+        scratch: Path | None = None,
+        key: str = "",
+    ):
+        self.base, self.hparams = variants[0].model, variants[0].model.hparams
+        self.variants, self.windows, self.engine, self.budget = variants, windows, engine, budget
+        self.bar = tqdm(disable=True) if bar is None else bar
+        self.weights = Weights(self.base, variants)
+        self.shared = shared_layers(variants)
+        self.states = HiddenStates(len(variants), *windows.tokens.shape, self.hparams.n_embd, scratch, key)
+
+    def run(self, consumer: Consumer) -> Any:
+        """Do the whole pass, from where the hidden states on disk leave off, and return the consumer's result."""
+        if self.states.layer < 0:
+            self._embed()
+        done = self.states.layer - np.array([max(0, layer) for _, layer in self.shared])
+        self.bar.update(self.windows.tokens.size * int(done.clip(0).sum()))
+        for index in range(self.states.layer, self.hparams.n_layer):
+            self._layer(index, consumer.observe)
+        result = consumer.output(self)
+        self.states.close(delete=True)
+        return result
+
+    def batches(self) -> Iterator[slice]:
+        """Yield the chunks, as many at a time as the budget allows."""
+        n_chunks, step = len(self.windows.tokens), self.budget.chunks_at_once
+        for start in range(0, n_chunks, step):
+            yield slice(start, min(start + step, n_chunks))
+
+    def _embed(self) -> None:
+        """Look up the embeddings of all tokens, for each variant."""
+        used, places = np.unique(self.windows.tokens, return_inverse=True)
+        places = places.reshape(self.windows.tokens.shape)
+        for i, variant in enumerate(self.variants):
+            if self.shared[i][1] >= 0:
+                continue
+            table = self.weights.rows(variant, "token_embd.weight", used)
+            for chunks in self.batches():
+                self.states.write(i, chunks, self.engine.embed(table, places[chunks]))
+        self.states.advance()
+
+    def _layer(self, index: int, observe: Callable | None) -> None:
+        """Apply layer `index` of every variant to every chunk; the last one only where positions are scored."""
+        first = self.windows.first if index == self.hparams.n_layer - 1 else 0
+        for i, variant in reversed(list(enumerate(self.variants))):  # in memory, `write` replaces what others take over
+            source, since = self.shared[i]
+            if since > index:
+                continue
+            layer = self.engine.load(lambda name, v=variant: self.weights.get(v, f"blk.{index}.{name}"))
+            see = None if observe is None else partial(observe, i, index)
+            for chunks in self.batches():
+                x = self.states.read(i, chunks) if since < index else self.states.read(source, chunks).copy()
+                self.engine.forward(layer, x, first, see)
+                self.states.write(i, chunks, x)
+                self.bar.update(x.shape[0] * x.shape[1])
+            del layer
+        self.weights.forget()
+        self.states.advance()
+
+    def last_states(self, i: int, chunks: slice) -> np.ndarray:
+        """Return variant i's hidden states [chunks, n_scored, n_embd] after the last layer, where they are scored."""
+        source, since = self.shared[i]
+        return self.states.read(source if since == self.hparams.n_layer else i, chunks)[:, self.windows.scored]
+
+    def output(self, i: int) -> Any:
+        """Load what variant i has after its last layer."""
+        return self.engine.load_output(*self.weights.output(self.variants[i]))
+
+    def same_output(self, i: int) -> bool:
+        """Whether a variant has the base's output norm and output matrix."""
+        if self.variants[i].model is not self.base:
+            return False
+        names = ["output_norm.weight", output_name(self.base)]
+        return all(identity(self.variants[i], name) == identity(self.variants[0], name) for name in names)
