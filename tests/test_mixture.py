@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 
 from quantlab.arch import Hparams, tensor_shapes
+from quantlab.transform.ftypes import ALL_FTYPES
 from quantlab.transform.mixture import (
     FTYPES,
     Recipe,
     choose_types,
     find_ftype,
     find_qtype,
+    fitting,
     in_file_order,
     parse_tensor_type,
     read_tensor_types,
 )
+from quantlab.transform.rules import CurrentRules
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "types.json").read_text())["models"]
 HPARAMS = dict(arch="llama", n_vocab=512, n_embd=512, n_ff=1024, n_layer=32, n_head=8, n_head_kv=2)
@@ -42,27 +45,42 @@ def numbers(runs):
     return [i for end in ends for i in range(int(end[0]), int(end[-1]) + 1)]
 
 
+def golden_shapes(model):
+    """Shape of every tensor that a golden file names."""
+    shapes = {}
+    for kind, tensor in GOLDEN[model]["tensors"].items():
+        names = [f"blk.{i}.{kind}.weight" for i in numbers(tensor["layers"])] if tensor["layers"] else [kind]
+        shapes |= dict.fromkeys(names, (4, 64, tensor["row"]) if tensor["experts"] else (64, tensor["row"]))
+    return shapes
+
+
 def expected(section, shapes):
     """Spell a golden section out: tensor name → type."""
-    types = {name: section["base"] for name, shape in shapes.items() if len(shape) == 2}
+    types = dict.fromkeys(shapes, section["base"])
     for kind, value in section.items():
-        if kind != "base" and isinstance(value, str):
-            types[kind] = value
-        elif kind != "base":
-            types |= {f"blk.{i}.{kind}.weight": qtype for qtype, runs in value.items() for i in numbers(runs)}
+        for qtype, runs in value.items() if kind != "base" else ():
+            types |= {f"blk.{i}.{kind}.weight": qtype for i in numbers(runs)} if runs else {kind: qtype}
     return types
 
 
 @pytest.mark.parametrize("model", GOLDEN)
-@pytest.mark.parametrize("ftype", [name for name in FTYPES if name != "COPY"])
-def test_types_of_every_tensor_equal_llama_cpp(model, ftype):
-    ftypes, golden = GOLDEN[model]["ftypes"], dict(GOLDEN[model])
-    golden = Hparams(**{key: value for key, value in golden.items() if key != "ftypes"})
-    shapes = tensor_shapes(golden)
-    choices = choose_types(golden, shapes, ftype)
-    matrices = {name: choice.qtype for name, choice in choices.items() if len(shapes[name]) == 2}
-    assert matrices == expected(ftypes[ftype], shapes)
-    assert {choice.qtype for name, choice in choices.items() if len(shapes[name]) == 1} == {"F32"}
+def test_types_of_every_tensor_equal_llama_cpp(model):
+    keys = ("arch", "n_embd", "n_layer", "n_head", "n_head_kv", "n_expert")
+    golden, shapes = Hparams(**{key: GOLDEN[model][key] for key in keys}), golden_shapes(model)
+    sections = GOLDEN[model]["ftypes"]
+    assert len(sections) == 33 and sections.keys() <= ALL_FTYPES.keys()
+    for ftype, section in sections.items():
+        choices = types_of(ALL_FTYPES[ftype], golden, shapes)
+        assert choices == expected(section, shapes), ftype
+
+
+def types_of(ftype, hparams, shapes):
+    """Type of every tensor by the current rules, for a ftype whose bytes may have no encoder here."""
+    rules = CurrentRules(ftype.name, hparams, shapes, imatrix=False)
+    if not ftype.is_quantized:
+        return dict.fromkeys(shapes, ftype.qtype)
+    types = {name: rules.wanted(name, shapes[name], ftype.qtype, None) for name in rules.order(shapes)}
+    return {name: fitting(qtype, shapes[name][-1], rules.fallback) for name, qtype in types.items()}
 
 
 def test_2023_rules_differ_where_the_rules_changed():
@@ -177,8 +195,16 @@ def test_bad_input():
         find_qtype("Q4K")
     with pytest.raises(ValueError, match="rules=2024, must be one of current 2023-12"):
         qtypes("Q4_0", rules="2024")
-    with pytest.raises(ValueError, match="architecture=gpt2, must be one of llama"):
-        qtypes("Q4_0", hparams={"arch": "gpt2"}, shapes={"output.weight": (32, 32)})
+    with pytest.raises(ValueError, match="architecture=qwen3, must be one of llama.* Use the current rules"):
+        qtypes("Q4_0", rules="2023-12", hparams={"arch": "qwen3"}, shapes={"output.weight": (32, 32)})
+    with pytest.raises(ValueError, match="ffn_up_exps.weight: has 3 dimensions, unknown to rules=2023-12"):
+        qtypes("Q4_0", rules="2023-12", shapes={"blk.0.ffn_up_exps.weight": (8, 32, 32)})
+    with pytest.raises(ValueError, match="blk.9.ffn_down_exps.weight: layer=9, must be within 0:2"):
+        shapes = {"blk.9.ffn_down_exps.weight": (8, 32, 32)}
+        qtypes("Q4_0", hparams={"n_layer": 2, "n_expert": 8}, shapes=shapes)
+    with pytest.raises(ValueError, match="ffn_gate_inp.weight: type=Q4_K was asked for, must stay F32"):
+        shapes = {"blk.0.ffn_gate_inp.weight": (8, 256), "blk.0.ffn_up_exps.weight": (8, 32, 256)}
+        qtypes("Q4_0", shapes=shapes, tensor_types=[("ffn_gate_inp", "Q4_K")])
     with pytest.raises(ValueError, match="ftype=Q2_K_S: rules=2023-12, must be current"):
         qtypes("Q2_K_S", rules="2023-12")
     with pytest.raises(ValueError, match=r"ftype=99, must be one of 0 1 32 .*, or a name such as Q4_K_M"):

@@ -1,11 +1,11 @@
 """Hyper-parameters out of GGUF metadata."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from quantlab.arch import MAX_LAYERS, Hparams, RopeScaling
+from quantlab.arch import MAX_LAYERS, Hparams, RopeScaling, find
 from quantlab.files.recognize import short
 
 __all__ = ["read_hparams"]
@@ -26,32 +26,41 @@ def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source
     source : str
         What the error text starts with.
 
+    Returns
+    -------
+    Hparams
+        Of an architecture without a file in `arch/`, what is missing is 0 or None.
+
     Raises
     ------
     ValueError
         If a key is missing, has no number, or one that is out of range.
     """
     keys = _Keys(metadata, source)
-    n_layer = keys.whole("block_count", most=MAX_LAYERS)
-    n_head = keys.per_layer("attention.head_count", n_layer)
+    given = None if keys.is_known else 0  # without a file in `arch/`, types of tensors are all that follows from these
+    n_layer = keys.whole("block_count", given, least=1 if keys.is_known else 0, most=MAX_LAYERS)
+    n_head = keys.per_layer("attention.head_count", n_layer, given)
     tokens = metadata.get("tokenizer.ggml.tokens")
     n_tokens = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else 0
+    sizes = {
+        "n_embd": keys.loosely(lambda: keys.whole("embedding_length"), 0),
+        "n_vocab": keys.loosely(lambda: keys.whole("vocab_size", n_tokens, least=0), n_tokens),
+        "n_ctx": keys.loosely(lambda: keys.whole("context_length"), 0),
+        "head_dim": keys.loosely(lambda: keys.whole("attention.key_length", optional=True), None),
+        "n_rot": keys.loosely(lambda: keys.whole("rope.dimension_count", optional=True), None),
+        "rms_eps": keys.loosely(lambda: keys.positive("attention.layer_norm_rms_epsilon"), 0.0),
+        "rope_base": keys.loosely(lambda: keys.positive("rope.freq_base", 10000.0), 0.0),
+        "rope_scaling": keys.loosely(lambda: _rope_scaling(keys), None),
+    }
     return Hparams(
         arch=keys.arch,
         n_layer=n_layer,
-        n_embd=keys.whole("embedding_length"),
         n_head=n_head,
         n_head_kv=keys.per_layer("attention.head_count_kv", n_layer, n_head),
-        n_ff=keys.per_layer("feed_forward_length", n_layer),
-        n_vocab=keys.whole("vocab_size", n_tokens, least=0),
-        n_ctx=keys.whole("context_length"),
-        head_dim=keys.whole("attention.key_length", optional=True),
-        n_rot=keys.whole("rope.dimension_count", optional=True),
-        rms_eps=keys.positive("attention.layer_norm_rms_epsilon"),
-        rope_base=keys.positive("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(keys),
+        n_ff=keys.per_layer("feed_forward_length", n_layer, given),
         n_expert=keys.whole("expert_count", 0, least=0),
         tied_embeddings="output.weight" not in tensors,
+        **sizes,
     )
 
 
@@ -65,6 +74,7 @@ class _Keys:
                 f"{source}: general.architecture={short(arch)}, need a name. This is not a language model's file."
             )
         self.metadata, self.arch, self.source = metadata, arch, source
+        self.is_known = find(arch) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.metadata.get(f"{self.arch}.{key}", default)
@@ -76,6 +86,15 @@ class _Keys:
                 f"{self.source}: {self.arch}.{key}={short(value)}, need one number. Convert the checkpoint again."
             )
         return value.item() if isinstance(value, np.generic) else value
+
+    def loosely(self, read: Callable[[], Any], default: Any) -> Any:
+        """Return what `read` reads; where an architecture without a file here has something else, the default."""
+        try:
+            return read()
+        except ValueError:
+            if self.is_known:
+                raise
+            return default
 
     def whole(self, key: str, default: Any = None, least: int = 1, most: int = _MOST, *, optional: bool = False) -> Any:
         """Return a whole number; None for an optional one that is not given."""
@@ -94,7 +113,7 @@ class _Keys:
         if isinstance(values, tuple):  # a default that varies
             return values
         if not isinstance(values, np.ndarray):
-            return self.whole(key, default)
+            return self.whole(key, default, least=1 if self.is_known else 0)
         if values.dtype.kind not in "iu" or values.shape != (n_layer,) or values.min() < 0 or values.max() > _MOST:
             raise ValueError(
                 f"{self.source}: {self.arch}.{key}={short(values)}, need one number, or a whole number of 0 to {_MOST} "

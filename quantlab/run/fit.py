@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
+from quantlab.arch import architectures, find
 from quantlab.quants import row_bytes
 from quantlab.run.compute_buffer import CELLS, F32, cells, compute_bytes, input_bytes
 from quantlab.transform.mixture import FTYPES, choose_types, find_ftype, layer_of
@@ -237,7 +238,10 @@ def fit(
     (False, 28.7)
     """
     name, hparams, shapes, source = look_up(model)
-    if getattr(hparams, "n_expert", 0):
+    if find(hparams.arch) is None:
+        known = ", ".join(architectures())
+        raise ValueError(f"{name}: architecture={hparams.arch}, must be one of {known}. Ask llama.cpp itself.")
+    if hparams.n_expert:
         raise ValueError(f"{name}: n_expert={hparams.n_expert}, only dense models are known. Ask llama.cpp itself.")
     n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)
@@ -311,9 +315,9 @@ def kv_bytes(hparams, setting: Setting) -> int:
 
     Yi-34B, context 4096, F16: 60 layers × 4096 cells × 2 × (8 heads × 128) × 2 bytes = 960 MiB.
     """
-    n_embd_kv = hparams.head_dim * hparams.n_head_kv
-    row = row_bytes(setting.cache_type_k, n_embd_kv) + row_bytes(setting.cache_type_v, n_embd_kv)
-    return hparams.n_layer * cells(setting.n_ctx) * row
+    widths = [hparams.at(layer).n_kv for layer in range(hparams.n_layer)]
+    row = sum(row_bytes(qtype, n) for n in widths for qtype in (setting.cache_type_k, setting.cache_type_v))
+    return cells(setting.n_ctx) * row
 
 
 def needed(weights: Weights, setting: Setting, n_gpu_layers: int) -> tuple[int, int]:

@@ -12,8 +12,8 @@ import pandas as pd
 
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.model import Model, open
-from quantlab.quants.ggml_types import FALLBACK
-from quantlab.transform.mixture import FALLBACK_2023, FTYPES, RULES, Ftype, choose_types
+from quantlab.transform.mixture import FTYPES, RULES, Ftype, choose_types
+from quantlab.transform.rules import RULE_SETS
 
 __all__ = ["Inspection", "inspect", "mixtures", "text_table"]
 
@@ -118,9 +118,9 @@ def mixtures(model: Model) -> list[dict[str, Any]]:
         if rules not in ftype.rules or not _may_be(ftype, set(has.values())):
             continue
         try:
-            choices = choose_types(model.hparams, model.shapes, ftype.name, rules=rules, imatrix=imatrix)
+            choices = choose_types(model.hparams, model.shapes, ftype.name, rules=rules, imatrix=imatrix, source=has)
         except ValueError:
-            return []  # an architecture without rules, or a file that is no model
+            continue  # unknown to this rule set, or not a model
         same = all(choice.qtype == has[name] for name, choice in choices.items())
         known = {"ftype": ftype.name, "rules": rules, "imatrix": False}
         if same and known not in found:  # the matrix is spoken of only where it makes a difference
@@ -130,4 +130,4 @@ def mixtures(model: Model) -> list[dict[str, Any]]:
 
 def _may_be(ftype: Ftype, types: set[str]) -> bool:
     """Whether a file of these types can be of a ftype: one of them is its base type or stands in for it."""
-    return not types.isdisjoint({ftype.qtype, FALLBACK.get(ftype.qtype), FALLBACK_2023.get(ftype.qtype)})
+    return not types.isdisjoint({ftype.qtype, *(rules.fallback.get(ftype.qtype) for rules in RULE_SETS.values())})

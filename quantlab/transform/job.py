@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from quantlab.arch import Hparams
 from quantlab.files.bundled import model_path
 from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, read_header
@@ -24,6 +25,7 @@ from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, check_apart
 from quantlab.quants.ggml_types import GGML_TYPES, WRITABLE, block_size
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
+from quantlab.transform.rules import COMPARED, EMBEDDINGS
 
 QUANTIZATION_VERSION = 2  # of the block layouts, ggml's GGML_QNT_VERSION
 GUESSED = 1024  # added to the ftype number by llama.cpp where it was counted from the tensors' types
@@ -88,7 +90,7 @@ class Step:
 
     tensor: LazyTensor
     choice: Choice
-    weights: np.ndarray | None  # float32 (n_per_row,), from the importance matrix
+    weights: np.ndarray | None  # float32 (n_per_row,) or, of experts, (n_expert, n_per_row): the importance matrix
 
     @property
     def spec(self) -> TensorSpec:
@@ -102,6 +104,16 @@ class Step:
     def is_kept(self) -> bool:
         """Whether the tensor is copied as it is."""
         return self.choice.qtype == self.tensor.qtype
+
+    def experts(self, start: int, nrows: int) -> Iterator[tuple[slice, np.ndarray | None]]:
+        """Cut `nrows` rows from `start` on where another expert's weights begin; yield slices and those weights."""
+        if self.weights is None or self.weights.ndim == 1:
+            yield slice(0, nrows), self.weights
+            return
+        per_expert = self.tensor.shape[-2]
+        for expert in range(start // per_expert, -(-(start + nrows) // per_expert)):
+            low, high = (bound * per_expert - start for bound in (expert, expert + 1))
+            yield slice(max(low, 0), min(high, nrows)), self.weights[expert]
 
 
 @dataclass(frozen=True)
@@ -175,9 +187,12 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     if "general.alignment" in overrides:
         raise ValueError("override: key=general.alignment, must be left alone: the tensors' places depend on it.")
     matrix, matrix_keys = matrix_of(options)
+    hparams = read_hparams(model.metadata | overrides, tensors, source=str(model.path))
+    shapes = {name: tensors[name].shape for names in shards for name in names}
+    _check_experts(hparams, shapes, model.path)
     choices = choose_types(
-        read_hparams(model.metadata | overrides, tensors, source=str(model.path)),
-        {name: tensors[name].shape for names in shards for name in names},
+        hparams,
+        shapes,
         ftype.name,
         rules=options.rules,
         imatrix=bool(matrix),
@@ -199,10 +214,20 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     missing = [name for name, step in steps.items() if matrix and step.weights is None and not step.is_kept]
     if missing:
         notes.append(f"{len(missing)} tensors have no entry in the importance matrix: {_first(missing)}")
+    idle_experts = sum(int((step.weights == 1).all(axis=1).sum()) for step in steps.values() if _has_experts(step))
+    if idle_experts:
+        notes.append(f"{idle_experts} experts have no counts in the importance matrix: their columns weigh the same")
+    if hparams.arch not in COMPARED:
+        notes.append(f"architecture={hparams.arch}: rules go by tensor names; nobody compared them with llama-quantize")
     return Job(model.path, ftype, options, outputs, tuple(_refusals(steps.values(), ftype, options)), tuple(notes))
 
 
 _TYPE_OPTIONS = ("pure", "leave_output_tensor", "output_tensor_type", "token_embedding_type", "tensor_types")
+
+
+def _has_experts(step: Step) -> bool:
+    """Whether a step has weights for each of several experts."""
+    return step.weights is not None and step.weights.ndim == 2
 
 
 def _first(names: Sequence[str], n: int = 3) -> str:
@@ -228,7 +253,7 @@ def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable
             f"{step.choice.qtype}, or choose another ftype."
         )
     bare = [s for s in steps if s.choice.qtype == "Q2_K" and s.weights is None and not s.is_kept]
-    bare = [s for s in bare if s.tensor.name not in ("token_embd.weight", "output.weight")]
+    bare = [s for s in bare if s.tensor.name not in (*EMBEDDINGS, "output.weight")]
     if bare and ftype.name == "Q2_K_S":
         yield f"{bare[0].tensor.name}: Q2_K in a Q2_K_S file needs an importance matrix. Pass one, or choose Q2_K."
 
@@ -282,18 +307,44 @@ def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def weights_of(tensor: LazyTensor, choice: Choice, matrix: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Return the weights of one tensor's columns, None where it is kept or the matrix has none."""
+    """Return the weights of one tensor's columns, None where it is kept or the matrix has none.
+
+    Returns
+    -------
+    np.ndarray [shape=(n_per_row,) or, of experts, (n_expert, n_per_row), dtype=float32] or None
+
+    Raises
+    ------
+    ValueError
+        If the matrix was collected on another model.
+    """
     weights = matrix.get(tensor.name)
     if weights is None or choice.qtype == tensor.qtype:
         return None
-    if weights.size != tensor.shape[-1]:
-        if tensor.name == "token_embd.weight":
+    n_expert, n_per_row = n_experts(tensor.shape), tensor.shape[-1]
+    if weights.size != n_expert * n_per_row:
+        if tensor.name in EMBEDDINGS:
             return None
+        needed = f"{n_per_row}" if n_expert == 1 else f"{n_per_row} for each of {n_expert} experts"
         raise ValueError(
-            f"{tensor.name}: the importance matrix has {weights.size} columns, must have {tensor.shape[-1]}. "
+            f"{tensor.name}: the importance matrix has {weights.size} columns, must have {needed}. "
             f"It was collected on another model."
         )
-    return weights
+    return weights.reshape(n_expert, n_per_row) if n_expert > 1 else weights
+
+
+def n_experts(shape: tuple[int, ...]) -> int:
+    """Return how many matrices a tensor stacks; 1 for a plain one."""
+    return shape[-3] if len(shape) > 2 else 1
+
+
+def _check_experts(hparams: Hparams, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Refuse stacks of experts that are not as many as the metadata says."""
+    for name, shape in shapes.items():
+        if re.search(r"\.ffn_(gate|up|gate_up|down)_exps\.weight$", name) and n_experts(shape) != hparams.n_expert:
+            raise ValueError(
+                f"{source}: {name}: shape={shape}, the metadata has n_expert={hparams.n_expert}. Convert it again."
+            )
 
 
 # ---- metadata

@@ -201,8 +201,12 @@ def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
         return rows
     if tensor.qtype not in FLOATS:
         rows = quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
-    name = f"{tensor.name}[{start}:]" if start else tensor.name  # an error counts the rows that it sees
-    encoded = quants.quantize(rows, qtype, step.weights, name=name)
+    parts = []
+    for part, weights in step.experts(start, len(rows)):
+        first = start + part.start
+        name = f"{tensor.name}[{first}:]" if first else tensor.name  # an error counts the rows that it sees
+        parts.append(quants.quantize(rows[part], qtype, weights, name=name))
+    encoded = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if qtype == "F16" and not np.isfinite(encoded.view(np.float16)).all():
         raise ValueError(f"{tensor.name}: has values beyond 65504, F16 cannot hold them. Choose BF16 or F32.")
     return encoded

@@ -15,10 +15,15 @@ BATCH = 2 * SLAB  # weights, or more, that a thread takes at once
 
 
 def row_ranges(tensor: LazyTensor) -> Iterator[tuple[int, int]]:
-    """Yield first row and end of each slab of a tensor; a slab has at least one row."""
+    """Yield first row and end of each slab of a tensor: rows of one expert, or several whole experts."""
+    expert = tensor.shape[-2] if len(tensor.shape) > 2 else tensor.nrows
     n = max(1, SLAB // tensor.shape[-1])
-    for start in range(0, tensor.nrows, n):
-        yield start, min(start + n, tensor.nrows)
+    if expert <= n:
+        expert = n = n // expert * expert
+    for first in range(0, tensor.nrows, expert):
+        end = min(first + expert, tensor.nrows)
+        for start in range(first, end, n):
+            yield start, min(start + n, end)
 
 
 def in_order(

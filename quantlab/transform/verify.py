@@ -337,7 +337,12 @@ class _Case:
             floats = as_floats(x[rows], self.step.tensor.qtype, n_per_row)
         self.signal += float(np.square(floats, dtype=np.float64).sum())
         if qtype in CODES and not self.step.is_kept:
-            fused, good = is_other_rounding(floats, ours[rows], theirs[rows], qtype, self.step.weights)
+            fused, good = np.zeros_like(bad), np.zeros_like(bad)
+            for part, weights in self.step.experts(start, len(x)):
+                own = (rows >= part.start) & (rows < part.stop)
+                if own.any():
+                    judged = is_other_rounding(floats[own], ours[rows[own]], theirs[rows[own]], qtype, weights)
+                    fused[own], good[own] = judged
             self.fused += int((fused & bad).sum())
             self.good += int((good & bad).sum())
             bad = bad & ~fused & ~good
