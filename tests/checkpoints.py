@@ -349,7 +349,13 @@ def spm_as_json() -> dict:
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": text, **flags} for i, text in enumerate(("<unk>", "<s>", "</s>"))],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",

@@ -347,7 +347,7 @@ def test_strange_parts_of_a_tokenizer_are_passed_over(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    ("content", "text"), [(b"\xff", "byte 0 is no UTF-8"), (b"a" * 2_000_000, "2000000 bytes, need at most 1048576")]
+    ("content", "text"), [(b"\xff", "byte 0 is not UTF-8"), (b"a" * 2_000_000, "2000000 bytes, need at most 1048576")]
 )
 def test_broken_chat_templates(tmp_path, content, text):
     src = write_checkpoint(tmp_path / "m", "smollm")
@@ -390,7 +390,9 @@ def test_metas_llama_3_reads_as_its_tokenizer_json(tmp_path):
 
 def test_an_unknown_pre_tokenizer_gets_a_warning(tmp_path):
     src = write_checkpoint(tmp_path / "m", "smollm")
-    edit(src / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    byte_level = json.loads((src / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"][1]
+    steps = [{"type": "Whitespace"}, byte_level | {"use_regex": False}]
+    edit(src / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
     with pytest.warns(UserWarning, match="is not in llama.cpp's list; taking 'default'"):
         assert ql.open(src).metadata["tokenizer.ggml.pre"] == "default"
 

@@ -38,7 +38,7 @@ def test_files_equal_the_current_converters(tmp_path, folder):
     name, dtype, n_shards = folder.split("-")
     src = write_checkpoint(tmp_path / folder, name, dtype, int(n_shards))
     for outtype, digest in CURRENT[folder].items():
-        path = convert(src, outtype=outtype, progress=False)
+        path = convert(src, outtype=outtype, as_llama_cpp=True, progress=False)
         assert path == src / f"ggml-model-{outtype.upper()}.gguf"
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digest, outtype
 
@@ -61,7 +61,8 @@ def test_tensors_and_vocabulary_equal_those_of_2023(tmp_path, monkeypatch, folde
     else:
         src = write_checkpoint(tmp_path / folder, name, dtype, int(form))
     for outtype, digest in OLD[folder].items():
-        assert content_digest(convert(src, outtype=outtype, progress=False)) == digest, outtype
+        path = convert(src, outtype=outtype, as_llama_cpp=True, progress=False)
+        assert content_digest(path) == digest, outtype
 
 
 @pytest.mark.parametrize("form", ["bin", "legacy"])

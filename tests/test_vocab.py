@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantlab as ql
+from quantlab.files.checkpoint import open_checkpoint
+from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.files.pretokenizers import pre_tokenizer
-from quantlab.files.vocab import CONTROL, USER_DEFINED, Vocab
+from quantlab.files.vocab import CONTROL, NORMAL, USER_DEFINED, Vocab
 
 HARD = [
     "",
@@ -60,7 +62,7 @@ def vocabs(tmp_path_factory):
             with pytest.warns(UserWarning, match="its expressions are those of"):
                 found[name] = ql.open(folder).vocab
         else:
-            found[name] = ql.open(folder).vocab
+            found[name] = open_checkpoint(folder, as_llama_cpp=True).vocab
     return found
 
 
@@ -69,7 +71,7 @@ def test_spm_ids_are_sentencepieces(vocabs):
 
     processor = SentencePieceProcessor(model_file=str(GOLDEN / "tiny_spm.model"))
     for text in [*HARD, random_text(50_000)]:
-        if "<|user|>" not in text:  # llama.cpp knows no user-defined pieces of sentencepiece's
+        if "<|user|>" not in text:  # a user-defined piece, which llama.cpp's converter makes a normal one
             assert vocabs["llama1"].encode(text, add_special=False).tolist() == processor.encode(text), repr(text[:40])
 
 
@@ -152,6 +154,15 @@ BAD = [
     ({"tokens": ["a", "a", "b"]}, "tokenizer.ggml.tokens has 3 tokens, need different ones"),
     ({"scores": np.array([0, np.nan, 0], np.float32)}, "tokenizer.ggml.scores needs 3 finite numbers"),
     ({"token_type": np.array([1], np.int32)}, "tokenizer.ggml.token_type needs 3 finite numbers"),
+    # llama.cpp refuses these when it loads them: a key of another type, a byte that is none
+    ({"token_type": np.array([1, 1, 1], np.uint32)}, "tokenizer.ggml.token_type needs 3 finite numbers of type int32"),
+    ({"scores": np.array([0, -1, -2], np.float64)}, "scores needs 3 finite numbers of type float32 or int32"),
+    ({"bos_token_id": np.int32(1)}, r"tokenizer.ggml.bos_token_id=np.int32\(1\) of type int32, need uint32"),
+    ({"fim_pad_token_id": np.uint64(1)}, "fim_pad_token_id=.* of type uint64, need uint32"),
+    ({"add_bos_token": np.uint8(1)}, "tokenizer.ggml.add_bos_token=.* of type uint8, need bool: llama.cpp refuses"),
+    ({"add_space_prefix": "yes"}, "add_space_prefix='yes' of type str, need bool"),
+    ({"pre": np.uint32(1)}, "tokenizer.ggml.pre=.* of type uint32, need str"),
+    ({"token_type": np.array([2, 6, 1], np.int32)}, "token 1 is a byte called 'a', need <0x00> to <0xFF>"),
 ]
 
 
@@ -183,9 +194,34 @@ def test_tokens_that_no_text_holds_are_passed_over():
 
 
 def test_ids_out_of_range_are_taken_as_not_given():
-    keys = KEYS | {"bos_token_id": np.uint32(1 << 30), "eos_token_id": np.int32(-1)}
+    keys = KEYS | {"bos_token_id": np.uint32(1 << 30), "eos_token_id": np.uint32(3)}
     vocab = Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
     assert (vocab.bos_id, vocab.eos_id) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kinds"),
+    [
+        (["<|channel|>", "<|end|>", "<|return|>", "<|call|>"], [USER_DEFINED, USER_DEFINED, CONTROL, CONTROL]),
+        (["<|end|>", "<|return|>", "</s>"], [CONTROL, CONTROL, CONTROL]),
+        (["<|end|>", "<|flush|>", "<|calls|>"], [USER_DEFINED, CONTROL, CONTROL]),
+        (["</s>", "<|tool_response>", "<turn|>"], [NORMAL, CONTROL, CONTROL]),
+    ],
+)
+def test_types_that_llama_cpp_corrects(tokens, kinds):
+    """As of gpt-oss, Solar and Gemma 4: `llama_vocab::impl::load`."""
+    keys = KEYS | {"tokens": ["<unk>", *tokens], "scores": np.zeros(1 + len(tokens), np.float32)}
+    vocab = Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    assert vocab._kinds[1:] == kinds
+
+
+def test_a_vocabulary_has_as_many_tokens_as_the_embedding_has_rows(tmp_path):
+    header = {f"tokenizer.ggml.{key}": value for key, value in KEYS.items()} | {"general.architecture": "llama"}
+    x = np.zeros((4, 32), np.float32)
+    path = tmp_path / "a.gguf"
+    write_gguf(path, header, [TensorSpec("token_embd.weight", x.shape, "F32")], [x])
+    with pytest.raises(ValueError, match="a.gguf: token_embd.weight has 4 rows, the vocabulary 3 tokens"):
+        ql.open(path).vocab  # noqa: B018
 
 
 def test_bad_texts_and_merges_get_one_line(vocabs):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import JsonPath, Overwrite, Rules, app, report
+from quantlab.cli.options import AsLlamaCpp, JsonPath, Overwrite, Rules, app, report
 
 
 @app.command()
@@ -27,12 +27,13 @@ def convert(
     outtype: Annotated[
         str, typer.Option("--outtype", metavar="auto|f32|f16|bf16|q8_0", help="auto keeps the checkpoint's own type.")
     ] = "auto",
+    as_llama_cpp: AsLlamaCpp = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint to GGUF: safetensors, .bin, .pth, .pt; Llama 1-3, Mistral, Yi, SmolLM, Qwen 2 and 3."""
     from quantlab.transform.convert import convert
 
-    typer.echo(str(convert(src, outfile, outtype=outtype, overwrite=overwrite)))
+    typer.echo(str(convert(src, outfile, outtype=outtype, as_llama_cpp=as_llama_cpp, overwrite=overwrite)))
 
 
 @app.command()
@@ -169,6 +170,7 @@ def quantize(
     ] = None,
     histogram: _flag("--histogram", "Show how often each code is used, per tensor.") = False,
     dry_run: _flag("--dry-run", "Stop after the plan; write nothing.") = False,
+    as_llama_cpp: AsLlamaCpp = False,
     rules: Rules = "current",
     overwrite: Overwrite = False,
     json: JsonPath = None,
@@ -189,7 +191,7 @@ def quantize(
         "exclude_weights": exclude_weights or (), "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type, "pure": pure, "leave_output_tensor": leave_output_tensor,
         "allow_requantize": allow_requantize, "keep_split": keep_split, "override_kv": override_kv or (),
-        "fallback": not no_fallback, "via": via,
+        "fallback": not no_fallback, "via": via, "as_llama_cpp": as_llama_cpp,
     }  # fmt: skip
     options["tensor_types"] = [parse_tensor_type(text) for text in tensor_type or ()]
     options["tensor_types"] += [pair for path in tensor_type_file or () for pair in read_tensor_types(path)]

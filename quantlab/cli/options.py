@@ -43,6 +43,12 @@ JsonPath = Annotated[
 Rules = Annotated[
     str, typer.Option("--rules", metavar="current|2023-12", help="llama.cpp's mixture rules of that time.")
 ]
+AsLlamaCpp = Annotated[
+    bool,
+    typer.Option(
+        "--as-llama-cpp", help="Write a vocabulary as llama.cpp's converter does where it gives texts other ids."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 

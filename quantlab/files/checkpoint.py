@@ -84,7 +84,9 @@ class _Joined:
         return np.concatenate(blocks)
 
 
-def open_checkpoint(path: str | Path, outtype: str = "auto", *, loss: RangeLoss | None = None) -> Model:
+def open_checkpoint(
+    path: str | Path, outtype: str = "auto", *, loss: RangeLoss | None = None, as_llama_cpp: bool = False
+) -> Model:
     """Open a checkpoint lazily as the GGUF model that it would be converted to.
 
     Parameters
@@ -95,6 +97,8 @@ def open_checkpoint(path: str | Path, outtype: str = "auto", *, loss: RangeLoss 
         Type of the matrices: `"f32" "f16" "bf16" "q8_0"`, or `"auto"` for the checkpoint's own. Vectors stay F32.
     loss : RangeLoss, optional
         Filled while tensors are read.
+    as_llama_cpp : bool
+        Whether the vocabulary is the one of llama.cpp's converter where quantlab differs on purpose.
 
     Returns
     -------
@@ -126,7 +130,7 @@ def open_checkpoint(path: str | Path, outtype: str = "auto", *, loss: RangeLoss 
         tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
     n_weights = sum(tensor.n_weights for tensor in tensors)
     metadata = general_metadata(folder, config, n_weights) | hparams_metadata(config, qtype)
-    metadata |= vocab_metadata(folder, config)
+    metadata |= vocab_metadata(folder, config, as_llama_cpp=as_llama_cpp)
     _check_texts(folder, metadata)
     return Model(path, metadata, tensors)
 

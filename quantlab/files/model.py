@@ -134,8 +134,15 @@ class Model:
 
     @cached_property
     def vocab(self) -> Vocab:
-        """Vocabulary: text to token ids and back."""
-        return Vocab.from_metadata(self.metadata, source=str(self.path))
+        """Vocabulary: text to token ids and back; as many tokens as the embedding has rows."""
+        vocab = Vocab.from_metadata(self.metadata, source=str(self.path))
+        rows = self._tensors["token_embd.weight"].nrows if "token_embd.weight" in self._tensors else vocab.n_vocab
+        if rows != vocab.n_vocab:
+            raise ValueError(
+                f"{self.path}: token_embd.weight has {rows} rows, the vocabulary {vocab.n_vocab} tokens: "
+                f"llama.cpp refuses the file. Convert the checkpoint again."
+            )
+        return vocab
 
     @property
     def names(self) -> list[str]:

@@ -5,10 +5,11 @@ expressions those of the models' own tokenizer files.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from quantlab.files.recognize import short
 
-__all__ = ["GPT2_REGEX", "PreTokenizer", "name_of_regexes", "pre_tokenizer"]
+__all__ = ["GPT2_REGEX", "PreTokenizer", "name_of_pieces", "name_of_regexes", "pre_tokenizer"]
 
 # parts of the expressions
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -38,6 +39,14 @@ class PreTokenizer:
     regexes: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+
+    def build(self) -> Any:
+        """Return the cut as the tokenizers library's pre-tokenizer; bytes come out as byte-level characters."""
+        from tokenizers import Regex, pre_tokenizers
+
+        steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in self.regexes]
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        return pre_tokenizers.Sequence(steps)
 
 
 _BY_CUT = {
@@ -97,4 +106,14 @@ def name_of_regexes(regexes: tuple[str, ...], ignore_merges: bool) -> str | None
     for cut, names in _BY_CUT.items():
         if cut.regexes == regexes and cut.ignore_merges == ignore_merges:
             return names.split()[0]
+    return None
+
+
+def name_of_pieces(pre_tokenizer: Any, text: str, ignore_merges: bool) -> str | None:
+    """Return a name whose cut of `text` is that of the tokenizers library's `pre_tokenizer`, or None."""
+    wanted = [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)]
+    for cut, names in _BY_CUT.items():
+        if cut.ignore_merges == ignore_merges:
+            if [piece for piece, _ in cut.build().pre_tokenize_str(text)] == wanted:
+                return names.split()[0]
     return None

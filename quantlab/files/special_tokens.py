@@ -1,4 +1,4 @@
-"""Special tokens of a checkpoint's tokenizer as GGUF metadata: ids, whether BOS and EOS are added, chat template.
+"""Special tokens of a checkpoint's tokenizer as GGUF metadata: their ids, and whether BOS and EOS are added.
 
 Three files are asked, the first that knows wins: tokenizer.json with tokenizer_config.json, then config.json.
 Keys, order and precedence are those of llama.cpp's converter.
@@ -7,16 +7,15 @@ Source: class SpecialVocab in gguf-py of llama.cpp.
 """
 
 from pathlib import Path
-from string import ascii_letters, digits
 from typing import Any
 
 import numpy as np
 
+from quantlab.files.chat_template import template_metadata
 from quantlab.files.weights import read_json
 
 __all__ = ["special_metadata"]
 
-MAX_TEMPLATE = 1 << 20  # bytes
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # GGUF's names of the roles; the classifier's token has none
 _KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
@@ -24,7 +23,13 @@ _KEYS |= {"eot": "eot", "eom": "eom", "prefix": "prefix", "suffix": "suffix", "m
 
 
 def special_metadata(
-    folder: Path, *, n_vocab: int | None = None, fixed: dict[str, int] | None = None
+    folder: Path,
+    tokenizer: dict[str, Any],
+    tokenizer_config: dict[str, Any],
+    *,
+    n_vocab: int | None = None,
+    fixed: dict[str, int] | None = None,
+    as_llama_cpp: bool = False,
 ) -> dict[str, Any]:
     """Return the keys of the special tokens.
 
@@ -32,12 +37,16 @@ def special_metadata(
     ----------
     folder : Path
         The checkpoint.
+    tokenizer, tokenizer_config : dict
+        Its tokenizer.json and tokenizer_config.json.
     n_vocab : int, optional
         Ids from here on are left out.
     fixed : dict, optional
         Ids by role that are known without asking; then these roles alone are looked for.
+    as_llama_cpp : bool
+        Take the chat template that llama.cpp's converter takes.
     """
-    tokenizer, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    config = dict(tokenizer_config)  # roles that only the post-processor knows are added
     has_config = bool(config)
     roles = list(fixed) if fixed else list(_ROLES)
     adds = _added_by_template(tokenizer, config, roles) if tokenizer else {}
@@ -55,8 +64,7 @@ def special_metadata(
         if role in _KEYS and (n_vocab is None or token_id < n_vocab):
             keys[f"tokenizer.ggml.{_KEYS[role]}_token_id"] = np.uint32(token_id)
     keys |= {f"tokenizer.ggml.add_{role}_token": value for role, value in adds.items() if role in ("bos", "eos", "sep")}
-    if has_config:
-        keys |= _chat_template(folder, config)
+    keys |= template_metadata(folder, tokenizer_config, as_llama_cpp=as_llama_cpp)
     return keys | _normalizer(tokenizer.get("normalizer"))
 
 
@@ -158,46 +166,6 @@ def _separates(pair: list, first: str | None, last: str | None, config: dict, eo
     between = [_special(item) for item in middle[1:-1]]
     separates = bool(between[0] and between[0] in separators and not last)
     return separates or bool(len(between) == 2 and between[1] and between[1] in separators)
-
-
-def _read_text(path: Path) -> str:
-    """Read a template's file."""
-    if path.stat().st_size > MAX_TEMPLATE:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, need at most {MAX_TEMPLATE}. Download it again.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is no UTF-8. Download it again.") from None
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the chat template, or several by name; files beside the configuration stand in for it."""
-    template = config.get("chat_template")
-    if "chat_template" not in config:
-        jinja = folder / "chat_template.jinja"
-        if jinja.is_file():
-            template = _read_text(jinja)
-            more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-            if more:
-                named = [{"name": path.stem, "template": _read_text(path)} for path in more]
-                template = [{"name": "default", "template": template}, *named]
-        else:
-            template = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, str):
-        return {"tokenizer.chat_template": template}
-    keys: dict[str, Any] = {}
-    names, default = [], None
-    choices = template if isinstance(template, list) else []
-    for choice in (choice for choice in choices if isinstance(choice, dict)):
-        name = "".join(char if char in ascii_letters + digits else "_" for char in str(choice.get("name", "")))
-        if name == "default":
-            default = choice.get("template")
-        elif name and isinstance(choice.get("template"), str):
-            keys[f"tokenizer.chat_template.{name}"] = choice["template"]
-            names.append(name)
-    if names:
-        keys["tokenizer.chat_templates"] = sorted(set(names))
-    return keys | ({"tokenizer.chat_template": default} if isinstance(default, str) else {})
 
 
 def _normalizer(entry: Any) -> dict[str, bool]:

@@ -9,7 +9,6 @@ Source: `llama-vocab.cpp` of llama.cpp for the rules; sentencepiece_model.proto 
 
 import hashlib
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +19,18 @@ import numpy as np
 from quantlab.files.gguf_file import Strings
 from quantlab.files.pretokenizers import pre_tokenizer
 from quantlab.files.recognize import reason, short
+from quantlab.files.sentencepiece_file import pack_sentencepiece
 
 __all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Vocab", "text_of_bytes"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+
+# what llama.cpp takes for a key; it refuses a file that has another type
+_IDS = "bos eos eot eom unknown seperator padding mask prefix suffix middle"
+_IDS += " fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep"
+_FLAGS = "add_bos_token add_eos_token add_sep_token add_space_prefix remove_extra_whitespaces"
+_TYPES: dict[str, type] = {"model": str, "pre": str} | dict.fromkeys(_FLAGS.split(), bool)
+_TYPES |= {f"{name}_token_id": np.uint32 for name in _IDS.split()}
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; in a token, a byte that is no UTF-8
 
@@ -37,6 +44,7 @@ _ALWAYS_CONTROL = frozenset(
     "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> "
     "<|file_sep|>".split()
 )
+_HARMONY = frozenset("<|channel|> <|message|> <|start|> <|constrain|>".split())  # gpt-oss's; always user-defined
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,7 +102,7 @@ class Vocab:
         Raises
         ------
         ValueError
-            If there is no vocabulary, or it contradicts itself, or is of a kind that is not read.
+            If there is no vocabulary, or it contradicts itself, is of a kind that is not read, or llama.cpp refuses it.
         """
         model = metadata.get("tokenizer.ggml.model")
         if not isinstance(model, str) or model not in ("llama", "gpt2"):
@@ -109,32 +117,31 @@ class Vocab:
             raise ValueError(
                 f"{source}: tokenizer.ggml.tokens has {n_vocab} tokens, need different ones. Convert again."
             )
+        _check_types(metadata, source)
+        types = _numbers(metadata, "tokenizer.ggml.token_type", n_vocab, (np.int32,), NORMAL, source)
+        for i in np.flatnonzero(types == BYTE):
+            if len(tokens[i].encode("utf-8", "surrogateescape")) < 3:
+                raise ValueError(f"{source}: token {i} is a byte called {short(tokens[i])}, need <0x00> to <0xFF>.")
         pre = metadata.get("tokenizer.ggml.pre", "default")
         cut = None if spm else pre_tokenizer(pre, source=source)
 
         def token_id(name: str, default: int | None) -> int | None:
             value = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
-            return next(
-                (int(i) for i in (value, default) if isinstance(i, np.integer | int) and 0 <= i < n_vocab), None
-            )
-
-        def flag(name: str, default: bool) -> bool:
-            value = metadata.get(f"tokenizer.ggml.{name}", default)
-            return bool(value) if isinstance(value, np.generic | bool) else default
+            return next((int(i) for i in (value, default) if i is not None and i < n_vocab), None)
 
         return cls(
             kind="spm" if spm else "bpe",
             tokens=tokens,
-            types=_numbers(metadata, "tokenizer.ggml.token_type", n_vocab, np.int32, NORMAL, source),
-            scores=_numbers(metadata, "tokenizer.ggml.scores", n_vocab, np.float32, 0, source),
+            types=types,
+            scores=_numbers(metadata, "tokenizer.ggml.scores", n_vocab, (np.float32, np.int32), 0, source),
             merges=() if spm else tuple(dict.fromkeys(_strings(metadata, "tokenizer.ggml.merges", source))),
             pre=pre,
             bos_id=token_id("bos", 1 if spm else None),
             eos_id=token_id("eos", 2 if spm else None),
             unk_id=token_id("unknown", 0 if spm else None),
-            add_bos=flag("add_bos_token", True if spm else cut.add_bos),
-            add_eos=flag("add_eos_token", False),
-            add_space_prefix=flag("add_space_prefix", spm),
+            add_bos=metadata.get("tokenizer.ggml.add_bos_token", True if spm else cut.add_bos),
+            add_eos=metadata.get("tokenizer.ggml.add_eos_token", False),
+            add_space_prefix=spm and metadata.get("tokenizer.ggml.add_space_prefix", True),
             source=source,
         )
 
@@ -221,7 +228,18 @@ class Vocab:
     def _kinds(self) -> list[int]:
         """Token types after llama.cpp's corrections."""
         pairs = zip(self.types.tolist(), self.tokens, strict=True)
-        return [CONTROL if token in _ALWAYS_CONTROL else kind for kind, token in pairs]
+        kinds = [
+            CONTROL if token in _ALWAYS_CONTROL else USER_DEFINED if token in _HARMONY else kind
+            for kind, token in pairs
+        ]
+        known = set(self.tokens)
+        if "<|end|>" in known and (
+            {"<|return|>", "<|call|>"} <= known or "<|flush|>" in known and known & {"<|call|>", "<|calls|>"}
+        ):
+            kinds[self.tokens.index("<|end|>")] = USER_DEFINED
+        if {"</s>", "<|tool_response>"} <= known:
+            kinds[self.tokens.index("</s>")] = NORMAL
+        return kinds
 
     @cached_property
     def _special(self) -> dict[bool, list[tuple[str, int]]]:
@@ -266,15 +284,13 @@ class Vocab:
     @cached_property
     def _tokenizer(self) -> Any:
         """A tokenizer of the tokenizers library with this vocabulary; special tokens are cut out before it."""
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+        from tokenizers import Tokenizer, models
 
         cut = pre_tokenizer(self.pre)
         ids = {token: i for i, token in enumerate(self.tokens) if not _HALF.search(token)}  # no text holds the others
         merges = [self._split_merge(merge, ids) for merge in self.merges]
         tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=cut.ignore_merges))
-        steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in cut.regexes]
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        tokenizer.pre_tokenizer = cut.build()
         return tokenizer
 
     def _split_merge(self, merge: str, ids: Mapping[str, int]) -> tuple[str, str]:
@@ -333,46 +349,44 @@ def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
     return list(value)
 
 
-def _numbers(metadata: Mapping[str, Any], key: str, count: int, dtype: type, default: int, source: str) -> np.ndarray:
+def _check_types(metadata: Mapping[str, Any], source: str) -> None:
+    """Refuse values of another type than llama.cpp takes."""
+    for name, wanted in _TYPES.items():
+        value = metadata.get(f"tokenizer.ggml.{name}")
+        if value is not None and type(value) is not wanted:
+            raise ValueError(
+                f"{source}: tokenizer.ggml.{name}={short(value)} of type {type(value).__name__}, "
+                f"need {wanted.__name__}: llama.cpp refuses the file. Convert the checkpoint again."
+            )
+
+
+def _numbers(
+    metadata: Mapping[str, Any], key: str, count: int, dtypes: tuple[type, ...], default: int, source: str
+) -> np.ndarray:
+    """Return the first `count` numbers of an array as the first of `dtypes`."""
     value = metadata.get(key)
     if value is None:
-        return np.full(count, default, dtype)
-    if not isinstance(value, np.ndarray) or len(value) < count or not np.isfinite(value).all():
-        raise ValueError(f"{source}: {key} needs {count} finite numbers. Convert the checkpoint again.")
-    return value[:count].astype(dtype)
+        return np.full(count, default, dtypes[0])
+    is_array = isinstance(value, np.ndarray) and value.dtype in dtypes
+    if not is_array or len(value) < count or not np.isfinite(value).all():
+        names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+        raise ValueError(f"{source}: {key} needs {count} finite numbers of type {names}. Convert the checkpoint again.")
+    return value[:count].astype(dtypes[0])
 
 
 def _sentencepiece_proto(vocab: Vocab) -> bytes:
-    """Encode the vocabulary as a sentencepiece model: pieces, then the trainer's and the normalizer's settings.
+    """Encode the vocabulary as a sentencepiece model.
 
     Every token takes part in merges, as in llama.cpp, apart from the unknown token and bytes; bytes that are not all
-    there stand for nothing. The text comes with its leading space in place, so the normalizer adds none.
+    there stand for nothing. The text comes with its leading space in place.
     """
-    parts = []
     unknown = vocab.unk_id if vocab.unk_id is not None else 0
     typed = zip(vocab.tokens, vocab.types.tolist(), strict=True)
     bytes_at = {i for i, (token, kind) in enumerate(typed) if kind == BYTE and re.fullmatch("<0x[0-9A-F]{2}>", token)}
     bytes_at.discard(unknown)
     has_all = len(bytes_at) == 256
-    for i, (token, score) in enumerate(zip(vocab.tokens, vocab.scores.tolist(), strict=True)):
-        kind = UNKNOWN if i == unknown else NORMAL if i not in bytes_at else BYTE if has_all else CONTROL
-        raw = token.encode("utf-8", "surrogateescape")
-        parts.append(_field(1, _field(1, raw) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])))
-    bpe, byte_fallback = b"\x18\x02", b"\x98\x02" + bytes([has_all])
-    parts.append(_field(2, bpe + byte_fallback + b"\xc0\x02" + _varint(unknown)))
-    parts.append(
-        _field(3, _field(1, b"identity") + b"\x18\x00\x20\x00\x28\x01")
-    )  # no dummy prefix, keep and escape spaces
-    return b"".join(parts)
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    pieces = [
+        (token, score, UNKNOWN if i == unknown else NORMAL if i not in bytes_at else BYTE if has_all else CONTROL)
+        for i, (token, score) in enumerate(zip(vocab.tokens, vocab.scores.tolist(), strict=True))
+    ]
+    return pack_sentencepiece(pieces, unknown=unknown, byte_fallback=has_all)

@@ -29,6 +29,7 @@ def convert(
     outfile: str | Path | None = None,
     *,
     outtype: str = "auto",
+    as_llama_cpp: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -43,6 +44,9 @@ def convert(
         Default: `ggml-model-<TYPE>.gguf` in the folder of `src`.
     outtype : str
         Type of the matrices: `"f32" "f16" "bf16" "q8_0"`, or `"auto"` for the checkpoint's own. Vectors stay F32.
+    as_llama_cpp : bool
+        Write llama.cpp's bytes where quantlab differs on purpose: a vocabulary that gives texts other ids than the
+        model was trained with.
     overwrite : bool
         Whether a file of that name may be replaced.
     progress : bool
@@ -68,12 +72,13 @@ def convert(
     Warns
     -----
     UserWarning
-        If values left F16's range or became zero in it, or the pre-tokenizer is not known.
+        If values left F16's range or became zero in it, the pre-tokenizer is not known, or the vocabulary differs from
+        what llama.cpp's converter writes.
 
     Source: `convert_hf_to_gguf.py` of llama.cpp, for what is written.
     """
     src, loss = find_checkpoint(src), RangeLoss()
-    model = open_checkpoint(src, outtype, loss=loss)
+    model = open_checkpoint(src, outtype, loss=loss, as_llama_cpp=as_llama_cpp)
     name = OUTTYPES[outtype] or _own_type(model)
     folder = src if src.is_dir() else src.parent
     outfile = check_output(folder / f"ggml-model-{name}.gguf" if outfile is None else outfile, overwrite=overwrite)

@@ -65,6 +65,8 @@ class Options:
         Whether rows that do not fit a type's blocks may get another type; if not, they are an error.
     via : str, optional
         "f16" rounds a checkpoint to F16 first, as converting to an F16 file would. Default: the source's precision.
+    as_llama_cpp : bool
+        Write a checkpoint's vocabulary as llama.cpp's converter does, where quantlab differs on purpose.
     """
 
     ftype: str | int
@@ -82,6 +84,7 @@ class Options:
     override_kv: Sequence[str] = ()
     fallback: bool = True
     via: str | None = None
+    as_llama_cpp: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
         If the source cannot be opened, an option has no meaning for it, or the output is one of the source's files.
     """
     ftype = find_ftype(options.ftype)
-    model = _open(src, options.via)
+    model = _open(src, options)
     notes = []
     shards = _shards(model, options.keep_split)
     tensors = {tensor.name: tensor for tensor in model}
@@ -261,15 +264,16 @@ def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable
 # ---- tensors in, weights beside them
 
 
-def _open(src: str | Path | Model, via: str | None) -> Model:
-    """Open the source, a checkpoint rounded to F16 where that is asked for."""
-    if via is None:
+def _open(src: str | Path | Model, options: Options) -> Model:
+    """Open the source, a checkpoint in the way that is asked for."""
+    if options.via not in (None, "f16"):
+        raise ValueError(f"via={options.via}, must be f16 or left out")
+    if not options.via and not options.as_llama_cpp:
         return src if isinstance(src, Model) else open_model(src)
-    if via != "f16":
-        raise ValueError(f"via={via}, must be f16 or left out")
     if isinstance(src, Model) or model_path(src).suffix == ".gguf":
-        raise ValueError(f"{src}: via=f16 rounds a checkpoint, this is a GGUF model. Leave --via out.")
-    return open_checkpoint(model_path(src), "f16")
+        given = "via=f16 rounds" if options.via else "as_llama_cpp=True converts"
+        raise ValueError(f"{src}: {given} a checkpoint, this is a GGUF model. Leave the option out.")
+    return open_checkpoint(model_path(src), options.via or "auto", as_llama_cpp=options.as_llama_cpp)
 
 
 def _shards(model: Model, keep_split: bool) -> list[list[str]]:

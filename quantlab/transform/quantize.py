@@ -67,7 +67,7 @@ def quantize(
     **options
         The fields of `quantlab.transform.job.Options`: rules, imatrix, include_weights, exclude_weights, tensor_types,
         output_tensor_type, token_embedding_type, pure, leave_output_tensor, allow_requantize, keep_split, override_kv,
-        fallback, via.
+        fallback, via, as_llama_cpp.
 
     Returns
     -------
