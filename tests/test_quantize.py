@@ -469,6 +469,8 @@ def test_bad_input(work):
         quantize("wide.gguf", "out.gguf", ftype="Q4_0", override_kv=["general.alignment=int:0"])
     with pytest.raises(ValueError, match="via=f16 rounds a checkpoint, this is a GGUF model"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_0", via="f16")
+    with pytest.raises(ValueError, match="as_llama_cpp=True converts a checkpoint, this is a GGUF model"):
+        quantize("wide.gguf", "out.gguf", ftype="Q4_0", as_llama_cpp=True)
     with pytest.raises(ValueError, match="keep_split applies to GGUF files"):
         quantize(checkpoints.write_checkpoint(work / "yi", "yi"), "out.gguf", ftype="Q4_0", keep_split=True)
     assert not list(work.glob("out*"))

@@ -13,6 +13,7 @@ import sys
 import made_models
 import numpy as np
 import pytest
+from checkpoints import write_checkpoint
 from test_rounding import needs_fma
 
 import quantlab as ql
@@ -94,6 +95,15 @@ def test_the_precision_of_a_checkpoint_is_found(tmp_path, via, ftype):
     path = ql.quantize("tiny", tmp_path / "q.gguf", ftype=ftype, via=via)
     found = ql.verify(path, "tiny")
     assert found.verdict == "identical" and found.notes[0].startswith("weights of the source as ")
+
+
+@pytest.mark.parametrize("as_llama_cpp", [False, True])
+def test_both_vocabularies_of_a_checkpoint_are_genuine(tmp_path, as_llama_cpp):
+    src = write_checkpoint(tmp_path / "m", "llama1")
+    path = ql.quantize(src, tmp_path / "q.gguf", ftype="Q8_0", as_llama_cpp=as_llama_cpp)
+    place = ql.open(path).metadata["tokenizer.ggml.tokens"].index("<|user|>")
+    assert ql.open(path).metadata["tokenizer.ggml.token_type"][place] == (1 if as_llama_cpp else 4)
+    assert ql.verify(path, src).verdict == "identical"
 
 
 def fused_file(made, out, ftype, imatrix=None):
