@@ -19,7 +19,7 @@ help:  ## this list
 
 table: $(VENV)/.lab  ## the size/ppl table of MODEL=tiny or smollm2: printed, and as notebook, HTML, CSV and figures in data/runs/
 	@if [ "$(MODEL)" = smollm2 ]; then $(BIN)/quantlab fetch smollm2; fi
-	@$(BIN)/quantlab notebook size_ppl_table -p model "$(MODEL)"
+	@$(BIN)/quantlab notebook size_ppl_table -p model "$(MODEL)" --overwrite
 
 test: $(VENV)/.test  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow and not long"
@@ -39,7 +39,7 @@ scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b [LAYERS=n] thr
 pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(wildcard notebooks/*.ipynb))  ## the notebooks' pictures for readers on the web
 
 notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
-	$(BIN)/quantlab notebook $* --picture $@
+	$(BIN)/quantlab notebook $* --picture $@ --overwrite
 
 notebooks/pictures/run_it.png: $(VENV)/.run
 notebooks/pictures/train_the_bundled_model.png: $(VENV)/.gpu

@@ -92,7 +92,7 @@ def test_report_prints_the_table(word):
 
 def test_json_goes_beside_the_table_into_a_file(word, tmp_path):
     target = tmp_path / "a.json"
-    target.write_text("an older report")
+    target.write_text('{"schema": 1, "protocol": {}, "rows": []}')
     assert word("--json", str(target)).stdout == "the table\n"
     assert json.loads(target.read_text()) == {"schema": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

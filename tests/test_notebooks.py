@@ -176,10 +176,13 @@ def test_a_page_shows_a_sentence_for_a_control_and_no_progress_bar(tmp_path):
 
 
 def test_the_first_figure_is_the_picture(tmp_path):
-    shown = nbformat.v4.new_output("display_data", {"image/png": "aGVsbG8=\n"})
+    small = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(small, "PNG")
+    shown = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(small.getvalue()).decode() + "\n"})
     cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("1", outputs=[shown])]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
-    assert notebooks.picture("a", tmp_path, tmp_path / "a.png").read_bytes() == b"hello"
+    written = notebooks.picture("a", tmp_path, tmp_path / "a.png")
+    assert Image.open(written).info["Software"] == "quantlab" and Image.open(written).getpixel((0, 0)) == (255, 0, 0)
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)).save(noise, "PNG")
     cells[1].outputs[0].data["image/png"] = base64.b64encode(noise.getvalue()).decode()
@@ -266,9 +269,62 @@ def test_values_are_read_as_the_declared_type(text, kind, value):
 
 
 def test_folders_are_named_after_what_was_asked():
-    assert notebooks._folder_name("a", {}) == "a"
-    assert notebooks._folder_name("a", {"model": "smollm2", "out": "x"}) == "a-smollm2"
-    assert notebooks._folder_name("a", {"model": "/home/me/My Model.gguf"}) == "a-home-me-My-Model.gguf"
+    defaults = {"model": "tiny", "chunks": 8, "n_ctx": 8, "ftypes": [], "out": ""}
+    names = [
+        notebooks._folder_name("a", given, defaults)
+        for given in (
+            {},
+            {"model": "/home/me/My Model.gguf"},
+            {"model": "/home/me/My-Model.gguf"},
+            {"chunks": 64},
+            {"n_ctx": 64},
+            {"ftypes": ["Q4_K", "Q2_K"]},
+            {"model": "x" * 300 + "1"},
+            {"model": "x" * 300 + "2"},
+            {"model": "ü" * 300},
+        )
+    ]
+    assert len(set(names)) == len(names) and max(len(name.encode()) for name in names) < 120
+    assert names[1].startswith("a-model=home-me-My-Model.gguf-") and names[3].startswith("a-chunks=64-")
+    assert notebooks._folder_name("a", {"chunks": 8, "out": "x"}, defaults) == names[0]
+    assert notebooks._folder_name("a", {"n_ctx": 4, "chunks": 2}, defaults) == notebooks._folder_name(
+        "a", {"chunks": 2, "n_ctx": 4}, defaults
+    )
+
+
+def test_a_finished_run_is_never_replaced_silently(tmp_path, monkeypatch):
+    """Also one that failed is repeated in its folder, and files of the user's are left alone."""
+    pytest.importorskip("papermill")
+    (tmp_path / "notebooks").mkdir()
+    cells = [
+        nbformat.v4.new_code_cell("row: int = 0  # row\nscale: float = 1.0  # scale\nout: str = ''  # folder"),
+        nbformat.v4.new_code_cell("from pathlib import Path\nassert not Path('fail').exists()"),
+        nbformat.v4.new_code_cell("_ = (Path(out) / 'row.txt').write_text(str(row))"),
+    ]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "a.ipynb")
+    monkeypatch.setattr(notebooks, "notebooks_dir", lambda: tmp_path / "notebooks")
+    monkeypatch.setattr(notebooks, "runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    first = notebooks.run("a", {"row": "3", "scale": "2"})
+    assert (first / "row.txt").read_text() == "3"
+    with pytest.raises(FileExistsError, match="holds a finished run of these parameters. Pass overwrite=True"):
+        notebooks.run("a", {"scale": 2.0, "row": 3})
+    assert notebooks.run("a", {"row": 3, "scale": 2}, overwrite=True) == first
+    with pytest.raises(FileExistsError, match="holds files of something else"):
+        notebooks.run("a", {"row": 4, "out": str(first)})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "row.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="mine: holds files of something else"):
+        notebooks.run("a", {"out": "mine"})
+    assert (tmp_path / "mine" / "row.txt").read_text() == "mine"
+    (tmp_path / "fail").touch()
+    with pytest.raises(ValueError, match="cell 2 failed|cell 3 failed"):
+        notebooks.run("a", {"row": 5})
+    (tmp_path / "fail").unlink()
+    second = notebooks.run("a", {"row": 5})
+    assert second != first and {path.name for path in (tmp_path / "runs").iterdir()} == {first.name, second.name}
 
 
 def test_bad_parameters_are_refused_before_anything_runs(tmp_path):

@@ -251,7 +251,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(work, n):
     quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", report=lambda line: lines.append(str(line)))
     assert sha256("out.gguf") == GOLDEN["wide.gguf Q4_K_M"]
     assert n == 1 or any(str(line).startswith("going on after") for line in lines)
-    assert sorted(path.name for path in work.glob("out*")) == ["out.gguf", "out.gguf.json"]
+    assert sorted(path.name for path in work.glob("out*")) == ["out.gguf", "out.gguf.quantlab.json"]
 
 
 def test_a_state_of_another_job_is_begun_anew(work):
@@ -295,11 +295,12 @@ def test_unchanged_tensors_are_reused(work):
 def test_a_dry_run_tells_what_a_run_would_meet_and_writes_nothing(work):
     said = []
     quantize("wide.gguf", "old.gguf", ftype="Q4_K_S")
+    shutil.copy("old.gguf", "out.gguf")
     before = sorted(work.iterdir())
-    assert quantize("wide.gguf", "old.gguf", ftype="Q4_K_M", reuse="old.gguf", dry_run=True, report=said.append) is None
+    assert quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf", dry_run=True, report=said.append) is None
     plan, in_the_way, reusable = said
     assert plan.job.ftype.name == "Q4_K_M"
-    assert in_the_way == "old.gguf: exists; the run needs --overwrite or another name"
+    assert in_the_way == "out.gguf: exists; the run needs overwrite=True or another name"
     old = {tensor.name: tensor.qtype for tensor in open_model("old.gguf")}
     same = [step for step in plan.job.steps if old[step.tensor.name] == step.choice.qtype]
     assert 0 < len(same) < len(plan.job.steps)
@@ -330,17 +331,19 @@ def test_tensors_whose_source_or_matrix_changed_are_not_reused(work):
 
 def test_reuse_without_digests_is_refused(work):
     quantize("wide.gguf", "old.gguf", ftype="Q4_K_S")
-    stored = Path("old.gguf.json").read_text()
-    Path("old.gguf.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"old\.gguf\.json: not there, old\.gguf cannot be reused"):
+    stored = Path("old.gguf.quantlab.json").read_text()
+    Path("old.gguf.quantlab.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"old\.gguf\.quantlab\.json: not there, old\.gguf cannot be reused"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf")
     for spoilt in ("{}", json.dumps(json.loads(stored) | {"schema": 1})):
-        Path("old.gguf.json").write_text(spoilt)
-        with pytest.raises(ValueError, match=r"old\.gguf\.json: must hold the digests of old\.gguf, schema 2"):
+        Path("old.gguf.quantlab.json").write_text(spoilt)
+        with pytest.raises(
+            ValueError, match=r"old\.gguf\.quantlab\.json: must hold the digests of old\.gguf, schema 2"
+        ):
             quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf")
     quantize("wide.gguf", "old.gguf", ftype="Q3_K_S", overwrite=True)
-    Path("old.gguf.json").write_text(stored)
-    with pytest.raises(ValueError, match=r"old\.gguf\.json: belongs to another file"):
+    Path("old.gguf.quantlab.json").write_text(stored)
+    with pytest.raises(ValueError, match=r"old\.gguf\.quantlab\.json: belongs to another file"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf")
     assert not list(work.glob("out*"))
 
@@ -356,13 +359,13 @@ def test_outputs_are_not_overwritten_and_inputs_never(work):
         quantize("wide.gguf", "none/out.gguf", ftype="Q8_0")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "config"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_no_file_of_a_checkpoint_is_replaced(tmp_path, name):
     folder = tmp_path / "checkpoint"
     shutil.copytree(model_path("tiny"), folder)
     before = {path.name: sha256(path) for path in folder.iterdir()}
     with pytest.raises(ValueError, match="is the input, must be another file"):
-        quantize(folder, folder / name, ftype="Q4_0", overwrite=True)  # config: its digests would be config.json
+        quantize(folder, folder / name, ftype="Q4_0", overwrite=True)
     assert {path.name: sha256(path) for path in folder.iterdir()} == before
 
 

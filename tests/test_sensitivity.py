@@ -381,7 +381,7 @@ def test_a_file_that_is_no_sensitivity(tmp_path):
         Sensitivity.load(tmp_path / "nothing.json")
     for content in ("", "[]", '{"schema": 1, "rows": [{}]}', '{"schema": 2, "rows": []}', '{"schema": 1, "rows": 3}'):
         (tmp_path / "a.json").write_text(content)
-        with pytest.raises(ValueError, match="a.json: is no sensitivity"):
+        with pytest.raises(ValueError, match="a.json: is not a sensitivity"):
             Sensitivity.load(tmp_path / "a.json")
 
 
@@ -397,7 +397,7 @@ def test_a_file_with_a_part_missing_is_no_sensitivity(found, tmp_path):
         {"rows": [row | {"delta_kld": "a"}]},
     ):
         (tmp_path / "a.json").write_text(json.dumps(whole | part))
-        with pytest.raises(ValueError, match="a.json: is no sensitivity"):
+        with pytest.raises(ValueError, match="a.json: is not a sensitivity"):
             Sensitivity.load(tmp_path / "a.json")
 
 

@@ -193,7 +193,7 @@ def test_another_source_is_found(made):
 def test_the_matrix_makes_the_difference(made):
     assert ql.verify(made / "weighted.gguf", made / "wide.gguf", imatrix=made / "made.imatrix").verdict == "identical"
     found = ql.verify(made / "weighted.gguf", made / "wide.gguf")
-    assert found.verdict == "other" and "the file records" in str(found) and "pass it with --imatrix" in str(found)
+    assert found.verdict == "other" and "the file records" in str(found) and "pass it as imatrix" in str(found)
     assert ql.verify(made / "weighted.gguf", made / "wide.gguf", imatrix=made / "wrong.imatrix").verdict == "other"
     found = ql.verify(made / "plain.gguf", made / "wide.gguf", imatrix=made / "made.imatrix")
     assert found.verdict == "other" and "the file was made without this one" in found.misfits[0]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import AsLlamaCpp, JsonPath, Overwrite, Rules, app, report
+from quantlab.cli.options import AsLlamaCpp, JsonPath, Overwrite, Rules, app, as_options, prints_to, report, written
 
 
 @app.command()
@@ -22,7 +22,10 @@ def convert(
         str, typer.Argument(metavar="SRC", help="A checkpoint's folder or file of weights, or org/model on the hub.")
     ],
     outfile: Annotated[
-        Path | None, typer.Option("--outfile", help="Default: ggml-model-<TYPE>.gguf in the checkpoint's folder.")
+        Path | None,
+        typer.Option(
+            "--outfile", callback=written(), help="Default: ggml-model-<TYPE>.gguf in the checkpoint's folder."
+        ),
     ] = None,
     outtype: Annotated[
         str, typer.Option("--outtype", metavar="auto|f32|f16|bf16|q8_0", help="auto keeps the checkpoint's own type.")
@@ -33,7 +36,8 @@ def convert(
     """Convert a checkpoint to GGUF: safetensors, .bin, .pth, .pt; Llama 1-3, Mistral, Yi, SmolLM, Qwen 2 and 3."""
     from quantlab.transform.convert import convert
 
-    typer.echo(str(convert(src, outfile, outtype=outtype, as_llama_cpp=as_llama_cpp, overwrite=overwrite)))
+    path = convert(src, outfile, outtype=outtype, as_llama_cpp=as_llama_cpp, overwrite=overwrite)
+    typer.echo(str(path), err=prints_to(outfile))
 
 
 @app.command()
@@ -42,29 +46,32 @@ def sizes(
         str, typer.Argument(metavar="SHAPE|FILE", help="A bundled shape (yi-34b), a GGUF file or a checkpoint.")
     ],
     rules: Rules = "current",
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Print the exact size of every ftype, without any weights."""
     from quantlab.transform.plan import sizes
 
-    report(sizes(shape, rules=rules), json)
+    report(sizes(shape, rules=rules), json, overwrite)
 
 
 @app.command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Print what is in a model: metadata, tensors, types, sizes, and the mixture where it is a known one."""
     from quantlab.transform.inspect import inspect
 
-    report(inspect(file), json)
+    report(inspect(file), json, overwrite)
 
 
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file or a checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Print what differs from A to B: metadata, types, shapes, order, bytes, and how far the values are apart.
@@ -74,7 +81,7 @@ def diff(
     from quantlab.transform.diff import diff
 
     result = diff(a, b)
-    report(result, json)
+    report(result, json, overwrite)
     raise typer.Exit(0 if result.is_same else 1)
 
 
@@ -83,6 +90,7 @@ def verify(
     quant: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized GGUF file.")],
     source: Annotated[str, typer.Option("--source", metavar="BASE", help="The GGUF file or checkpoint it names.")],
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="The importance matrix that was used.")] = None,
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Quantize BASE again in memory and say whether QUANT comes from it.
@@ -93,7 +101,7 @@ def verify(
     from quantlab.transform.verify import verify
 
     result = verify(quant, source, imatrix=imatrix)
-    report(result, json)
+    report(result, json, overwrite)
     raise typer.Exit(0 if result.is_genuine else 1)
 
 
@@ -120,21 +128,22 @@ def split(
     from quantlab.transform.split import split
 
     limits = {"max_tensors": max_tensors, "max_size": max_size, "no_tensor_first_split": no_tensor_first_split}
-    report(split(src, outfile, **limits, dry_run=dry_run, overwrite=overwrite), json)
+    report(split(src, outfile, **limits, dry_run=dry_run, overwrite=overwrite), json, overwrite)
 
 
 @app.command()
 def merge(
     src: Annotated[str, typer.Argument(metavar="SHARD", help="Any one of the shards.")],
     outfile: Annotated[
-        str | None, typer.Argument(metavar="[OUT]", help="Default: the shards' name without its numbers.")
+        str | None,
+        typer.Argument(metavar="[OUT]", callback=written(), help="Default: the shards' name without its numbers."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Put the shards of a GGUF file together again: the bytes that were split."""
     from quantlab.transform.split import merge
 
-    typer.echo(str(merge(src, outfile, overwrite=overwrite)))
+    typer.echo(str(merge(src, outfile, overwrite=overwrite)), err=prints_to(outfile))
 
 
 def _strings(name: str, metavar: str, text: str):
@@ -146,10 +155,20 @@ def _flag(name: str, text: str):
     return Annotated[bool, typer.Option(name, help=text)]
 
 
+def _outfile(files: list[str]) -> list[str]:
+    """Return OUT of IN [OUT] FTYPE, where it is given."""
+    return files[1:2] if len(files) == 3 else []
+
+
 @app.command()
 def quantize(
     files: Annotated[
-        list[str], typer.Argument(metavar="IN [OUT] FTYPE", help="GGUF file or checkpoint; output; mixture.")
+        list[str],
+        typer.Argument(
+            metavar="IN [OUT] FTYPE",
+            callback=written(also=[(".quantlab.json", "is_digests")], pick=_outfile),
+            help="GGUF file or checkpoint; output; mixture.",
+        ),
     ],
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, of either format.")] = None,
     include_weights: _strings("--include-weights", "NAME", "Use the matrix only where the name contains this.") = None,
@@ -175,9 +194,10 @@ def quantize(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Quantize a GGUF file or a checkpoint; a run that was interrupted goes on where it stopped.
+    """Quantize a GGUF file or a checkpoint; an interrupted run resumes where it stopped.
 
-    With --json, the plan: totals, and the type of every tensor.
+    Writes OUT and, for a later --reuse, OUT.quantlab.json with digests of all tensors. While it runs, the unfinished
+    output is OUT.part and OUT.part.json. With --json, also the plan: totals, and the type of every tensor.
     """
     from quantlab.transform.mixture import parse_tensor_type, read_tensor_types
     from quantlab.transform.plan import Plan
@@ -185,7 +205,7 @@ def quantize(
 
     if not 2 <= len(files) <= 3:
         raise typer.BadParameter("give IN FTYPE, or IN OUT FTYPE", param_hint="IN [OUT] FTYPE")
-    src, outfile, ftype = files[0], files[1] if len(files) == 3 else None, files[-1]
+    src, outfile, ftype = files[0], next(iter(_outfile(files)), None), files[-1]
     options = {
         "ftype": ftype, "rules": rules, "imatrix": imatrix, "include_weights": include_weights or (),
         "exclude_weights": exclude_weights or (), "output_tensor_type": output_tensor_type,
@@ -198,10 +218,10 @@ def quantize(
 
     def say(item):
         if isinstance(item, Plan) and (dry_run or json):
-            typer.echo(item.to_frame().to_string(index=False), err=json == "-")
-            report(item, json)
+            typer.echo(item.to_frame().to_string(index=False), err=prints_to(json, outfile))
+            report(item, json, overwrite, outfile)
         else:
-            typer.echo(item, err=json == "-")
+            typer.echo(as_options(str(item)), err=prints_to(json, outfile))
 
     quantize(
         src, outfile, reuse=reuse, histogram=histogram, dry_run=dry_run, overwrite=overwrite, report=say, **options

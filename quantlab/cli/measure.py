@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import JsonPath, Overwrite, Rules, app, report
+from quantlab.cli.options import JsonPath, Overwrite, Rules, app, prints_to, report, written
 
 TextName = Annotated[
     str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled, wikitext-2-raw or a text file.")
@@ -35,13 +35,14 @@ def perplexity(
     mode: Mode = "float",
     memory: Memory = None,
     scratch: Scratch = None,
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Measure the perplexity of a model on a text."""
     from quantlab.evaluate.perplexity import perplexity
 
     options = {"protocol": protocol, "mode": mode, "memory": memory, "scratch": scratch}
-    report(perplexity(model, text, n_ctx=n_ctx, chunks=chunks, **options), json)
+    report(perplexity(model, text, n_ctx=n_ctx, chunks=chunks, **options), json, overwrite)
 
 
 @app.command()
@@ -59,6 +60,7 @@ def compare(
     mode: Mode = "float",
     memory: Memory = None,
     scratch: Scratch = None,
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Measure variants of a model side by side with it: perplexity, KL divergence, agreement."""
@@ -68,6 +70,7 @@ def compare(
     report(
         compare(base, variants, text, imatrix=imatrix, rules=rules, n_ctx=n_ctx, chunks=chunks, **options),
         json,
+        overwrite,
     )
 
 
@@ -95,6 +98,7 @@ def sensitivity(
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="FOLDER", help="Keeps what was measured; the user's cache folder.")
     ] = None,
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Measure what each tensor costs at each type. A run that was stopped goes on where it was."""
@@ -104,7 +108,7 @@ def sensitivity(
     names = [name for name in types.split(",") if name] or CANDIDATES
     options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
     options |= {"n_ctx": n_ctx, "chunks": chunks, "mode": mode, "memory": memory, "cache": cache or True}
-    report(sensitivity(model, text, types=names, **options), json)
+    report(sensitivity(model, text, types=names, **options), json, overwrite)
 
 
 @app.command()
@@ -118,6 +122,7 @@ def table(
     n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk.")] = 512,
     chunks: Annotated[int | None, typer.Option("--chunks", help="Chunks at most; the whole text.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")] = None,
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Print the size/ppl table: for every ftype its size and what it costs in perplexity."""
@@ -127,6 +132,7 @@ def table(
     report(
         tables.size_ppl(model, text, ftypes=names, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory),
         json,
+        overwrite,
     )
 
 
@@ -138,7 +144,9 @@ def imatrix(
     text: Annotated[
         str | None, typer.Option("-f", "--file", metavar="TEXT", help="What to calibrate on; sampled.")
     ] = None,
-    outfile: Annotated[Path | None, typer.Option("-o", "--output-file", help="Default: imatrix.gguf.")] = None,
+    outfile: Annotated[
+        Path | None, typer.Option("-o", "--output-file", callback=written(), help="Default: imatrix.gguf.")
+    ] = None,
     in_file: Annotated[
         list[Path] | None, typer.Option("--in-file", help="A matrix to be added; repeat it for more.")
     ] = None,
@@ -159,16 +167,19 @@ def imatrix(
     """Collect an importance matrix on a text; without MODEL, add up the --in-file's, or show the statistics of one."""
     from quantlab.evaluate.imatrix import imatrix
     from quantlab.files.imatrix_file import merge, read_imatrix
+    from quantlab.files.inputs import input_files
     from quantlab.files.output import check_outputs, replacing
 
     if model is None and text is not None:
         raise typer.BadParameter("a text is of use only with a MODEL", param_hint="-f")
     files = in_file or []
     if model is None and show_statistics and outfile is None:
-        report(read_imatrix(files[0]) if len(files) == 1 else merge(map(read_imatrix, files), chunk_size=n_ctx), json)
+        matrix = read_imatrix(files[0]) if len(files) == 1 else merge(map(read_imatrix, files), chunk_size=n_ctx)
+        report(matrix, json, overwrite)
         return
     outfile = outfile or Path("imatrix.gguf")
-    check_outputs([outfile] + ([Path(json)] if json not in (None, "-") else []), files, overwrite=True)
+    others = [Path(json)] if json not in (None, "-") else []
+    check_outputs([outfile, *others], input_files([model, text, *files]), overwrite=True)
     with replacing(outfile, overwrite=overwrite) as part:
         if model is None:
             matrix = merge(map(read_imatrix, files), chunk_size=n_ctx)
@@ -176,9 +187,9 @@ def imatrix(
             options = {"process_output": process_output, "in_files": files, "mode": mode, "memory": memory}
             matrix = imatrix(model, text or "sampled", n_ctx=n_ctx, chunks=chunks, **options)
         matrix.save(part, legacy=legacy, overwrite=True)
-    typer.echo(str(outfile), err=json == "-")
+    typer.echo(str(outfile), err=prints_to(json, outfile))
     if show_statistics or json:
-        report(matrix, json)
+        report(matrix, json, overwrite, outfile)
 
 
 def _pairs(name: str, text: str):
@@ -218,8 +229,24 @@ def recipe(
     judged_on: Annotated[
         str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
     ] = "primer",
-    outfile: Annotated[Path, typer.Option("-o", "--output-file", help="A --tensor-type-file.")] = Path("recipe.txt"),
-    gguf: Annotated[Path | None, typer.Option("--quantize", metavar="OUT", help="Write the GGUF as well.")] = None,
+    outfile: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output-file",
+            callback=written(also=[(".json", "is_report")]),
+            help="A --tensor-type-file; where it comes from goes into <FILE>.json.",
+        ),
+    ] = Path("recipe.txt"),
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            "--quantize",
+            metavar="OUT",
+            callback=written(also=[(".quantlab.json", "is_digests")]),
+            help="Write the GGUF as well.",
+        ),
+    ] = None,
     rules: Rules = "current",
     memory: Memory = None,
     overwrite: Overwrite = False,
@@ -227,7 +254,6 @@ def recipe(
 ) -> None:
     """Choose the type of every tensor: the least damage that a size allows, written as a --tensor-type-file."""
     from quantlab.files.model import open as open_model
-    from quantlab.files.output import beside, check_outputs
     from quantlab.quants.ggml_types import CANDIDATES
     from quantlab.study import front
     from quantlab.study.recipe import recipe, size_limit
@@ -235,10 +261,6 @@ def recipe(
     from quantlab.transform.mixture import parse_tensor_type
     from quantlab.transform.quantize import quantize
 
-    written = [outfile, beside(outfile, ".json")] + ([gguf] if gguf else [])
-    check_outputs(written, overwrite=overwrite)
-    rewritten = ([beside(gguf, ".json")] if gguf else []) + ([Path(json)] if json not in (None, "-") else [])
-    check_outputs([*written, *rewritten], filter(None, [sensitivity, imatrix]), overwrite=True)
     base, sizes = open_model(model), {"target_size": target_size, "target_bpw": target_bpw, "like": like}
     limit = size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)
     constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
@@ -257,8 +279,9 @@ def recipe(
     if gguf is not None:
         options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
         quantize(base, gguf, ftype=best.ftype, **options)
-    typer.echo(f"{best}\n{best.command(outfile, imatrix=imatrix)}", err=json == "-")
-    report(best if judged_on == "none" else front.judge(best, base, judged_on, imatrix=imatrix, memory=memory), json)
+    typer.echo(f"{best}\n{best.command(outfile, imatrix=imatrix)}", err=prints_to(json, outfile, gguf))
+    verdict = best if judged_on == "none" else front.judge(best, base, judged_on, imatrix=imatrix, memory=memory)
+    report(verdict, json, overwrite, outfile, gguf)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -266,7 +289,10 @@ def notebook(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The notebook's name, without .ipynb.")],
     picture: Annotated[
-        str | None, typer.Option("--picture", metavar="FILE", help="Write its first figure as PNG.")
+        str | None,
+        typer.Option(
+            "--picture", metavar="FILE", callback=written("is_picture"), help="Write its first figure as PNG."
+        ),
     ] = None,
     parameters_file: Annotated[
         Path | None,
@@ -274,21 +300,29 @@ def notebook(
             "-f", "--parameters_file", metavar="FILE.yaml", help="Values; those of notebooks/params/ are ready."
         ),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run a notebook: quantlab notebook NAME [-f FILE.yaml] [-p KEY VALUE]…
 
-    The keys are in the notebook's second cell; the results go to data/runs/, outside a checkout to ./quantlab-runs/.
+    The notebook's second cell lists the keys. Each run has its own folder in data/runs/, outside a checkout in
+    ./quantlab-runs/: named after the notebook, the keys and values, and a digest of all of them. -p out FOLDER names
+    another. A finished run is repeated only with --overwrite; one that failed or was stopped is repeated in its place.
     """
+    from quantlab.files.inputs import input_files
+    from quantlab.files.output import check_outputs
     from quantlab.study import notebooks
 
     flags, keys, values = ctx.args[::3], ctx.args[1::3], ctx.args[2::3]
     if len(ctx.args) % 3 or any(flag != "-p" for flag in flags):
         raise typer.BadParameter("parameters are given as -p KEY VALUE", param_hint="-p")
     given = notebooks.read_parameters(parameters_file) if parameters_file else {}
-    folder = notebooks.run(name, given | dict(zip(keys, values, strict=True)))
+    given |= dict(zip(keys, values, strict=True))
     if picture:
-        notebooks.picture(name, folder, picture)
+        check_outputs([Path(picture)], input_files(given.values()), overwrite=True)
+    folder = notebooks.run(name, given, overwrite=overwrite)
     table = folder / f"{name}.txt"
     if table.is_file():
-        typer.echo(table.read_text(encoding="utf-8"))
-    typer.echo(f"In {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+        typer.echo(table.read_text(encoding="utf-8"), err=prints_to(picture))
+    typer.echo(f"In {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", err=prints_to(picture))
+    if picture:
+        notebooks.picture(name, folder, picture, overwrite=overwrite)

@@ -1,13 +1,89 @@
-"""What the words share: the application, the options that several have, and how a result is reported."""
+"""What the words share: the application, common options, which options name outputs, and how a result is reported."""
 
-import errno
-import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-app = typer.Typer(
+
+@dataclass(frozen=True)
+class Written:
+    """Rule of an option that names an output.
+
+    Attributes
+    ----------
+    own : str or None
+        Function of `quantlab.files.output` that recognizes files that may be replaced without --overwrite.
+    also : sequence of (suffix, own)
+        Files that are written beside it.
+    pick : callable
+        Takes the values of the option, returns those that are outputs.
+    """
+
+    own: str | None = None
+    also: Sequence[tuple[str, str]] = ()
+    pick: Callable[[list[str]], list[str]] = list
+
+
+def written(own: str | None = None, also: Sequence[tuple[str, str]] = (), pick: Callable = list) -> Callable:
+    """Mark an option as the name of an output: `typer.Option(…, callback=written())`."""
+
+    def unchanged(value):
+        return value
+
+    unchanged.written = Written(own, also, pick)
+    return unchanged
+
+
+class Word(TyperCommand):
+    """A word that refuses its outputs before it begins, where they exist or are inputs of the same command line."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        rules = {param.name: getattr(param.callback, "written", None) for param in self.params}
+        if any(rules.values()):
+            _check(ctx, rules)
+        return super().invoke(ctx)
+
+
+def _check(ctx: typer.Context, rules: dict[str, Written | None]) -> None:
+    """Refuse outputs; every other argument counts as an input where it names a file."""
+    from quantlab.files.inputs import input_files
+    from quantlab.files.output import check_output, check_outputs
+
+    outputs, others = [], list(ctx.args)
+    for name, value in ctx.params.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        texts = [str(text) for text in values if text not in (None, "-")]
+        named = rules[name].pick(texts) if rules[name] else []
+        outputs += [pair for text in named for pair in _files(Path(text), rules[name])]
+        others += texts if not named else [text for text in texts if text not in named]
+    check_outputs([path for path, _ in outputs], input_files(others), overwrite=True)
+    for path, own in outputs:
+        check_output(path, overwrite=ctx.params.get("overwrite", False), own=own)
+
+
+def _files(path: Path, rule: Written) -> Iterator[tuple[Path, Callable | None]]:
+    """Yield what is written where an option names `path`, and what recognizes files that may be replaced."""
+    from quantlab.files import output
+
+    yield path, rule.own and getattr(output, rule.own)
+    if not output.is_stream(path):
+        for suffix, own in rule.also:
+            yield output.beside(path, suffix), getattr(output, own)
+
+
+class _Words(typer.Typer):
+    """A Typer application all of whose commands are `Word`s."""
+
+    def command(self, *args, **options):
+        return super().command(*args, **{"cls": Word} | options)
+
+
+app = _Words(
     name="quantlab",
     help="Convert, quantize and measure GGUF models.",
     no_args_is_help=True,
@@ -16,27 +92,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-def _check_json(path: str | None) -> str | None:
-    """Refuse a --json path that could not be written, before any long work begins."""
-    if path in (None, "-"):
-        return path
-    if Path(path).is_dir():
-        raise IsADirectoryError(errno.EISDIR, "--json needs a file or -, this is a folder", path)
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "--json: no such folder", str(folder))
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, "--json: the folder cannot be written", str(folder))
-    return path
-
-
 JsonPath = Annotated[
     str | None,
     typer.Option(
         "--json",
         metavar="FILE|-",
-        callback=_check_json,
+        callback=written("is_report"),
         help="Write the result as JSON too; - gives JSON alone on standard output, the table on standard error.",
     ),
 ]
@@ -49,19 +110,38 @@ AsLlamaCpp = Annotated[
         "--as-llama-cpp", help="Write a vocabulary as llama.cpp's converter does where it gives texts other ids."
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace outputs that exist (an older report is replaced anyway).")
+]
 
 
-def report(result, json: str | None = None) -> None:
-    """Print a result's table, `str(result)`, and write `result.to_json()` where `--json` says."""
-    if json is None:
-        typer.echo(str(result))
-    elif json == "-":
-        typer.echo(str(result), err=True)
-        typer.echo(result.to_json())
-    else:
-        from quantlab.files.output import replacing
+def as_options(text: str) -> str:
+    """Spell arguments that a message asks for as the command line takes them: overwrite=True is --overwrite."""
+    text = re.sub(r"\b([a-z]\w*)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
+    return re.sub(r"\boutfile=FILE\b", "--outfile FILE", text)
 
-        typer.echo(str(result))
-        with replacing(json, overwrite=True) as path:
-            path.write_text(result.to_json() + "\n", encoding="utf-8")
+
+def prints_to(*outputs: str | Path | None) -> bool:
+    """Whether one of the outputs is standard output, which then carries nothing else."""
+    from quantlab.files.output import descriptor
+
+    return any(path == "-" or descriptor(path) == 1 for path in outputs if path is not None)
+
+
+def report(result, json: str | None = None, overwrite: bool = False, *outputs: str | Path | None) -> None:
+    """Write `result.to_json()` where `--json` says, then print the table, `str(result)`, even if the writing fails."""
+    try:
+        if json is not None:
+            _write_json(result.to_json() + "\n", json, overwrite)
+    finally:
+        typer.echo(str(result), err=prints_to(json, *outputs))
+
+
+def _write_json(text: str, path: str, overwrite: bool) -> None:
+    from quantlab.files.output import is_report, replacing
+
+    if path == "-":
+        typer.echo(text, nl=False)
+        return
+    with replacing(path, overwrite=overwrite, own=is_report) as part:
+        part.write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import JsonPath, Rules, app, report
+from quantlab.cli.options import JsonPath, Overwrite, Rules, app, report, written
 
 
 @app.command()
@@ -25,7 +25,11 @@ def fit(
         bool, typer.Option("--flash-attn/--no-flash-attn", help="Attention without stored scores.")
     ] = True,
     rules: Rules = "current",
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the parts as bars.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", callback=written("is_picture"), help="Draw the parts as bars."),
+    ] = None,
+    overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Print what a model takes to run, and how many layers and how long a context fit."""
@@ -34,11 +38,12 @@ def fit(
     options = {"ftype": ftype, "vram": vram, "ram": ram, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "rules": rules}
     options |= {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v, "n_ubatch": n_ubatch}
     result = fit(model, flash_attn=flash_attn, **options)
-    report(result, json)
+    report(result, json, overwrite, plot)
     if plot is not None:
         from quantlab.study import plots
 
-        plots.save(plots.memory(result.to_frame(), vram=result.vram, ram=result.ram, title=result.model), plot)
+        ax = plots.memory(result.to_frame(), vram=result.vram, ram=result.ram, title=result.model)
+        plots.save(ax, plot, overwrite=overwrite)
 
 
 RunContext = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 2048.")]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +39,23 @@ class HiddenStates:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._progress.exists():
-            found = json.loads(self._progress.read_text())
-            if found["key"] != key:
-                raise ValueError(
-                    f"{folder}: holds the states of another run. Give another scratch folder, or delete it."
-                )
-            self.layer = found["layer"]
+            self.layer = self._layer_reached()
         flags = os.O_RDWR | os.O_CREAT
-        self._files = [os.open(folder / f"states-{parity}.f32", flags, 0o600) for parity in (0, 1)]
+        self._files = [os.open(path, flags, 0o600) for path in self._paths]
+
+    def _layer_reached(self) -> int:
+        """Return the layer that an earlier run reached, refused where the file is another run's or program's."""
+        try:
+            found = json.loads(self._progress.read_text(encoding="utf-8"))
+            if found["key"] == self._key:
+                return int(found["layer"])
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(f"{self._folder}: holds the states of another run. Give another scratch folder, or delete it.")
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [self._folder / f"states-{parity}.f32" for parity in (0, 1)]
 
     @property
     def _progress(self) -> Path:
@@ -95,9 +103,12 @@ class HiddenStates:
         self.layer += 1
 
     def close(self, *, delete: bool = False) -> None:
-        """Close the files, and delete the folder if asked to."""
+        """Close the files; if asked to, delete them, and the folder where it holds nothing else."""
         for file in self._files:
             os.close(file)
         self._files = []
         if delete and self._folder is not None:
-            shutil.rmtree(self._folder)
+            for path in (*self._paths, self._progress):
+                path.unlink(missing_ok=True)
+            if not any(self._folder.iterdir()):
+                self._folder.rmdir()

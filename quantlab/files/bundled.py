@@ -101,6 +101,17 @@ def cache_dir() -> Path:
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def bundled_path(name: str) -> Path | None:
+    """Return what a name of a bundled or fetched model, of a text or of a shape stands for; None where for nothing."""
+    if name in _FETCHED:
+        return _fetched_path(name)
+    if name in _names(data_dir() / "models"):
+        return data_dir() / "models" / name
+    if name in _TEXTS:
+        return data_dir() / "text" / _TEXTS[name]
+    return data_dir() / "shapes" / f"{name.lower()}.json" if is_shape(name) else None
+
+
 def model_path(name: str | os.PathLike) -> Path:
     """Find a model by its bundled name, by a fetched model's name, or by path.
 

@@ -320,7 +320,7 @@ def merge(matrices: Iterable[ImportanceMatrix], *, chunk_size: int = 512) -> Imp
         datasets += matrix.datasets
     if not sums:
         raise ValueError(
-            "merge: no importance matrix was given, must be at least one. Give a model, or files with --in-file."
+            "merge: no importance matrix was given, must be at least one. Give a model, or files (in_files)."
         )
     most = max(int(count.max()) for count in counts.values())
     return ImportanceMatrix(sums, counts, most // chunk_size, chunk_size, datasets)

@@ -1,65 +1,240 @@
-"""Write a file beside its final name and rename it when it is whole."""
+"""Where an output may go, and how it gets there: written beside its final name, renamed when it is whole.
+
+Every output of every word and function goes through `check_output` and `replacing`. The rules: never a file that the
+same call reads; never a folder; a device or pipe is written into, not replaced; a link is followed to its target; a
+file that exists is replaced only with `overwrite`, or where `own` recognizes it as this program's by its content.
+"""
 
 import errno
+import json
 import os
-from collections.abc import Iterable, Iterator
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["beside", "check_apart", "check_output", "check_outputs", "replacing"]
+__all__ = [
+    "DIGESTS",
+    "SOFTWARE",
+    "beside",
+    "check_apart",
+    "check_output",
+    "check_outputs",
+    "descriptor",
+    "follow",
+    "is_digests",
+    "is_picture",
+    "is_report",
+    "is_stream",
+    "open_stream",
+    "replacing",
+]
+
+DIGESTS = ".quantlab.json"  # added to a quantized file's name: the digests that a later run with `reuse` compares
+SOFTWARE = b"tEXtSoftware\0quantlab"  # in every picture, near its start
+
+Own = Callable[[Path], bool]
 
 
-def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Refuse an output that exists or whose folder does not, before any work is done.
+# ── rules ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_output(path: str | Path, *, overwrite: bool = False, own: Own | None = None) -> Path:
+    """Refuse an output that must not be written, before any work is done.
+
+    Parameters
+    ----------
+    path : str or Path
+    overwrite : bool
+        Whether a file that exists may be replaced.
+    own : callable, optional
+        `is_report`, `is_picture` or `is_digests`: such a file may always be replaced.
 
     Raises
     ------
     FileExistsError
-        If `path` exists and `overwrite` is false.
-    FileNotFoundError
-        If the folder of `path` does not exist.
-    IsADirectoryError
-        If `path` is a folder.
+        If a file exists that may not be replaced.
+    FileNotFoundError, PermissionError
+        If the folder does not exist or cannot be written.
+    IsADirectoryError, OSError
+        If `path` is a folder, a disk or a socket.
+    ValueError
+        If a report would replace a binary file, which `overwrite` does not allow either.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, need the name of a file. Name the output file.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists already. Choose another name or pass --overwrite.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: folder {path.parent} does not exist. Create it first.")
+    if is_stream(path):
+        return path
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    if mode is not None:
+        _check_existing(path, mode, overwrite, own)
+    folder = follow(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: folder {folder} does not exist. Create it first.")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path}: folder {folder} cannot be written. Name an output in another folder.")
     return path
 
 
+def _check_existing(path: Path, mode: int, overwrite: bool, own: Own | None) -> None:
+    """Refuse what must not be replaced."""
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path}: is a folder, need the name of a file. Name the output file.")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path}: is a disk or a socket, need a file, device or pipe. Name another output.")
+    if own is not None and own(path):
+        return
+    if not overwrite:
+        what, remedy = _OTHERS.get(own, ("", "Choose another name or pass overwrite=True"))
+        raise FileExistsError(f"{path}: exists already{what}. {remedy}.")
+    if own is is_report and b"\0" in _start(path):
+        raise ValueError(f"{path}: is a binary file, a report may replace only text. Name another file.")
+
+
 def check_apart(path: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is one of the input's files, whatever its name and whatever else is allowed.
+    """Refuse an output that is one of the files that the same call reads, also under another name.
 
     Raises
     ------
     ValueError
         If `path` is one of `inputs`.
     """
-    if path.exists() and any(path.samefile(file) for file in inputs if file.exists()):
+    if path.exists() and not is_stream(path) and any(path.samefile(file) for file in inputs if file.exists()):
         raise ValueError(f"{path}: is the input, must be another file. Name another output.")
 
 
-def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path] = (), *, overwrite: bool = False) -> None:
-    """Refuse several outputs of one run, before any work is done: each must be possible, and no other file of the run.
+def check_outputs(
+    outputs: Iterable[Path], inputs: Iterable[Path] = (), *, overwrite: bool = False, own: Own | None = None
+) -> None:
+    """Refuse several outputs of one call: each must be possible, no input, and no other output.
+
+    Parameters
+    ----------
+    outputs : iterable of Path
+    inputs : iterable of Path
+        All files that the call reads, see `quantlab.files.inputs.input_files`.
+    overwrite, own
+        As for `check_output`.
 
     Raises
     ------
-    FileExistsError, FileNotFoundError, IsADirectoryError
+    FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, OSError
         As `check_output`.
     ValueError
         If two outputs are one file, or an output is an input.
     """
     inputs, seen = list(inputs), set()
     for path in outputs:
-        check_output(path, overwrite=overwrite)
         check_apart(path, inputs)
-        if path.resolve() in seen:
+        check_output(path, overwrite=overwrite, own=own)
+        if follow(path) in seen:
             raise ValueError(f"{path}: is named for two outputs, must be for one. Name another output.")
-        seen.add(path.resolve())
+        if not is_stream(path):
+            seen.add(follow(path))
+
+
+# ── what is there ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def follow(path: str | Path) -> Path:
+    """Return the place that a path leads to, through links, whether or not something is there."""
+    return Path(os.path.realpath(path))
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a path is written into, never replaced: a pipe, a device such as /dev/null, an open file's number."""
+    if descriptor(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+def descriptor(path: str | Path) -> int | None:
+    """Return the number of the open file that a path such as /dev/stdout stands for, None where it stands for none."""
+    path = str(path)
+    for _ in range(40):  # as many links as Linux follows
+        folder, name = os.path.split(os.path.abspath(path))
+        folder = os.path.realpath(folder)
+        if folder in ("/dev/fd", f"/proc/{os.getpid()}/fd") and name.isdecimal():
+            return int(name)
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            return None
+        path = os.path.join(folder, os.readlink(path))
+    return None
+
+
+def open_stream(path: str | Path) -> BinaryIO:
+    """Open a pipe, device or open file's number for writing, behind what was printed so far."""
+    number = descriptor(path)
+    if number is None:
+        return open(path, "wb")
+    _flush()
+    return os.fdopen(os.dup(number), "wb")
+
+
+def _flush() -> None:
+    for printed in (sys.stdout, sys.stderr):
+        if printed is not None:
+            printed.flush()
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report that `--json` or `save` wrote: JSON of `schema`, `protocol` and `rows`."""
+    found = _json(path)
+    return _has(found, schema=int, protocol=dict, rows=list)
+
+
+def is_digests(path: Path) -> bool:
+    """Whether a file holds the digests of a quantized file: JSON of `schema`, `header` and `tensors`."""
+    return _has(_json(path), schema=int, header=str, tensors=dict)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a PNG picture that quantlab wrote."""
+    return SOFTWARE in _start(path)
+
+
+_OTHERS = {  # what a file is not that stands in the way of a report, a picture, digests; and the remedy
+    is_report: (" and is not a report", "Choose another name or pass overwrite=True"),
+    is_picture: (" and is not a picture of quantlab", "Choose another name or pass overwrite=True"),
+    is_digests: (" and holds no digests of quantlab", "Move it, or name another output"),
+}
+
+
+def _has(document: object, **types: type) -> bool:
+    return isinstance(document, dict) and all(isinstance(document.get(key), kind) for key, kind in types.items())
+
+
+def _json(path: Path) -> object:
+    """Return a file's JSON, None where it holds none."""
+    if not _start(path).lstrip().startswith(b"{"):
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -68,37 +243,43 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 @contextmanager
-def replacing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def replacing(path: str | Path, *, overwrite: bool = False, own: Own | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
+
+    Where `path` is a device or a pipe, the block writes into it. Where it is a link, the link's target is replaced.
 
     Parameters
     ----------
     path : str or Path
         Final name of the output.
-    overwrite : bool
-        Whether a file of that name may be replaced.
+    overwrite, own
+        As for `check_output`.
 
     Raises
     ------
-    FileExistsError, FileNotFoundError, IsADirectoryError
+    FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, ValueError
         As `check_output`, before the block is entered.
     OSError
         If the disk fills up inside the block.
 
     Examples
     --------
-    >>> import tempfile
     >>> final = Path(tempfile.mkdtemp()) / "a.txt"
     >>> with replacing(final) as part:
     ...     _ = part.write_text("whole")
     >>> final.read_text()
     'whole'
     """
-    path = check_output(path, overwrite=overwrite)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path = check_output(path, overwrite=overwrite, own=own)
+    if is_stream(path):
+        with _into(path) as part:
+            yield part
+        return
+    final = follow(path)
+    part = final.with_name(f"{final.name[:50]}.{secrets.token_hex(4)}.part")
     try:
         yield part
-        os.replace(part, path)
+        os.replace(part, final)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = os.strerror(error.errno)
@@ -106,3 +287,18 @@ def replacing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _into(path: Path) -> Iterator[Path]:
+    """Yield a path to write a device or pipe under; a file that is open is given the bytes when the block ends well."""
+    _flush()
+    number = descriptor(path)
+    if number is None or not stat.S_ISREG(os.fstat(number).st_mode):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="quantlab-") as folder:
+        part = Path(folder) / path.name
+        yield part
+        with open_stream(path) as out, open(part, "rb") as whole:
+            shutil.copyfileobj(whole, out, 1 << 20)

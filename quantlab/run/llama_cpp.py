@@ -228,7 +228,7 @@ def _check_port(host: str, port: int) -> None:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(address)
     except OSError as error:
-        raise OSError(f"{host}:{port}: {error.strerror}. Choose another --port or --host.") from None
+        raise OSError(f"{host}:{port}: {error.strerror}. Choose another port or host.") from None
 
 
 def _params(xllamacpp, path: Path, n_ctx: int, options: Options):

@@ -6,15 +6,18 @@ What a run leaves lies in one folder: the executed notebook, an HTML copy, and w
 import ast
 import base64
 import difflib
+import hashlib
 import io
+import json
 import re
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantlab.files.bundled import notebooks_dir, runs_dir
-from quantlab.files.output import replacing
+from quantlab.files.output import SOFTWARE, is_picture, replacing
 
 _LARGE_PICTURE = 100_000  # bytes
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -60,7 +63,7 @@ def _parameter_files() -> list[Path]:
     return sorted((notebooks_dir() / "params").glob("*.yaml"))
 
 
-def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
+def run(name: str, parameters: Mapping[str, Any] | None = None, *, overwrite: bool = False) -> Path:
     """Run a bundled notebook and return the folder of its results.
 
     Parameters
@@ -70,17 +73,23 @@ def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
     parameters : mapping
         Values for the notebook's parameters. A string is read as the type that the notebook declares: `8` for an int,
         `Q4_K_M,Q2_K` for a list. `out` names the folder of the results.
+    overwrite : bool
+        Whether the results of a finished run, or other files in `out`, may be replaced.
 
     Returns
     -------
     Path
-        Folder with `<name>.ipynb`, `<name>.html` and the notebook's own files. Its name is the notebook's and the given
-        values, `size_ppl_table-smollm2`, below the runs folder, unless `out` is given.
+        Folder with `<name>.ipynb`, `<name>.html` and the notebook's own files. Unless `out` is given, it lies in the
+        runs folder. Its name has the notebook's name, the parameters that are not the default, and a digest of all
+        parameters: `size_ppl_table-model=smollm2-0e3bb1a7`. A run of the same parameters that did not finish is
+        repeated there.
 
     Raises
     ------
     FileNotFoundError
         If there is no such notebook.
+    FileExistsError
+        If the folder holds a finished run or other files, and `overwrite` is false.
     ValueError
         If a parameter is unknown or its value has another type, or a cell of the notebook fails.
     ImportError
@@ -94,9 +103,12 @@ def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
         raise ImportError(f"{name}: needs papermill. Install it with pip install 'gguf-quantlab[lab]'.") from None
     given = dict(parameters or {})
     source = notebooks_dir() / f"{name}.ipynb"
-    values = _checked(name, given, papermill.inspect_notebook(source))
-    folder = results(values.get("out", ""), _folder_name(name, given))
+    declared = papermill.inspect_notebook(source)
+    values = _checked(name, given, declared)
+    defaults = {key: ast.literal_eval(of["default"]) for key, of in declared.items()}
+    folder = Path(values.get("out") or runs_dir() / _folder_name(name, values, defaults))
     executed = folder / f"{name}.ipynb"
+    _prepare(folder, executed, values, defaults, overwrite)
     try:
         papermill.execute_notebook(
             source,
@@ -114,7 +126,7 @@ def run(name: str, parameters: Mapping[str, Any] | None = None) -> Path:
     return folder
 
 
-def picture(name: str, folder: Path, path: str | Path) -> Path:
+def picture(name: str, folder: Path, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the first figure of an executed notebook as PNG, in 256 colours if it would be larger than 100 kB.
 
     Parameters
@@ -124,10 +136,14 @@ def picture(name: str, folder: Path, path: str | Path) -> Path:
     folder : Path
         What `run` returned.
     path : str or Path
-        The picture; a file of that name is replaced.
+        The picture.
+    overwrite : bool
+        Whether a file that is not a picture of quantlab may be replaced.
 
     Raises
     ------
+    FileExistsError
+        If such a file exists and `overwrite` is false.
     ValueError
         If the notebook shows no figure.
     """
@@ -140,9 +156,16 @@ def picture(name: str, folder: Path, path: str | Path) -> Path:
     if not figures:
         raise ValueError(f"{name}: shows no figure. See {folder / name}.ipynb")
     data = base64.b64decode(figures[0]["image/png"])
-    with replacing(path, overwrite=True) as part:
-        part.write_bytes(data if len(data) < _LARGE_PICTURE else _in_256_colours(data))
+    with replacing(path, overwrite=overwrite, own=is_picture) as part:
+        part.write_bytes(_signed(data if len(data) < _LARGE_PICTURE else _in_256_colours(data)))
     return Path(path)
+
+
+def _signed(png: bytes) -> bytes:
+    """Return a PNG with the program's name in it, by which a later run recognizes it."""
+    begin = png.index(b"IHDR") + 4 + 13 + 4  # behind the first chunk: type, 13 bytes, checksum
+    checksum = zlib.crc32(SOFTWARE).to_bytes(4, "big")
+    return png[:begin] + (len(SOFTWARE) - 4).to_bytes(4, "big") + SOFTWARE + checksum + png[begin:]
 
 
 def _in_256_colours(data: bytes) -> bytes:
@@ -154,10 +177,47 @@ def _in_256_colours(data: bytes) -> bytes:
     return small.getvalue()
 
 
-def _folder_name(name: str, given: Mapping[str, Any]) -> str:
-    """The notebook's name and the given values, as far as a file name can carry them."""
-    values = [re.sub(r"[^\w.,]+", "-", str(value)).strip("-.") for key, value in given.items() if key != "out"]
-    return "-".join([name, *values])[:100]
+def _folder_name(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The notebook's name, the parameters that are not the default as far as they fit, and a digest of all."""
+    run = _all_but_out(values, defaults)
+    told = [f"{key}={_in_a_name(value)}" for key, value in run.items() if value != defaults[key]]
+    readable = "-".join([name, *told]).encode()[:100].decode(errors="ignore")
+    return f"{readable}-{hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _all_but_out(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters, in the notebook's order; where results go does not make another run."""
+    return {key: values.get(key, default) for key, default in defaults.items() if key != "out"}
+
+
+def _in_a_name(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"[^\w.,]+", "-", text).strip("-.")
+
+
+def _prepare(folder: Path, executed: Path, values: Mapping, defaults: Mapping, overwrite: bool) -> None:
+    """Make the folder of a run; refuse one whose files the run could replace, but not a run that did not finish."""
+    page = executed.with_suffix(".html")  # is written last
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        earlier = _parameters_of(executed)
+        if earlier is None or _all_but_out(earlier, defaults) != _all_but_out(values, defaults):
+            raise FileExistsError(
+                f"{folder}: holds files of something else. Name another folder with out, or pass overwrite=True."
+            )
+        if page.exists():
+            raise FileExistsError(
+                f"{folder}: holds a finished run of these parameters. Pass overwrite=True to repeat it."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    page.unlink(missing_ok=True)
+
+
+def _parameters_of(executed: Path) -> dict[str, Any] | None:
+    """The parameters of an executed notebook, None where there is none."""
+    try:
+        return dict(json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _checked(name: str, given: Mapping[str, Any], declared: Mapping[str, Mapping]) -> dict[str, Any]:
@@ -173,6 +233,8 @@ def _checked(name: str, given: Mapping[str, Any], declared: Mapping[str, Mapping
         values[key] = _read(value, kind, complaint) if isinstance(value, str) else value
         if not _fits(values[key], kind):
             raise ValueError(complaint)
+        if kind == "float":
+            values[key] = float(values[key])  # 1 and 1.0 are one run
     return values
 
 

@@ -17,7 +17,7 @@ import quantlab
 from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
-from quantlab.files.output import beside, check_output, replacing
+from quantlab.files.output import beside, check_output, is_report, is_stream, replacing
 from quantlab.study.damage_cache import json_digest, matrix_digests, model_digest
 from quantlab.study.knapsack import solve
 from quantlab.study.sensitivity import Sensitivity
@@ -79,13 +79,15 @@ class BestRecipe(Recipe):
         Raises
         ------
         FileExistsError
-            If one of the two exists and `overwrite` is false.
+            If one of the two exists and `overwrite` is false; an older report may always be replaced.
         """
         path = Path(path)
-        check_output(beside(path, ".json"), overwrite=overwrite)
-        with replacing(path, overwrite=overwrite) as part:
-            super().save(part)
-        with replacing(beside(path, ".json"), overwrite=True) as part:
+        origin = beside(path, ".json")
+        if is_stream(path):
+            return super().save(path)
+        check_output(origin, overwrite=overwrite, own=is_report)
+        super().save(path, overwrite=overwrite)
+        with replacing(origin, overwrite=overwrite, own=is_report) as part:
             part.write_text(self.to_json() + "\n", encoding="utf-8")
         return path
 
@@ -181,7 +183,7 @@ def size_limit(
     """Return the one limit that was given, in bytes of tensor data; parameters and errors as for `recipe`."""
     if (target_size is not None) + (target_bpw is not None) + (like is not None) != 1:
         given = f"target_size={target_size}, target_bpw={target_bpw}, like={like}"
-        raise ValueError(f"{given}: must be exactly one of the three. Example: --like Q4_K_M")
+        raise ValueError(f"{given}: must be exactly one of the three. Example: like=Q4_K_M")
     if like is not None:
         return _bytes(model, ftype_types(model, like, rules, imatrix))
     if target_bpw is not None:

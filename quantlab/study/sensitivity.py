@@ -19,7 +19,7 @@ from quantlab.files.bundled import cache_dir, read_text
 from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
-from quantlab.files.output import replacing
+from quantlab.files.output import is_report, replacing
 from quantlab.quants.ggml_types import CANDIDATES, FALLBACK, block_size
 from quantlab.study import damage, proxy
 from quantlab.study.damage_cache import DamageCache, json_digest, matrix_digests, model_digest
@@ -129,9 +129,15 @@ class Sensitivity:
                 )
         return self.start["kld_mean"] + sum(at.values())
 
-    def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
-        """Write `to_json` to a file."""
-        with replacing(path, overwrite=overwrite) as part:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write `to_json` to a file.
+
+        Raises
+        ------
+        FileExistsError
+            If the file exists, is not a report, and `overwrite` is false.
+        """
+        with replacing(path, overwrite=overwrite, own=is_report) as part:
             part.write_text(self.to_json() + "\n", encoding="utf-8")
         return Path(path)
 
@@ -158,9 +164,9 @@ class Sensitivity:
                 raise KeyError("schema")
             return cls(found["protocol"], found["start"], rows, found["calibration"])
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file. Write one with quantlab sensitivity --json.") from None
+            raise FileNotFoundError(f"{path}: no such file. Write one with `save` or the word sensitivity.") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}: is no sensitivity. Write one with quantlab sensitivity --json.") from None
+            raise ValueError(f"{path}: is not a sensitivity. Write one with `save` or the word sensitivity.") from None
 
     def __str__(self) -> str:
         p = self.protocol

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from quantlab.files.checkpoint import OUTTYPES, RangeLoss, open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, write_gguf
 from quantlab.files.hub import find_checkpoint
+from quantlab.files.inputs import input_files
 from quantlab.files.model import LazyTensor, Model
-from quantlab.files.output import check_apart, check_output, replacing
+from quantlab.files.output import check_apart, check_output, follow, is_stream, replacing
 from quantlab.files.progress import announce
 from quantlab.transform.slabs import in_order
 
@@ -81,8 +82,8 @@ def convert(
     model = open_checkpoint(src, outtype, loss=loss, as_llama_cpp=as_llama_cpp)
     name = OUTTYPES[outtype] or _own_type(model)
     folder = src if src.is_dir() else src.parent
-    outfile = check_output(folder / f"ggml-model-{name}.gguf" if outfile is None else outfile, overwrite=overwrite)
-    check_apart(outfile, (file for file in folder.iterdir() if file.suffix != ".gguf"))
+    outfile = _checked(outfile, folder / f"ggml-model-{name}.gguf", overwrite)
+    check_apart(outfile, input_files([src, folder]))
     specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
     header = len(pack_header(model.metadata, specs))
     _check_room(outfile, header + model.nbytes)
@@ -102,17 +103,34 @@ def convert(
     return outfile
 
 
+def _checked(outfile: str | Path | None, default: Path, overwrite: bool) -> Path:
+    """Return the output's path, refused where it must not be written."""
+    try:
+        return check_output(default if outfile is None else outfile, overwrite=overwrite)
+    except PermissionError:
+        if outfile is not None:
+            raise
+        raise PermissionError(
+            f"{default}: the checkpoint's folder cannot be written. Name an output elsewhere with outfile=FILE."
+        ) from None
+
+
 def _own_type(model: Model) -> str:
     """Return the type of the first matrix."""
     return next(tensor.qtype for tensor in model if len(tensor.shape) > 1)
 
 
 def _check_room(outfile: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(outfile.parent).free
-    if free < nbytes:
+    free = _free(outfile)
+    if free is not None and free < nbytes:
         raise OSError(
             f"{outfile}: needs {nbytes} bytes, the disk has {free} free. Free some space or name another folder."
         )
+
+
+def _free(outfile: Path) -> int | None:
+    """Return the bytes free where the output will be, None for a device or a pipe."""
+    return None if is_stream(outfile) else shutil.disk_usage(follow(outfile).parent).free
 
 
 def _plan_line(src: Path, outfile: Path, model: Model, header: int) -> str:
@@ -123,9 +141,10 @@ def _plan_line(src: Path, outfile: Path, model: Model, header: int) -> str:
     begin = time.perf_counter()
     largest.rows(0, rows)
     rate = rows * largest.nbytes / largest.nrows / (time.perf_counter() - begin)
-    free = shutil.disk_usage(outfile.parent).free
+    free = _free(outfile)
+    disk = "" if free is None else f"{free} free on the disk, "
     return (
-        f"{src} → {outfile}: {len(model)} tensors, {header + model.nbytes} bytes to write, {free} free on the disk, "
+        f"{src} → {outfile}: {len(model)} tensors, {header + model.nbytes} bytes to write, {disk}"
         f"about {4 * (AHEAD + 1) * BLOCK >> 20} MiB of memory, {model.nbytes / rate:.0f} s or more"
     )
 

@@ -22,7 +22,7 @@ from quantlab.files.hparams import read_hparams
 from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
-from quantlab.files.output import beside, check_apart
+from quantlab.files.output import is_stream
 from quantlab.quants.ggml_types import GGML_TYPES, WRITABLE, block_size
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
 from quantlab.transform.rules import COMPARED, EMBEDDINGS
@@ -179,7 +179,7 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     Raises
     ------
     FileNotFoundError, ValueError
-        If the source cannot be opened, an option has no meaning for it, or the output is one of the source's files.
+        If the source cannot be opened, or an option has no meaning for it.
     """
     ftype = find_ftype(options.ftype)
     model = _open(src, options)
@@ -208,7 +208,7 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     metadata = metadata_of(model.metadata, number, overrides, matrix_keys)
     outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
     if not options.via and model.path.is_dir() and any(tensor.qtype in ("BF16", "F32") for tensor in model):
-        notes.append("weights keep the checkpoint's precision; --via f16 rounds them as a conversion to F16 would")
+        notes.append("weights keep the checkpoint's precision; via=f16 rounds them as a conversion to F16 would")
     idle = [regex for regex, _ in options.tensor_types if not any(re.search(regex.lower(), name) for name in tensors)]
     if idle:
         notes.append(f"tensor types: no tensor has a name that fits {', '.join(idle)}")
@@ -245,7 +245,7 @@ def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable
     if packed and not options.allow_requantize:
         yield (
             f"{packed[0].tensor.name}: type={packed[0].tensor.qtype}, is quantized already ({len(packed)} tensors). "
-            f"Start from F16, BF16 or F32, or pass --allow-requantize and lose quality."
+            f"Start from F16, BF16 or F32, or pass allow_requantize=True and lose quality."
         )
     fallen = [s for s in steps if s.choice.qtype != s.choice.wanted]
     if fallen and not options.fallback:
@@ -281,7 +281,7 @@ def _shards(model: Model, keep_split: bool) -> list[list[str]]:
     if not keep_split:
         return [model.names]
     if not model.path.is_file() or model.path.suffix == ".safetensors":
-        raise ValueError(f"{model.path}: keep_split applies to GGUF files. Leave --keep-split out.")
+        raise ValueError(f"{model.path}: keep_split applies to GGUF files. Leave keep_split out.")
     headers = shard_headers(read_header(model.path))
     return [[t.name for t in sorted(header.tensors, key=lambda tensor: tensor.offset)] for header in headers]
 
@@ -292,7 +292,7 @@ def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ValueError("include_weights and exclude_weights: only one of them may be given")
     if options.imatrix is None:
         if options.include_weights or options.exclude_weights:
-            raise ValueError("include_weights and exclude_weights choose entries of a matrix. Pass --imatrix too.")
+            raise ValueError("include_weights and exclude_weights choose entries of a matrix. Pass imatrix too.")
         return {}, {}
     is_path = not isinstance(options.imatrix, ImportanceMatrix)
     matrix = read_imatrix(options.imatrix) if is_path else options.imatrix
@@ -422,17 +422,11 @@ def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) ->
     if keep_split:
         stem = path.name.removesuffix(".gguf")
         first = path.with_name(f"{stem}-00001-of-{count:05d}.gguf")
+        if is_stream(path):
+            raise ValueError(f"{path}: is a device or a pipe, shards need names of files. Name another output.")
         paths = [shard_path(first, number, count) for number in range(1, count + 1)]
     else:
         paths = [path]
-    inputs = (
-        [file for file in folder.glob("*") if file.suffix != ".gguf"]
-        if model.path.is_dir()
-        else source_files(model.path)
-    )
-    for out in paths:
-        check_apart(out, inputs)
-        check_apart(beside(out, ".json"), inputs)  # the digests for a later run
     return paths
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantlab.files.output import replacing
 from quantlab.quants.ggml_types import WRITABLE, block_size
 from quantlab.transform.ftypes import FTYPES, RULES, Ftype, find_ftype
 from quantlab.transform.rules import RULE_SETS, in_file_order, is_quantizable, layer_of
@@ -269,11 +270,17 @@ class Recipe:
         """Return the recipe as expressions for `choose_types`, each anchored so that it fits one tensor alone."""
         return [("^" + name.replace(".", r"\.") + "$", qtype) for name, qtype in self.types.items()]
 
-    def save(self, path: str | Path) -> Path:
-        """Write the recipe as a ``--tensor-type-file``, which llama-quantize reads as well."""
-        path = Path(path)
-        path.write_text("".join(f"{regex}={qtype}\n" for regex, qtype in self.tensor_types()), encoding="utf-8")
-        return path
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the recipe as a ``--tensor-type-file``, which llama-quantize reads as well.
+
+        Raises
+        ------
+        FileExistsError
+            If a file of that name exists and `overwrite` is false.
+        """
+        with replacing(path, overwrite=overwrite) as part:
+            part.write_text("".join(f"{regex}={qtype}\n" for regex, qtype in self.tensor_types()), encoding="utf-8")
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

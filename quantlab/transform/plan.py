@@ -25,7 +25,7 @@ from quantlab.files import bundled
 from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
-from quantlab.files.output import beside
+from quantlab.files.output import beside, follow, is_stream
 from quantlab.files.recognize import short
 from quantlab.quants import block_bytes, block_size, row_bytes
 from quantlab.transform.checksum import mixed
@@ -380,12 +380,12 @@ def _memory_now() -> int:
 
 def _free_disk(paths: Sequence[Path]) -> int | None:
     """Return the bytes free where `paths` will be, those of unfinished outputs of these names included."""
-    if not paths:
+    if not paths or is_stream(paths[0]):
         return None
-    folder = paths[0].parent
+    folder = follow(paths[0]).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{paths[0]}: folder {folder} does not exist. Create it first.")
-    parts = [beside(path, ".part") for path in paths]
+    parts = [beside(follow(path), ".part") for path in paths]
     return shutil.disk_usage(folder).free + sum(part.stat().st_size for part in parts if part.exists())
 
 

@@ -15,9 +15,21 @@ from tqdm.auto import tqdm
 
 from quantlab import quants
 from quantlab.files.gguf_file import read_header
+from quantlab.files.inputs import input_files
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
-from quantlab.files.output import beside, check_output, replacing
+from quantlab.files.output import (
+    DIGESTS,
+    beside,
+    check_apart,
+    check_output,
+    check_outputs,
+    follow,
+    is_digests,
+    is_stream,
+    open_stream,
+    replacing,
+)
 from quantlab.quants.codebook import CODES
 from quantlab.transform.checksum import Checksum, mixed
 from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_files
@@ -55,7 +67,7 @@ def quantize(
         Name, alias or number of the mixture: "Q4_K_M", "Q4_K", 15.
     reuse : str or Path, optional
         An older output. Tensors whose source, type and weights did not change are copied from it; its digests must
-        lie beside it, in ``<reuse>.json``.
+        lie beside it, in ``<reuse>.quantlab.json`` (or ``<reuse>.json``, where earlier versions put them).
     histogram : bool
         Add the shares of the codes, at most sixteen groups of them, to each tensor's line.
     dry_run : bool
@@ -72,14 +84,17 @@ def quantize(
     Returns
     -------
     Path or None
-        The output (its first shard); None where `outfile` is an object, and after a dry run.
+        The output (its first shard); None where `outfile` is an object, and after a dry run. Beside it,
+        ``<outfile>.quantlab.json`` holds the digests that a later run with `reuse` compares.
 
     Raises
     ------
     FileNotFoundError, FileExistsError
-        If the source is not there; if the output is, and `overwrite` is false.
+        If the source is not there; if the output is, and `overwrite` is false; if a file of the digests' name is
+        something else.
     ValueError
-        If an option is not valid, the source is damaged or has NaN or infinite weights, or may not be quantized so.
+        If an option is not valid, the source is damaged or has NaN or infinite weights, or may not be quantized so; if
+        the output is a file that the call reads.
     OSError
         If it cannot fit in memory or on the disk, or the disk fills up (the state is kept, to go on from).
 
@@ -93,37 +108,67 @@ def quantize(
     Source: llama.cpp, src/llama-quant.cpp, for what the file contains and in which order.
     """
     job = make_job(src, outfile, Options(ftype=ftype, **options))
+    _check_apart(job, reuse)
     old = _Reusable(Path(reuse)) if reuse is not None else None
     if dry_run:
         for line in _foretell(job, old, overwrite):
             report(line) if report is not None else tqdm.write(str(line))
         return None
-    for output in job.outputs:
-        if output.path is not None:
-            check_output(output.path, overwrite=overwrite)
+    _check_outputs(job, overwrite)
     plan = plan_of(job)
     plan.check()
     if report is not None:
         report(plan)
-    if job.outputs[0].path is None:
+    path = job.outputs[0].path
+    if path is None:
         _run(job, Sink(outfile, job.outputs[0]), old, histogram, report)
         return None
+    if is_stream(path):
+        with open_stream(path) as file:
+            _run(job, Sink(file, job.outputs[0]), old, histogram, report)
+        return path
     with Unfinished(job.outputs, _identity(job)) as target:
         _run(job, target, old, histogram, report)
-        sidecar = beside(job.outputs[0].path, ".json")
+        sidecar = _digests_path(path)
         sidecar.unlink(missing_ok=True)
         target.rename()
-    with replacing(sidecar) as part:
+    with replacing(sidecar, own=is_digests) as part:
         part.write_text(_sidecar(job, target.records), encoding="utf-8")
-    return job.outputs[0].path
+    return path
+
+
+def _check_apart(job: Job, reuse: str | Path | None) -> None:
+    """Refuse outputs that the call reads."""
+    matrix = job.options.imatrix if isinstance(job.options.imatrix, str | Path) else None
+    inputs = input_files([job.source, matrix, reuse])
+    for path in _paths(job):
+        check_apart(path, inputs)
+
+
+def _check_outputs(job: Job, overwrite: bool) -> None:
+    """Refuse outputs that exist, and a file in the place of the digests that is something else."""
+    paths = _paths(job)
+    check_outputs(paths, overwrite=overwrite)
+    if any(map(is_stream, paths)):
+        return
+    check_output(_digests_path(paths[0]), own=is_digests)
+
+
+def _paths(job: Job) -> list[Path]:
+    return [output.path for output in job.outputs if output.path is not None]
+
+
+def _digests_path(path: Path) -> Path:
+    """Return the place of the digests of a quantized file."""
+    return beside(follow(path), DIGESTS)
 
 
 def _foretell(job: Job, old: _Reusable | None, overwrite: bool) -> Iterator[Plan | str]:
     """Yield the plan and what else a run would meet."""
     yield plan_of(job)
     for output in job.outputs:
-        if not overwrite and output.path is not None and output.path.exists():
-            yield f"{output.path}: exists; the run needs --overwrite or another name"
+        if not overwrite and output.path is not None and output.path.exists() and not is_stream(output.path):
+            yield f"{output.path}: exists; the run needs overwrite=True or another name"
     if old is not None:
         same = sum(old.has_same_type(step) for step in job.steps)
         yield f"{same} of {len(job.steps)} tensors can be reused where their source has not changed"
@@ -260,7 +305,8 @@ class _Reusable:
     """An older output with its digests."""
 
     def __init__(self, path: Path):
-        sidecar = beside(path, ".json")
+        sidecar, old = _digests_path(path), beside(path, ".json")
+        sidecar = old if old.is_file() and not sidecar.is_file() else sidecar
         if not sidecar.is_file():
             raise FileNotFoundError(f"{sidecar}: not there, {path.name} cannot be reused without its digests.")
         try:

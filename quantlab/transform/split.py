@@ -19,7 +19,8 @@ from quantlab.files.bundled import model_path
 from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import ALIGNMENT, Header, TensorInfo, pack_header, read_header, write_gguf
 from quantlab.files.gguf_shards import MAX_SHARDS, shard_count, shard_headers
-from quantlab.files.output import check_apart, check_output, replacing
+from quantlab.files.inputs import input_files
+from quantlab.files.output import check_apart, check_outputs, is_stream, replacing
 
 PIECE = 16 << 20  # bytes that are copied at once
 MAX_TENSORS = 128  # of a shard, where no limit is given
@@ -132,10 +133,10 @@ def split(
     groups = [[], *groups] if no_tensor_first_split else groups
     if len(groups) > MAX_SHARDS:
         raise ValueError(f"{header.path}: {len(groups)} shards, must be at most {MAX_SHARDS}. Raise the limit.")
+    if outfile is not None and is_stream(outfile):
+        raise ValueError(f"{outfile}: is a device or a pipe, shards need names of files. Name another output.")
     result = Split(header.path, tuple(_shards(header, Path(outfile or header.path), groups)))
-    for shard in result.shards:
-        check_apart(shard.path, [header.path])
-        check_output(shard.path, overwrite=overwrite)
+    check_outputs([shard.path for shard in result.shards], [header.path], overwrite=overwrite)
     if not dry_run:
         _write(result.shards, {tensor.name: header.path for tensor in header.tensors}, overwrite)
     return result
@@ -173,7 +174,7 @@ def merge(src: str | Path, outfile: str | Path | None = None, *, overwrite: bool
     if "split.count" not in header.metadata:
         raise ValueError(f"{header.path}: split.count is not there, must be one of several shards. It is whole.")
     path = _without_numbers(header.path) if outfile is None else Path(outfile)
-    check_apart(path, [shard.path for shard in headers])
+    check_apart(path, input_files([header.path]))
     metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
     tensors = tuple(tensor for shard in headers for tensor in shard.tensors)
     places = {tensor.name: shard.path for shard in headers for tensor in shard.tensors}

@@ -15,13 +15,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from quantlab.files.output import beside
+from quantlab.files.output import beside, follow
 from quantlab.transform.job import Output
 
 try:
     import fcntl
 except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None
+
+
+_JOURNAL = b'{"identity": '  # how every journal begins
 
 
 class Unfinished:
@@ -44,13 +47,15 @@ class Unfinished:
         self.records: list[dict] = []
         self._outputs = outputs
         self._places = list(_places(outputs))
-        self._parts = [beside(output.path, ".part") for output in outputs]
-        self._journal_path = beside(outputs[0].path, ".part.json")
+        self._finals = [follow(output.path) for output in outputs]
+        self._parts = [beside(path, ".part") for path in self._finals]
+        self._journal_path = beside(self._finals[0], ".part.json")
         self._head = (json.dumps({"identity": identity}) + "\n").encode()
         self._file: BinaryIO | None = None
         self._journal: BinaryIO | None = None
 
     def __enter__(self) -> Unfinished:
+        self._check_own()
         self._journal = open(self._journal_path, "a+b", buffering=0)
         if fcntl is not None:
             try:
@@ -64,6 +69,17 @@ class Unfinished:
         self._journal.truncate(0)
         self._journal.write(b"".join(lines))
         return self
+
+    def _check_own(self) -> None:
+        """Refuse to write where files have the names of unfinished ones but are something else."""
+        try:
+            with open(self._journal_path, "rb") as file:
+                start = file.read(len(_JOURNAL))
+            others = [self._journal_path] if start and start != _JOURNAL else []
+        except FileNotFoundError:
+            others = [part for part in self._parts if os.path.lexists(part)]
+        for path in others:
+            raise FileExistsError(f"{path}: is not an unfinished output of quantlab. Move it, or name another output.")
 
     def _survivors(self, journal: bytes) -> list[dict]:
         """Return the records of an earlier run whose bytes are in the files."""
@@ -107,8 +123,8 @@ class Unfinished:
 
     def rename(self) -> None:
         """Give the files, now whole, their final names; the first shard last."""
-        for part, output in list(zip(self._parts, self._outputs, strict=True))[::-1]:
-            os.replace(part, output.path)
+        for part, final in list(zip(self._parts, self._finals, strict=True))[::-1]:
+            os.replace(part, final)
         self._journal_path.unlink()
 
     def __exit__(self, kind, error, traceback) -> None:

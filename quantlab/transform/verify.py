@@ -452,7 +452,7 @@ def _matrix_notes(model: Model, matrix: dict[str, np.ndarray], rows: list[dict])
     if not keys:
         return ["importance matrix: none given, none recorded"]
     recorded = short(untyped(model.metadata[keys[0]]))
-    return [f"importance matrix: none given; the file records {recorded}, pass it with --imatrix"]
+    return [f"importance matrix: none given; the file records {recorded}, pass it as imatrix"]
 
 
 def _matrix_misfits(matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:

@@ -1,11 +1,13 @@
 """What the figures share: colours, told apart by everybody (Okabe and Ito's), and how a figure is begun and written."""
 
+import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from quantlab.files.output import is_picture, replacing
 from quantlab.quants.ggml_types import FAMILIES, GGML_TYPES, Family
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -35,7 +37,16 @@ def by_family(frame: pd.DataFrame, qtypes: pd.Series) -> list[tuple[Family, pd.D
     return [(family, rows) for family, rows in parts if len(rows)]
 
 
-def save(ax: Axes, path: str | Path) -> Path:
-    """Write the figure that `ax` belongs to as PNG, small enough for a page on the web."""
-    ax.figure.savefig(path, dpi=110)
+def save(ax: Axes, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the figure that `ax` belongs to as PNG, small enough for a page on the web.
+
+    Raises
+    ------
+    FileExistsError
+        If the file exists, is not a picture that quantlab wrote, and `overwrite` is false.
+    """
+    png = io.BytesIO()
+    ax.figure.savefig(png, format="png", dpi=110, metadata={"Software": "quantlab"})
+    with replacing(path, overwrite=overwrite, own=is_picture) as part:
+        part.write_bytes(png.getvalue())
     return Path(path)

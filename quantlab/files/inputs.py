@@ -1,0 +1,65 @@
+"""All files that are read where a file, a folder or a name is given: what no output of the same call may replace."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from quantlab.files.bundled import bundled_path
+from quantlab.files.output import DIGESTS, beside, is_digests, is_report
+
+__all__ = ["input_files"]
+
+_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt"}
+_OF_CHECKPOINTS = {*_WEIGHTS, ".json", ".model", ".jinja", ".tiktoken", ".md", ".py"}
+_TEXTS_OF_CHECKPOINTS = {"merges.txt", "vocab.txt"}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)$")
+
+
+def input_files(names: Iterable[object]) -> list[Path]:
+    """Return every file that is read where these are named, links as they are; what does not exist is left out.
+
+    Parameters
+    ----------
+    names : iterable
+        Files, checkpoint folders, bundled names; `NAME=FILE` as `compare` takes it. None is left out.
+
+    Examples
+    --------
+    >>> sorted(path.name for path in input_files(["tiny"]))[:2]
+    ['README.md', 'config.json']
+    """
+    found = []
+    for name in filter(None, names):
+        for part in {str(name), str(name).partition("=")[2]} - {""}:
+            for path in filter(None, (bundled_path(part), Path(part))):
+                found += _behind(path)
+    return found
+
+
+def _behind(path: Path) -> list[Path]:
+    """Return the files that are read with one path: a checkpoint's, all shards, digests."""
+    try:
+        if path.is_dir():
+            return _checkpoint(path)
+        if not path.exists():
+            return []
+    except OSError:  # the text of another option, too long for a name
+        return []
+    found = [path, *(old for old in (beside(path, DIGESTS), beside(path, ".json")) if is_digests(old))]
+    if shard := _SHARD.search(path.name):
+        number = "[0-9]" * 5
+        found += path.parent.glob(f"{_literal(path.name[: shard.start()])}-{number}-of-{number}{shard[1]}")
+    if path.suffix in _WEIGHTS or path.name in ("config.json", "params.json"):
+        found += _checkpoint(path.parent)
+    return found
+
+
+def _literal(name: str) -> str:
+    """Return a name as a glob that only it fits."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _checkpoint(folder: Path) -> list[Path]:
+    """Return a folder's files that a checkpoint consists of; reports and digests in it are outputs of other calls."""
+    files = [file for file in folder.iterdir() if file.suffix in _OF_CHECKPOINTS or file.name in _TEXTS_OF_CHECKPOINTS]
+    return [file for file in files if file.suffix != ".json" or not (is_report(file) or is_digests(file))]
