@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from made_models import Shape, metadata_of
+from made_models import metadata_of, shape_of
 from typer.testing import CliRunner
 
 import quantlab as ql
@@ -88,7 +88,7 @@ def store(tmp_path_factory):
     """A folder with a small file of every kind that the words read."""
     folder = tmp_path_factory.mktemp("outputs")
     x = np.random.default_rng(7).standard_normal((4, 32)).astype(np.float32)
-    metadata = metadata_of(Shape(n_embd=32, n_ff=32, n_layer=1, n_head=1, n_head_kv=1, n_vocab=8, head_dim=32))
+    metadata = metadata_of(shape_of(n_embd=32, n_ff=32, n_layer=1, n_head=1, n_head_kv=1, n_vocab=8, head_dim=32))
     specs = [TensorSpec(f"blk.0.{name}.weight", x.shape, "F32") for name in ("attn_q", "attn_k")]
     write_gguf(folder / "whole.gguf", metadata, specs, [x, x])
     ql.quantize(folder / "whole.gguf", folder / "other.gguf", ftype="Q4_0")
