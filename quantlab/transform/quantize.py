@@ -149,9 +149,8 @@ def _check_outputs(job: Job, overwrite: bool) -> None:
     """Refuse outputs that exist, and a file in the place of the digests that is something else."""
     paths = _paths(job)
     check_outputs(paths, overwrite=overwrite)
-    if any(map(is_stream, paths)):
-        return
-    check_output(_digests_path(paths[0]), own=is_digests)
+    if paths and not is_stream(paths[0]):
+        check_output(_digests_path(paths[0]), own=is_digests)
 
 
 def _paths(job: Job) -> list[Path]:
