@@ -5,10 +5,11 @@ measured change per tensor, or per group of tensors, and `knapsack.solve` finds 
 """
 
 import json
-import re
+import operator
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,7 @@ from quantlab.files.output import beside, check_output, is_report, is_stream, re
 from quantlab.study.damage_cache import json_digest, matrix_digests, model_digest
 from quantlab.study.knapsack import solve
 from quantlab.study.sensitivity import Sensitivity
+from quantlab.transform.expressions import compile_expression
 from quantlab.transform.mixture import FTYPES, Recipe, choose_types, find_qtype
 from quantlab.transform.plan import bits_per_weight, parse_bytes, tensor_bytes
 
@@ -270,27 +272,23 @@ def _apart(groups: Mapping[str, list[dict]], base: Model) -> list[str]:
     return list(group_of)
 
 
-def _parsed(types: Types, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Expressions and types, checked; a whole tensor name becomes an expression that fits it alone."""
+def _parsed(types: Types, names: Sequence[str]) -> list[tuple[Callable[[str], bool], str]]:
+    """Expressions, as tests of a name, and types, checked; a whole tensor name fits that tensor alone."""
     pairs = []
     for text, qtype in types.items() if isinstance(types, Mapping) else types:
-        regex = f"^{re.escape(text)}$" if text in names else text.lower()
-        try:
-            fits = any(re.search(regex, name) for name in names)
-        except re.error as error:
-            raise ValueError(f"tensor type: name={text}, must be a regular expression ({error}).") from None
-        if not fits:
+        is_found = partial(operator.eq, text) if text in names else compile_expression(text, names)
+        if not any(map(is_found, names)):
             raise ValueError(f"tensor type: name={text}, must fit a tensor that was measured, such as {names[0]}.")
-        pairs.append((regex, find_qtype(qtype, f"tensor type {text}")))
+        pairs.append((is_found, find_qtype(qtype, f"tensor type {text}")))
     return pairs
 
 
-def _asked(name: str, types: list[tuple[str, str]]) -> str | None:
+def _asked(name: str, types: list[tuple[Callable[[str], bool], str]]) -> str | None:
     """The type of the first expression that fits a name."""
-    return next((qtype for text, qtype in types if re.search(text, name)), None)
+    return next((qtype for is_found, qtype in types if is_found(name)), None)
 
 
-def _allows(row: dict, constraints: Mapping[str, list[tuple[str, str]]]) -> bool:
+def _allows(row: dict, constraints: Mapping[str, list[tuple[Callable[[str], bool], str]]]) -> bool:
     """Whether all tensors of a row have types that the constraints allow."""
     for name, qtype in row["types"].items():
         keep, least, most = (_asked(name, constraints[key]) for key in ("keep", "min_type", "max_type"))
@@ -329,7 +327,7 @@ class Menu:
     base: Model
     sensitivity: Sensitivity
     groups: dict[str, list[dict]]
-    constraints: dict[str, list[tuple[str, str]]]
+    constraints: dict[str, list[tuple[Callable[[str], bool], str]]]
     has_imatrix: bool
     rules: str
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import is_stream
 from quantlab.quants.ggml_types import GGML_TYPES, WRITABLE, block_size
+from quantlab.transform.expressions import compile_expression
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
 from quantlab.transform.rules import COMPARED, EMBEDDINGS
 
@@ -209,7 +209,7 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
     if not options.via and model.path.is_dir() and any(tensor.qtype in ("BF16", "F32") for tensor in model):
         notes.append("weights keep the checkpoint's precision; via=f16 rounds them as a conversion to F16 would")
-    idle = [regex for regex, _ in options.tensor_types if not any(re.search(regex.lower(), name) for name in tensors)]
+    idle = [text for text, _ in options.tensor_types if not any(map(compile_expression(text, tensors), tensors))]
     if idle:
         notes.append(f"tensor types: no tensor has a name that fits {', '.join(idle)}")
     if options.imatrix is not None and not matrix:

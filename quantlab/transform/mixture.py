@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantlab.files.output import replacing
 from quantlab.quants.ggml_types import WRITABLE, block_size
+from quantlab.transform.expressions import compile_expression
 from quantlab.transform.ftypes import FTYPES, RULES, Ftype, find_ftype
 from quantlab.transform.rules import RULE_SETS, in_file_order, is_quantizable, layer_of
 
@@ -149,7 +149,7 @@ def choose_types(
     found = find_ftype(ftype)
     if rules not in found.rules:
         raise ValueError(f"ftype={found.name}: rules={rules}, must be {found.rules[0]}, where this ftype exists")
-    asked = _parse_tensor_types(tensor_types)
+    asked = [(compile_expression(text, shapes), find_qtype(q, f"tensor type {text}")) for text, q in tensor_types]
     if asked and not found.is_quantized:
         raise ValueError(f"tensor types: ftype={found.name}, must be a quantized one for them to apply")
     mixture = RULE_SETS[rules](found.name, hparams, shapes, imatrix)
@@ -171,7 +171,7 @@ def choose_types(
         elif not found.is_quantized:
             choices[name] = Choice(found.qtype, found.qtype, "base")
         else:
-            wanted, why = next(((q, "asked") for regex, q in asked if regex.search(name)), (found.qtype, "base"))
+            wanted, why = next(((q, "asked") for is_found, q in asked if is_found(name)), (found.qtype, "base"))
             if why == "base" and not pure:
                 wanted = mixture.wanted(name, shape, found.qtype, ends["output.weight"])
                 why = "mixture" if wanted != found.qtype else why
@@ -199,20 +199,6 @@ def _check_asked(asked: Iterable[tuple[re.Pattern, str]], choices: Mapping[str, 
                 f"{kept[0]}: type={qtype} was asked for, must stay {choices[kept[0]].qtype}: tensors of this name "
                 f"are never quantized. Leave this tensor type out."
             )
-
-
-def _parse_tensor_types(tensor_types: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
-    """Compile the expressions, lower-cased as llama-quantize does, and check the types."""
-    compiled = []
-    for text, qtype in tensor_types:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # a class such as [[:digit:]] would fit something else
-                regex = re.compile(text.lower())
-        except (re.error, FutureWarning) as error:
-            raise ValueError(f"tensor type: name={text}, must be a regular expression ({error})") from None
-        compiled.append((regex, find_qtype(qtype, f"tensor type {text}")))
-    return compiled
 
 
 def parse_tensor_type(text: str) -> tuple[str, str]:
