@@ -174,10 +174,34 @@ def test_layers_on_a_card_that_is_not_there_are_warned_of(path):
         Engine(path, Options(n_threads=1, n_gpu_layers=5)).close()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in ("temp", "top_p", "min_p", "repeat_penalty") for value in (-1, np.nan, np.inf)],
+        ("repeat_penalty", 0),
+        *[(name, value) for name in ("top_k", "seed", "n_predict") for value in (-2, 2**40, -(10**20))],
+    ],
+)
+def test_sampling_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name}={value}, must be "):
+        Sampling(**{name: value})
+
+
+def test_minus_one_leaves_the_choice_to_llama_cpp(path):
+    with Engine(path, Options(n_threads=-1, n_gpu_layers=-1)) as engine:
+        assert answer(Conversation(engine, "", GREEDY), "word")
+
+
 def test_bad_input(path, tmp_path):
     for n_ctx in (1, 513):
         with pytest.raises(ValueError, match=f"ctx-size={n_ctx}, must be 2 to 512"):
             Engine(path, Options(n_ctx=n_ctx))
+    for n_threads in (0, -2, 513, 10**12):  # with which llama.cpp aborts the process
+        with pytest.raises(ValueError, match=f"threads={n_threads}, must be 1 to 512. Leave it out, or give -1, for"):
+            Engine(path, Options(n_threads=n_threads))
+    for n_gpu_layers in (-2, 2**31, -(10**12)):
+        with pytest.raises(ValueError, match=f"n-gpu-layers={n_gpu_layers}, must be 0 to 2147483647"):
+            Engine(path, Options(n_gpu_layers=n_gpu_layers))
     with pytest.raises(FileNotFoundError, match="nothing.gguf"):
         Engine("nothing.gguf")
     metadata = ql.open(path).metadata | {"llama.block_count": np.uint32(1000)}

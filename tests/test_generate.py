@@ -59,5 +59,8 @@ def test_bad_input(tmp_path):
         ql.generate(["Q4_K_M"], PROMPT)
     with pytest.raises(ValueError, match="ftype=Q9_K"):
         ql.generate(["Q9_K"], PROMPT, base="tiny")
+    for option in ({"temp": float("nan")}, {"seed": 2**40}, {"n_predict": -5}):
+        with pytest.raises(ValueError, match=f"^{next(iter(option))}=.*, must be "):
+            ql.generate(["Q4_K_M"], PROMPT, base="tiny", **option)
     with pytest.raises(FileNotFoundError, match="nothing.gguf"):
         ql.generate(["nothing.gguf"], PROMPT)

@@ -160,6 +160,7 @@ def test_bad_input(path, tmp_path):
         assert f"127.0.0.1:{port}: Address already in use" in refused(path, "--port", port)
     assert "port=99999" in refused(path, "--port", "99999")
     assert "ctx-size=4096, must be 2 to 512" in refused(path, "--ctx-size", "4096", "--port", "0")
+    assert "threads=0, must be 1 to 512" in refused(path, "-t", "0", "--port", "0")
     assert "no such file" in refused(tmp_path / "nothing.gguf")
     (tmp_path / "text.gguf").write_text("this is no model")
     assert "first 4 bytes are b'this', need b'GGUF'" in refused(tmp_path / "text.gguf")

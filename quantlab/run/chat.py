@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,11 @@ class Sampling:
         Same seed, same answer; -1 takes a random one.
     n_predict : int
         Tokens at most; -1 for no limit but the context.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
     """
 
     temp: float = 0.8
@@ -39,6 +45,17 @@ class Sampling:
     repeat_penalty: float = 1.0
     seed: int = -1
     n_predict: int = -1
+
+    def __post_init__(self):
+        for name in ("temp", "top_p", "min_p", "repeat_penalty"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}, must be a number of at least 0.")
+        if self.repeat_penalty == 0:
+            raise ValueError("repeat_penalty=0, must be above 0. 1 changes nothing.")
+        for name, most in (("top_k", 2**31 - 1), ("seed", 2**32 - 1), ("n_predict", 2**31 - 1)):
+            if not -1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}, must be -1 to {most}.")
 
     def request(self) -> dict:
         """Return the options as fields of a request."""

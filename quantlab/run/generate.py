@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from quantlab.files.bundled import model_path, runs_dir
+from quantlab.run.chat import Sampling
 from quantlab.run.llama_cpp import Engine, Options
 from quantlab.transform.mixture import find_ftype
 from quantlab.transform.quantize import quantize
@@ -142,7 +143,7 @@ def generate(
     FileNotFoundError
         If there is no such model.
     ValueError
-        If an ftype is given without `base`, no model at all, or llama.cpp cannot load a file.
+        If an ftype is given without `base`, no model at all, a number is out of range, or llama.cpp cannot load a file.
 
     Examples
     --------
@@ -150,6 +151,7 @@ def generate(
     """
     if not models:
         raise ValueError("generate: models=[], must name one at least. Give GGUF files or ftypes.")
+    Sampling(temp=temp, seed=seed, n_predict=n_predict)  # refuses numbers out of range before the first model is made
     rows: list[Continuation] = []
     for model in models:
         with tempfile.TemporaryDirectory(dir=runs_dir(), prefix="generate-") as folder:

@@ -28,6 +28,8 @@ from quantlab.transform.convert import convert
 
 LOOPBACK = "127.0.0.1"
 USUAL = 2048  # tokens of context when none are asked for
+MAX_THREADS = 512  # of ggml; llama.cpp aborts this process with more, and with none
+MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Options:
     n_ctx : int or None
         Tokens of context; None is 2048, or the model's if that is shorter.
     n_gpu_layers : int or None
-        Layers on the graphics card, the output layer first; None leaves the choice to llama.cpp.
+        Layers on the graphics card, the output layer first; None or -1 leaves the choice to llama.cpp.
     n_threads : int or None
-        None leaves the choice to llama.cpp.
+        None or -1 leaves the choice to llama.cpp.
     host, port : str, int
         Where the HTTP server listens; port 0 is any free one.
     api_key : str or None
@@ -75,7 +77,8 @@ class Engine:
     FileNotFoundError
         If there is no such model.
     ValueError
-        If the file is damaged, llama.cpp cannot load it, or the context is longer than the model's.
+        If an option is out of range, the file is damaged, llama.cpp cannot load it, or the context is longer than the
+        model's.
     OSError
         If the port cannot be had.
 
@@ -87,6 +90,8 @@ class Engine:
 
     def __init__(self, model: str | Path, options: Options | None = None):
         options, xllamacpp = options or Options(), _xllamacpp()
+        _check_whole("threads", options.n_threads, MAX_THREADS)
+        _check_whole("n-gpu-layers", options.n_gpu_layers, MAX_INT, least=0)
         self.path = as_gguf(model)
         self.n_ctx = _context(self.path, options.n_ctx)
         _check_port(options.host, options.port)
@@ -208,9 +213,19 @@ def _context(path: Path, n_ctx: int | None) -> int:
     return n_ctx
 
 
+def _check_whole(name: str, value: int | None, most: int, least: int = 1) -> None:
+    """Refuse numbers with which llama.cpp would abort this process; -1 means its own choice, as on its command line."""
+    if value not in (None, -1) and not least <= value <= most:
+        raise ValueError(
+            f"{name}={value}, must be {least} to {most}. Leave it out, or give -1, for llama.cpp's choice."
+        )
+
+
 def _check_card(xllamacpp, n_gpu_layers: int | None) -> None:
     """Warn where layers are wanted on a card that this build of llama.cpp does not know."""
-    if n_gpu_layers and not any("GPU" in device["type"].name for device in xllamacpp.get_device_info()):
+    if n_gpu_layers not in (None, -1, 0) and not any(
+        "GPU" in device["type"].name for device in xllamacpp.get_device_info()
+    ):
         warnings.warn(
             f"n-gpu-layers={n_gpu_layers}, but this xllamacpp finds no graphics card: all layers run on the CPU. "
             "The package on PyPI is for CPUs; those for CUDA, ROCm and Vulkan come from xllamacpp's own index.",
@@ -236,9 +251,9 @@ def _params(xllamacpp, path: Path, n_ctx: int, options: Options):
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = n_ctx
-    params.fit_params = options.n_gpu_layers is None
+    params.fit_params = options.n_gpu_layers in (None, -1)
     params.n_gpu_layers = -1 if options.n_gpu_layers is None else options.n_gpu_layers
-    if options.n_threads is not None:
+    if options.n_threads not in (None, -1):
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.n_threads
     params.hostnames, params.port = [options.host], options.port
     params.api_keys = [options.api_key] if options.api_key else [] if options.ui else [secrets.token_hex()]
