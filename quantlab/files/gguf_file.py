@@ -336,9 +336,9 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
     if not name.isprintable():
         raise cursor.bad(f"tensor name {short(name)}, need printable characters")
     n_dims = cursor.number("I", name)
-    if not 1 <= n_dims <= 4:
-        raise cursor.bad(f"{name}: n_dims={n_dims}, need 1 to 4")
-    shape = tuple(cursor.number("Q", name) for _ in range(n_dims))[::-1]
+    if not 0 <= n_dims <= 4:
+        raise cursor.bad(f"{name}: n_dims={n_dims}, GGUF tensors have at most 4", "llama.cpp cannot read it either.")
+    shape = tuple(cursor.number("Q", name) for _ in range(n_dims))[::-1] or (1,)  # a scalar, to ggml one value
     if min(shape) < 1:
         raise cursor.bad(f"{name}: shape={shape}, every dimension must be at least 1")
     number = cursor.number("I", name)
