@@ -41,6 +41,21 @@ def test_q_and_k_are_permuted_whatever_rows_are_read(tmp_path):
             assert np.array_equal(k.rows(start, stop), expected[start:stop])
 
 
+def test_biases_of_q_and_k_are_permuted_too(tmp_path, rng):
+    src = write_checkpoint(tmp_path / "m", "llama2", "F32")
+    sizes = {"q": 64, "k": 32, "v": 32}
+    biases = {f"model.layers.{i}.self_attn.{part}_proj.bias": n for i in range(2) for part, n in sizes.items()}
+    weights = tensors("llama2") | {name: rng.standard_normal(n, np.float32) for name, n in biases.items()}
+    write_safetensors(src / "model.safetensors", weights)
+    model = ql.open(src)
+    for part, n_head in (("q", 4), ("k", 2), ("v", 0)):
+        stored = weights[f"model.layers.1.self_attn.{part}_proj.bias"]
+        expected = stored.reshape(n_head, 2, 8).swapaxes(1, 2).reshape(-1) if n_head else stored
+        bias = model.tensor(f"blk.1.attn_{part}.bias")
+        assert bias.qtype == "F32" and np.array_equal(bias.load(), expected)
+        assert bias.rows(0, 0).shape == (0, len(stored))
+
+
 def test_hparams_of_a_checkpoint(tmp_path):
     hparams = ql.open(write_checkpoint(tmp_path / "m", "qwen3")).hparams
     assert (hparams.arch, hparams.n_head, hparams.n_head_kv, hparams.head_dim) == ("qwen3", 4, 2, 32)

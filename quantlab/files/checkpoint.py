@@ -39,7 +39,7 @@ class RangeLoss:
 
 @dataclass(frozen=True)
 class _Permuted:
-    """Rows of q or k, in each head from halves (Hugging Face) to pairs (GGUF)."""
+    """Rows or biases of q or k, in each head from halves (Hugging Face) to pairs (GGUF)."""
 
     source: StoredTensor
     n_head: int
@@ -47,6 +47,8 @@ class _Permuted:
     def rows(self, start: int, stop: int) -> np.ndarray:
         if start == stop:
             return self.source.rows(start, stop)
+        if len(self.source.shape) == 1:
+            return self.source.rows(start, stop).reshape(self.n_head, 2, -1).swapaxes(1, 2).reshape(1, -1)
         head_dim = self.source.nrows // self.n_head
         heads = -(-start // head_dim) * head_dim, stop // head_dim * head_dim  # whole ones lie between these
         cuts = sorted({start, *(cut for cut in heads if start < cut < stop), stop})
