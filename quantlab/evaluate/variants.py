@@ -2,19 +2,21 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from quantlab import quants
 from quantlab.evaluate.engine import Stored
-from quantlab.files.model import Model
+from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
+from quantlab.quants.validate import check_encoded, check_stored
 from quantlab.transform.mixture import Recipe, choose_types, layer_of
 from quantlab.transform.plan import tensor_bytes
 
 _ROWS = 2048  # rows of a matrix that are read or converted at a time
+_FREE = ("n_ctx", "tied_embeddings")  # hyper-parameters in which files of one model may differ
 _PIECE = 1 << 22  # weights that are dequantized at a time on their way to another type
 
 
@@ -125,9 +127,13 @@ def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, n
 
 def _from_file(base: Model, path: Path) -> Variant:
     model = open_model(path)
-    ours, theirs = (replace(m.hparams, n_ctx=0, tied_embeddings=False) for m in (base, model))
-    if ours != theirs:
-        raise ValueError(f"{path}: {theirs} differs from the base's {ours}. Compare variants of one model.")
+    ours, theirs = (asdict(m.hparams) for m in (base, model))
+    differing = [key for key in ours if key not in _FREE and ours[key] != theirs[key]]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{path}: {key}={theirs[key]}, must be {ours[key]} as in {base.path}. Compare variants of one model."
+        )
     if model.vocab.digest != base.vocab.digest:
         raise ValueError(f"{path}: its vocabulary differs from that of {base.path}. Compare variants of one model.")
     return as_is(model)
@@ -160,7 +166,7 @@ class Weights:
         """Tensor `name` of `variant` as it is stored in its type."""
         tensor = variant.model.tensor(name)
         if variant.model is not self._base:
-            return tensor.load()
+            return _load_checked(tensor)
         if variant.types[name] == tensor.qtype:
             return self._load(name)
         return self._encode(variant, name)
@@ -177,7 +183,10 @@ class Weights:
             x = found[low:high]
             x[:] = Stored(stored, tensor.qtype, stored.shape[:1] + tensor.shape[1:]).floats()
             if qtype != tensor.qtype:
-                quants.roundtrip(x, qtype, variant.imatrix.get(name), name=name, out=x)
+                _round_rows(x, qtype, variant.imatrix.get(name), name, indices[low:high])
+            elif not np.isfinite(x).all():
+                for row, index in zip(stored, indices[low:high], strict=True):
+                    check_stored(row[None].view(np.uint8), qtype, name=name, first_row=int(index))
         return found
 
     def forget(self) -> None:
@@ -187,7 +196,7 @@ class Weights:
 
     def _load(self, name: str) -> np.ndarray:
         if name not in self._stored:
-            self._stored[name] = self._base.tensor(name).load()
+            self._stored[name] = _load_checked(self._base.tensor(name))
         return self._stored[name]
 
     def _encode(self, variant: Variant, name: str) -> np.ndarray:
@@ -198,11 +207,13 @@ class Weights:
         x, tensor = self._load(name), self._base.tensor(name)
         qtype, weights = variant.types[name], variant.imatrix.get(name)
         if x.dtype == np.uint8:
-            stored, step = Stored(x, tensor.qtype, tensor.shape), max(1, _PIECE // tensor.shape[-1])
-            floats = (stored.floats(slice(start, start + step)) for start in range(0, len(x), step))
-            data = np.concatenate([quants.quantize(piece, qtype, weights, name=name) for piece in floats])
+            stored, step, encoded = Stored(x, tensor.qtype, tensor.shape), max(1, _PIECE // tensor.shape[-1]), []
+            for start in range(0, len(x), step):
+                floats = stored.floats(slice(start, start + step))
+                encoded.append(_quantize(floats, qtype, weights, name, start))
+            data = np.concatenate(encoded)
         else:
-            data = quants.quantize(x, qtype, weights, name=name)
+            data = _quantize(x, qtype, weights, name)
         if self._wanted[key] > 1:
             self._encoded[key] = data
         return data
@@ -211,6 +222,34 @@ class Weights:
 def output_name(model: Model) -> str:
     """Return the name of the matrix that gives the logits: the embeddings' where there is no other."""
     return "output.weight" if "output.weight" in model else "token_embd.weight"
+
+
+def _load_checked(tensor: LazyTensor) -> np.ndarray:
+    """Read a whole tensor, and refuse floats and scales that are not finite: they would only show in the result."""
+    stored = tensor.load()
+    rows = stored.reshape(-1, stored.shape[-1])
+    check_stored(rows.view(np.uint8), tensor.qtype, name=tensor.name)
+    return stored
+
+
+def _quantize(x: np.ndarray, qtype: str, weights: np.ndarray | None, name: str, first_row: int = 0) -> np.ndarray:
+    """Encode rows as a file would have them, F16 without infinities."""
+    data = quants.quantize(x, qtype, weights, name=name, first_row=first_row)
+    if qtype == "F16":
+        rows = data.reshape(-1, data.shape[-1])
+        check_encoded(rows, x.reshape(len(rows), -1), qtype, name=name, first_row=first_row)
+    return data
+
+
+def _round_rows(x: np.ndarray, qtype: str, weights: np.ndarray | None, name: str, indices: np.ndarray) -> None:
+    """Replace rows of a matrix by what quantizing leaves of them; `indices` are their numbers, for an error."""
+    try:
+        data = _quantize(x, qtype, weights, name)
+    except ValueError:
+        for row, index in zip(x, indices, strict=True):
+            _quantize(row[None], qtype, weights, name, int(index))
+        raise
+    quants.dequantize(data, qtype, x.shape, out=x)
 
 
 def identity(variant: Variant, name: str) -> tuple:

@@ -273,7 +273,7 @@ def _read_as(
     from quantlab import quants  # numba; a checkpoint that keeps its type does without
 
     try:
-        data = quants.quantize(rows if are_halves else _widen(rows), qtype, name=name)
+        data = quants.quantize(rows if are_halves else _widen(rows), qtype, name=name, first_row=start)
     except ValueError:
         _check_finite(rows, name, start)  # says where in the tensor, not in these rows
         raise
@@ -290,12 +290,12 @@ def _widen(rows: np.ndarray) -> np.ndarray:
 
 
 def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
-    """Refuse NaN and infinity: their exponent is all ones, so that no value without its sign reaches that far."""
+    """Refuse NaN, infinity and what float32 rounds to infinity: without their sign, such bits are above a ceiling."""
     bits, ceiling = {
         "bfloat16": (np.uint16, 0x7F80),
         "float16": (np.uint16, 0x7C00),
         "float32": (np.uint32, 0x7F800000),
-        "float64": (np.uint64, 0x7FF0000000000000),
+        "float64": (np.uint64, 0x47EFFFFFF0000000),  # the first that float32 rounds to infinity
     }.get(rows.dtype.name, (None, None))
     if bits is None:
         raise ValueError(
@@ -307,8 +307,9 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
     if magnitude.max() >= ceiling:
         row, column = np.unravel_index(np.argmax(magnitude >= ceiling), rows.shape)
         value = rows[row, column]
+        rule = "fit in float32" if np.isfinite(value) else "be finite"
         raise ValueError(
-            f"{name}: value {value} at row {start + row}, column {column}; every weight must be finite. "
+            f"{name}: value {value} at row {start + row}, column {column}; every weight must {rule}. "
             f"The checkpoint is broken; download it again or repair it."
         )
 

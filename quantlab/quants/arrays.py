@@ -78,7 +78,7 @@ def check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: str
 
 
 def float_pieces(
-    x: np.ndarray, block: int, whole_rows: bool, name: str, check: bool = True
+    x: np.ndarray, block: int, whole_rows: bool, name: str, first_row: int = 0, check: bool = True
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Row range, column range and contiguous float32 values of each piece of `x`, checked to be finite.
 
@@ -90,7 +90,7 @@ def float_pieces(
             piece, is_finite = _floats(np.ascontiguousarray(rows_of_x[rows, columns]), check)
             rows = slice(start + rows.start, start + rows.stop)
             if check and not is_finite:
-                _refuse(piece, name, rows.start, columns.start)
+                _refuse(piece, name, first_row + rows.start, columns.start)
             yield rows, columns, piece
         start += len(rows_of_x)
 
@@ -142,7 +142,7 @@ def _output(out: np.ndarray | None, shape: tuple, dtype: type) -> np.ndarray:
 # ---- numbers ↔ bytes
 
 
-def quantize(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.ndarray:
+def quantize(x, qtype: str, imatrix=None, *, name: str = "x", first_row: int = 0, out=None) -> np.ndarray:
     """Encode the rows of an array in a ggml type, byte for byte as llama.cpp does.
 
     Parameters
@@ -156,8 +156,10 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.nd
         are encoded the same with and without.
     name : str
         The tensor's name, for error messages.
+    first_row : int
+        Number of the first row in the tensor, for error messages.
     out : np.ndarray [shape=(*lead, row_bytes), dtype=uint8, C-contiguous], optional
-        Where to write the result; untouched if there is an error.
+        Where to write the result; untouched if a weight is not finite.
 
     Returns
     -------
@@ -166,9 +168,10 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.nd
     Raises
     ------
     ValueError
-        If `qtype` cannot be encoded here, `x` is of another dtype, has NaN or infinite values, or rows that are not a
-        multiple of the block size, `imatrix` has another length or dtype, or negative or non-finite values, or `out`
-        does not fit.
+        If `qtype` cannot be encoded here, `x` is of another dtype, has NaN or infinite values, values so large that the
+        scale of a block becomes infinite, or rows that are not a multiple of the block size, `imatrix` has another
+        length or dtype, or negative or non-finite values, or `out` does not fit. Values beyond F16's range become
+        infinite in F16 without an error.
 
     Examples
     --------
@@ -184,13 +187,22 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.nd
     result = _output(out, (*x.shape[:-1], row_bytes(qtype, x.shape[-1])), np.uint8)
     whole_rows = imatrix is not None and bool(record.weighted_encoder)
     if out is not None:
-        for _ in float_pieces(x, record.block, whole_rows, name):
+        for _ in float_pieces(x, record.block, whole_rows, name, first_row):
             pass  # only checks: `out` stays as it is unless everything is finite
     data = result.reshape(prod(x.shape[:-1]), result.shape[-1])
-    for rows, columns, piece in float_pieces(x, record.block, whole_rows, name, check=out is None):
+    for rows, columns, piece in float_pieces(x, record.block, whole_rows, name, first_row, check=out is None):
         target = data[rows, _in_bytes(columns, record)]
         encode(piece, qtype, imatrix, target)
+        _check_encoded(target, piece, qtype, name, first_row + rows.start, columns.start)
     return result
+
+
+def _check_encoded(data: np.ndarray, x: np.ndarray, qtype: str, name: str, row: int, column: int) -> None:
+    """Refuse what overflowed; F16 becomes infinite as NumPy's does."""
+    if qtype not in ("F32", "F16"):
+        from quantlab.quants.validate import check_encoded
+
+        check_encoded(data, x, qtype, name=name, first_row=row, first_column=column)
 
 
 def encode(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, out: np.ndarray) -> None:
@@ -287,7 +299,7 @@ def roundtrip(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.n
     x, qtype, imatrix, name
         As for `quantize`.
     out : np.ndarray [shape=x.shape, dtype=float32, C-contiguous], optional
-        Where to write the result; `x` itself is allowed. Untouched if there is an error.
+        Where to write the result; `x` itself is allowed. Untouched if a weight is not finite.
 
     Returns
     -------
@@ -316,5 +328,6 @@ def roundtrip(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.n
     for rows, columns, piece in float_pieces(x, record.block, whole_rows, name, check=out is None):
         data = np.empty((len(piece), row_bytes(qtype, piece.shape[1])), np.uint8)
         encode(piece, qtype, imatrix, data)
+        _check_encoded(data, piece, qtype, name, rows.start, columns.start)
         _decode(data, qtype, values[rows, columns])
     return result

@@ -63,7 +63,8 @@ class GgmlType:
     decoder : str
         Kernel (data, out); empty: decoded by the gguf package, if that can.
     validator : str
-        Function that finds the blocks which llama.cpp would refuse; empty where any block is accepted.
+        Function of `validate` that finds the blocks which llama.cpp refuses; empty: those with a half of `halves` that
+        is not finite.
     needs_imatrix : bool
         Whether llama-quantize refuses the type without an importance matrix.
     fallback : str
@@ -123,10 +124,19 @@ def _kernels(module: str, name: str, *, weighted: bool = True) -> dict[str, str]
 _TO_NIBBLES = {"halves": (0,), "fallback": "IQ4_NL"}
 _RECORDS = (
     # plain numbers
-    GgmlType("F32", 0, 1, 4, "float", **_kernels("arrays", "f32", weighted=False), dtype="float32"),
-    GgmlType("F16", 1, 1, 2, "float", **_kernels("floats", "f16", weighted=False), dtype="float16"),
-    GgmlType("BF16", 30, 1, 2, "float", **_kernels("floats", "bf16", weighted=False), dtype="bfloat16"),
-    GgmlType("F64", 28, 1, 8, "float", dtype="float64"),
+    GgmlType(
+        "F32", 0, 1, 4, "float", **_kernels("arrays", "f32", weighted=False), dtype="float32",
+        validator="validate:float_not_finite",
+    ),
+    GgmlType(
+        "F16", 1, 1, 2, "float", **_kernels("floats", "f16", weighted=False), dtype="float16",
+        validator="validate:half_not_finite",
+    ),
+    GgmlType(
+        "BF16", 30, 1, 2, "float", **_kernels("floats", "bf16", weighted=False), dtype="bfloat16",
+        validator="validate:brain_not_finite",
+    ),
+    GgmlType("F64", 28, 1, 8, "float", dtype="float64", validator="validate:double_not_finite"),
     GgmlType("I8", 24, 1, 1, "integer", dtype="int8"),
     GgmlType("I16", 25, 1, 2, "integer", dtype="int16"),
     GgmlType("I32", 26, 1, 4, "integer", dtype="int32"),
@@ -182,7 +192,10 @@ _RECORDS = (
         fallback="Q8_0", halves=(208,), sub_block=16, codes=(Bits(0, 128, 64, 4), Bits(128, 192, 32, 2)),
         levels=range(-32, 32), is_candidate=True,
     ),
-    GgmlType("Q8_K", 15, 256, 292, "k-quant", **_kernels("kquants", "q8_k", weighted=False), for_activations=True),
+    GgmlType(
+        "Q8_K", 15, 256, 292, "k-quant", **_kernels("kquants", "q8_k", weighted=False),
+        validator="validate:float_not_finite", for_activations=True,
+    ),
     # codebooks
     GgmlType("IQ2_XXS", 16, 256, 66, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
     GgmlType("IQ2_XS", 17, 256, 74, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
@@ -192,11 +205,14 @@ _RECORDS = (
     GgmlType("IQ3_S", 21, 256, 110, "i-quant", **_TO_NIBBLES),
     GgmlType("IQ2_S", 22, 256, 82, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
     GgmlType("IQ4_XS", 23, 256, 136, "i-quant", sub_block=32, **_TO_NIBBLES),
-    GgmlType("IQ1_M", 29, 256, 56, "i-quant", needs_imatrix=True, fallback="IQ4_NL"),
+    GgmlType(
+        "IQ1_M", 29, 256, 56, "i-quant", validator="validate:spread_half_not_finite", needs_imatrix=True,
+        fallback="IQ4_NL",
+    ),
     # three and fewer levels, 4-bit floats
     GgmlType("TQ1_0", 34, 256, 54, "low-bit", fallback="Q4_0", halves=(52,)),
     GgmlType("TQ2_0", 35, 256, 66, "low-bit", fallback="Q4_0", halves=(64,)),
-    GgmlType("MXFP4", 39, 32, 17, "microscaling"),
+    GgmlType("MXFP4", 39, 32, 17, "microscaling", validator="validate:power_is_nan"),
     GgmlType("NVFP4", 40, 64, 36, "microscaling", sub_block=16),
     GgmlType("Q1_0", 41, 128, 18, "low-bit", halves=(0,)),
     GgmlType("Q2_0", 42, 64, 18, "low-bit", fallback="Q4_0", halves=(0,)),

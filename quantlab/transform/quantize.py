@@ -31,6 +31,7 @@ from quantlab.files.output import (
     replacing,
 )
 from quantlab.quants.codebook import CODES
+from quantlab.quants.validate import check_encoded, check_stored
 from quantlab.transform.checksum import Checksum, mixed
 from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_files
 from quantlab.transform.plan import MIB, Plan, plan_of
@@ -237,22 +238,20 @@ def _take(slab: _Slab, histogram: bool) -> tuple[_Slab, np.ndarray, bytes, np.nd
 
 
 def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
-    """Return rows in their new type, checked to be finite; `start` is the first one's number in the tensor."""
+    """Return rows in their new type, as valid as llama-quantize wants them; `start` is the number of the first one."""
     tensor, qtype = step.tensor, step.choice.qtype
+    if step.is_kept or tensor.qtype not in FLOATS:  # other floats are checked while they are encoded
+        check_stored(rows.view(np.uint8), tensor.qtype, name=tensor.name, first_row=start)
     if step.is_kept:
-        if qtype in FLOATS and not np.isfinite(rows).all():
-            raise ValueError(f"{tensor.name}: has NaN or infinite values, must be finite. Check where it came from.")
         return rows
     if tensor.qtype not in FLOATS:
         rows = quants.dequantize(rows, tensor.qtype, (len(rows), tensor.shape[-1]))
     parts = []
     for part, weights in step.experts(start, len(rows)):
-        first = start + part.start
-        name = f"{tensor.name}[{first}:]" if first else tensor.name  # an error counts the rows that it sees
-        parts.append(quants.quantize(rows[part], qtype, weights, name=name))
+        parts.append(quants.quantize(rows[part], qtype, weights, name=tensor.name, first_row=start + part.start))
     encoded = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if qtype == "F16" and not np.isfinite(encoded.view(np.float16)).all():
-        raise ValueError(f"{tensor.name}: has values beyond 65504, F16 cannot hold them. Choose BF16 or F32.")
+    if qtype == "F16":  # only in a file must it not become infinite
+        check_encoded(encoded, rows, qtype, name=tensor.name, first_row=start)
     return encoded
 
 

@@ -23,6 +23,7 @@ from quantlab.files.model import open as open_model
 from quantlab.files.recognize import short
 from quantlab.quants.codebook import CODES
 from quantlab.quants.ggml_types import WEIGHTED, WRITABLE
+from quantlab.quants.validate import first_invalid, invalid_blocks, is_valid
 from quantlab.transform.compare import (
     Change,
     Cut,
@@ -329,10 +330,14 @@ class _Case:
         self.fused = self.good = self.left = 0
         self.signal = 0.0  # sum of the squared weights of the rows that differ
         self.first: tuple[int, int] | None = None  # row and block of the first one left over
+        self.invalid = ""  # the first block that llama.cpp refuses
         self.is_bare = False  # whether the matrix turned out not to have been used
 
-    def add(self, x: np.ndarray, theirs: np.ndarray, ours: np.ndarray, step: Step) -> None:
-        """Compare a slab of the file with what quantizing the source's rows by `step` gave."""
+    def add(self, x: np.ndarray, theirs: np.ndarray, ours: np.ndarray | None, step: Step) -> None:
+        """Compare a slab of the file with what quantizing the source's rows by `step` gave; None: it is invalid."""
+        if ours is None:
+            self._add_invalid(theirs)
+            return
         if step is not self.step:  # it was under way when the matrix was dropped
             ours = encode(self.step, x)
         qtype, n_per_row = self.tensor.qtype, self.tensor.shape[-1]
@@ -364,6 +369,16 @@ class _Case:
             row, block = np.argwhere(bad)[0]
             self.first = (start + int(rows[row]), int(block))
 
+    def _add_invalid(self, theirs: np.ndarray) -> None:
+        """Count a slab with blocks that llama.cpp refuses; there is nothing to compare them with."""
+        bad = invalid_blocks(theirs.view(np.uint8), self.tensor.qtype)
+        start = self.tally.n_blocks // bad.shape[1]
+        self.invalid = self.invalid or first_invalid(theirs.view(np.uint8), self.tensor.qtype, start)
+        self.tally.n_blocks += bad.size
+        self.tally.differing += int(bad.sum())
+        self.tally.noise = np.nan
+        self.left += int(bad.sum())
+
     def _without_matrix(self, x: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         """Drop the matrix for this tensor if the first slab is not made with it, but is without it."""
         if np.array_equal(ours, theirs):
@@ -394,6 +409,8 @@ class _Case:
         """Say what is wrong with the blocks, where, and how far their rows are from the source's."""
         size, of = quants.block_size(self.tensor.qtype), self.tally.n_blocks
         unit = f"{self.tensor.qtype} {'blocks' if size > 1 else 'values'}"
+        if self.invalid:
+            return f"{self.tensor.name}: {self.invalid}; llama.cpp refuses it"
         text = f"{self.tensor.name}: {left} of {of} {unit} are not what the source gives"
         if self.first is None:
             text += ", though their codes fit their scales, as with another importance matrix"
@@ -424,10 +441,12 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
     return [case.row(other_build) for case in cases] + rows
 
 
-def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray, Step]:
-    """Read the rows of a cut, and quantize the source's as things stand."""
+def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray | None, Step]:
+    """Read the rows of a cut, and quantize the source's as things stand; None where the file's are invalid."""
     case, x, theirs, _ = read(cut)
     step, start = case.step, cut[3]
+    if not is_valid(theirs.view(np.uint8), case.tensor.qtype):
+        return case, x, theirs, None, step
     return case, x, theirs, encode(step, x, start), step
 
 
