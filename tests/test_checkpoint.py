@@ -200,7 +200,7 @@ CONFIGS = [
     ({"rope_theta": 1e-300}, "rope_theta=1e-300, need a positive number from 1e-12"),
     ({"rope_theta": float("nan")}, "rope_theta=nan, need a positive number"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf, need a positive number"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config is set, need plain weights"),
+    ({"quantization_config": {"bits": 4}}, "config.json: this is a quantized checkpoint"),
 ]
 
 
@@ -266,13 +266,6 @@ def test_the_tokenizer_of_another_model(tmp_path):
             "added_tokens_decoder: '999",
         ),
         ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "chat_template holds half a surrogate pair"),
-        ("generation_config.json", b'{"top_k": "x"}', "README.md or generation_config.json cannot be read"),
-        ("generation_config.json", b'{"top_k": 99999999999999999999}', "README.md or generation_config.json cannot be"),
-        ("generation_config.json", b'{"a":' * 100_000, "generation_config.json: is no JSON|cannot be read"),
-        ("README.md", b"---\na: [\n---\n", "README.md or generation_config.json cannot be read"),
-        ("README.md", b"---\nlicense: [1]\ntags: [7]\n---\n", "README.md or generation_config.json cannot be read"),
-        ("README.md", b"---\na: &a [x, x]\nb: [*a, *a]\n---\n", "README.md: front matter refers to its own parts"),
-        ("README.md", b"---\n" + b"a\n" * 200_000 + b"---\n", "README.md: front matter longer than 262144 bytes"),
     ],
 )
 def test_broken_tokenizer_files(tmp_path, name, content, text):

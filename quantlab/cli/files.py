@@ -31,12 +31,16 @@ def convert(
         str, typer.Option("--outtype", metavar="auto|f32|f16|bf16|q8_0", help="auto keeps the checkpoint's own type.")
     ] = "auto",
     as_llama_cpp: AsLlamaCpp = False,
+    model_name: Annotated[
+        str | None, typer.Option("--model-name", help="Name in the file's metadata (default: the card's or folder's).")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint to GGUF: safetensors, .bin, .pth, .pt; Llama 1-3, Mistral, Yi, SmolLM, Qwen 2 and 3."""
     from quantlab.transform.convert import convert
 
-    path = convert(src, outfile, outtype=outtype, as_llama_cpp=as_llama_cpp, overwrite=overwrite)
+    options = {"outtype": outtype, "as_llama_cpp": as_llama_cpp, "model_name": model_name}
+    path = convert(src, outfile, overwrite=overwrite, **options)
     typer.echo(str(path), err=prints_to(outfile))
 
 

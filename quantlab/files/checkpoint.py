@@ -18,8 +18,10 @@ import numpy as np
 
 from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
-from quantlab.files.checkpoint_metadata import Config, general_metadata, hparams_metadata, read_config, rope_factors
+from quantlab.files.checkpoint_metadata import Config, check_activation, hparams_metadata, read_config, rope_factors
+from quantlab.files.general_metadata import general_metadata
 from quantlab.files.model import LazyTensor, Model
+from quantlab.files.tensor_names import plain_names
 from quantlab.files.tokenizer_files import vocab_metadata
 from quantlab.files.weights import index_weights, meta_parts, read_weights
 from quantlab.quants.ggml_types import block_size
@@ -87,7 +89,12 @@ class _Joined:
 
 
 def open_checkpoint(
-    path: str | Path, outtype: str = "auto", *, loss: RangeLoss | None = None, as_llama_cpp: bool = False
+    path: str | Path,
+    outtype: str = "auto",
+    *,
+    loss: RangeLoss | None = None,
+    as_llama_cpp: bool = False,
+    model_name: str | None = None,
 ) -> Model:
     """Open a checkpoint lazily as the GGUF model that it would be converted to.
 
@@ -100,7 +107,9 @@ def open_checkpoint(
     loss : RangeLoss, optional
         Filled while tensors are read.
     as_llama_cpp : bool
-        Whether the vocabulary is the one of llama.cpp's converter where quantlab differs on purpose.
+        Whether vocabulary and activation are those of llama.cpp where quantlab differs on purpose.
+    model_name : str, optional
+        `general.name`. Default: that of the model card, or one made from the folder's name.
 
     Returns
     -------
@@ -119,6 +128,8 @@ def open_checkpoint(
         raise ValueError(f"outtype={outtype!r}, need one of {' '.join(OUTTYPES)}. Quantize in a second step.")
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
+    if not as_llama_cpp:
+        check_activation(folder, config.record)
     stored = _read_sources(path, config)
     config = _with_sizes(folder, config, stored)
     sources = dict(_gguf_sources(folder, stored, config))
@@ -131,7 +142,7 @@ def open_checkpoint(
     if factors is not None:
         tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
     n_weights = sum(tensor.n_weights for tensor in tensors)
-    metadata = general_metadata(folder, config, n_weights) | hparams_metadata(config, qtype)
+    metadata = general_metadata(folder, config.arch, n_weights, model_name) | hparams_metadata(config, qtype)
     metadata |= vocab_metadata(folder, config, as_llama_cpp=as_llama_cpp)
     _check_texts(folder, metadata)
     return Model(path, metadata, tensors)
@@ -150,10 +161,10 @@ def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:
 def _read_sources(path: Path, config: Config) -> dict[str, StoredTensor | _Joined]:
     """Index the weights; parts of Meta's are joined."""
     if path.is_file():
-        return dict(read_weights(path))
+        return plain_names(path, read_weights(path))
     parts = meta_parts(path) if config.is_meta else []
     if not parts:
-        return dict(index_weights(path))
+        return plain_names(path, index_weights(path))
     n_vocab = sum(part["output.weight"].shape[0] for part in parts) if "output.weight" in parts[0] else 0
     return {name: _join(path, name, [part[name] for part in parts], n_vocab) for name in parts[0]}
 

@@ -3,35 +3,26 @@
 Source: `conversion/base.py` and `conversion/llama.py` of llama.cpp; the defaults of transformers' configurations.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.constants import LlamaFileType
 
 from quantlab.arch import MAX_LAYERS, Architecture, Hparams, architectures, find, find_class
-from quantlab.files.recognize import reason, short
+from quantlab.files.checkpoint_kinds import check_no_adapter, check_not_packed
+from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 
-__all__ = ["Config", "general_metadata", "hparams_metadata", "read_config", "rope_factors"]
+__all__ = ["Config", "check_activation", "hparams_metadata", "read_config", "rope_factors"]
 
 MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
 DEFAULT_BASE = 10000.0  # rope_theta of transformers
-MAX_CARD = 1 << 18  # bytes of a model card's front matter
+_ACTIVATIONS = {"silu": ("silu", "swish")}  # of a record's layers → their names in transformers
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 _YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
-_SCALARS = {
-    GGUFValueType.UINT32: np.uint32,
-    GGUFValueType.INT32: np.int32,
-    GGUFValueType.FLOAT32: np.float32,
-    GGUFValueType.UINT64: np.uint64,
-    GGUFValueType.BOOL: bool,
-    GGUFValueType.STRING: str,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +49,7 @@ def read_config(folder: Path) -> Config:
     ValueError
         If the architecture is not known, or a number is missing or out of range.
     """
+    check_no_adapter(folder, read_json(folder / "adapter_config.json"))
     if (folder / "config.json").is_file():
         return _hugging_face(folder / "config.json")
     if (folder / "params.json").is_file():
@@ -88,8 +80,7 @@ def _hugging_face(path: Path) -> Config:
     if record is None:
         known = " ".join(known for record in architectures().values() for known in record.classes)
         raise ValueError(f"{path}: architectures={short(classes)}, need one of {known}. Use llama.cpp's converter.")
-    if table.get("quantization_config"):
-        raise ValueError(f"{path}: quantization_config is set, need plain weights. Take the unquantized checkpoint.")
+    check_not_packed(path, (), table)
     model_type = table.get("model_type")
     defaults = record.defaults.get(model_type, {}) if isinstance(model_type, str) else {}
     n_embd, n_head = _number(path, table, "hidden_size"), _number(path, table, "num_attention_heads")
@@ -183,6 +174,23 @@ def _of_one_layer_type(path: Path, key: str, rope: Any, layer_types: Any) -> dic
     return {name: value for name, value in rope.items() if name not in names} | tables[0]
 
 
+def check_activation(folder: Path, record: Architecture) -> None:
+    """Refuse an activation other than the one that llama.cpp computes for every model of an architecture.
+
+    Raises
+    ------
+    ValueError
+        If `hidden_act` in config.json is another one.
+    """
+    path = folder / "config.json"
+    names, given = _ACTIVATIONS.get(record.layer.activation, ()), read_json(path).get("hidden_act")
+    if names and given is not None and given not in names:
+        raise ValueError(
+            f"{path}: hidden_act={short(given)}, must be {names[0]}, which llama.cpp computes for every {record.name} "
+            "model. A converted file would give other results; --as-llama-cpp writes it all the same."
+        )
+
+
 def _meta(folder: Path) -> Config:
     """Read Meta's `params.json`; n_vocab and n_ff, which it does not give, are 0 and follow from the weights."""
     path = folder / "params.json"
@@ -227,58 +235,14 @@ def rope_factors(config: Config) -> np.ndarray | None:
     low, high = config.rope.get("low_freq_factor", 1.0), config.rope.get("high_freq_factor", 4.0)
     n_ctx = config.rope["original_max_position_embeddings"]
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    # float32 step by step, as the converter computes it
-    wavelengths = np.float32(2 * np.pi) / (np.float32(1) / np.float32(config.rope_base) ** exponents)
+    powers = np.float64(np.float32(config.rope_base)) ** exponents.astype(np.float64)  # rounded once, on every CPU
+    # float32 step by step, as the converter computes it: to divide a number by a tensor, torch multiplies by 1 / tensor
+    wavelengths = np.float32(1) / (np.float32(1) / powers.astype(np.float32)) * np.float32(2 * np.pi)
     with np.errstate(all="ignore"):  # what overflows lies outside and is not taken
-        smooth = (np.float32(n_ctx) / wavelengths - np.float32(low)) / np.float32(high - low)
+        smooth = (np.float32(1) / wavelengths * np.float32(n_ctx) - np.float32(low)) / np.float32(high - low)
         between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
     factors = np.where(wavelengths > n_ctx / low, np.float32(factor), between)
     return np.where(wavelengths < n_ctx / high, np.float32(1), factors).astype(np.float32)
-
-
-def general_metadata(folder: Path, config: Config, n_weights: int) -> dict[str, Any]:
-    """Return the `general.*` keys: names from the folder and its model card, sampling defaults, licence."""
-    folder = folder.resolve()
-    _check_card(folder / "README.md")
-    try:
-        found = Metadata.load(None, folder, None, n_weights)
-        penalty = read_json(folder / "generation_config.json").get("repetition_penalty")
-        if found.sampling_penalty_repeat is None:
-            found.sampling_penalty_repeat = penalty
-        found.name = found.name or folder.name
-        found.size_label = found.size_label or size_label(n_weights, n_weights, 0, 0)
-        writer = GGUFWriter(path=None, arch=config.arch)
-        writer.add_type("model")
-        found.set_gguf_meta_model(writer)
-        return {key: _typed(value.value, value.type) for key, value in writer.kv_data[0].items()}
-    except Exception as error:  # both files are free text: YAML and the library's guesses may fail in many ways
-        raise ValueError(
-            f"{folder}: README.md or generation_config.json cannot be read ({reason(error)}). Mend or remove it."
-        ) from None
-
-
-def _check_card(path: Path) -> None:
-    """Refuse a model card whose front matter is too long to be parsed, or refers to itself and so may explode."""
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
-        lines = file.read(MAX_CARD).split(b"\n")
-    if lines[0].strip() != b"---":
-        return
-    if path.stat().st_size > MAX_CARD and b"---" not in map(bytes.strip, lines[1:]):
-        raise ValueError(f"{path}: front matter longer than {MAX_CARD} bytes. Mend or remove it.")
-    text = b"\n".join(lines)
-    anchors, aliases = (
-        set(re.findall(rb"(?m)(?:^|[\s\[,{:-])" + sign + rb"([^\s,\]}]+)", text)) for sign in (b"&", rb"\*")
-    )
-    if anchors & aliases:
-        raise ValueError(f"{path}: front matter refers to its own parts. Mend or remove it.")
-
-
-def _typed(value: Any, value_type: GGUFValueType) -> Any:
-    if value_type == GGUFValueType.ARRAY:
-        return [str(item) for item in value]
-    return _SCALARS[value_type](value)
 
 
 def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-__all__ = ["find_checkpoint"]
+__all__ = ["default_folder", "find_checkpoint", "repository_of"]
 
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*"]
 
@@ -34,3 +34,24 @@ def find_checkpoint(src: str | Path) -> Path:
         raise FileNotFoundError(
             f"{src}: no such folder, and the hub does not give it ({reason}). Check the name and the network."
         ) from None
+
+
+def repository_of(folder: Path) -> str | None:
+    """Return the name on the hub, `org/model`, of a folder in the hub's cache; None for any other folder.
+
+    Examples
+    --------
+    >>> repository_of(Path("hub/models--org--model-1B/snapshots/0123456789abcdef0123456789abcdef01234567"))
+    'org/model-1B'
+    """
+    kind, _, name = folder.parent.parent.name.partition("--")
+    if kind != "models" or folder.parent.name != "snapshots" or not re.fullmatch("[0-9a-f]{40}", folder.name):
+        return None
+    return name.replace("--", "/", 1)
+
+
+def default_folder(src: Path) -> Path:
+    """Return the folder for outputs of a checkpoint or file: its own, but never one in the hub's cache."""
+    folder = src if src.is_dir() else src.parent
+    is_cached = any(map(repository_of, (folder.absolute(), *folder.absolute().parents)))
+    return Path() if is_cached else folder

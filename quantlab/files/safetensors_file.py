@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor
+from quantlab.files.checkpoint_kinds import check_not_packed, empty_tensors
 from quantlab.files.recognize import looks_like, reason, short
 
 __all__ = ["read_safetensors"]
@@ -56,6 +57,8 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
         file.seek(8)
         raw = file.read(length)
     header = _parse(path, raw)
+    check_not_packed(path, header)
+    _check_not_empty(path, header)
     data_offset = 8 + length
     tensors = [_tensor(path, name, entry, data_offset, size) for name, entry in sorted(header.items())]
     _check_overlaps(path, tensors)
@@ -79,6 +82,18 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
+def _check_not_empty(path: Path, header: dict[str, Any]) -> None:
+    """Refuse tensors without values: what each process of a partitioned training has of those that it does not own."""
+    empty = [name for name, entry in header.items() if isinstance(entry, dict) and _is_empty(entry.get("shape"))]
+    if empty:
+        names = ", ".join(map(short, sorted(empty)[:3])) + f" and {len(empty) - 3} more" * (len(empty) > 3)
+        raise ValueError(f"{path}: {empty_tensors(names)}")
+
+
+def _is_empty(shape: Any) -> bool:
+    return isinstance(shape, list) and any(type(size) is int and size == 0 for size in shape)
+
+
 def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> StoredTensor:
     """Check one entry of the header against the file."""
     if not name.isprintable() or len(name) > MAX_NAME:
@@ -96,7 +111,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> S
         raise ValueError(f"{path}: {name}: {what}, need whole numbers. {_DAMAGED}")
     begin, end = offsets
     nbytes = prod(shape) * np.dtype(PLAIN_DTYPES[dtype]).itemsize
-    if end - begin != nbytes or nbytes == 0:
+    if end - begin != nbytes:
         raise ValueError(f"{path}: {name}: data_offsets={offsets} span {end - begin} bytes, need {nbytes}. {_DAMAGED}")
     if data_offset + end > size:
         raise ValueError(f"{path}: {name}: ends at byte {data_offset + end}, the file has {size}. Download it again.")

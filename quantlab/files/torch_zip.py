@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor, StridedTensor
+from quantlab.files.checkpoint_kinds import empty_tensors
 from quantlab.files.recognize import looks_like, reason, short
 
 __all__ = ["read_torch"]
@@ -388,8 +389,10 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any
     if not isinstance(storage, _Storage) or len(shape) != len(stride) or not all(map(_is_count, counts)):
         raise TypeError(storage)
     view = _View(storage, offset, tuple(shape), tuple(stride))
+    if 0 in shape and len(shape) <= 8:
+        raise ValueError(empty_tensors("a tensor"))
     # a tensor that shows an element many times is refused as well: it would be larger than the file
-    if len(shape) > 8 or prod(shape) == 0 or offset + max(prod(shape), _reach(view)) > storage.numel:
+    if len(shape) > 8 or offset + max(prod(shape), _reach(view)) > storage.numel:
         raise ValueError(
             f"tensor of shape {short(shape)}, strides {short(stride)}, from element {offset} "
             f"in a storage of {storage.numel}. {_DAMAGED}"

@@ -2,10 +2,12 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from quantlab.files.byte_range import StoredTensor
+from quantlab.files.checkpoint_kinds import check_not_packed
 from quantlab.files.recognize import reason, short
 from quantlab.files.safetensors_file import read_safetensors
 from quantlab.files.torch_zip import read_torch
@@ -46,7 +48,11 @@ def read_weights(path: Path) -> dict[str, StoredTensor]:
     """Index one file, safetensors or torch, by its first bytes."""
     with open(path, "rb") as file:
         start = file.read(9)
-    return read_safetensors(path) if start[8:9] == b"{" else read_torch(path)
+    if start[8:9] == b"{":
+        return read_safetensors(path)
+    tensors = read_torch(path)
+    check_not_packed(path, tensors)
+    return tensors
 
 
 def index_weights(folder: Path) -> dict[str, StoredTensor]:
@@ -62,11 +68,32 @@ def index_weights(folder: Path) -> dict[str, StoredTensor]:
     for stem, pattern in (("model.safetensors", "model*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
         parts = sorted(path.name for path in folder.glob(pattern))
         index_path = folder / f"{stem}.index.json"
+        if (folder / stem).is_file() and _is_left_over(folder / stem, index_path, parts):
+            return read_weights(folder / stem)
         if parts or index_path.is_file():
             return _index_parts(folder, parts, index_path)
     raise FileNotFoundError(
         f"{folder}: holds no model*.safetensors, pytorch_model*.bin or consolidated.*.pth. Name a checkpoint's folder."
     )
+
+
+def _is_left_over(whole: Path, index_path: Path, parts: list[str]) -> bool:
+    """Whether a whole file lies among an index or shards of an earlier saving: transformers takes the file alone."""
+    shards = [part for part in parts if re.search(r"-\d+-of-\d+\.", part)]
+    try:
+        named = read_json(index_path).get("weight_map", {})
+        is_named = isinstance(named, dict) and whole.name in map(str, named.values())
+    except ValueError:
+        is_named = False  # an index that cannot be read is as good as none
+    if is_named or not (shards or index_path.is_file()):
+        return False
+    others = [index_path.name] * index_path.is_file() + shards
+    warnings.warn(
+        f"{whole}: read alone, as transformers reads it; {', '.join(others[:3])}{', …' * (len(others) > 3)} beside it "
+        "can be deleted.",
+        stacklevel=4,
+    )
+    return True
 
 
 def _index_parts(folder: Path, parts: list[str], index_path: Path) -> dict[str, StoredTensor]:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from quantlab.files.checkpoint import OUTTYPES, RangeLoss, open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, write_gguf
-from quantlab.files.hub import find_checkpoint
+from quantlab.files.hub import default_folder, find_checkpoint
 from quantlab.files.inputs import input_files
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.output import check_apart, check_output, follow, is_stream, replacing
@@ -31,6 +31,7 @@ def convert(
     *,
     outtype: str = "auto",
     as_llama_cpp: bool = False,
+    model_name: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -42,12 +43,15 @@ def convert(
         A Hugging Face folder, a folder of Meta's, one file of weights with its configuration beside it, or a name on
         the Hugging Face hub (`org/model`).
     outfile : str or Path, optional
-        Default: `ggml-model-<TYPE>.gguf` in the folder of `src`.
+        Default: `ggml-model-<TYPE>.gguf` in the folder of `src`, in the current one for a checkpoint of the hub.
     outtype : str
         Type of the matrices: `"f32" "f16" "bf16" "q8_0"`, or `"auto"` for the checkpoint's own. Vectors stay F32.
     as_llama_cpp : bool
         Write llama.cpp's bytes where quantlab differs on purpose: a vocabulary that gives texts other ids than the
-        model was trained with.
+        model was trained with, an activation that llama.cpp does not compute.
+    model_name : str, optional
+        `general.name` of the file. Default: that of the model card, or one made from the name of the folder or of the
+        hub's repository.
     overwrite : bool
         Whether a file of that name may be replaced.
     progress : bool
@@ -73,16 +77,16 @@ def convert(
     Warns
     -----
     UserWarning
-        If values left F16's range or became zero in it, the pre-tokenizer is not known, or the vocabulary differs from
-        what llama.cpp's converter writes.
+        If values left F16's range or became zero in it, the pre-tokenizer is not known, the vocabulary differs from what
+        llama.cpp's converter writes, or a part of the checkpoint is left out or read under another name.
 
     Source: `convert_hf_to_gguf.py` of llama.cpp, for what is written.
     """
     src, loss = find_checkpoint(src), RangeLoss()
-    model = open_checkpoint(src, outtype, loss=loss, as_llama_cpp=as_llama_cpp)
+    model = open_checkpoint(src, outtype, loss=loss, as_llama_cpp=as_llama_cpp, model_name=model_name)
     name = OUTTYPES[outtype] or _own_type(model)
     folder = src if src.is_dir() else src.parent
-    outfile = _checked(outfile, folder / f"ggml-model-{name}.gguf", overwrite)
+    outfile = _checked(outfile, default_folder(src) / f"ggml-model-{name}.gguf", overwrite)
     check_apart(outfile, input_files([src, folder]))
     specs = [TensorSpec(tensor.name, tensor.shape, tensor.qtype) for tensor in model]
     header = len(pack_header(model.metadata, specs))

@@ -18,6 +18,7 @@ from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, read_header
 from quantlab.files.gguf_shards import shard_headers, shard_path
 from quantlab.files.hparams import read_hparams
+from quantlab.files.hub import default_folder
 from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
@@ -417,8 +418,7 @@ def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) ->
     """Return the path of each output file."""
     if hasattr(outfile, "write"):
         return [None] * count
-    folder = model.path if model.path.is_dir() else model.path.parent
-    path = Path(outfile) if outfile is not None else folder / f"ggml-model-{ftype.name}.gguf"
+    path = Path(outfile) if outfile is not None else default_folder(model.path) / f"ggml-model-{ftype.name}.gguf"
     if keep_split:
         stem = path.name.removesuffix(".gguf")
         first = path.with_name(f"{stem}-00001-of-{count:05d}.gguf")

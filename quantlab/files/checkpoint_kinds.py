@@ -1,0 +1,101 @@
+"""Checkpoints that hold no plain model: adapters, packed weights, weights that were not gathered; each by its name."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from quantlab.files.recognize import short
+
+__all__ = ["check_no_adapter", "check_not_packed", "empty_tensors", "packed_by"]
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4", "hqq": "HQQ"}
+# ends of names that only one quantizer gives; the first that fits
+_NAMES = {
+    ".g_idx": "GPTQ",
+    ".qweight": "AWQ",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8",
+    ".scales": "MLX",
+}
+
+
+def check_no_adapter(folder: Path, table: Mapping[str, Any] | None = None) -> None:
+    """Refuse the folder of an adapter; `table` is its adapter_config.json.
+
+    Raises
+    ------
+    ValueError
+        Naming the model that the adapter belongs to.
+    """
+    found = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    if not found:
+        return
+    kind, base = (table or {}).get("peft_type"), (table or {}).get("base_model_name_or_path")
+    kind = "a LoRA adapter" if kind == "LORA" else "an adapter"
+    of = f" of {short(base)}" if isinstance(base, str) and base else ""
+    raise ValueError(
+        f"{folder}: {found[0]} says that this is {kind}{of}, not a model. Merge it into its base first "
+        "(merge_and_unload of peft), or remove the adapter's files to convert the model that lies beside them."
+    )
+
+
+def check_not_packed(path: Path, names: Iterable[str], table: Mapping[str, Any] | None = None) -> None:
+    """Refuse weights that another quantizer packed.
+
+    Parameters
+    ----------
+    path : Path
+        The file of the weights or of the configuration.
+    names : iterable of str
+        Names of the tensors.
+    table : mapping, optional
+        The configuration.
+
+    Raises
+    ------
+    ValueError
+        Naming the quantizer.
+    """
+    method = packed_by(names, table or {})
+    if method is not None:
+        raise ValueError(
+            f"{path}: this is a {method} checkpoint, its weights are packed already. "
+            "Take the unquantized checkpoint that it was made from."
+        )
+
+
+def packed_by(names: Iterable[str], table: Mapping[str, Any]) -> str | None:
+    """Name the quantizer that packed the weights of a checkpoint, None where they are plain.
+
+    Examples
+    --------
+    >>> packed_by([], {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    'bitsandbytes'
+    >>> packed_by(["model.layers.0.mlp.up_proj.qweight", "model.layers.0.mlp.up_proj.g_idx"], {})
+    'GPTQ'
+    """
+    for key in ("quantization_config", "quantization"):
+        given = table.get(key)
+        if not given:
+            continue
+        method = given.get("quant_method") if isinstance(given, Mapping) else None
+        if isinstance(method, str) and method.isprintable():
+            return _METHODS.get(method.lower(), method[:40])
+        is_mlx = isinstance(given, Mapping) and {"group_size", "bits"} <= given.keys()
+        if is_mlx or key == "quantization_config":
+            return "MLX" if is_mlx else "quantized"
+    names = list(names)
+    return next((method for end, method in _NAMES.items() if any(name.endswith(end) for name in names)), None)
+
+
+def empty_tensors(what: str) -> str:
+    """Say why tensors have no values; the end of an error's text."""
+    return (
+        f"{what} without any values: the weights were partitioned when they were saved (DeepSpeed ZeRO-3, FSDP). "
+        "Gather the parameters and save the model again."
+    )

@@ -1,0 +1,57 @@
+"""Names of a checkpoint's tensors, as they were before wrappers of training put their own parts into them."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+__all__ = ["plain_names"]
+
+Source = TypeVar("Source")
+# torch.compile, FSDP and activation checkpointing anywhere in a name; data parallel training in front
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_IN_FRONT = re.compile(r"^(\.?module\.)+|^\.")
+_INNER = re.compile(r"(layers\.\d+|embed_tokens|norm)\.")  # how the names of a model without its head begin
+
+
+def plain_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]:
+    """Return tensors by the names that transformers gives them.
+
+    The parts that `torch.compile` (`_orig_mod.`), data parallel training (`module.`) and FSDP add are dropped. Names
+    without `model.` in front, as those of a model that was saved without its head, get it back.
+
+    Parameters
+    ----------
+    folder : Path
+        For messages.
+    stored : mapping
+        Tensors by name.
+
+    Raises
+    ------
+    ValueError
+        If two tensors have the same name then.
+
+    Warns
+    -----
+    UserWarning
+        If names were changed.
+    """
+    names = {name: _IN_FRONT.sub("", _WRAPPERS.sub("", name)) for name in stored}
+    changed = [name for name, plain in names.items() if plain != name]
+    if changed:
+        _say(folder, changed[0], names[changed[0]], len(changed), "a wrapper of the training put more into them.")
+    bare = [name for name, plain in names.items() if _INNER.match(plain)]
+    if bare and not any(plain.startswith("model.") for plain in names.values()):
+        names |= {name: f"model.{names[name]}" for name in bare}
+        _say(folder, bare[0], names[bare[0]], len(bare), "the names lack the prefix model.")
+    plain = {names[name]: source for name, source in stored.items()}
+    if len(plain) < len(names):
+        twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
+        raise ValueError(f"{folder}: {twice}: two tensors have this name without prefixes. Save the checkpoint again.")
+    return plain
+
+
+def _say(folder: Path, name: str, plain: str, count: int, why: str) -> None:
+    warnings.warn(f"{folder}: {name} is read as {plain}, {count} names in all: {why}", stacklevel=4)
