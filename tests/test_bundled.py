@@ -1,6 +1,8 @@
 """What is bundled is found by name, texts carry their digest, and a fetch keeps nothing that it did not expect."""
 
 import hashlib
+import os
+import threading
 import zipfile
 
 import pytest
@@ -48,6 +50,15 @@ def test_a_text_file_keeps_its_bytes(tmp_path):
     assert (text.name, text.text) == ("a.txt", "Zwölf\r\nBoxkämpfer\n")
     assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert bundled.read_text(text) is text
+
+
+def test_a_text_comes_through_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("some words\n",))
+    writer.start()
+    assert bundled.read_text(pipe).text == "some words\n"
+    writer.join()
 
 
 def test_texts_that_are_none(tmp_path):

@@ -90,7 +90,7 @@ def test_the_repository_gives_the_name_and_nothing_is_written_into_the_cache(cac
 def test_a_name_of_ones_own(cached, tmp_path):
     path = ql.convert(cached, tmp_path / "a.gguf", model_name="My model", progress=False)
     metadata = ql.open(path).metadata
-    assert metadata["general.name"] == "My model" and metadata["general.finetune"] == "Chat"
+    assert metadata["general.name"] == "My model" and metadata["general.finetune"] == "1b-Chat"
 
 
 def test_folders_of_the_cache_are_recognized_by_all_of_their_parts(tmp_path):

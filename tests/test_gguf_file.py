@@ -1,5 +1,6 @@
 """files/gguf_file.py, gguf_shards.py: what is written is read, and nothing that a file claims is believed."""
 
+import os
 import struct
 
 import numpy as np
@@ -191,6 +192,12 @@ def test_a_large_vocabulary_comes_back(tmp_path):
     tokens = [f"token{i}" for i in range(152_000)]
     write(tmp_path / "a.gguf", METADATA | {"tokens": tokens, "merges": [f"{t} {t}" for t in tokens]}, {})
     assert read_header(tmp_path / "a.gguf").metadata["tokens"] == tokens
+
+
+def test_a_pipe_is_called_one(tmp_path):
+    os.mkfifo(tmp_path / "a.gguf")
+    with pytest.raises(OSError, match="a.gguf: is a pipe or device, need a file on disk"):
+        ql.open(tmp_path / "a.gguf")
 
 
 def test_the_content_decides_not_the_name(tmp_path):

@@ -170,7 +170,7 @@ def read_text(text: str | os.PathLike | Text) -> Text:
         return text
     if text in _TEXTS:
         return Text.from_bytes(str(text), (data_dir() / "text" / _TEXTS[text]).read_bytes())
-    if Path(text).is_file():
+    if Path(text).exists() and not Path(text).is_dir():  # a file, or a pipe
         return Text.from_bytes(Path(text).name, Path(text).read_bytes())
     if text == _WIKITEXT["name"]:
         return _wikitext()

@@ -132,4 +132,6 @@ def _front_matter(path: Path) -> dict[str, Any]:
 def _typed(value: Any, value_type: GGUFValueType) -> Any:
     if value_type == GGUFValueType.ARRAY:
         return [str(item) for item in value]
+    if isinstance(value, list | dict):
+        raise TypeError(value)
     return _SCALARS[value_type](value)

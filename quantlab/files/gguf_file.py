@@ -142,8 +142,8 @@ def read_header(path: str | Path) -> Header:
 
     Raises
     ------
-    FileNotFoundError, IsADirectoryError
-        If `path` does not exist, or is a folder.
+    FileNotFoundError, IsADirectoryError, OSError
+        If `path` does not exist, or is a folder, a pipe or a device.
     ValueError
         If the file is no GGUF file or breaks a rule of the format.
 
@@ -158,6 +158,8 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, need a GGUF file. Run quantlab convert first.")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a pipe or device, need a file on disk. Save the model in a file first.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Check the name, or run quantlab convert or fetch first.")
     with open(path, "rb") as file:

@@ -121,12 +121,14 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
+    FileNotFoundError, OSError
+        If there is no such file, or it is a folder, a pipe or a device.
     ValueError
         If the file is neither, is damaged, has no entries, or has negative or non-finite values.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is no file on disk, need one with an importance matrix. Save it in a file first.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such importance matrix. Check the name, or collect one first.")
     with open(path, "rb") as file:

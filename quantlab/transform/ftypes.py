@@ -1,6 +1,7 @@
 """llama-quantize's list: a ftype is a mixture's name, llama.cpp's number for it, and its base type."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantlab.quants.ggml_types import WRITABLE, block_size
@@ -96,6 +97,12 @@ def find_ftype(ftype: str | int) -> Ftype:
             raise ValueError(
                 f"ftype={ftype}, must be one of {' '.join(map(str, _BY_NUMBER))}, or a name such as Q4_K_M"
             )
-        near = difflib.get_close_matches(name, [*FTYPES, *_BY_ALIAS], n=1, cutoff=0.0)[0]
-        raise ValueError(f"ftype={ftype}, must be one of {' '.join(FTYPES)}. Did you mean {near}?")
+        near = did_you_mean(name, [*FTYPES, *_BY_ALIAS])
+        raise ValueError(f"ftype={ftype}, must be one of {' '.join(FTYPES)}.{near}")
     return found
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask for the known name that is like an unknown one; an empty text where none is."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""

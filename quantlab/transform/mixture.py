@@ -7,7 +7,6 @@ Nothing here reads or writes weights.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from quantlab.files.output import replacing
 from quantlab.quants.ggml_types import WRITABLE, block_size
 from quantlab.transform.expressions import compile_expression
-from quantlab.transform.ftypes import FTYPES, RULES, Ftype, find_ftype
+from quantlab.transform.ftypes import FTYPES, RULES, Ftype, did_you_mean, find_ftype
 from quantlab.transform.rules import RULE_SETS, in_file_order, is_quantizable, layer_of
 
 __all__ = [
@@ -67,8 +66,8 @@ def find_qtype(qtype: str, of: str = "tensor type") -> str:
         If there is no such type; the text names the nearest one.
     """
     if qtype.upper() not in WRITABLE:
-        near = difflib.get_close_matches(qtype.upper(), WRITABLE, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{of}: type={qtype}, must be one of {' '.join(WRITABLE)}. Did you mean {near}?")
+        near = did_you_mean(qtype.upper(), WRITABLE)
+        raise ValueError(f"{of}: type={qtype}, must be one of {' '.join(WRITABLE)}.{near}")
     return qtype.upper()
 
 
