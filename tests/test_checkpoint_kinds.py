@@ -11,6 +11,7 @@ from quantlab.files.checkpoint import open_checkpoint
 from quantlab.files.checkpoint_kinds import packed_by
 from quantlab.files.checkpoint_metadata import read_config, rope_factors
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer .* is not in llama.cpp's list")
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
 
 
@@ -94,9 +95,7 @@ def test_weights_that_were_not_gathered(tmp_path, form):
     else:
         write_torch(src / "pytorch_model.bin", weights)
         message = r"pytorch_model.bin: a tensor without any values: "
-    with pytest.raises(
-        ValueError, match=rf"{message}the weights were partitioned when they were saved \(DeepSpeed ZeRO-3"
-    ):
+    with pytest.raises(ValueError, match=f"{message}the weights were partitioned when they were saved"):
         ql.open(src)
 
 

@@ -77,8 +77,8 @@ def convert(
     Warns
     -----
     UserWarning
-        If values left F16's range or became zero in it, the pre-tokenizer is not known, the vocabulary differs from what
-        llama.cpp's converter writes, or a part of the checkpoint is left out or read under another name.
+        If values left F16's range or became zero in it, the pre-tokenizer is not known, the vocabulary differs from
+        what llama.cpp's converter writes, or a part of the checkpoint is left out or read under another name.
 
     Source: `convert_hf_to_gguf.py` of llama.cpp, for what is written.
     """

@@ -7,8 +7,7 @@ Nothing here reads or writes weights.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,8 @@ __all__ = [
     "parse_tensor_type",
     "read_tensor_types",
 ]
+
+_PER_LAYER = "per_layer_token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def choose_types(
     found = find_ftype(ftype)
     if rules not in found.rules:
         raise ValueError(f"ftype={found.name}: rules={rules}, must be {found.rules[0]}, where this ftype exists")
-    asked = [(compile_expression(text, shapes), find_qtype(q, f"tensor type {text}")) for text, q in tensor_types]
+    names = [*shapes, _PER_LAYER]
+    asked = [(compile_expression(text, names), find_qtype(q, f"tensor type {text}")) for text, q in tensor_types]
     if asked and not found.is_quantized:
         raise ValueError(f"tensor types: ftype={found.name}, must be a quantized one for them to apply")
     mixture = RULE_SETS[rules](found.name, hparams, shapes, imatrix)
@@ -156,8 +158,8 @@ def choose_types(
         "output.weight": output_tensor_type and find_qtype(output_tensor_type, "output tensor type"),
         "token_embd.weight": token_embedding_type and find_qtype(token_embedding_type, "token embedding type"),
     }
-    if not any(regex.search("per_layer_token_embd.weight") for regex, _ in asked):
-        ends["per_layer_token_embd.weight"] = ends["token_embd.weight"]
+    if not any(is_found(_PER_LAYER) for is_found, _ in asked):
+        ends[_PER_LAYER] = ends["token_embd.weight"]
     choices = {}
     for name in shapes if keep_order else mixture.order(shapes):
         shape = tuple(shapes[name])
@@ -188,10 +190,10 @@ def fitting(qtype: str, n_per_row: int, fallback: Mapping[str, str]) -> str:
     return second if n_per_row % block_size(second) == 0 else "F16"
 
 
-def _check_asked(asked: Iterable[tuple[re.Pattern, str]], choices: Mapping[str, Choice]) -> None:
+def _check_asked(asked: Iterable[tuple[Callable[[str], bool], str]], choices: Mapping[str, Choice]) -> None:
     """Refuse expressions that ask for nothing but tensors which keep another type: a router, a norm."""
-    for regex, qtype in asked:
-        names = [name for name in choices if regex.search(name)]
+    for is_found, qtype in asked:
+        names = [name for name in choices if is_found(name)]
         kept = [name for name in names if choices[name].why == "kept" and choices[name].qtype != qtype]
         if kept and len(kept) == len(names) and "output.weight" not in kept:
             raise ValueError(

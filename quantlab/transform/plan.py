@@ -133,7 +133,7 @@ def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
             continue
         choices = choose_types(hparams, shapes, ftype.name, rules=rules, source=source)
         n_bytes = sum(tensor_bytes(shapes[name], choice.qtype) for name, choice in choices.items())
-        rows.append(SizeRow(ftype.name, n_bytes, n_bytes * 8 / n_weights))
+        rows.append(SizeRow(ftype.name, n_bytes, n_bytes * 8 / max(n_weights, 1)))
     return SizeTable(model, rules, n_weights, tuple(rows))
 
 
@@ -350,7 +350,7 @@ def plan_of(job: Job) -> Plan:
     written += sum(
         -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
     )
-    slab = max(min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps)
+    slab = max((min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps), default=0)
     for kernels in [("F32", "F32", False), *_work(job)]:  # first: they stay in memory
         _load(*kernels)
     in_flight = min(weights_in_flight(slab, numba.get_num_threads()), 2 * sum(step.tensor.n_weights for step in steps))

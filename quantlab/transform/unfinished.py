@@ -123,6 +123,9 @@ class Unfinished:
 
     def rename(self) -> None:
         """Give the files, now whole, their final names; the first shard last."""
+        for part, output in zip(self._parts, self._outputs, strict=True):
+            if not output.steps:  # a vocabulary alone, or a first shard for the metadata
+                part.write_bytes(output.header)
         for part, final in list(zip(self._parts, self._finals, strict=True))[::-1]:
             os.replace(part, final)
         self._journal_path.unlink()
@@ -147,6 +150,8 @@ class Sink:
     def __init__(self, file: BinaryIO, output: Output):
         self.records: list[dict] = []
         self._file, self._output, self._at = file, output, 0
+        if not output.steps:
+            file.write(output.header)
 
     def write(self, block: np.ndarray) -> None:
         """Append bytes of the tensor that comes next."""
