@@ -62,12 +62,18 @@ def sizes(
 @app.command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    layout: Annotated[bool, typer.Option("--layout", help="Print the types as a --tensor-type-file.")] = False,
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
     """Print what is in a model: metadata, tensors, types, sizes, and the mixture where it is a known one."""
+    from quantlab.files.model import open
+    from quantlab.transform import layout as layouts
     from quantlab.transform.inspect import inspect
 
+    if layout:
+        typer.echo("\n".join(layouts.layout_lines(layouts.layout(open(file)))))
+        return
     report(inspect(file), json, overwrite)
 
 
@@ -160,8 +166,9 @@ def _flag(name: str, text: str):
 
 
 def _outfile(files: list[str]) -> list[str]:
-    """Return OUT of IN [OUT] FTYPE, where it is given."""
-    return files[1:2] if len(files) == 3 else []
+    """Return OUT of IN [OUT] FTYPE or, with --layout-of, of IN [OUT], where it is given."""
+    is_path = len(files) == 2 and ("." in files[1] or "/" in files[1])  # a ftype has neither
+    return files[1:2] if len(files) == 3 or is_path else []
 
 
 @app.command()
@@ -181,6 +188,9 @@ def quantize(
     tensor_type_file: _strings("--tensor-type-file", "FILE", "More of these, between white space.") = None,
     output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.weight.")] = None,
+    layout_of: Annotated[
+        str | None, typer.Option("--layout-of", metavar="FILE", help="Apply the types of this GGUF file by name.")
+    ] = None,
     pure: _flag("--pure", "The base type for all tensors.") = False,
     leave_output_tensor: _flag("--leave-output-tensor", "Keep output.weight as it is.") = False,
     allow_requantize: _flag("--allow-requantize", "Quantize what is quantized already.") = False,
@@ -207,11 +217,14 @@ def quantize(
     from quantlab.transform.plan import Plan
     from quantlab.transform.quantize import quantize
 
-    if not 2 <= len(files) <= 3:
-        raise typer.BadParameter("give IN FTYPE, or IN OUT FTYPE", param_hint="IN [OUT] FTYPE")
-    src, outfile, ftype = files[0], next(iter(_outfile(files)), None), files[-1]
+    given = list(files)
+    ftype = None if layout_of else given.pop()
+    if not 1 <= len(given) <= 2:
+        raise typer.BadParameter("give IN FTYPE, IN OUT FTYPE, or IN OUT --layout-of FILE", param_hint="IN [OUT] FTYPE")
+    src, outfile = given[0], given[1] if len(given) == 2 else None
     options = {
-        "ftype": ftype, "rules": rules, "imatrix": imatrix, "include_weights": include_weights or (),
+        "ftype": ftype, "layout_of": layout_of, "rules": rules, "imatrix": imatrix,
+        "include_weights": include_weights or (),
         "exclude_weights": exclude_weights or (), "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type, "pure": pure, "leave_output_tensor": leave_output_tensor,
         "allow_requantize": allow_requantize, "keep_split": keep_split, "override_kv": override_kv or (),

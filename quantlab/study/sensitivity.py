@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
 import quantlab
+from quantlab import arch
 from quantlab.evaluate import protocol as protocols
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import find
@@ -27,8 +29,6 @@ from quantlab.transform.mixture import find_qtype, is_quantizable, layer_of
 from quantlab.transform.plan import tensor_bytes
 
 _SHOWN = ["group", "qtype", "bytes", "delta_kld", "delta_kld_se", "ln_ratio", "ln_ratio_se", "error", "measured"]
-_KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-
 
 # what a result is read by, beside its rows
 _NEEDED = {"model", "model_sha256", "imatrix", "around", "text", "chunks", "n_ctx"}
@@ -313,7 +313,8 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
         If a type or a group is not known.
     """
     names = [tensor.name for tensor in model if is_quantizable(tensor.name, tensor.shape)]
-    names.sort(key=_place)
+    place = partial(_place, kinds=_kinds(model.hparams.arch))
+    names.sort(key=place)
     if groups is None:
         members = {name: [name] for name in names}
     elif isinstance(groups, str) and groups in _GROUPS:
@@ -321,7 +322,7 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
         for name in names:
             members.setdefault(_GROUPS[groups](name), []).append(name)
     elif isinstance(groups, Mapping):
-        members = {key: sorted(group, key=_place) for key, group in groups.items()}
+        members = {key: sorted(group, key=place) for key, group in groups.items()}
     else:
         raise ValueError(f"groups={groups}, must be None, layer, kind, model or a mapping from group to tensor names.")
     if not types or not members or not all(members.values()):
@@ -338,11 +339,16 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
     return list(changes.values())
 
 
-def _place(name: str) -> tuple:
+def _kinds(name: str) -> list[str]:
+    """Kinds of matrices of an architecture, in the order in which a layer multiplies with them."""
+    return [kind for kinds in arch.find(name).layer.products.values() for kind in kinds]
+
+
+def _place(name: str, kinds: Sequence[str]) -> tuple:
     """Sort key: embeddings, layers in the order of the forward pass, output."""
     layer, kind = layer_of(name), kind_of(name)
     outer = {"token_embd": -1, "output": 1 << 30}.get(kind, layer)
-    return outer, _KINDS.index(kind) if kind in _KINDS else -1, name
+    return outer, kinds.index(kind) if kind in kinds else -1, name
 
 
 def fitting(qtype: str, n_per_row: int) -> str | None:

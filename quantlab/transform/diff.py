@@ -23,6 +23,7 @@ from quantlab.transform.compare import (
     squeezed,
 )
 from quantlab.transform.inspect import text_table
+from quantlab.transform.rules import layer_of
 
 COLUMNS = ["name", "change", "a", "b", "blocks", "differing", "rmse", "max_abs", "relative"]
 
@@ -73,7 +74,19 @@ class Difference:
         lines = ["tensors: " + ", ".join(f"{n} {names.get(change, change)}" for change, n in counts.items())]
         if not self.same_order:
             lines.append("order: the tensors come in another order")
-        return lines + [f"metadata {change}" for change in self.metadata]
+        return lines + self._layout_lines() + [f"metadata {change}" for change in self.metadata]
+
+    def _layout_lines(self) -> list[str]:
+        """Say how the layouts differ: each kind of tensor, its two types, and in which layers."""
+        changed = self.tensors[self.tensors["change"] == "type"]
+        groups: dict[tuple[str, str, str], list[int]] = {}
+        for name, a, b in zip(changed["name"], changed["a"], changed["b"], strict=True):
+            kind = name if layer_of(name) < 0 else name.split(".", 2)[2]
+            groups.setdefault((kind, a.split()[0], b.split()[0]), []).append(layer_of(name))
+        return [
+            f"layout {kind}: {a} → {b}" + (f" in {len(layers)} layers: {_runs(layers)}" if layers[0] >= 0 else "")
+            for (kind, a, b), layers in groups.items()
+        ]
 
     def __str__(self) -> str:
         lines = [f"a {str(self.a)!r}", f"b {str(self.b)!r}", *self._lines()]
@@ -160,6 +173,17 @@ def _tallies(pairs: list[tuple]) -> Iterator[tuple[dict, Tally]]:
             if last:
                 yield row, tally
                 tally = Tally()
+
+
+def _runs(numbers: list[int]) -> str:
+    """Write 0 1 2 3 7 as 0-3 7."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return " ".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
 
 
 def _shown(table: pd.DataFrame) -> str:

@@ -26,6 +26,8 @@ from quantlab.files.model import open as open_model
 from quantlab.files.output import is_stream
 from quantlab.quants.ggml_types import GGML_TYPES, WRITABLE, block_size
 from quantlab.transform.expressions import compile_expression
+from quantlab.transform.ftypes import ALL_FTYPES
+from quantlab.transform.layout import apply_layout
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
 from quantlab.transform.rules import COMPARED, EMBEDDINGS
 
@@ -41,8 +43,10 @@ class Options:
 
     Attributes
     ----------
-    ftype : str or int
-        Name, alias or number of the mixture.
+    ftype : str or int, optional
+        Name, alias or number of the mixture; left out with `layout_of`.
+    layout_of : str, Path or Model, optional
+        A GGUF file whose types are applied, tensor by tensor by name.
     rules : str
         Rule set of the mixture, "current" or "2023-12".
     imatrix : str, Path or ImportanceMatrix, optional
@@ -71,7 +75,8 @@ class Options:
         Write a checkpoint's vocabulary as llama.cpp's converter does, where quantlab differs on purpose.
     """
 
-    ftype: str | int
+    ftype: str | int | None = None
+    layout_of: str | Path | Model | None = None
     rules: str = "current"
     imatrix: str | Path | ImportanceMatrix | None = None
     include_weights: Sequence[str] = ()
@@ -183,48 +188,71 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     FileNotFoundError, ValueError
         If the source cannot be opened, or an option has no meaning for it.
     """
-    ftype = find_ftype(options.ftype)
     model = _open(src, options)
-    notes = []
+    ftype, other = _ftype_or_layout(options)
     shards = _shards(model, options.keep_split)
-    tensors = {tensor.name: tensor for tensor in model}
     overrides = dict(parse_override(text) for text in options.override_kv)
     if "general.alignment" in overrides:
         raise ValueError("override: key=general.alignment, must be left alone: the tensors' places depend on it.")
     matrix, matrix_keys = matrix_of(options)
-    hparams = read_hparams(model.metadata | overrides, tensors, source=str(model.path))
-    shapes = {name: tensors[name].shape for names in shards for name in names}
+    hparams = read_hparams(model.metadata | overrides, model.names, source=str(model.path))
+    shapes = {name: model.tensor(name).shape for names in shards for name in names}
     _check_experts(hparams, shapes, model.path)
-    choices = choose_types(
-        hparams,
-        shapes,
-        ftype.name,
-        rules=options.rules,
-        imatrix=bool(matrix),
-        source={name: tensor.qtype for name, tensor in tensors.items()},
-        keep_order=options.keep_split,
-        **{name: getattr(options, name) for name in _TYPE_OPTIONS},
-    )
+    if other is None:
+        types = {tensor.name: tensor.qtype for tensor in model}
+        given = {"rules": options.rules, "imatrix": bool(matrix), "source": types, "keep_order": options.keep_split}
+        given |= {name: getattr(options, name) for name in _TYPE_OPTIONS}
+        choices, misfits = choose_types(hparams, shapes, ftype.name, **given), []
+    else:
+        choices, misfits = apply_layout(model, other)
+    tensors = {name: model.tensor(name) for name in choices}
     steps = {n: Step(tensors[n], choice, weights_of(tensors[n], choice, matrix)) for n, choice in choices.items()}
     number = _present_ftype(model) if ftype.number is None else ftype.number
     metadata = metadata_of(model.metadata, number, overrides, matrix_keys)
     outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
+    refusals = (*misfits, *_refusals(steps.values(), ftype, options))
+    return Job(model.path, ftype, options, outputs, refusals, tuple(_notes(model, steps, options, matrix)))
+
+
+def _notes(
+    model: Model, steps: Mapping[str, Step], options: Options, matrix: Mapping[str, np.ndarray]
+) -> Iterator[str]:
+    """Yield what a user should know, one sentence per kind."""
     if not options.via and model.path.is_dir() and any(tensor.qtype in ("BF16", "F32") for tensor in model):
-        notes.append("weights keep the checkpoint's precision; via=f16 rounds them as a conversion to F16 would")
-    idle = [text for text, _ in options.tensor_types if not any(map(compile_expression(text, tensors), tensors))]
+        yield "weights keep the checkpoint's precision; via=f16 rounds them as a conversion to F16 would"
+    idle = [text for text, _ in options.tensor_types if not any(map(compile_expression(text, steps), steps))]
     if idle:
-        notes.append(f"tensor types: no tensor has a name that fits {', '.join(idle)}")
+        yield f"tensor types: no tensor has a name that fits {', '.join(idle)}"
     if options.imatrix is not None and not matrix:
-        notes.append("the weights that are included or not excluded leave no entry of the importance matrix")
+        yield "the weights that are included or not excluded leave no entry of the importance matrix"
     missing = [name for name, step in steps.items() if matrix and step.weights is None and not step.is_kept]
     if missing:
-        notes.append(f"{len(missing)} tensors have no entry in the importance matrix: {_first(missing)}")
+        yield f"{len(missing)} tensors have no entry in the importance matrix: {_first(missing)}"
     idle_experts = sum(int((step.weights == 1).all(axis=1).sum()) for step in steps.values() if _has_experts(step))
     if idle_experts:
-        notes.append(f"{idle_experts} experts have no counts in the importance matrix: their columns weigh the same")
-    if hparams.arch not in COMPARED:
-        notes.append(f"architecture={hparams.arch}: rules go by tensor names; nobody compared them with llama-quantize")
-    return Job(model.path, ftype, options, outputs, tuple(_refusals(steps.values(), ftype, options)), tuple(notes))
+        yield f"{idle_experts} experts have no counts in the importance matrix: all their columns weigh the same"
+    if model.metadata["general.architecture"] not in COMPARED:
+        yield (
+            f"architecture={model.metadata['general.architecture']}: the rules go by tensor names; "
+            f"no file of it was compared with llama-quantize's here"
+        )
+
+
+def _ftype_or_layout(options: Options) -> tuple[Ftype, Model | None]:
+    """Return the mixture that was asked for, or the model whose layout was, with the ftype that it records."""
+    if (options.ftype is None) == (options.layout_of is None):
+        raise ValueError(
+            f"ftype={options.ftype}, layout_of={options.layout_of}, need exactly one of them. Name a mixture or a file."
+        )
+    if options.layout_of is None:
+        return find_ftype(options.ftype), None
+    asked = [name for name in _TYPE_OPTIONS if getattr(options, name)]
+    if asked or options.keep_split:
+        raise ValueError(f"{(*asked, 'keep_split')[0]}: has no meaning with layout_of. Leave it out.")
+    other = options.layout_of if isinstance(options.layout_of, Model) else open_model(options.layout_of)
+    number = _present_ftype(other)
+    known = next((ftype.name for ftype in ALL_FTYPES.values() if ftype.number == number), other.path.stem)
+    return Ftype(known, number, None), other
 
 
 _TYPE_OPTIONS = ("pure", "leave_output_tensor", "output_tensor_type", "token_embedding_type", "tensor_types")

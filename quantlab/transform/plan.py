@@ -327,12 +327,12 @@ class Plan:
         return totals + ("" if self.fallbacks.empty else self.fallbacks.to_html(index=False))
 
 
-def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, *, ftype: str | int, **options) -> Plan:
+def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, **options) -> Plan:
     """Work out what a quantization will read, write and need, and try the kernels for a moment.
 
     Parameters
     ----------
-    src, outfile, ftype, **options
+    src, outfile, **options
         As for `quantlab.transform.quantize.quantize`.
 
     Raises
@@ -340,7 +340,7 @@ def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, 
     FileNotFoundError, ValueError
         If the source cannot be opened or an option is not valid. What else speaks against it stands in `refusals`.
     """
-    return plan_of(make_job(src, outfile, Options(ftype=ftype, **options)))
+    return plan_of(make_job(src, outfile, Options(**options)))
 
 
 def plan_of(job: Job) -> Plan:

@@ -45,7 +45,7 @@ def quantize(
     src: str | Path | Model,
     outfile: str | Path | BinaryIO | None = None,
     *,
-    ftype: str | int,
+    ftype: str | int | None = None,
     reuse: str | Path | None = None,
     histogram: bool = False,
     dry_run: bool = False,
@@ -64,8 +64,8 @@ def quantize(
         A GGUF file, a checkpoint folder, or a bundled model's name.
     outfile : str, Path or object with ``.write``, optional
         Default: ``ggml-model-<FTYPE>.gguf`` beside a file, inside a folder; in the current one for a model of the hub.
-    ftype : str or int
-        Name, alias or number of the mixture: "Q4_K_M", "Q4_K", 15.
+    ftype : str or int, optional
+        Name, alias or number of the mixture: "Q4_K_M", "Q4_K", 15. Left out with `layout_of`.
     reuse : str or Path, optional
         An older output. Tensors whose source, type and weights did not change are copied from it; its digests must
         lie beside it, in ``<reuse>.quantlab.json`` (or ``<reuse>.json``, where earlier versions put them).
@@ -78,9 +78,9 @@ def quantize(
     report : callable, optional
         Called with the `Plan`, then with one line per tensor. Default: a progress bar.
     **options
-        The fields of `quantlab.transform.job.Options`: rules, imatrix, include_weights, exclude_weights, tensor_types,
-        output_tensor_type, token_embedding_type, pure, leave_output_tensor, allow_requantize, keep_split, override_kv,
-        fallback, via, as_llama_cpp.
+        The fields of `quantlab.transform.job.Options`: layout_of, rules, imatrix, include_weights, exclude_weights,
+        tensor_types, output_tensor_type, token_embedding_type, pure, leave_output_tensor, allow_requantize, keep_split,
+        override_kv, fallback, via, as_llama_cpp.
 
     Returns
     -------
