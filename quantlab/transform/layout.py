@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from quantlab.files.model import Model
+from quantlab.files.model import LazyTensor, Model
 from quantlab.quants.ggml_types import WRITABLE, block_size
 from quantlab.transform.mixture import Choice
 from quantlab.transform.rules import in_file_order, is_quantizable
@@ -54,18 +54,24 @@ def apply_layout(model: Model, other: Model) -> tuple[dict[str, Choice], list[st
     given, choices, misfits = layout(other), {}, []
     for name in in_file_order(model.names):
         tensor = model.tensor(name)
-        qtype = given.pop(name, None)
+        qtype, why = given.pop(name, None), "asked"
         if not is_quantizable(name, tensor.shape, model.hparams.arch):
-            choices[name] = Choice(tensor.qtype, tensor.qtype, "kept")
-            continue
-        choices[name] = Choice(qtype or tensor.qtype, qtype or tensor.qtype, "asked")
-        if qtype is None:
-            misfits.append(f"{name}: is missing from the layout of {other.path.name}. Take one of the same model.")
-        elif tensor.shape[-1] % block_size(qtype):
-            misfits.append(
-                f"{name}: n_per_row={tensor.shape[-1]} is not a multiple of the {qtype} block size {block_size(qtype)}."
-            )
-        elif qtype not in WRITABLE and qtype != tensor.qtype:
-            misfits.append(f"{name}: type={qtype}, must be one of {' '.join(WRITABLE)}.")
+            qtype, why = tensor.qtype, "kept"
+        misfit = _misfit(tensor, qtype, other.path.name)
+        misfits += [misfit] if misfit else []
+        qtype = tensor.qtype if misfit else qtype
+        choices[name] = Choice(qtype, qtype, why)
     misfits += [f"{name}: is in the layout of {other.path.name} only." for name in given]
     return choices, misfits
+
+
+def _misfit(tensor: LazyTensor, qtype: str | None, other: str) -> str:
+    """Say why a tensor cannot get a type of the layout of `other`; nothing where it can."""
+    if qtype is None:
+        return f"{tensor.name}: is missing from the layout of {other}. Take one of the same model."
+    block = block_size(qtype)
+    if tensor.shape[-1] % block:
+        return f"{tensor.name}: n_per_row={tensor.shape[-1]} is not a multiple of the {qtype} block size {block}."
+    if qtype not in WRITABLE and qtype != tensor.qtype:
+        return f"{tensor.name}: type={qtype}, must be one of {' '.join(WRITABLE)}."
+    return ""
