@@ -14,7 +14,7 @@ same bytes, slowly.
     functions       select minimum maximum absolute sqrt any_lane all_lanes lane_bits total lowest highest
                     ordered_sum
     conversions     to_float to_int nearest_int bits from_bits to_half from_half
-    memory          load store gather scatter transpose
+    memory          load store gather look_up scatter transpose
 """
 
 import operator
@@ -419,6 +419,11 @@ def gather(array, i, step):
     return values.astype(np.float32 if array.dtype == np.float32 else np.int32)
 
 
+def look_up(table, v):
+    """Read ``table[v]`` of a table of 16 bytes, 0 ≤ v < 16 in each lane."""
+    return table[v].astype(np.int32)
+
+
 def store(array, i, v):
     """Write 16 elements to ``array[i : i + 16]``."""
     scatter(array, i, 1, v)
@@ -510,7 +515,23 @@ def _scatter_lower(context, builder, sig, args):
     return context.get_dummy_value()
 
 
+def _look_up_typing(table, v):
+    return signature(INTS, table, INTS) if _is_flat(table, [types.int8, types.uint8]) and v == INTS else None
+
+
+def _look_up_lower(context, builder, sig, args):
+    """Pick bytes one by one, in the form that LLVM knows to be one shuffle of bytes."""
+    small, place = ir.VectorType(ir.IntType(8), WIDTH), ir.IntType(64)
+    start = _pointer(context, builder, sig.args[0], args[0], ir.Constant(place, 0), small)
+    table, wanted, value = builder.load(start, align=1), builder.trunc(args[1], small), ir.Constant(small, ir.Undefined)
+    for lane in range(WIDTH):
+        which = builder.zext(builder.extract_element(wanted, _INT32(lane)), place)
+        value = builder.insert_element(value, builder.extract_element(table, which), _INT32(lane))
+    return _widen_bytes(builder, value, sig.args[0])
+
+
 _teach(load, _read_typing, _load_lower)
+_teach(look_up, _look_up_typing, _look_up_lower)
 _teach(gather, _read_typing, _gather_lower)
 _teach(store, _write_typing, _store_lower)
 _teach(scatter, _write_typing, _scatter_lower)

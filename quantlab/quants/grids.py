@@ -1,0 +1,100 @@
+"""The grids of the I-quants, and which points of a grid are tried for a point that is not on it.
+
+A *point* is the levels of 8 weights (4 for IQ3), packed into an int: two bits a level (three for IQ3), the first weight
+lowest. A grid is a list of points; what a block stores of 8 weights is a position in that list. An encoder rounds the
+weights to a point. If the grid lacks it, the encoder tries its *neighbours*: the grid's points at the smallest few
+distances, sorted by distance, then by position. That order is total, so every machine makes the same lists.
+
+The gguf package has the grids; the lists are made here, in a few hundredths of a second.
+
+Source: `iq2xs_init_impl` and `iq3xs_init_impl` of llama.cpp's ggml-quants.c.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+DISTANCES = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ3_XXS": 2, "IQ3_S": 3, "IQ1_S": 3}  # how many are tried
+
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+ALL_SIGNS = (255 * _BITS).view(np.int64).reshape(-1)  # by the signs of 8 weights: 255 in the byte of each minus
+EVEN_SIGNS = ALL_SIGNS[[s | s.bit_count() % 2 << 7 for s in range(128)]]  # by 7 signs, the eighth making them even
+
+
+class Grid(NamedTuple):
+    """A grid and the neighbours of all points. `start` and `codes` have one run for each point, `index` one element."""
+
+    points: np.ndarray  # uint16: the points of the grid
+    index: np.ndarray  # int32: the position of a point in the grid, -1 if the grid lacks it
+    start: np.ndarray  # int32: codes[start[p] : start[p + 1]] are the neighbours of point p
+    codes: np.ndarray  # uint16: points; each run is filled up to a multiple of 16 with its first one
+
+
+@cache
+def grid(qtype: str) -> Grid:
+    """Return grid and neighbours of IQ1_S (IQ1_M has the same), IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS or IQ3_S."""
+    values = _values(qtype)
+    weights = values.shape[1]
+    width = 16 // weights - weights // 4 % 2  # bits of a level: 2 of 8 weights, 3 of 4
+    n_levels = 3 if weights == 8 else 8
+    levels = np.searchsorted(np.unique(values), values)
+    shifts = width * np.arange(weights)
+    points = (levels << shifts).sum(1)
+    index = np.full(1 << width * weights, -1, np.int32)
+    index[points] = np.arange(len(points))
+    missing = _all_points(n_levels, weights)
+    missing = missing[index[(missing << shifts).sum(1)] < 0]
+    counts, neighbours = _neighbours(missing, levels, DISTANCES[qtype])
+    start, codes = _runs((missing << shifts).sum(1), counts, points[neighbours], len(index))
+    return Grid(points.astype(np.uint16), index, start, codes)
+
+
+@cache
+def words(qtype: str) -> np.ndarray:
+    """Return the values of each point of a grid in an int64: 8 bytes, or 4 in the low half."""
+    values = _values(qtype)
+    return np.hstack([values, np.zeros((len(values), 8 - values.shape[1]), np.int8)]).view(np.int64).reshape(-1)
+
+
+@cache
+def _values(qtype: str) -> np.ndarray:
+    """Read a grid of the gguf package: int8 (n, weights)."""
+    from gguf import quants
+
+    package = getattr(quants, qtype)
+    package.init_grid()
+    return np.ascontiguousarray(package.grid.reshape(package.grid_shape).astype(np.int8))
+
+
+def _all_points(n_levels: int, weights: int) -> np.ndarray:
+    """Return the levels of all points: int64 (n_levels**weights, weights)."""
+    return np.stack(np.meshgrid(*[np.arange(n_levels)] * weights, indexing="ij"), -1).reshape(-1, weights)
+
+
+def _neighbours(points: np.ndarray, levels: np.ndarray, n_distances: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many neighbours each point has, and the positions of all neighbours in their order."""
+    left = np.hstack([points, (points * points).sum(1)[:, None], np.ones((len(points), 1))]).astype(np.float32)
+    right = np.hstack([-2 * levels, np.ones((len(levels), 1)), (levels * levels).sum(1)[:, None]]).astype(np.float32)
+    distance = (left @ right.T).astype(np.uint8)  # of levels, squared: whole numbers, exact
+    limit = distance.min(1, keepdims=True)
+    for _ in range(n_distances - 1):
+        limit = np.where(distance > limit, distance, 255).min(1, keepdims=True)
+    near = np.flatnonzero(distance <= limit)
+    point, position = np.divmod(near.astype(np.int32), np.int32(len(levels)))
+    order = np.argsort(point << 8 | distance.reshape(-1)[near], kind="stable")
+    return np.bincount(point, minlength=len(points)), position[order]
+
+
+def _runs(points: np.ndarray, counts: np.ndarray, neighbours: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lay out the neighbours of `points` in runs of a multiple of 16, in the order of the points."""
+    order = np.argsort(points)
+    first = np.cumsum(counts) - counts
+    lengths = np.zeros(n + 1, np.int32)
+    lengths[points + 1] = -(-counts // 16) * 16
+    start = np.cumsum(lengths, dtype=np.int32)
+    points, counts, first = points[order], counts[order], first[order]
+    codes = np.repeat(neighbours[first], lengths[points + 1]).astype(np.uint16)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    codes[np.repeat(start[points], counts) + within] = neighbours[np.repeat(first, counts) + within]
+    return start, codes

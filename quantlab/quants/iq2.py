@@ -1,0 +1,300 @@
+"""IQ2_XXS, IQ2_XS and IQ2_S: about two bits a weight, 8 weights at a time.
+
+The levels of 8 weights without their signs, 0 to 2, are one point of a grid of 256 (IQ2_XXS), 512 (IQ2_XS) or 1024
+points (IQ2_S); a weight is ``d * (l + 1/2) / 4 * value * sign``, its values 8, 25 and 43. The encoder counts with 1, 3
+and 5 instead. IQ2_XXS and IQ2_XS keep 7 signs of 8: the number of minus signs is even, and where it is not, the weight
+that costs least changes its sign.
+
+    byte     0      2                                                       IQ2_XXS, 66 bytes
+             d f16  u32[8][2]: four positions of 8 bits; four times 7 signs, l in the highest four bits
+    byte     0      2            66                                         IQ2_XS, 74 bytes
+             d f16  qs u16[32]   scales u8[8]
+    byte     0      2         34            66        74                    IQ2_S, 82 bytes
+             d f16  qs u8[32] signs u8[32]  qh u8[8]  scales u8[8]
+
+    qs       IQ2_XS: position, and from bit 9 on 7 signs; IQ2_S: the low byte of the position
+    qh       bits 2 k and 2 k + 1 of byte j: the high bits of position 4 j + k
+    scales   l of sub-blocks of 16 weights, the first of two in the low bits
+
+Source: `quantize_row_iq2_*_impl` and `dequantize_row_iq2_*` of ggml-quants.c, llama-cpp-python 0.3.36.
+"""
+
+import numpy as np
+from numba import prange
+
+from quantlab.quants.grids import ALL_SIGNS, EVEN_SIGNS, grid, words
+from quantlab.quants.lanes import (
+    kernel,
+    lanes,
+    load,
+    maximum,
+    minimum,
+    nearest_int,
+    parallel_kernel,
+    scatter,
+    select,
+    store,
+    to_float,
+    to_half,
+)
+from quantlab.quants.lattice import (
+    HALF,
+    HEAD,
+    NO_WEIGHTS,
+    best_of_8,
+    copy_blocks,
+    largest_of,
+    read_weights,
+    read_word,
+    scale_level,
+    split_signs,
+    store_word,
+    with_signs,
+    workspace,
+    write_values,
+)
+from quantlab.quants.search import GROUP_MAX_EPS, ONE, TENTH, ZERO, make_qp_quants
+from quantlab.quants.superblock import QK_K, SPAN, half_at
+
+XXS, XS, S = 0, 1, 2
+SIZES = (66, 74, 82)  # bytes of a block
+EPS_S = np.float32(1e-8)  # GROUP_MAX_EPS_IQ2_S
+THREE, FIVE = np.float32(3), np.float32(5)
+FACTOR_S = np.float32(0.9875)
+
+
+# ---- encode
+
+
+@kernel
+def _round_to_grid(ws, grid, first, groups, iscale, scale):
+    """Round the weights of `groups` groups, from group `first` on, to points of the grid."""
+    three, five = THREE * scale, FIVE * scale
+    for k in range(groups):
+        at = 128 * (first + k)
+        point = lanes(0)
+        for i in range(8):
+            v, w = load(ws.size, at + 16 * i), load(ws.root, at + 16 * i)
+            point = point | (maximum(0, minimum(2, nearest_int(HALF * (iscale * v - ONE)))) << (2 * i))
+            low, mid, high = scale - v, three - v, five - v
+            store(ws.terms, 48 * i, w * low * low)
+            store(ws.terms, 48 * i + 16, w * mid * mid)
+            store(ws.terms, 48 * i + 32, w * high * high)
+        store(ws.tried, 16 * k, point)
+        for lane in range(16):
+            p = ws.tried[16 * k + lane]
+            missing = grid.index[p] < 0
+            ws.tried_missing[16 * k + lane] = missing
+            if missing:
+                ws.tried[16 * k + lane] = best_of_8(grid, p, ws.terms, lane)
+
+
+@kernel
+def _fit(ws, first, groups):
+    """Return the weighted sums of x * q and of q * q, q the values of the points tried."""
+    sum_qx, sum_q2 = lanes(ZERO), lanes(ZERO)
+    for k in range(groups):
+        point = load(ws.tried, 16 * k)
+        for i in range(8):
+            at = 128 * (first + k) + 16 * i
+            w, q = load(ws.w, at), to_float(((point >> (2 * i)) & 3) * 2 + 1)
+            sum_qx = sum_qx + w * load(ws.size, at) * q
+            sum_q2 = sum_q2 + w * q * q
+    return sum_qx, sum_q2
+
+
+@kernel
+def _search(ws, grid, kind, first, groups, steps):
+    """Find scale and points of a sub-block of `groups` groups, from group `first` on.
+
+    After 2 * `steps` + 1 scales around the one that fits the largest weight, the best one's groups that were not on the
+    grid (IQ2_XXS: all) are rounded once more with the scale that fits them.
+    """
+    for k in range(first, first + groups):
+        split_signs(ws, k, kind != S)
+        store(ws.points, 16 * k, lanes(0))
+        store(ws.missing, 16 * k, lanes(0))
+    peak = largest_of(ws.size, 128 * first, 8 * groups)
+    zero = peak < (EPS_S if kind == S else GROUP_MAX_EPS)
+    scale = peak / FIVE
+    if kind == XXS:
+        part = slice(128 * first, 128 * (first + groups))
+        scale = make_qp_quants(ws.size[part], ws.w[part], ws.levels, np.int64(32), np.int64(4))
+        peak = scale * THREE
+        zero = zero | (peak <= ZERO)
+    best, again = lanes(ZERO), lanes(False)
+    for step in range(-steps, steps + 2):
+        last = step > steps
+        iscale = ONE / scale if last else (FIVE + np.float32(step) * TENTH) / peak
+        _round_to_grid(ws, grid, first, groups, iscale, scale if last else ONE / iscale)
+        if last:
+            again = _keep_found(ws, kind, first, groups, scale > ZERO)
+        sum_qx, sum_q2 = _fit(ws, first, groups)
+        better = (sum_q2 > ZERO) & (again if last else sum_qx * sum_qx > best * sum_q2)
+        scale = select(better, sum_qx / sum_q2, scale)
+        best = select(better, scale * sum_qx, best)
+        for k in range(0 if last else groups):
+            at = 16 * (first + k)
+            store(ws.points, at, select(better, load(ws.tried, 16 * k), load(ws.points, at)))
+            store(ws.missing, at, select(better, load(ws.tried_missing, 16 * k), load(ws.missing, at)))
+    for k in range(16 * first, 16 * (first + groups), 16):
+        signs = load(ws.signs, k)
+        signs = select(zero, 0, select(scale < ZERO, signs ^ 0xFF, signs))
+        store(ws.signs, k, signs if kind == S else signs & 127)
+        store(ws.points, k, select(zero, 0, load(ws.points, k)))
+    return select(zero, ZERO, select(scale < ZERO, -scale, scale))
+
+
+@kernel
+def _keep_found(ws, kind, first, groups, positive):
+    """Take the points just tried where there is something to better, keep the ones found before elsewhere."""
+    again = lanes(kind == XXS)
+    for k in range(16 * first, 16 * (first + groups), 16):
+        again = again | (load(ws.missing, k) != 0)
+    again = again & positive
+    for k in range(groups):
+        at = 16 * (first + k)
+        new = again & ((load(ws.missing, at) != 0) | lanes(kind == XXS))
+        point = select(new, load(ws.tried, 16 * k), load(ws.points, at))
+        store(ws.tried, 16 * k, point)
+        store(ws.points, at, point)
+    return again
+
+
+@kernel
+def _pack(ws, grid, kind, groups):
+    """Lay out the blocks."""
+    peak = largest_of(ws.scale, 0, 32 // groups)
+    d = peak / np.float32(31)
+    iscale, none = ONE / d, peak == ZERO
+    half = select(none, 0, to_half(d * FACTOR_S if kind == S else d))
+    scatter(ws.head, 0, HEAD, half)
+    scatter(ws.head, 1, HEAD, half >> 8)
+    for k in range(32):
+        for lane in range(16):
+            ws.tried[lane] = grid.index[ws.points[16 * k + lane]]
+        store(ws.points, 16 * k, load(ws.tried, 0))
+    for j in range(8):
+        l = scale_level(load(ws.scale, 32 * j if groups == 2 else 16 * j), iscale, none, 15)
+        if groups == 2:
+            l = l | (scale_level(load(ws.scale, 32 * j + 16), iscale, none, 15) << 4)
+        low, high = lanes(0), l << 28
+        for k in range(4):
+            position, signs = load(ws.points, 64 * j + 16 * k), load(ws.signs, 64 * j + 16 * k)
+            if kind == XS:
+                position = select(none, 0, position | (signs << 9))
+                scatter(ws.head, 2 + 8 * j + 2 * k, HEAD, position)
+                scatter(ws.head, 3 + 8 * j + 2 * k, HEAD, position >> 8)
+            elif kind == S:
+                scatter(ws.head, 2 + 4 * j + k, HEAD, position)
+                scatter(ws.head, 34 + 4 * j + k, HEAD, signs)
+                low = low | (position >> 8 << (2 * k))
+            else:
+                low = low | (position << (8 * k))
+                high = high | (signs << (7 * k))
+        if kind == XXS:
+            store_word(ws.head, 2 + 8 * j, select(none, 0, low))
+            store_word(ws.head, 6 + 8 * j, select(none, 0, high))
+        elif kind == S:
+            scatter(ws.head, 66 + j, HEAD, low)
+        if kind != XXS:
+            scatter(ws.head, (66 if kind == XS else 74) + j, HEAD, l)
+
+
+@kernel
+def _span(x, importance, grid, kind, size, out, start, n):
+    ws = workspace()
+    groups, steps = (4, 6) if kind == XXS else (2, 9)
+    for first in range(start, min(start + SPAN, n), 16):
+        read_weights(ws, x, importance, first, n, np.float32(2) if kind == S else ONE, np.float32(0.25))
+        for j in range(32 // groups):
+            store(ws.scale, 16 * j, _search(ws, grid, kind, groups * j, groups, steps))
+        _pack(ws, grid, kind, groups)
+        copy_blocks(ws.head, first, n, size, out)
+
+
+@parallel_kernel
+def _encode(x, importance, grid, kind, size, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span(x, importance, grid, kind, size, out, span * SPAN, n)
+
+
+def encode_iq2_xxs_imatrix(x, weights, out):
+    """Quantize rows to IQ2_XXS, errors weighted by the importance of their columns."""
+    _encode(x, weights, grid("IQ2_XXS"), XXS, SIZES[XXS], out)
+
+
+def encode_iq2_xs_imatrix(x, weights, out):
+    """Quantize rows to IQ2_XS, errors weighted by the importance of their columns."""
+    _encode(x, weights, grid("IQ2_XS"), XS, SIZES[XS], out)
+
+
+def encode_iq2_s(x, out):
+    """Quantize rows to IQ2_S."""
+    _encode(x, NO_WEIGHTS, grid("IQ2_S"), S, SIZES[S], out)
+
+
+def encode_iq2_s_imatrix(x, weights, out):
+    """Quantize rows to IQ2_S, errors weighted by the importance of their columns."""
+    _encode(x, weights, grid("IQ2_S"), S, SIZES[S], out)
+
+
+# ---- decode
+
+
+@kernel
+def _read_block(data, block, kind, words, minus, values, levels):
+    """Read the signed values of 32 groups, 8 bytes in an int64 each, and l of 16 half groups of sub-blocks."""
+    for j in range(8):
+        at = block + 2 + 8 * j
+        tail = read_word(data, at + 4) if kind == XXS else 0
+        if kind == XXS:
+            levels[2 * j] = levels[2 * j + 1] = tail >> 28
+        else:
+            l = np.int32(data[block + (66 if kind == XS else 74) + j])
+            levels[2 * j], levels[2 * j + 1] = l & 15, l >> 4
+        for k in range(4):
+            if kind == XXS:
+                position, signs = np.int64(data[at + k]), tail >> (7 * k) & 127
+            elif kind == XS:
+                q = np.int64(data[at + 2 * k]) | np.int64(data[at + 2 * k + 1]) << 8
+                position, signs = q & 511, q >> 9
+            else:
+                high = np.int64(data[block + 66 + j]) << (8 - 2 * k) & 0x300
+                position, signs = np.int64(data[block + 2 + 4 * j + k]) | high, np.int64(data[block + 34 + 4 * j + k])
+            values[4 * j + k] = with_signs(words[position], minus[signs])
+
+
+@kernel
+def _decode_span(data, words, minus, kind, size, out, start, stop):
+    values, levels, db = np.empty(32, np.int64), np.empty(16, np.int32), np.empty(16, np.float32)
+    for b in range(start, stop):
+        block = b * size
+        _read_block(data, block, kind, words, minus, values, levels)
+        store(db, 0, half_at(data, block) * (HALF + to_float(load(levels, 0))) * np.float32(0.25))
+        write_values(values.view(np.int8), db, out, b * QK_K)
+
+
+@parallel_kernel
+def _decode(data, words, minus, kind, size, out):
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span(data, words, minus, kind, size, out, span * SPAN, min(span * SPAN + SPAN, n))
+
+
+def decode_iq2_xxs(data, out):
+    """Turn IQ2_XXS blocks back into float32."""
+    _decode(data, words("IQ2_XXS"), EVEN_SIGNS, XXS, SIZES[XXS], out)
+
+
+def decode_iq2_xs(data, out):
+    """Turn IQ2_XS blocks back into float32."""
+    _decode(data, words("IQ2_XS"), EVEN_SIGNS, XS, SIZES[XS], out)
+
+
+def decode_iq2_s(data, out):
+    """Turn IQ2_S blocks back into float32."""
+    _decode(data, words("IQ2_S"), ALL_SIGNS, S, SIZES[S], out)
