@@ -51,12 +51,16 @@ class Workspace(NamedTuple):
     size: np.ndarray  # float32 (256 * 16,): the weights without their signs
     signs: np.ndarray  # int32 (32 * 16,): the signs of 8 weights, one bit each
     points: np.ndarray  # int32 (64 * 16,): the best points of the groups
-    tried: np.ndarray  # int32 (8 * 16,): the points of one try
+    tried: np.ndarray  # int32 (32 * 16,): the points of one try
     missing: np.ndarray  # int32 (64 * 16,): whether the rounded levels were no grid point, for the best try
     tried_missing: np.ndarray  # int32 (8 * 16,): and for this one
     terms: np.ndarray  # float32 (32 * 16,): the error of each weight of a group at each level
     scale: np.ndarray  # float32 (16 * 16,): the scales of the sub-blocks
     empty: np.ndarray  # int32 (8 * 16,): whether a sub-block is all zero
+    order: np.ndarray  # int32 (32 * 16,): where sorted weights come from
+    level: np.ndarray  # int32 (32 * 16,): their levels
+    sum_x: np.ndarray  # float32 (66 * 16,): sums of w * x up to each limit between sorted weights
+    sum_w: np.ndarray  # float32 (66 * 16,): sums of w
     levels: np.ndarray  # uint8 (32 * 16,): what a search by levels needs room for
     head: np.ndarray  # uint8 (16 * HEAD,): the bytes of each block
 
@@ -72,12 +76,16 @@ def workspace():
         np.empty(QK_K * 16, np.float32),
         np.empty(32 * 16, np.int32),
         np.empty(64 * 16, np.int32),
-        np.empty(8 * 16, np.int32),
+        np.empty(32 * 16, np.int32),
         np.empty(64 * 16, np.int32),
         np.empty(8 * 16, np.int32),
         np.empty(32 * 16, np.float32),
         np.empty(16 * 16, np.float32),
         np.zeros(8 * 16, np.int32),
+        np.empty(32 * 16, np.int32),
+        np.empty(32 * 16, np.int32),
+        np.empty(66 * 16, np.float32),
+        np.empty(66 * 16, np.float32),
         np.empty(32 * 16, np.uint8),
         np.empty(16 * HEAD, np.uint8),
     )

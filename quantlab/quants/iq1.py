@@ -1,0 +1,402 @@
+"""IQ1_S and IQ1_M: about one and a half bits a weight, 8 weights at a time.
+
+The levels of 8 weights, -1, 0 and 1, are one point of a grid of 2048. A weight is ``d * (2 l + 1) * (level ± 1/8)``,
+the sign chosen for 32 weights in IQ1_S, for 8 in IQ1_M.
+
+    byte     0      2         34                                            IQ1_S, 50 bytes
+             d f16  qs u8[32] qh u16[8]
+    byte     0         32        48                                         IQ1_M, 56 bytes
+             qs u8[32] qh u8[16] scales u16[4]
+
+    qs       the low byte of each position in the grid
+    qh       IQ1_S: three high bits of each of four positions, then three bits of l, then the sign; IQ1_M: four bits for
+             each position, three high bits and the sign
+    scales   three bits of l for each of four sub-blocks of 16 weights, then four bits of d, a f16
+
+Whether weights become -1, 0 or 1 follows from two limits between the sorted weights: all pairs of limits are tried.
+Equal weights stay in their order, as in the merge sort behind glibc's `qsort`, so the bytes equal those of llama.cpp
+(llama-cpp-python 0.3.36) where `qsort` is stable.
+
+Source: `quantize_row_iq1_*_impl` and `dequantize_row_iq1_*` of ggml-quants.c.
+"""
+
+import numpy as np
+from numba import prange
+
+from quantlab.quants.grids import grid, words
+from quantlab.quants.lanes import (
+    absolute,
+    from_half,
+    kernel,
+    lanes,
+    load,
+    maximum,
+    parallel_kernel,
+    scatter,
+    select,
+    store,
+    to_float,
+    to_half,
+)
+from quantlab.quants.lattice import (
+    HEAD,
+    LANE,
+    LARGEST,
+    NO_WEIGHTS,
+    best_of_8,
+    copy_blocks,
+    largest_of,
+    read_weights,
+    scale_level,
+    workspace,
+)
+from quantlab.quants.search import ONE, ZERO
+from quantlab.quants.superblock import QK_K, SPAN, half_at
+
+S, M = 0, 1
+SIZES = (50, 56)  # bytes of a block
+HALF_SUMS = 16 * 33  # where the sums of the second half begin
+EPS_S, EPS_M = np.float32(1e-12), np.float32(1e-7)  # GROUP_MAX_EPS_IQ1_S and GROUP_MAX_EPS_IQ1_M
+DELTA = np.float32(0.125)
+VALUES = np.array([-1 + 0.125, 0.125, 1 + 0.125, -1 - 0.125, -0.125, 1 - 0.125], np.float32)  # of levels, plus and minus
+SQUARES = VALUES * VALUES
+PLUS_NEAR, PLUS_FAR = SQUARES[0] - SQUARES[1], SQUARES[1] - SQUARES[2]
+MINUS_NEAR, MINUS_FAR = SQUARES[3] - SQUARES[4], SQUARES[4] - SQUARES[5]
+FACTOR_S, FACTOR_M = np.float32(1.125), np.float32(1.1125)
+
+
+# ---- encode
+
+
+def _network(n):
+    """Return the pairs that Batcher's odd-even merge sort compares and exchanges, in turn, to sort `n` numbers."""
+    pairs, run = [], 1
+    while run < n:
+        step = run
+        while step:
+            for start in range(step % run, n - step, 2 * step):
+                for i in range(start, min(start + step, n - step)):
+                    if i // (2 * run) == (i + step) // (2 * run):
+                        pairs.append((i, i + step))
+            step //= 2
+        run *= 2
+    return np.array(pairs)
+
+
+NETWORKS = (_network(32), _network(16))
+
+
+@kernel
+def _sort(ws, first, n, network):
+    """Sort `n` columns from column `first` on in each lane, equal weights in their order: into ws.size and ws.order."""
+    for i in range(n):
+        store(ws.size, 16 * i, load(ws.x, 16 * (first + i)))
+        store(ws.order, 16 * i, lanes(np.int64(i)))
+    for pair in range(network.shape[0]):
+        i, j = 16 * network[pair, 0], 16 * network[pair, 1]
+        a, b, p, q = load(ws.size, i), load(ws.size, j), load(ws.order, i), load(ws.order, j)
+        wrong = (a > b) | ((a == b) & (p > q))
+        store(ws.size, i, select(wrong, b, a))
+        store(ws.size, j, select(wrong, a, b))
+        store(ws.order, i, select(wrong, q, p))
+        store(ws.order, j, select(wrong, p, q))
+
+
+@kernel
+def _sum_up(ws, first, n, halves):
+    """Sum w * x and w of the sorted weights up to each limit; if `halves` is 2, apart for weights 0-7 and 8-15."""
+    for i in range(n):
+        for lane in range(16):
+            ws.root[16 * i + lane] = ws.w[16 * (first + ws.order[16 * i + lane]) + lane]
+    for h in range(halves):
+        sum_x, sum_w = lanes(ZERO), lanes(ZERO)
+        store(ws.sum_x, HALF_SUMS * h, sum_x)
+        store(ws.sum_w, HALF_SUMS * h, sum_w)
+        for i in range(0, 16 * n, 16):
+            w = load(ws.root, i)
+            mine = lanes(halves == 1) | ((load(ws.order, i) >> 3) == h)
+            sum_x = select(mine, sum_x + w * load(ws.size, i), sum_x)
+            sum_w = select(mine, sum_w + w, sum_w)
+            store(ws.sum_x, HALF_SUMS * h + i + 16, sum_x)
+            store(ws.sum_w, HALF_SUMS * h + i + 16, sum_w)
+
+
+@kernel
+def _limits_s(ws):
+    """Try all pairs of limits between 32 sorted weights, with both signs; return the scale and the best try.
+
+    A try is limits and sign in bits, ``i1 << 8 | i2 << 2 | minus``; -1 if none fits.
+    """
+    all_x, all_w = load(ws.sum_x, 16 * 32), load(ws.sum_w, 16 * 32)
+    scale, best, found = lanes(ZERO), lanes(-LARGEST), lanes(-1)
+    for i1 in range(33):
+        x1, w1 = load(ws.sum_x, 16 * i1), load(ws.sum_w, 16 * i1)
+        for i2 in range(i1, 33):
+            x2, w2 = load(ws.sum_x, 16 * i2), load(ws.sum_w, 16 * i2)
+            for minus in range(2):
+                low, mid, high = VALUES[3 * minus], VALUES[3 * minus + 1], VALUES[3 * minus + 2]
+                sum_qx = x1 * low + (x2 - x1) * mid + (all_x - x2) * high
+                sum_q2 = w1 * low * low + (w2 - w1) * mid * mid + (all_w - w2) * high * high
+                better = (sum_q2 > ZERO) & (sum_qx * sum_qx > best * sum_q2)
+                this = sum_qx / sum_q2
+                scale = select(better, this, scale)
+                best = select(better, this * sum_qx, best)
+                found = select(better, i1 << 8 | i2 << 2 | minus, found)
+    return scale, found
+
+
+@kernel
+def _half_sums(ws, h, i1, i2, high, near, far):
+    """Return the sums of one half for a pair of limits, `high` the value of the highest level."""
+    all_x, all_w = load(ws.sum_x, HALF_SUMS * h + 16 * 16), load(ws.sum_w, HALF_SUMS * h + 16 * 16)
+    x = load(ws.sum_x, HALF_SUMS * h + 16 * i1) + load(ws.sum_x, HALF_SUMS * h + 16 * i2)
+    w1, w2 = load(ws.sum_w, HALF_SUMS * h + 16 * i1), load(ws.sum_w, HALF_SUMS * h + 16 * i2)
+    return all_x * high - x, all_w * high * high + w1 * near + w2 * far
+
+
+@kernel
+def _limits_m(ws):
+    """Try all pairs of limits between 16 sorted weights, with a sign for each half; return the scale and the best try.
+
+    The signs are two bits, the first half's the higher one.
+    """
+    scale, best, found = lanes(ZERO), lanes(-LARGEST), lanes(-1)
+    for i1 in range(17):
+        for i2 in range(i1, 17):
+            x0_plus, w0_plus = _half_sums(ws, 0, i1, i2, VALUES[2], PLUS_NEAR, PLUS_FAR)
+            x0_minus, w0_minus = _half_sums(ws, 0, i1, i2, VALUES[5], MINUS_NEAR, MINUS_FAR)
+            x1_plus, w1_plus = _half_sums(ws, 1, i1, i2, VALUES[2], PLUS_NEAR, PLUS_FAR)
+            x1_minus, w1_minus = _half_sums(ws, 1, i1, i2, VALUES[5], MINUS_NEAR, MINUS_FAR)
+            for signs in range(4):
+                sum_qx = (x0_minus if signs & 2 else x0_plus) + (x1_minus if signs & 1 else x1_plus)
+                sum_q2 = (w0_minus if signs & 2 else w0_plus) + (w1_minus if signs & 1 else w1_plus)
+                better = (sum_q2 > ZERO) & (sum_qx * sum_qx > best * sum_q2)
+                this = sum_qx / sum_q2
+                scale = select(better, this, scale)
+                best = select(better, this * sum_qx, best)
+                found = select(better, i1 << 8 | i2 << 2 | signs, found)
+    return scale, found
+
+
+@kernel
+def _values_of(level, minus):
+    """Return the values of levels 0, 1, 2 with the sign plus or minus."""
+    value = to_float(level - 1)
+    return select(minus != 0, value - DELTA, value + DELTA)
+
+
+@kernel
+def _points(ws, n, found, turned):
+    """Turn the limits found into levels, and those into the points of each group of 8."""
+    i1, i2 = found >> 8, (found >> 2) & 63
+    for i in range(n):
+        level = select(i1 > i, 0, select(i2 > i, 1, 2))
+        store(ws.tried, 0, select(turned, 2 - level, level))
+        for lane in range(16):
+            ws.level[16 * ws.order[16 * i + lane] + lane] = ws.tried[lane]
+    for k in range(n // 8):
+        point = lanes(0)
+        for i in range(8):
+            point = point | (load(ws.level, 16 * (8 * k + i)) << (2 * i))
+        store(ws.tried, 16 * k, point)
+
+
+@kernel
+def _to_grid(ws, grid, group, k, scale, minus):
+    """Take the best neighbour where the point of group `k` of those tried is not on the grid; return where that was."""
+    for i in range(8):
+        v, w = load(ws.x, 128 * group + 16 * i), load(ws.w, 128 * group + 16 * i)
+        for level in range(3):
+            diff = scale * _values_of(lanes(level), minus) - v
+            store(ws.terms, 48 * i + 16 * level, w * diff * diff)
+    for lane in range(16):
+        p = ws.tried[16 * k + lane]
+        missing = grid.index[p] < 0
+        ws.missing[lane] = missing
+        if missing:
+            ws.tried[16 * k + lane] = best_of_8(grid, p, ws.terms, lane)
+    return load(ws.missing, 0) != 0
+
+
+@kernel
+def _search(ws, grid, kind, j, n, network):
+    """Find scale, signs and points of sub-block `j` of `n` weights."""
+    peak = ZERO * load(ws.x, 0)
+    for i in range(16 * n * j, 16 * n * (j + 1), 16):
+        peak = maximum(peak, absolute(load(ws.x, i)))
+    _sort(ws, n * j, n, network)
+    _sum_up(ws, n * j, n, 1 if kind == S else 2)
+    scale, found = _limits_s(ws) if kind == S else _limits_m(ws)
+    zero = (peak < (EPS_S if kind == S else EPS_M)) | (found < 0)
+    turned = scale < ZERO
+    scale = select(turned, -scale, scale)
+    signs = select(turned, found ^ 3, found)
+    found = maximum(0, found)
+    _points(ws, n, found, turned)
+    missing = lanes(False)
+    for k in range(n // 8):
+        minus = select(zero, 0, signs & 1 if kind == S or k == 1 else signs >> 1 & 1)
+        store(ws.signs, 16 * (n // 8 * j + k), minus)
+        missing = missing | _to_grid(ws, grid, n // 8 * j + k, k, scale, minus)
+    sum_qx, sum_q2 = lanes(ZERO), lanes(ZERO)
+    for k in range(n // 8):
+        group = n // 8 * j + k
+        point = load(ws.tried, 16 * k)
+        store(ws.points, 16 * group, select(zero, np.int32(grid.points[0]), point))
+        for i in range(8):
+            v, w = load(ws.x, 128 * group + 16 * i), load(ws.w, 128 * group + 16 * i)
+            q = _values_of((point >> (2 * i)) & 3, load(ws.signs, 16 * group))
+            sum_qx = sum_qx + w * q * v
+            sum_q2 = sum_q2 + w * q * q
+    scale = select(missing & (sum_qx > ZERO) & (sum_q2 > ZERO), sum_qx / sum_q2, scale)
+    return select(zero, ZERO, scale)
+
+
+@kernel
+def _pack_s(ws, d, none):
+    """Lay out qh and d of IQ1_S."""
+    half, iscale = select(none, 0, to_half(d * FACTOR_S)), ONE / d
+    scatter(ws.head, 0, HEAD, half)
+    scatter(ws.head, 1, HEAD, half >> 8)
+    for j in range(8):
+        l = scale_level(load(ws.scale, 16 * j), iscale, none, 7)
+        high = select(none, 0, (l | (load(ws.signs, 64 * j) << 3)) << 12)
+        for k in range(4):
+            high = high | (load(ws.tried, 16 * (4 * j + k)) >> 8 << (3 * k))
+        scatter(ws.head, 34 + 2 * j, HEAD, high)
+        scatter(ws.head, 35 + 2 * j, HEAD, high >> 8)
+
+
+@kernel
+def _pack_m(ws, d, none):
+    """Quantize the scales of IQ1_M, fit d to what came out, lay out qh and scales."""
+    iscale, sum_qx, sum_q2 = ONE / d, lanes(ZERO), lanes(ZERO)
+    for j in range(16):
+        l = scale_level(load(ws.scale, 16 * j), iscale, none, 7)
+        store(ws.level, 16 * j, l)
+        for k in range(2 * j, 2 * j + 2):
+            point, minus = load(ws.points, 16 * k), load(ws.signs, 16 * k)
+            for i in range(8):
+                v, w = load(ws.x, 128 * k + 16 * i), load(ws.w, 128 * k + 16 * i)
+                q = _values_of((point >> (2 * i)) & 3, minus) * to_float(2 * l + 1)
+                sum_qx = sum_qx + w * q * v
+                sum_q2 = sum_q2 + w * q * q
+        high = lanes(0)
+        for k in range(2):
+            position, minus = load(ws.tried, 16 * (2 * j + k)), load(ws.signs, 16 * (2 * j + k))
+            high = high | ((position >> 8 | select(none, 0, minus << 3)) << (4 * k))
+        scatter(ws.head, 32 + j, HEAD, high)
+    d = select(sum_q2 > ZERO, sum_qx / sum_q2, d)
+    half = select(none, 0, to_half(d * FACTOR_M))
+    for j in range(4):
+        packed = (half >> (4 * j) & 15) << 12
+        for k in range(4):
+            packed = packed | (load(ws.level, 16 * (4 * j + k)) << (3 * k))
+        scatter(ws.head, 48 + 2 * j, HEAD, packed)
+        scatter(ws.head, 49 + 2 * j, HEAD, packed >> 8)
+
+
+@kernel
+def _span(x, importance, grid, kind, network, out, start, n):
+    ws = workspace()
+    weights, size, qs = (32, 50, 2) if kind == S else (16, 56, 0)
+    for first in range(start, min(start + SPAN, n), 16):
+        read_weights(ws, x, importance, first, n, np.float32(2), ZERO)
+        for j in range(256 // weights):
+            store(ws.scale, 16 * j, _search(ws, grid, kind, j, weights, network))
+        peak = largest_of(ws.scale, 0, 256 // weights)
+        d, none = peak / np.float32(15), peak == ZERO
+        for i in range(32 * 16):
+            ws.tried[i] = grid.index[ws.points[i]]
+        for k in range(32):
+            scatter(ws.head, qs + k, HEAD, load(ws.tried, 16 * k))
+        if kind == S:
+            _pack_s(ws, d, none)
+        else:
+            _pack_m(ws, d, none)
+        copy_blocks(ws.head, first, n, size, out)
+
+
+@parallel_kernel
+def _encode(x, importance, grid, kind, network, out):
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span(x, importance, grid, kind, network, out, span * SPAN, n)
+
+
+def encode_iq1_s_imatrix(x, weights, out):
+    """Quantize rows to IQ1_S, errors weighted by the importance of their columns."""
+    _encode(x, weights, grid("IQ1_S"), S, NETWORKS[S], out)
+
+
+def encode_iq1_m(x, out):
+    """Quantize rows to IQ1_M."""
+    _encode(x, NO_WEIGHTS, grid("IQ1_S"), M, NETWORKS[M], out)
+
+
+def encode_iq1_m_imatrix(x, weights, out):
+    """Quantize rows to IQ1_M, errors weighted by the importance of their columns."""
+    _encode(x, weights, grid("IQ1_S"), M, NETWORKS[M], out)
+
+
+# ---- decode
+
+
+@kernel
+def _decode_block(data, block, kind, words, values, levels, delta):
+    """Read the levels of 32 groups, 8 bytes in an int64 each, the delta of each, and l of 16 halves of sub-blocks."""
+    for j in range(8):
+        if kind == S:
+            high = np.int64(data[block + 34 + 2 * j]) | np.int64(data[block + 35 + 2 * j]) << 8
+            levels[2 * j] = levels[2 * j + 1] = high >> 12 & 7
+        else:
+            at = block + 48 + j // 2 * 2
+            packed = (np.int64(data[at]) | np.int64(data[at + 1]) << 8) >> (6 * (j & 1))
+            levels[2 * j], levels[2 * j + 1] = packed & 7, packed >> 3 & 7
+            high = np.int64(data[block + 32 + 2 * j]) | np.int64(data[block + 33 + 2 * j]) << 8
+        for k in range(4):
+            if kind == S:
+                above, minus, qs = high >> (3 * k) & 7, high >> 15, 2
+            else:
+                above, minus, qs = high >> (4 * k) & 7, high >> (4 * k + 3) & 1, 0
+            values[4 * j + k] = words[np.int64(data[block + qs + 4 * j + k]) | above << 8]
+            delta[4 * j + k] = DELTA - np.float32(0.25) * np.float32(minus)
+
+
+@kernel
+def _decode_span(data, words, kind, size, out, start, stop):
+    values, levels, delta = np.empty(32, np.int64), np.empty(16, np.int32), np.empty(32, np.float32)
+    db, half = np.empty(16, np.float32), np.int32(0)
+    for b in range(start, stop):
+        block = b * size
+        _decode_block(data, block, kind, words, values, levels, delta)
+        if kind == S:
+            half = np.int32(data[block]) | np.int32(data[block + 1]) << 8
+        else:
+            half = np.int32(0)
+            for j in range(4):
+                half = half | np.int32(data[block + 49 + 2 * j] >> 4) << (4 * j)
+        store(db, 0, from_half(lanes(half)) * to_float(2 * load(levels, 0) + 1))
+        signed = values.view(np.int8)
+        for j in range(16):
+            d = select(load(LANE, 0) < 8, delta[2 * j], delta[2 * j + 1])
+            store(out, b * QK_K + 16 * j, db[j] * (to_float(load(signed, 16 * j)) + d))
+
+
+@parallel_kernel
+def _decode(data, words, kind, size, out):
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _decode_span(data, words, kind, size, out, span * SPAN, min(span * SPAN + SPAN, n))
+
+
+def decode_iq1_s(data, out):
+    """Turn IQ1_S blocks back into float32."""
+    _decode(data, words("IQ1_S"), S, SIZES[S], out)
+
+
+def decode_iq1_m(data, out):
+    """Turn IQ1_M blocks back into float32."""
+    _decode(data, words("IQ1_S"), M, SIZES[M], out)
