@@ -115,13 +115,16 @@ class GgmlType:
         return bool(self.encoder or self.weighted_encoder)
 
 
-def _kernels(module: str, name: str, *, weighted: bool = True) -> dict[str, str]:
+def _kernels(module: str, name: str, *, plain: bool = True, weighted: bool = True) -> dict[str, str]:
     """Name the kernels of a type whose functions are called after it."""
-    names = {"encoder": f"{module}:encode_{name}", "decoder": f"{module}:decode_{name}"}
+    names = {"decoder": f"{module}:decode_{name}"}
+    names |= {"encoder": f"{module}:encode_{name}"} if plain else {}
     return names | ({"weighted_encoder": f"{module}:encode_{name}_imatrix"} if weighted else {})
 
 
 _TO_NIBBLES = {"halves": (0,), "fallback": "IQ4_NL"}
+_NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values
 _RECORDS = (
     # plain numbers
     GgmlType(
@@ -197,25 +200,63 @@ _RECORDS = (
         validator="validate:float_not_finite", for_activations=True,
     ),
     # codebooks
-    GgmlType("IQ2_XXS", 16, 256, 66, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
-    GgmlType("IQ2_XS", 17, 256, 74, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
-    GgmlType("IQ3_XXS", 18, 256, 98, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
-    GgmlType("IQ1_S", 19, 256, 50, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
-    GgmlType("IQ4_NL", 20, 32, 18, "i-quant", halves=(0,)),
-    GgmlType("IQ3_S", 21, 256, 110, "i-quant", **_TO_NIBBLES),
-    GgmlType("IQ2_S", 22, 256, 82, "i-quant", needs_imatrix=True, **_TO_NIBBLES),
-    GgmlType("IQ4_XS", 23, 256, 136, "i-quant", sub_block=32, **_TO_NIBBLES),
     GgmlType(
-        "IQ1_M", 29, 256, 56, "i-quant", validator="validate:spread_half_not_finite", needs_imatrix=True,
-        fallback="IQ4_NL",
+        "IQ2_XXS", 16, 256, 66, "i-quant", **_kernels("iq2", "iq2_xxs", plain=False),
+        needs_imatrix=True, sub_block=32, **_TO_NIBBLES,
+    ),
+    GgmlType(
+        "IQ2_XS", 17, 256, 74, "i-quant", **_kernels("iq2", "iq2_xs", plain=False),
+        needs_imatrix=True, sub_block=16, **_TO_NIBBLES,
+    ),
+    GgmlType(
+        "IQ3_XXS", 18, 256, 98, "i-quant", **_kernels("iq3", "iq3_xxs"),
+        needs_imatrix=True, sub_block=32, **_TO_NIBBLES,
+    ),
+    GgmlType(
+        "IQ1_S", 19, 256, 50, "i-quant", **_kernels("iq1", "iq1_s", plain=False),
+        needs_imatrix=True, sub_block=32, **_TO_NIBBLES,
+    ),
+    GgmlType(
+        "IQ4_NL", 20, 32, 18, "i-quant", **_kernels("iq4", "iq4_nl"),
+        halves=(0,), codes=(Bits(2, 18, 16, 4),), levels=_NONLINEAR,
+    ),
+    GgmlType("IQ3_S", 21, 256, 110, "i-quant", **_kernels("iq3", "iq3_s"), sub_block=32, **_TO_NIBBLES),
+    GgmlType(
+        "IQ2_S", 22, 256, 82, "i-quant", **_kernels("iq2", "iq2_s"), needs_imatrix=True, sub_block=16, **_TO_NIBBLES
+    ),
+    GgmlType(
+        "IQ4_XS", 23, 256, 136, "i-quant", **_kernels("iq4", "iq4_xs"),
+        sub_block=32, codes=(Bits(8, 136, 16, 4),), levels=_NONLINEAR, **_TO_NIBBLES,
+    ),
+    GgmlType(
+        "IQ1_M", 29, 256, 56, "i-quant", **_kernels("iq1", "iq1_m"), validator="validate:spread_half_not_finite",
+        needs_imatrix=True, fallback="IQ4_NL", sub_block=16,
     ),
     # three and fewer levels, 4-bit floats
-    GgmlType("TQ1_0", 34, 256, 54, "low-bit", fallback="Q4_0", halves=(52,)),
-    GgmlType("TQ2_0", 35, 256, 66, "low-bit", fallback="Q4_0", halves=(64,)),
-    GgmlType("MXFP4", 39, 32, 17, "microscaling", validator="validate:power_is_nan"),
-    GgmlType("NVFP4", 40, 64, 36, "microscaling", sub_block=16),
-    GgmlType("Q1_0", 41, 128, 18, "low-bit", halves=(0,)),
-    GgmlType("Q2_0", 42, 64, 18, "low-bit", fallback="Q4_0", halves=(0,)),
+    GgmlType(
+        "TQ1_0", 34, 256, 54, "low-bit", **_kernels("ternary", "tq1_0", weighted=False), fallback="Q4_0", halves=(52,)
+    ),
+    GgmlType(
+        "TQ2_0", 35, 256, 66, "low-bit", **_kernels("ternary", "tq2_0", weighted=False),
+        fallback="Q4_0", halves=(64,), codes=(Bits(0, 64, 32, 2),), levels=range(-1, 3),
+    ),
+    GgmlType(
+        "MXFP4", 39, 32, 17, "microscaling", **_kernels("microscaling", "mxfp4", weighted=False),
+        validator="validate:power_is_nan",
+        codes=(Bits(1, 17, 16, 4),), levels=_E2M1,
+    ),
+    GgmlType(
+        "NVFP4", 40, 64, 36, "microscaling", **_kernels("microscaling", "nvfp4", weighted=False),
+        sub_block=16, codes=(Bits(4, 36, 8, 4),), levels=_E2M1,
+    ),
+    GgmlType(
+        "Q1_0", 41, 128, 18, "low-bit", **_kernels("ternary", "q1_0", weighted=False),
+        halves=(0,), codes=(Bits(2, 18, 1, 1),), levels=(-1, 1),
+    ),
+    GgmlType(
+        "Q2_0", 42, 64, 18, "low-bit", **_kernels("ternary", "q2_0", weighted=False),
+        fallback="Q4_0", halves=(0,), codes=(Bits(2, 18, 1, 2),), levels=range(-1, 3),
+    ),
 )  # fmt: skip
 GGML_TYPES = {record.name: record for record in _RECORDS}
 

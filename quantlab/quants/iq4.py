@@ -14,6 +14,7 @@ Source: `quantize_row_iq4_nl_impl` and `dequantize_row_iq4_*` of ggml-quants.c, 
 import numpy as np
 from numba import prange
 
+from quantlab.quants.ggml_types import GGML_TYPES
 from quantlab.quants.lanes import (
     kernel,
     lanes,
@@ -39,7 +40,7 @@ QK4_NL = 32
 SIZE_NL, SIZE_XS = 18, 136  # bytes of a block
 SPAN = 1 << 15  # weights that one task of a parallel loop handles
 TRIES = 7
-VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+VALUES = np.array(GGML_TYPES["IQ4_NL"].levels, np.int8)
 MIDDLES = (VALUES[1:].astype(np.float32) + VALUES[:-1]) / np.float32(2)  # exact, and so are the differences from them
 FIRST = np.float32(-127)
 

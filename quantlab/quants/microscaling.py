@@ -19,6 +19,7 @@ from math import floor, log2
 import numpy as np
 from numba import prange
 
+from quantlab.quants.ggml_types import GGML_TYPES
 from quantlab.quants.lanes import (
     absolute,
     bits,
@@ -37,7 +38,7 @@ from quantlab.quants.lanes import (
 QK_MXFP4, QK_NVFP4 = 32, 64
 SPAN = 1 << 15  # weights that one task of a parallel loop handles
 ZERO = np.float32(0)
-VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice what E2M1 says
+VALUES = np.array(GGML_TYPES["MXFP4"].levels, np.int8)  # twice what E2M1 says
 
 
 def _unsigned_floats():
