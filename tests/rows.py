@@ -55,3 +55,14 @@ def importances(n):
         "half zeros": np.where(index % 256 < 100, 0, np.abs(x)),
     }
     return {kind: column.astype(np.float32) for kind, column in columns.items()}
+
+
+# types that came after 2023; of these ggml aborts where squares of weights are infinite
+NEWER = ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"]
+NEWER += ["TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
+_ABORTING = {"IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS"}
+
+
+def for_type(qtype, n):
+    """Float32 rows (kinds, n) that ggml can quantize to a type."""
+    return np.stack([row for kind, row in kinds(n).items() if kind != "huge" or qtype not in _ABORTING])

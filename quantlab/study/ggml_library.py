@@ -33,9 +33,12 @@ def library() -> ctypes.CDLL | None:
     if spec is None:
         return None
     found = sorted(Path(spec.submodule_search_locations[0]).glob("lib*/libggml-base.so"))
-    if not found:
-        return None
-    ggml = ctypes.CDLL(str(found[0]))
+    return open_library(found[0]) if found else None
+
+
+def open_library(path: str | Path) -> ctypes.CDLL:
+    """Open a libggml-base and describe its functions to ctypes."""
+    ggml = ctypes.CDLL(str(path))
     ggml.ggml_version.restype = ctypes.c_char_p
     ggml.ggml_commit.restype = ctypes.c_char_p
     ggml.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
