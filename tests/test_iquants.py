@@ -79,6 +79,16 @@ def test_decoder_of_random_bytes(qtype, rng):
     check_kernels.decodes_random_bytes(qtype, rng)
 
 
+@pytest.mark.parametrize(("qtype", "size", "width"), [("Q1_0", 128, 1), ("Q2_0", 64, 2)])
+def test_decoder_of_types_that_gguf_does_not_know(qtype, size, width, rng):
+    blocks = rng.integers(0, 256, (32, 18), dtype=np.uint8)
+    codes = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(32, size, width) @ [1, 2][:width]
+    values = 2.0 * codes - 1 if width == 1 else codes - 1.0
+    scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    expected = values.astype(np.float32) * scale
+    np.testing.assert_array_equal(quants.dequantize(blocks, qtype, (32, size)), expected)
+
+
 @pytest.mark.parametrize("qtype", rows.NEWER)
 def test_threads_do_not_change_bytes(qtype):
     x, weights = rows.bell((20, 4096), 6).astype(np.float32), rows.importances(4096)["squares"]

@@ -246,12 +246,12 @@ def test_missing_metadata_and_tensors_are_named(made, tmp_path):
 
 def test_types_without_an_encoder_are_named(made, tmp_path):
     model = ql.open(made / "plain.gguf")
-    specs = [TensorSpec(t.name, t.shape, "IQ4_XS" if t.name == "blk.0.ffn_up.weight" else t.qtype) for t in model]
-    data = [np.zeros(s.nbytes, np.uint8) if s.qtype == "IQ4_XS" else model.tensor(s.name).load() for s in specs]
+    specs = [TensorSpec(t.name, t.shape, "I32" if t.name == "blk.0.ffn_up.weight" else t.qtype) for t in model]
+    data = [np.zeros(s.nbytes, np.uint8) if s.qtype == "I32" else model.tensor(s.name).load() for s in specs]
     write_gguf(tmp_path / "q.gguf", model.metadata, specs, data)
     found = ql.verify(tmp_path / "q.gguf", made / "wide.gguf")
     assert found.verdict == "other"
-    assert any(m.startswith("blk.0.ffn_up.weight: IQ4_XS cannot be quantized here") for m in found.misfits)
+    assert any(m.startswith("blk.0.ffn_up.weight: I32 cannot be quantized here") for m in found.misfits)
 
 
 def test_json_and_page(made):

@@ -150,10 +150,10 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", first_row: int = 0
     x : np.ndarray [shape=(*lead, n_per_row), dtype=float32 | float16 | bfloat16, finite]
         The weights. Any strides.
     qtype : str
-        ggml type: F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K.
+        ggml type; `can_encode` in `types()` tells which have an encoder.
     imatrix : np.ndarray [shape=(n_per_row,), dtype=float32, >= 0], optional
         Mean squared activation per column. As in llama.cpp, the types whose `uses_imatrix` in `types()` is False
-        are encoded the same with and without.
+        are encoded the same with and without. IQ2_XXS, IQ2_XS and IQ1_S cannot do without.
     name : str
         The tensor's name, for error messages.
     first_row : int
@@ -168,10 +168,10 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", first_row: int = 0
     Raises
     ------
     ValueError
-        If `qtype` cannot be encoded here, `x` is of another dtype, has NaN or infinite values, values so large that the
-        scale of a block becomes infinite, or rows that are not a multiple of the block size, `imatrix` has another
-        length or dtype, or negative or non-finite values, or `out` does not fit. Values beyond F16's range become
-        infinite in F16 without an error.
+        If `qtype` cannot be encoded here, or not without importance, `x` is of another dtype, has NaN or infinite
+        values, values so large that the scale of a block becomes infinite, or rows that are not a multiple of the block
+        size, `imatrix` has another length or dtype, or negative or non-finite values, or `out` does not fit. Values
+        beyond F16's range become infinite in F16 without an error.
 
     Examples
     --------
@@ -243,7 +243,7 @@ def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
     data : np.ndarray [dtype=uint8]
         Encoded rows, in any shape with the right number of bytes.
     qtype : str
-        ggml type; types without a kernel here (IQ4_NL, IQ4_XS, TQ1_0, …) are decoded by the gguf package.
+        ggml type.
     shape : tuple of int
         Shape of the result; the last axis is the row.
     out : np.ndarray [shape=shape, dtype=float32, C-contiguous], optional

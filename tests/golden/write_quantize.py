@@ -30,8 +30,13 @@ def run(arguments: str, outfile: str) -> None:
 
 
 def digest_of(arguments: str) -> str:
-    """Return the SHA-256 of what llama-quantize writes."""
-    run(arguments, "out.gguf")
+    """Return the SHA-256 of what llama-quantize writes, "refused" where it wants an importance matrix."""
+    try:
+        run(arguments, "out.gguf")
+    except subprocess.CalledProcessError as error:
+        if b"requires an importance matrix" not in error.stdout + error.stderr:
+            raise
+        return "refused"
     return tests.sha256("out.gguf")
 
 
