@@ -6,7 +6,7 @@ Source: llama.cpp, ggml/src/ggml-quants.c and ggml-impl.h.
 # ruff: noqa: E741 - a level is called l here, as in C
 
 import numpy as np
-from naive import TINY, F, absmax, bytes_of, clamp, from_half, groups, half, importance, nearest_int, nibbles, sum_of
+from naive import TINY, F, absmax, bytes_of, clamp, groups, half, importance, nearest_int, nibbles, sum_of
 
 NONLINEAR = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
 E2M1 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
@@ -63,9 +63,7 @@ def iq4_xs(x, qw=None):
     scales = nonlinear_scales(x, qw)
     d = -absmax(scales)[1] / F(32)
     ls = [clamp(-32, nearest_int(inverse(d) * s), 31) for s in scales]
-    codes = [
-        nibbles([best_index(inverse(d * F(l)) * v) for v in s]) for s, l in zip(groups(x, 32), ls, strict=True)
-    ]
+    codes = [nibbles([best_index(inverse(d * F(l)) * v) for v in s]) for s, l in zip(groups(x, 32), ls, strict=True)]
     ls = np.array(ls) + 32
     high = sum(int(l >> 4) << 2 * j for j, l in enumerate(ls))
     return bytes_of(half(d), [high & 255, high >> 8], ls[::2] & 15 | (ls[1::2] & 15) << 4, *codes)

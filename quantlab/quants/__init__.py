@@ -1,8 +1,9 @@
 """Numbers ↔ bytes: ggml's tensor encodings on NumPy arrays, byte for byte as llama.cpp writes them.
 
-`ggml_types` holds a record per type; `arrays`, `codebook` and `losses` hold the functions below; `floats`, `legacy` and
-`kquants` hold one encoder and one decoder per type, written over the vectors of `lanes`; `search` holds the searches
-for the best scale. Nothing here knows of files.
+`ggml_types` holds a record per type; `arrays`, `codebook` and `losses` hold the functions below. `floats`, `legacy`,
+`kquants`, `iq1` to `iq4`, `ternary` and `microscaling` hold one encoder and one decoder per type, written over the
+vectors of `lanes`. `search` holds the searches for the best scale, `lattice` the search on the `grids` of the I-quants.
+Nothing here knows of files.
 """
 
 from quantlab.quants.arrays import dequantize, quantize, roundtrip

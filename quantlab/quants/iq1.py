@@ -51,14 +51,14 @@ from quantlab.quants.lattice import (
     workspace,
 )
 from quantlab.quants.search import ONE, ZERO
-from quantlab.quants.superblock import QK_K, SPAN, half_at
+from quantlab.quants.superblock import QK_K, SPAN
 
 S, M = 0, 1
 SIZES = (50, 56)  # bytes of a block
 HALF_SUMS = 16 * 33  # where the sums of the second half begin
 EPS_S, EPS_M = np.float32(1e-12), np.float32(1e-7)  # GROUP_MAX_EPS_IQ1_S and GROUP_MAX_EPS_IQ1_M
 DELTA = np.float32(0.125)
-VALUES = np.array([-1 + 0.125, 0.125, 1 + 0.125, -1 - 0.125, -0.125, 1 - 0.125], np.float32)  # of levels, plus and minus
+VALUES = np.array([-1 + 0.125, 0.125, 1 + 0.125, -1 - 0.125, -0.125, 1 - 0.125], np.float32)  # of 3 levels, twice
 SQUARES = VALUES * VALUES
 PLUS_NEAR, PLUS_FAR = SQUARES[0] - SQUARES[1], SQUARES[1] - SQUARES[2]
 MINUS_NEAR, MINUS_FAR = SQUARES[3] - SQUARES[4], SQUARES[4] - SQUARES[5]

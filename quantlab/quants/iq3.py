@@ -1,9 +1,9 @@
 """IQ3_XXS and IQ3_S: about three bits a weight, 4 weights at a time.
 
 The levels of 4 weights without their signs, 0 to 7, are one point of a grid of 256 (IQ3_XXS) or 512 points (IQ3_S). A
-weight is ``d * (l + 1/2) / 2 * value * sign`` in IQ3_XXS, its values 4, 12 … 62, and ``d * (2 l + 1) * value * sign`` in
-IQ3_S, its values 1, 3 … 15. IQ3_XXS keeps 7 signs of 8: the number of minus signs is even, and where it is not, the
-weight that costs least changes its sign.
+weight is ``d * (l + 1/2) / 2 * value * sign`` in IQ3_XXS, its values 4, 12 … 62. In IQ3_S it is
+``d * (2 l + 1) * value * sign``, its values 1, 3 … 15. IQ3_XXS keeps 7 signs of 8: the number of minus signs is even,
+and where it is not, the weight that costs least changes its sign.
 
     byte     0      2          66                                           IQ3_XXS, 98 bytes
              d f16  qs u8[64]  u32[8]: four times 7 signs, l in the highest four bits

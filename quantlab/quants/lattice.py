@@ -16,7 +16,6 @@ import numpy as np
 
 from quantlab.quants.lanes import (
     bits,
-    gather,
     inlined_kernel,
     kernel,
     lanes,

@@ -36,9 +36,10 @@ def main(source, path):
         if qtype != "Q8_1":  # ggml has no decoder for it
             data = made.get("plain", made.get("squares"))
             decoded[qtype] = digest(ggml_library.dequantize(data, qtype, 512))
+    commit = ggml.ggml_commit().decode().removesuffix("-dirty")
     golden = {
         "library": source,
-        "ggml": f"{ggml.ggml_version().decode()} {ggml.ggml_commit().decode().removesuffix("-dirty")}",
+        "ggml": f"{ggml.ggml_version().decode()} {commit}",
         "functions": "ggml_quantize_chunk, quantize_row_q8_1_ref, quantize_row_q8_K_ref, dequantize_row_*",
         "input": {"rows": "every_kind(512)", "imatrix": "importances(512)", "sha256": digest(x)},
         "encoded": encoded,
