@@ -10,6 +10,8 @@ from ggml_library import needs_libggml
 from hypothesis import given, settings
 
 from quantlab import quants
+from quantlab.evaluate import variants
+from quantlab.files.model import open as open_model
 from quantlab.quants import grids
 from quantlab.quants.ggml_types import GGML_TYPES
 
@@ -134,3 +136,8 @@ def test_types_that_need_importance_say_so():
     for qtype in ("IQ2_XXS", "IQ2_XS", "IQ1_S"):
         with pytest.raises(ValueError, match=f"x: qtype={qtype}, needs an importance matrix. Pass one as imatrix."):
             quants.quantize(np.zeros((1, 256), np.float32), qtype)
+
+
+def test_comparing_a_type_that_needs_importance_says_so():
+    with pytest.raises(ValueError, match=r"IQ2_S: blk\.0\.attn_k\.weight: type=IQ2_XS, needs an importance matrix\."):
+        variants.resolve(open_model("tiny"), ["IQ2_S"])

@@ -17,10 +17,10 @@ from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import open as open_model
 from quantlab.quants.codebook import CODES, put
 from quantlab.quants.fused import quantize_fused
-from quantlab.transform.rounding import FEW, MAX_LEFT, allowed, is_other_rounding
+from quantlab.transform.rounding import COMPARED, FEW, MAX_LEFT, allowed, is_other_rounding
 
 TENSOR = "blk.0.attn_output.weight"
-CASES = [(qtype, weighted) for weighted in (False, True) for qtype in CODES if not (weighted and qtype == "Q8_0")]
+CASES = [(qtype, weighted) for weighted in (False, True) for qtype in COMPARED if not (weighted and qtype == "Q8_0")]
 HAS_FMA = llvm.get_host_cpu_features().get("fma", True) and not {"NUMBA_CPU_NAME", "NUMBA_DISABLE_JIT"} & {*os.environ}
 needs_fma = pytest.mark.skipif(not HAS_FMA, reason="no fused multiply-add on this processor, or not used")
 
@@ -109,7 +109,7 @@ def test_a_flipped_bit_of_a_scale_is_no_rounding(made, qtype, weighted):
     assert not (fused | good).any()
 
 
-@pytest.mark.parametrize("qtype", CODES)
+@pytest.mark.parametrize("qtype", COMPARED)
 @pytest.mark.parametrize("scale", [1e-40, 1.0, 1e30])
 def test_any_bytes_are_judged_without_a_warning(rng, qtype, scale):
     x = (rng.standard_normal((8, 256)) * scale).astype(np.float32)
@@ -120,7 +120,7 @@ def test_any_bytes_are_judged_without_a_warning(rng, qtype, scale):
 
 
 def test_zeros_are_zeros_for_every_build():
-    for qtype in CODES:
+    for qtype in COMPARED:
         x = np.zeros((2, 256), np.float32)
         assert np.array_equal(quantize_fused(x, qtype), quants.quantize(x, qtype))
 

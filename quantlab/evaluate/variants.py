@@ -14,6 +14,7 @@ from quantlab.files.model import open as open_model
 from quantlab.quants.validate import check_encoded, check_stored
 from quantlab.transform.mixture import Recipe, choose_types, layer_of
 from quantlab.transform.plan import tensor_bytes
+from quantlab.transform.rules import needs_imatrix
 
 _ROWS = 2048  # rows of a matrix that are read or converted at a time
 _FREE = ("n_ctx", "tied_embeddings")  # hyper-parameters in which files of one model may differ
@@ -114,7 +115,8 @@ def _resolve_one(base: Model, spec, rules: str, imatrix: Mapping[str, np.ndarray
         return _from_recipe(base, path.stem + mark, Recipe.load(path), imatrix)
     source = {tensor.name: tensor.qtype for tensor in base}
     choices = choose_types(base.hparams, base.shapes, spec, rules=rules, imatrix=bool(imatrix), source=source)
-    return Variant(str(spec).upper() + mark, base, {name: choice.qtype for name, choice in choices.items()}, imatrix)
+    types = {name: choice.qtype for name, choice in choices.items()}
+    return _checked(Variant(str(spec).upper() + mark, base, types, imatrix))
 
 
 def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, np.ndarray]) -> Variant:
@@ -122,7 +124,19 @@ def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, n
     unknown = [tensor for tensor in recipe.types if tensor not in base]
     if unknown:
         raise ValueError(f"{name}: {unknown[0]} is no tensor of {base.path}. Make the recipe for this model.")
-    return Variant(name, base, {tensor.name: recipe.types.get(tensor.name, tensor.qtype) for tensor in base}, imatrix)
+    types = {tensor.name: recipe.types.get(tensor.name, tensor.qtype) for tensor in base}
+    return _checked(Variant(name, base, types, imatrix))
+
+
+def _checked(variant: Variant) -> Variant:
+    """Return a variant all of whose types can be made: some need importance."""
+    for name, qtype in variant.types.items():
+        is_kept = qtype == variant.model.tensor(name).qtype
+        if not is_kept and name not in variant.imatrix and needs_imatrix(name, qtype):
+            raise ValueError(
+                f"{variant.name}: {name}: type={qtype}, needs an importance matrix. Pass one (see quantlab imatrix)."
+            )
+    return variant
 
 
 def _from_file(base: Model, path: Path) -> Variant:

@@ -29,7 +29,7 @@ from quantlab.transform.expressions import compile_expression
 from quantlab.transform.ftypes import ALL_FTYPES
 from quantlab.transform.layout import apply_layout
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
-from quantlab.transform.rules import COMPARED, EMBEDDINGS
+from quantlab.transform.rules import COMPARED, EMBEDDINGS, needs_imatrix
 
 QUANTIZATION_VERSION = 2  # of the block layouts, ggml's GGML_QNT_VERSION
 GUESSED = 1024  # added to the ftype number by llama.cpp where it was counted from the tensors' types
@@ -285,7 +285,8 @@ def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable
             f"block size {block_size(step.choice.wanted)} ({len(fallen)} tensors). Allow the fallback to "
             f"{step.choice.qtype}, or choose another ftype."
         )
-    bare = [s for s in steps if s.weights is None and not s.is_kept and _needs_imatrix(s, ftype)]
+    bare = [s for s in steps if s.weights is None and not s.is_kept]
+    bare = [s for s in bare if needs_imatrix(s.tensor.name, s.choice.qtype, ftype.name)]
     if bare and bare[0].choice.qtype == "Q2_K":
         yield f"{bare[0].tensor.name}: Q2_K in a Q2_K_S file needs an importance matrix. Pass one, or choose Q2_K."
     elif bare:
@@ -293,14 +294,6 @@ def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable
             f"{bare[0].tensor.name}: type={bare[0].choice.qtype}, needs an importance matrix ({len(bare)} tensors). "
             "Pass one (see quantlab imatrix), or choose IQ3_S or a larger ftype."
         )
-
-
-def _needs_imatrix(step: Step, ftype: Ftype) -> bool:
-    """Tell whether llama-quantize refuses a tensor's type without importance (`tensor_requires_imatrix`)."""
-    record = GGML_TYPES[step.choice.qtype]
-    if step.tensor.name in (*EMBEDDINGS, "output.weight"):
-        return not record.encoder
-    return record.needs_imatrix or (record.name == "Q2_K" and ftype.name == "Q2_K_S")
 
 
 # ---- tensors in, weights beside them

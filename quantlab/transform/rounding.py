@@ -25,6 +25,8 @@ from quantlab import quants
 from quantlab.quants.fused import quantize_fused
 from quantlab.quants.ggml_types import GGML_TYPES
 
+# types whose blocks of a fused build were compared with what is said here
+COMPARED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 MAX_LEFT = 0.02  # share of a tensor's blocks that may be neither ours nor the fused ones
 FEW = 8  # so many may in any tensor
 SLACK = 1e-3  # of a step, by which a weight may lie beyond the middle of two codes
@@ -43,7 +45,7 @@ def is_other_rounding(
     ours, theirs : np.ndarray [shape=(nrows, row_bytes), dtype=uint8]
         What our encoder makes of them, and what is to be judged.
     qtype : str
-        A type of `quantlab.quants.codebook.CODES`.
+        A type of `COMPARED`.
     imatrix : np.ndarray [shape=(n_per_row,), dtype=float32] or None
 
     Returns

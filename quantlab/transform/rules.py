@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from quantlab.arch import Hparams
-from quantlab.quants.ggml_types import FALLBACK, block_size
+from quantlab.quants.ggml_types import FALLBACK, block_size, ggml_type
 
 # matrices that stay as they are: small, and touched by everything; any name that contains one of these
 _KEPT = (
@@ -90,6 +90,20 @@ def category(name: str) -> str:
     if name in EMBEDDINGS:
         return "embedding"
     return next((kind for part, kind in _CATEGORIES.items() if part in name), "other")
+
+
+def needs_imatrix(name: str, qtype: str, ftype: str = "") -> bool:
+    """Tell whether llama-quantize refuses a tensor's type without an importance matrix (`tensor_requires_imatrix`).
+
+    Examples
+    --------
+    >>> needs_imatrix("blk.0.attn_q.weight", "IQ2_S"), needs_imatrix("output.weight", "IQ2_S")
+    (True, False)
+    """
+    record = ggml_type(qtype)
+    if name in (*EMBEDDINGS, "output.weight"):
+        return not record.encoder
+    return record.needs_imatrix or (qtype == "Q2_K" and ftype == "Q2_K_S")
 
 
 def more_bits(i: int, n: int) -> bool:

@@ -21,8 +21,7 @@ from quantlab.files.imatrix_file import ImportanceMatrix
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.recognize import short
-from quantlab.quants.codebook import CODES
-from quantlab.quants.ggml_types import WEIGHTED, WRITABLE
+from quantlab.quants.ggml_types import WEIGHTED, WRITABLE, ggml_type
 from quantlab.quants.validate import first_invalid, invalid_blocks, is_valid
 from quantlab.transform.compare import (
     Change,
@@ -42,6 +41,7 @@ from quantlab.transform.inspect import mixtures, text_table
 from quantlab.transform.job import Options, Step, matrix_of, metadata_of, weights_of
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 from quantlab.transform.quantize import encode
+from quantlab.transform.rounding import COMPARED as ROUNDED
 from quantlab.transform.rounding import allowed, is_other_rounding
 from quantlab.transform.slabs import kernels_in_order
 
@@ -229,7 +229,7 @@ def _share_found(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> fl
     wanted = [t for t in model if len(t.shape) > 1 and t.name in base and t.qtype in WRITABLE]
     for tensor in wanted[:: max(1, len(wanted) // 4)]:
         step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
-        if squeezed(step.tensor.shape) == squeezed(tensor.shape):
+        if _can_encode(step) and squeezed(step.tensor.shape) == squeezed(tensor.shape):
             n = min(tensor.nrows, max(1, PROBE // tensor.shape[-1]))
             try:
                 ours = encode(step, step.tensor.rows(0, n))
@@ -243,6 +243,12 @@ def _step(tensor: LazyTensor, qtype: str, matrix: dict[str, np.ndarray]) -> Step
     """How one tensor of the source gets the type that it has in the file."""
     choice = Choice(qtype, qtype, "asked")
     return Step(tensor, choice, weights_of(tensor, choice, matrix) if qtype in WEIGHTED else None)
+
+
+def _can_encode(step: Step) -> bool:
+    """Tell whether there is an encoder for a step's type, and the importance that some of them need."""
+    qtype = step.choice.qtype
+    return qtype in WRITABLE and (step.weights is not None or bool(ggml_type(qtype).encoder))
 
 
 # ---- what does not fit in types, metadata and tensor table
@@ -354,7 +360,7 @@ class _Case:
         else:
             floats = as_floats(x[rows], self.step.tensor.qtype, n_per_row)
         self.signal += float(np.square(floats, dtype=np.float64).sum())
-        if qtype in CODES and not self.step.is_kept:
+        if qtype in ROUNDED and not self.step.is_kept:
             fused, good = np.zeros_like(bad), np.zeros_like(bad)
             for part, weights in self.step.experts(start, len(x)):
                 own = (rows >= part.start) & (rows < part.stop)
@@ -381,9 +387,9 @@ class _Case:
 
     def _without_matrix(self, x: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         """Drop the matrix for this tensor if the first slab is not made with it, but is without it."""
-        if np.array_equal(ours, theirs):
-            return ours
         bare = replace(self.step, weights=None)
+        if np.array_equal(ours, theirs) or not _can_encode(bare):
+            return ours
         ours_bare = encode(bare, x)
         n_bytes = quants.block_bytes(self.tensor.qtype)
         wrong, wrong_bare = ((a != theirs).reshape(-1, n_bytes).any(axis=1).sum() for a in (ours, ours_bare))
@@ -427,7 +433,7 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
         if tensor.name not in base or squeezed(base.tensor(tensor.name).shape) != squeezed(tensor.shape):
             continue
         step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
-        if step.is_kept or tensor.qtype in WRITABLE:
+        if step.is_kept or _can_encode(step):
             cases.append(_Case(tensor, step))
         else:
             rows.append(_unknown(tensor))
@@ -453,7 +459,8 @@ def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray | None, 
 def _unknown(tensor: LazyTensor) -> dict:
     """The row of a tensor of a type that has no encoder here."""
     row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "relative": np.nan}
-    misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized here, so that nothing is known of it"
+    why = "without an importance matrix" if tensor.qtype in WRITABLE else "here"
+    misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized {why}, so that nothing is known of it"
     return row | {"imatrix": False, "is_bare": False, "misfit": misfit}
 
 
