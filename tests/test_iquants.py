@@ -29,12 +29,12 @@ def test_golden_digests(qtype):
 @pytest.mark.parametrize("qtype", naive_newer.ENCODERS)
 def test_same_as_oracle(qtype):
     x = rows.every_kind(256)
-    np.testing.assert_array_equal(quants.quantize(x, qtype), naive_newer.quantize(x, qtype))
+    np.testing.assert_array_equal(check_kernels.encoded(x, qtype), naive_newer.quantize(x, qtype))
     if qtype in WEIGHTED:
         for kind in ("squares", "one-hot", "zeros"):
             weights = rows.importances(256)[kind]
             np.testing.assert_array_equal(
-                quants.quantize(x, qtype, weights), naive_newer.quantize(x, qtype, weights), kind
+                check_kernels.encoded(x, qtype, weights), naive_newer.quantize(x, qtype, weights), kind
             )
 
 
@@ -42,7 +42,7 @@ def test_same_as_oracle(qtype):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(x=check_kernels.ANY_ROW | check_kernels.SOME_LEVELS)
 def test_any_row_same_as_oracle(qtype, x):
-    np.testing.assert_array_equal(quants.quantize(x, qtype), naive_newer.quantize(x, qtype))
+    np.testing.assert_array_equal(check_kernels.encoded(x, qtype), naive_newer.quantize(x, qtype))
 
 
 def same_as_libggml(qtype, widths):
