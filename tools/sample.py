@@ -34,9 +34,9 @@ def sample_ids(model: Llama, count: int, length: int, generator: torch.Generator
         Token ids; each text begins with BOS.
     """
     ids = torch.full((count, 1), BOS)
-    past = [[] for _ in range(model.shape.n_layer)]
+    past = model.keys_and_values(count)
     while ids.shape[1] < length:
-        logits = model(ids[:, -1:], past)[:, -1].float()
+        logits = model(ids[:, -1:], past, ids.shape[1] - 1)[:, -1].float()
         logits[:, : EOS + 1] = -torch.inf  # text only
         drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
         ids = torch.cat((ids, drawn), dim=1)
@@ -78,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="text file to write; one that exists is replaced")
     parser.add_argument(
-        "--bytes", type=int, default=200_000, help="least length of the text, bytes (default %(default)s)"
+        "--bytes", type=int, default=1 << 18, help="least length of the text, bytes (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=SEED, help="of the drawing (default %(default)s)")
     args = parser.parse_args()
