@@ -23,10 +23,9 @@ from quantlab.evaluate.engine import Engine, find
 from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.variants import as_is
-from quantlab.files.bundled import model_path, read_text
-from quantlab.files.imatrix_file import ImportanceMatrix, merge, read_imatrix
-from quantlab.files.model import Model
-from quantlab.files.model import open as open_model
+from quantlab.files.bundled import read_text
+from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix, merge
+from quantlab.files.model import Model, as_model
 from quantlab.files.progress import announce
 
 
@@ -85,12 +84,12 @@ def imatrix(
     ((1, 512), array([512.], dtype=float32))
     """
     find(mode)
-    opened = model if isinstance(model, Model) else open_model(model_path(model))
+    opened = as_model(model)
     check_model(opened)
     text = read_text(text)
     windows, _ = cut(text, opened.vocab, n_ctx=n_ctx, chunks=chunks, name="llama.cpp", mode=mode, rules="current")
     windows = Windows(windows.tokens, windows.tokens, 0)  # every position counts
-    earlier = [read_imatrix(item) if isinstance(item, str | Path) else item for item in in_files]
+    earlier = [as_matrix(item) for item in in_files]
     _check_same_model(earlier, opened)
     sums = _collect(opened, windows, mode, process_output, memory, progress)
     for name, values in sums.items():

@@ -20,10 +20,9 @@ from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same
 from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Variant, as_is, resolve, steps
-from quantlab.files.bundled import model_path, read_text
-from quantlab.files.imatrix_file import read_imatrix
-from quantlab.files.model import Model
-from quantlab.files.model import open as open_model
+from quantlab.files.bundled import read_text
+from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.model import Model, as_model
 from quantlab.files.progress import announce
 
 _SHOWN = ["variant", "bpw", "ppl", "ppl_se", "ln_ratio", "ln_ratio_se", "kld_mean", "kld_se", "dp_rms", "same_top_p"]
@@ -171,7 +170,7 @@ def perplexity(
     ValueError
         If the architecture is not known here, the text is too short, the memory too small, or an option out of range.
     """
-    opened = _open(model)
+    opened = as_model(model)
     variants = [as_is(opened, _name(model, opened))]
     record, scores, _ = _measure(variants, text, n_ctx, chunks, protocol, mode, "none", memory, scratch, progress)
     row = {"variant": variants[0].name, "bytes": variants[0].nbytes, "bpw": variants[0].bpw} | metrics.perplexity_row(
@@ -225,8 +224,8 @@ def compare(
     """
     if isinstance(variants, str | Path):
         variants = [variants]
-    opened = _open(base)
-    matrix = read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix
+    opened = as_model(base)
+    matrix = as_matrix(imatrix)
     found = [as_is(opened, _name(base, opened)), *resolve(opened, variants, rules=rules, imatrix=matrix)]
     record, scores, found = _measure(found, text, n_ctx, chunks, protocol, mode, rules, memory, scratch, progress)
     rows, running = [], []
@@ -237,10 +236,6 @@ def compare(
         )
         running += [{"variant": variant.name} | row for row in metrics.running(score, scores[0])]
     return Comparison(record, tuple(rows), tuple(running))
-
-
-def _open(model) -> Model:
-    return model if isinstance(model, Model) else open_model(model_path(model))
 
 
 def _name(model, opened: Model) -> str:

@@ -20,7 +20,7 @@ from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
 from quantlab.files.checkpoint_metadata import Config, check_activation, hparams_metadata, read_config, rope_factors
 from quantlab.files.general_metadata import general_metadata
-from quantlab.files.model import LazyTensor, Model
+from quantlab.files.model import WEIGHTS, LazyTensor, Model
 from quantlab.files.tensor_names import plain_names
 from quantlab.files.tokenizer_files import vocab_metadata
 from quantlab.files.weights import index_weights, meta_parts, read_weights
@@ -145,7 +145,8 @@ def open_checkpoint(
     metadata = general_metadata(folder, config.arch, n_weights, model_name) | hparams_metadata(config, qtype)
     metadata |= vocab_metadata(folder, config, as_llama_cpp=as_llama_cpp)
     _check_texts(folder, metadata)
-    return Model(path, metadata, tensors)
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+    return Model(path, metadata, tensors, files, is_checkpoint=True)
 
 
 def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:

@@ -143,6 +143,11 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     return matrix
 
 
+def as_matrix(matrix: str | Path | ImportanceMatrix | None) -> ImportanceMatrix | None:
+    """Return an importance matrix, or None, as it is; read a file of one."""
+    return read_imatrix(matrix) if isinstance(matrix, str | Path) else matrix
+
+
 def _read_gguf(path: Path) -> ImportanceMatrix:
     header = read_header(path)
     missing = [key for key in _KEYS if key not in header.metadata]

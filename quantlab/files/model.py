@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from html import escape
@@ -26,9 +26,9 @@ from quantlab.quants.ggml_types import row_bytes
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["LazyTensor", "Model", "open"]
+__all__ = ["LazyTensor", "Model", "as_model", "is_checkpoint", "open"]
 
-_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin")  # names of single files of weights
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # names of single files of weights
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class LazyTensor:
         `read_rows(start, stop)` gives rows of the tensor seen as (nrows, n_per_row), as `rows` returns them.
     offset : int or None
         Position of the data in its file; None where the data is made from other data.
+    file : Path or None
+        The GGUF file that holds the data; None for a checkpoint's tensor.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LazyTensor:
     qtype: str
     read_rows: Callable[[int, int], np.ndarray]
     offset: int | None = None
+    file: Path | None = None
 
     @cached_property
     def nrows(self) -> int:
@@ -121,10 +124,22 @@ class Model:
         GGUF metadata in file order, values typed as `read_header` returns them.
     tensors : iterable of LazyTensor
         In file order.
+    files : sequence of Path
+        The files that hold the weights: one GGUF file, all shards, or a checkpoint's.
+    is_checkpoint : bool
+        Whether it is a checkpoint, seen as the GGUF file that it would be converted to.
     """
 
-    def __init__(self, path: Path, metadata: dict[str, Any], tensors: list[LazyTensor]):
-        self.path, self.metadata = path, metadata
+    def __init__(
+        self,
+        path: Path,
+        metadata: dict[str, Any],
+        tensors: Iterable[LazyTensor],
+        files: Sequence[Path] = (),
+        *,
+        is_checkpoint: bool = False,
+    ):
+        self.path, self.metadata, self.files, self.is_checkpoint = path, metadata, tuple(files), is_checkpoint
         self._tensors = {tensor.name: tensor for tensor in tensors}
 
     @cached_property
@@ -247,13 +262,24 @@ def open(path: str | Path) -> Model:
     np.float32(64.0)
     """
     path = model_path(path)
-    if path.is_dir() or path.suffix in _CHECKPOINTS and path.is_file() and not _starts_as_gguf(path):
+    if is_checkpoint(path):
         from quantlab.files.checkpoint import open_checkpoint  # imports this module
 
         return open_checkpoint(path)
     headers = shard_headers(read_header(path))
     metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
-    return Model(path, metadata, [tensor for header in headers for tensor in _lazy_tensors(header)])
+    tensors = [tensor for header in headers for tensor in _lazy_tensors(header)]
+    return Model(path, metadata, tensors, [header.path for header in headers])
+
+
+def as_model(model: str | Path | Model) -> Model:
+    """Return a model that is opened already as it is, any other as `open` opens it."""
+    return model if isinstance(model, Model) else open(model)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether `open` takes what is at `path` for a checkpoint: a folder, or one file of weights."""
+    return path.is_dir() or (path.suffix in WEIGHTS and path.is_file() and not _starts_as_gguf(path))
 
 
 def _starts_as_gguf(path: Path) -> bool:
@@ -266,7 +292,7 @@ def _lazy_tensors(header: Header) -> Iterator[LazyTensor]:
         stored = ByteRange(header.path, info.offset, info.nbytes)
         n_bytes = row_bytes(info.qtype, info.shape[-1], name=info.name)
         read = partial(_read_stored, stored, n_bytes, PLAIN_DTYPES.get(info.qtype, np.uint8))
-        yield LazyTensor(info.name, info.shape, info.qtype, read, info.offset)
+        yield LazyTensor(info.name, info.shape, info.qtype, read, info.offset, header.path)
 
 
 def _read_stored(stored: ByteRange, row_bytes: int, dtype: type, start: int, stop: int) -> np.ndarray:

@@ -179,9 +179,9 @@ def as_gguf(model: str | Path) -> Path:
         If there is no such model, or its file is damaged.
     """
     path = bundled.model_path(model)
-    if path.is_file() and path.suffix == ".gguf":
-        return open_model(path).path
     source = open_model(path)
+    if not source.is_checkpoint:
+        return source.path
     target = runs_dir() / "run" / f"{path.stem if path.is_file() else path.name}.gguf"
     newest = max(file.stat().st_mtime for file in ([path] if path.is_file() else path.iterdir()))
     if not target.is_file() or target.stat().st_mtime < newest:

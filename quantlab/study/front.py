@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from quantlab.evaluate.perplexity import Comparison, compare
-from quantlab.files.imatrix_file import read_imatrix
+from quantlab.files.imatrix_file import as_matrix
 from quantlab.study.damage_cache import json_digest, matrix_digests
 from quantlab.study.recipe import BestRecipe, open_menu
 
@@ -153,7 +153,7 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     recipes = [recipes] if isinstance(recipes, BestRecipe) else list(recipes)
     if not recipes:
         raise ValueError("recipes: must be at least one. Make one with quantlab.recipe.")
-    matrix = read_imatrix(imatrix) if not hasattr(imatrix, "entries") and imatrix is not None else imatrix
+    matrix = as_matrix(imatrix)
     digest = None if matrix is None else json_digest(matrix_digests(matrix.entries))
     for recipe in recipes:
         if recipe.provenance["calibration"]["imatrix"] != digest:

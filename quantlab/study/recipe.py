@@ -15,9 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 import quantlab
-from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
-from quantlab.files.model import Model
-from quantlab.files.model import open as open_model
+from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix
+from quantlab.files.model import Model, as_model
 from quantlab.files.output import beside, check_output, is_report, is_stream, replacing
 from quantlab.study.damage_cache import json_digest, matrix_digests, model_digest
 from quantlab.study.knapsack import solve
@@ -166,7 +165,7 @@ def recipe(
         a constraint fits nothing or leaves nothing that was measured, two groups share a tensor, or nothing is as
         small as the limit.
     """
-    base = model if isinstance(model, Model) else open_model(model)
+    base = as_model(model)
     sizes = {"target_size": target_size, "target_bpw": target_bpw, "like": like}
     limit = size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)
     menu = open_menu(sensitivity, base, keep=keep, min_type=min_type, max_type=max_type, imatrix=imatrix, rules=rules)
@@ -222,8 +221,8 @@ def open_menu(
 ) -> "Menu":
     """Put together what there is to choose from; parameters and errors as for `recipe`."""
     found = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
-    base = model if isinstance(model, Model) else open_model(model)
-    matrix = read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix
+    base = as_model(model)
+    matrix = as_matrix(imatrix)
     _check_same(found, base, matrix)
     groups: dict[str, list[dict]] = {}
     for row in found.rows:

@@ -18,9 +18,8 @@ from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import find
 from quantlab.evaluate.variants import Variant, as_is, resolve
 from quantlab.files.bundled import cache_dir, read_text
-from quantlab.files.imatrix_file import read_imatrix
-from quantlab.files.model import Model
-from quantlab.files.model import open as open_model
+from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.model import Model, as_model
 from quantlab.files.output import is_report, replacing
 from quantlab.quants.ggml_types import CANDIDATES, FALLBACK, block_size
 from quantlab.study import damage, proxy
@@ -252,10 +251,10 @@ def sensitivity(
     OSError
         If workers were lost and the executor cannot replace them, or the cache cannot be written.
     """
-    base = model if isinstance(model, Model) else open_model(model)
+    base = as_model(model)
     check_model(base)
     find(mode)
-    start = _start(base, around, rules, read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix)
+    start = _start(base, around, rules, as_matrix(imatrix))
     changes = plan_changes(base, types, groups)
     if sample is not None and (sample < 1 or groups is not None or around is not None):
         raise ValueError(

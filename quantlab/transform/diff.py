@@ -11,8 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from quantlab.files.model import Model
-from quantlab.files.model import open as open_model
+from quantlab.files.model import Model, as_model
 from quantlab.transform.compare import (
     Change,
     Tally,
@@ -125,7 +124,7 @@ def diff(a: str | Path | Model, b: str | Path | Model) -> Difference:
     >>> diff("tiny", "tiny").is_same
     True
     """
-    a, b = (model if isinstance(model, Model) else open_model(model) for model in (a, b))
+    a, b = as_model(a), as_model(b)
     rows = {tensor.name: _row(tensor.name, a, b) for tensor in (*a, *b)}
     pairs = [
         (row, a.tensor(name), b.tensor(name))

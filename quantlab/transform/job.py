@@ -16,13 +16,12 @@ import numpy as np
 from quantlab.arch import Hparams
 from quantlab.files.bundled import model_path
 from quantlab.files.checkpoint import open_checkpoint
-from quantlab.files.gguf_file import TensorSpec, pack_header, read_header
-from quantlab.files.gguf_shards import shard_headers, shard_path
+from quantlab.files.gguf_file import TensorSpec, pack_header
+from quantlab.files.gguf_shards import shard_path
 from quantlab.files.hparams import read_hparams
 from quantlab.files.hub import default_folder
-from quantlab.files.imatrix_file import ImportanceMatrix, read_imatrix
-from quantlab.files.model import LazyTensor, Model
-from quantlab.files.model import open as open_model
+from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix
+from quantlab.files.model import LazyTensor, Model, as_model, is_checkpoint
 from quantlab.files.output import is_stream
 from quantlab.quants.ggml_types import GGML_TYPES, WRITABLE, block_size
 from quantlab.transform.expressions import compile_expression
@@ -157,6 +156,8 @@ class Job:
     Attributes
     ----------
     source : Path
+    files : tuple[Path, ...]
+        Those that hold the source's weights.
     ftype : Ftype
     options : Options
     outputs : tuple[Output, ...]
@@ -168,6 +169,7 @@ class Job:
     """
 
     source: Path
+    files: tuple[Path, ...]
     ftype: Ftype
     options: Options
     outputs: tuple[Output, ...]
@@ -211,14 +213,14 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     metadata = metadata_of(model.metadata, number, overrides, matrix_keys)
     outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
     refusals = (*misfits, *_refusals(steps.values(), ftype, options))
-    return Job(model.path, ftype, options, outputs, refusals, tuple(_notes(model, steps, options, matrix)))
+    return Job(model.path, model.files, ftype, options, outputs, refusals, tuple(_notes(model, steps, options, matrix)))
 
 
 def _notes(
     model: Model, steps: Mapping[str, Step], options: Options, matrix: Mapping[str, np.ndarray]
 ) -> Iterator[str]:
     """Yield what a user should know, one sentence per kind."""
-    if not options.via and model.path.is_dir() and any(tensor.qtype in ("BF16", "F32") for tensor in model):
+    if not options.via and model.is_checkpoint and any(tensor.qtype in ("BF16", "F32") for tensor in model):
         yield "weights keep the checkpoint's precision; via=f16 rounds them as a conversion to F16 would"
     idle = [text for text, _ in options.tensor_types if not any(map(compile_expression(text, steps), steps))]
     if idle:
@@ -249,7 +251,7 @@ def _ftype_or_layout(options: Options) -> tuple[Ftype, Model | None]:
     asked = [name for name in _TYPE_OPTIONS if getattr(options, name)]
     if asked or options.keep_split:
         raise ValueError(f"{(*asked, 'keep_split')[0]}: has no meaning with layout_of. Leave it out.")
-    other = options.layout_of if isinstance(options.layout_of, Model) else open_model(options.layout_of)
+    other = as_model(options.layout_of)
     number = _present_ftype(other)
     known = next((ftype.name for ftype in ALL_FTYPES.values() if ftype.number == number), other.path.stem)
     return Ftype(known, number, None), other
@@ -304,8 +306,8 @@ def _open(src: str | Path | Model, options: Options) -> Model:
     if options.via not in (None, "f16"):
         raise ValueError(f"via={options.via}, must be f16 or left out")
     if not options.via and not options.as_llama_cpp:
-        return src if isinstance(src, Model) else open_model(src)
-    if isinstance(src, Model) or model_path(src).suffix == ".gguf":
+        return as_model(src)
+    if isinstance(src, Model) or not is_checkpoint(model_path(src)):
         given = "via=f16 rounds" if options.via else "as_llama_cpp=True converts"
         raise ValueError(f"{src}: {given} a checkpoint, this is a GGUF model. Leave the option out.")
     return open_checkpoint(model_path(src), options.via or "auto", as_llama_cpp=options.as_llama_cpp)
@@ -315,10 +317,10 @@ def _shards(model: Model, keep_split: bool) -> list[list[str]]:
     """Return the tensor names of each output in the source's order; one output unless shards are kept."""
     if not keep_split:
         return [model.names]
-    if not model.path.is_file() or model.path.suffix == ".safetensors":
+    if model.is_checkpoint or not model.files:
         raise ValueError(f"{model.path}: keep_split applies to GGUF files. Leave keep_split out.")
-    headers = shard_headers(read_header(model.path))
-    return [[t.name for t in sorted(header.tensors, key=lambda tensor: tensor.offset)] for header in headers]
+    stored = sorted(model, key=lambda tensor: tensor.offset)
+    return [[tensor.name for tensor in stored if tensor.file == file] for file in model.files]
 
 
 def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -330,7 +332,7 @@ def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             raise ValueError("include_weights and exclude_weights choose entries of a matrix. Pass imatrix too.")
         return {}, {}
     is_path = not isinstance(options.imatrix, ImportanceMatrix)
-    matrix = read_imatrix(options.imatrix) if is_path else options.imatrix
+    matrix = as_matrix(options.imatrix)
     matrix = matrix.keep(lambda name: not any(part in name for part in options.exclude_weights))
     if options.include_weights:
         matrix = matrix.keep(lambda name: any(part in name for part in options.include_weights))
@@ -462,16 +464,6 @@ def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) ->
     else:
         paths = [path]
     return paths
-
-
-def source_files(path: Path) -> list[Path]:
-    """Return the files that the weights of the model at `path` come from."""
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt"))
-    if not path.exists():
-        return []  # a model that never was on a disk
-    is_shard = path.suffix == ".gguf" and "-of-" in path.name
-    return [header.path for header in shard_headers(read_header(path))] if is_shard else [path]
 
 
 def _outputs(paths: Sequence[Path | None], shards, steps: Mapping[str, Step], metadata: dict) -> tuple[Output, ...]:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -215,6 +215,8 @@ class Plan:
         Bytes of memory that this machine has.
     free_disk : int or None
         Bytes free where the output goes; None where it is no file.
+    seconds : float
+        Expected time of the kernels, from samples that each of them encoded while the plan was made.
     """
 
     job: Job
@@ -223,18 +225,7 @@ class Plan:
     peak_memory: int
     memory: int
     free_disk: int | None
-
-    @cached_property
-    def seconds(self) -> float:
-        """Expected time of the kernels, from a sample of normal weights that each of them encodes when first asked."""
-        sample = np.random.default_rng(0).standard_normal((SAMPLE // 1024, 1024), np.float32)
-        weights = np.ones(1024, np.float32)
-        seconds = 0.0
-        for (_, qtype, is_weighted), n_weights in _work(self.job).items():
-            start = time.perf_counter()
-            quants.quantize(sample, qtype, weights if is_weighted else None)
-            seconds += n_weights / SAMPLE * (time.perf_counter() - start)
-        return seconds
+    seconds: float
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -351,8 +342,8 @@ def plan_of(job: Job) -> Plan:
         -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
     )
     slab = max((min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps), default=0)
-    for kernels in [("F32", "F32", False), *_work(job)]:  # first: they stay in memory
-        _load(*kernels)
+    _seconds_per_weight("F32", "F32", False)  # kernels first: they stay in memory
+    seconds = sum(n_weights * _seconds_per_weight(*kernels) for kernels, n_weights in _work(job).items())
     in_flight = min(weights_in_flight(slab, numba.get_num_threads()), 2 * sum(step.tensor.n_weights for step in steps))
     return Plan(
         job,
@@ -361,16 +352,22 @@ def plan_of(job: Job) -> Plan:
         _memory_now() + 4 * in_flight,  # bytes if all were F32
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _free_disk([output.path for output in job.outputs if output.path is not None]),
+        seconds,
     )
 
 
 @cache
-def _load(source: str, qtype: str, is_weighted: bool) -> None:
-    """Let the kernels for one kind of step be loaded, or compiled, by using them for a moment."""
+def _seconds_per_weight(source: str, qtype: str, is_weighted: bool) -> float:
+    """Load or compile the kernels for one kind of step by using them for a moment, then measure them on a sample."""
     ones = np.ones(block_size(qtype), np.float32)
     mixed(ones)
-    x = ones.astype(PLAIN_DTYPES[source]) if source in FLOATS else ones
-    quants.quantize(x, qtype, ones if is_weighted else None)
+    quants.quantize(
+        ones.astype(PLAIN_DTYPES[source]) if source in FLOATS else ones, qtype, ones if is_weighted else None
+    )
+    sample = np.random.default_rng(0).standard_normal((SAMPLE // 1024, 1024), np.float32)
+    start = time.perf_counter()
+    quants.quantize(sample, qtype, np.ones(1024, np.float32) if is_weighted else None)
+    return (time.perf_counter() - start) / SAMPLE
 
 
 def _memory_now() -> int:

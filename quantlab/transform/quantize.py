@@ -14,7 +14,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from quantlab import quants
-from quantlab.files.gguf_file import read_header
 from quantlab.files.inputs import input_files
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
@@ -33,7 +32,7 @@ from quantlab.files.output import (
 from quantlab.quants.codebook import CODES
 from quantlab.quants.validate import check_encoded, check_stored
 from quantlab.transform.checksum import Checksum, mixed
-from quantlab.transform.job import FLOATS, Job, Options, Step, make_job, source_files
+from quantlab.transform.job import FLOATS, Job, Options, Step, make_job
 from quantlab.transform.plan import MIB, Plan, plan_of
 from quantlab.transform.slabs import kernels_in_order, row_ranges
 from quantlab.transform.unfinished import Sink, Unfinished
@@ -280,7 +279,7 @@ def _digest(weights: np.ndarray | None) -> str | None:
 
 def _identity(job: Job) -> str:
     """Return a digest of all that the output's bytes depend on; source files count by name, size and time."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source_files(job.source)]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in job.files]
     headers, weights = [output.digest for output in job.outputs], [_digest(step.weights) for step in job.steps]
     return hashlib.sha256(json.dumps([SCHEMA, stats, job.options.via, headers, weights]).encode()).hexdigest()
 
@@ -321,7 +320,7 @@ class _Reusable:
             ) from None
         self._model = open_model(path)
         with open(path, "rb") as file:
-            start = file.read(read_header(path).data_offset)
+            start = file.read(min((t.offset for t in self._model if t.file.name == path.name), default=-1))
         if header != hashlib.sha256(start).hexdigest():
             raise ValueError(f"{sidecar}: belongs to another file than {path.name}. Quantize it again.")
 

@@ -185,16 +185,12 @@ def _bases(path: Path) -> Iterator[Model]:
     """Yield the source in every precision in which it may have been converted."""
     model = open_model(path)
     yield model
-    if not _is_checkpoint(path):
+    if not model.is_checkpoint:
         return
     present = _precision(model)
     for qtype in ("F16", "BF16"):
         if qtype != present and (present, qtype) != ("F16", "BF16"):
             yield open_checkpoint(path, qtype.lower())
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() or path.suffix in (".safetensors", ".bin", ".pth", ".pt")
 
 
 def _precision(model: Model) -> str:
@@ -291,7 +287,7 @@ def _like(model: Model, base: Model, given: str | None) -> str:
 def _metadata_misfits(model: Model, base: Model, matrix_keys: dict[str, Any]) -> list[str]:
     """Compare the metadata with a source's; a checkpoint's vocabulary may be that of llama.cpp's converter too."""
     misfits = _misfits_with(model, base.metadata, matrix_keys)
-    if misfits and _is_checkpoint(base.path):
+    if misfits and base.is_checkpoint:
         theirs = _misfits_with(model, open_checkpoint(base.path, as_llama_cpp=True).metadata, matrix_keys)
         return min(misfits, theirs, key=len)
     return misfits
