@@ -1,12 +1,16 @@
 """Products summed in ggml's order: against the same order in plain Python, one number at a time."""
 
+import ggml_oracle
 import numpy as np
 import pytest
 
+import quantlab as ql
 from quantlab import quants
-from quantlab.evaluate.engine import ggml_products
+from quantlab.evaluate.engine import Stored, ggml_products
+from quantlab.evaluate.engine.ggml import GgmlEngine
 from quantlab.evaluate.engine.ggml_activations import Blocks
-from quantlab.evaluate.engine.ggml_products import ORDERS, pack, product
+from quantlab.evaluate.engine.ggml_products import ORDERS
+from quantlab.evaluate.engine.tiles import ROWS, WIDTH
 from quantlab.evaluate.engine.workers import Workers
 
 ORDERED = [qtype for qtype, order in ORDERS.items() if order.group and not qtype.startswith("IQ")]  # what we encode
@@ -61,15 +65,41 @@ def dot(row: np.ndarray, qtype: str, codes: np.ndarray, d: np.ndarray, sums: np.
     return f32(lanes[0] + low) if order.activations == "Q8_1" else f32(lanes[0] - low)
 
 
+def product(x: np.ndarray, tensors: list[Stored]) -> np.ndarray:
+    """The product as the engine computes it, for matrices side by side."""
+    with GgmlEngine(ql.open("tiny"), 64) as engine:
+        matrix, _ = engine.matrix(tensors)
+        out = np.full((len(x), matrix.n_out), np.nan, f32)
+        engine.multiply(x, matrix, out)
+    return out
+
+
+def random_blocks(rng, qtype: str, n_out: int, n_in: int) -> np.ndarray:
+    """Rows of random bytes, but for scales that are finite."""
+    data = rng.integers(0, 256, (n_out, n_in // quants.block_size(qtype), quants.block_bytes(qtype)), np.uint8)
+    for at in ggml_products._SCALES[qtype]:
+        if at is not None:
+            data[:, :, at : at + 2] = rng.normal(0, 0.01, (*data.shape[:2], 1)).astype(np.float16).view(np.uint8)
+    return data.reshape(n_out, -1)
+
+
+@pytest.mark.parametrize("qtype", [qtype for qtype, order in ORDERS.items() if order.group])
+def test_random_blocks_give_the_oracles_bits(rng, qtype):
+    n_out, n_in = 2 * WIDTH + 5, 768
+    x = (rng.standard_normal((2 * ROWS + 1, n_in)) * np.exp(2 * rng.standard_normal((2 * ROWS + 1, n_in)))).astype(f32)
+    x[3, :256] = 0
+    data, expected = random_blocks(rng, qtype, n_out, n_in), np.full((len(x), n_out), np.nan, f32)
+    ggml_oracle.product(x, [ggml_oracle.pack(data, qtype, (n_out, n_in))], expected, Workers())
+    np.testing.assert_array_equal(product(x, [Stored(data, qtype, (n_out, n_in))]), expected)
+
+
 @pytest.mark.parametrize("qtype", ORDERED)
 def test_sums_keep_their_order(rng, qtype):
     weights = rng.standard_normal((70, 768)).astype(f32)  # more rows than a panel, and not a multiple of it
     x = (rng.standard_normal((5, 768)) * np.exp(rng.standard_normal((5, 768)))).astype(f32)
     data = quants.quantize(weights, qtype)
-    out = np.full((5, 70), np.nan, f32)
-    workers = Workers()
-    product(x, [pack(data, qtype, weights.shape)], out, workers)
-    blocks = Blocks(x, ORDERS[qtype].activations, workers)
+    out = product(x, [Stored(data, qtype, weights.shape)])
+    blocks = Blocks(x, ORDERS[qtype].activations, Workers())
     for r in (0, 4):
         for c in (0, 1, 64, 69):
             assert out[r, c] == dot(data[c], qtype, blocks.codes[r], blocks.d[r], blocks.sums[r]), (r, c)
@@ -78,15 +108,14 @@ def test_sums_keep_their_order(rng, qtype):
 @pytest.mark.parametrize("qtype", [*ORDERED, "IQ4_NL", "IQ4_XS", "IQ2_XXS", "F16", "BF16", "F32"])
 def test_is_the_product_of_what_is_left_after_rounding(rng, qtype):
     weights = rng.standard_normal((40, 512)).astype(f32)
-    x = rng.standard_normal((200, 512)).astype(f32)  # more rows than are done at a time
+    x = rng.standard_normal((200, 512)).astype(f32)
     if qtype.startswith("IQ"):
         data = rng.integers(0, 256, (40, quants.row_bytes(qtype, 512)), np.uint8)
         data.reshape(40, -1, quants.block_bytes(qtype))[:, :, :2] = np.array([0.01], np.float16).view(np.uint8)
     else:
         data = quants.quantize(weights, qtype)
     decoded = quants.dequantize(data, qtype, weights.shape).astype(np.float64)
-    out, activations = np.empty((200, 40), f32), ORDERS[qtype].activations
-    product(x, [pack(data, qtype, weights.shape)], out, Workers())
+    out, activations = product(x, [Stored(data, qtype, weights.shape)]), ORDERS[qtype].activations
     rounded = quants.roundtrip(x, "Q8_0" if activations == "Q8_1" else activations).astype(np.float64)
     expected = rounded @ decoded.T
     # Q8_1 keeps its sums in float16, 11 bits; else only float32 sums are in between
@@ -96,12 +125,13 @@ def test_is_the_product_of_what_is_left_after_rounding(rng, qtype):
 
 def test_matrices_stand_side_by_side_each_in_its_type(rng):
     x = rng.standard_normal((9, 256)).astype(f32)
-    alone, parts = [], []
-    for qtype, n_out in (("Q4_K", 24), ("Q8_0", 8), ("Q5_0", 65), ("Q6_K", 16), ("F16", 3)):
-        data = quants.quantize(rng.standard_normal((n_out, 256)).astype(f32), qtype)
-        parts.append(pack(data, qtype, (n_out, 256)))
-        alone.append(np.empty((9, n_out), f32))
-        product(x, parts[-1:], alone[-1], Workers())
-    together = np.empty((9, sum(part.n_out for part in parts)), f32)
-    product(x, parts, together, Workers())
-    assert np.array_equal(together, np.hstack(alone))
+    tensors = []
+    for qtype, n_out in (("Q4_K", 24), ("Q8_0", 8), ("Q5_0", 65), ("Q6_K", 16), ("F16", 3), ("IQ2_XXS", 5)):
+        if qtype == "IQ2_XXS":
+            data = np.zeros((n_out, quants.row_bytes(qtype, 256)), np.uint8)
+            data[:, :2] = np.array([0.5], np.float16).view(np.uint8)
+        else:
+            data = quants.quantize(rng.standard_normal((n_out, 256)).astype(f32), qtype)
+        tensors.append(Stored(data, qtype, (n_out, 256)))
+    alone = [product(x, [tensor]) for tensor in tensors]
+    np.testing.assert_array_equal(product(x, tensors), np.hstack(alone))

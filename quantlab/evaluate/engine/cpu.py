@@ -111,7 +111,7 @@ class CpuEngine(Engine):
         free = self._memory
         matrices = {}
         for field, parts in products.items():
-            matrices[field], free = self._matrix(parts, free)
+            matrices[field], free = self.matrix(parts, free)
         norms = {field: read(f"{name}.weight") for field, name in self.layer.norms.items()}
         biases = {field: [read(f"{name}.bias") for name in names] for field, names in self.layer.products.items()}
         return LayerWeights(
@@ -120,7 +120,7 @@ class CpuEngine(Engine):
             {field: np.array(stored.floats()) for field, stored in norms.items() if stored is not None},
         )
 
-    def _matrix(self, parts: Sequence[Stored], free: np.ndarray | None = None) -> tuple[Matrix, np.ndarray]:
+    def matrix(self, parts: Sequence[Stored], free: np.ndarray | None = None) -> tuple[Matrix, np.ndarray]:
         """Pack matrices into `free`; return them, and what is free after them."""
         if free is None:
             free = np.empty(sum(self.packed_size(stored) for stored in parts), np.float32)
@@ -207,7 +207,7 @@ class CpuEngine(Engine):
             read = observe(field, whole[name])
             if read is not None:
                 parts = [read(f"{tensor}.weight") for tensor in self.layer.products[field]]
-                layer.matrices[field] = self._matrix(parts)[0]
+                layer.matrices[field] = self.matrix(parts)[0]
 
     def _project(self, layer: LayerWeights, x: np.ndarray, q_k_v: np.ndarray, rows: slice, space) -> Iterator:
         """Norm, q, k, v and their rotation for a block of rows."""
@@ -280,7 +280,7 @@ class CpuEngine(Engine):
     def load_output(self, norm: Stored, matrix: Stored) -> Output:
         """Return the weights after the last layer; the memory of the layers is given back."""
         self._memory = self._qkv = np.empty(0, np.float32)
-        return Output(np.array(norm.floats()), self._matrix([matrix])[0])
+        return Output(np.array(norm.floats()), self.matrix([matrix])[0])
 
     def output_inputs(self, norm: Stored, states: np.ndarray) -> np.ndarray:
         """Return the inputs of the last product [shape=(-1, n_embd), dtype=float32]."""

@@ -4,9 +4,10 @@ import numpy as np
 
 from quantlab.evaluate.engine import Stored, ggml_steps
 from quantlab.evaluate.engine.cpu import CpuEngine, Matrix
-from quantlab.evaluate.engine.ggml_activations import round_f16
-from quantlab.evaluate.engine.ggml_products import Packed, pack, product
+from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
+from quantlab.evaluate.engine.ggml_products import ORDERS, Packed, pack, product
 from quantlab.evaluate.engine.rope import rope_angles_as_ggml
+from quantlab.evaluate.engine.tiles import WIDTH, multiply
 
 
 class GgmlEngine(CpuEngine):
@@ -17,16 +18,41 @@ class GgmlEngine(CpuEngine):
     angles = staticmethod(rope_angles_as_ggml)
 
     def packed_size(self, stored: Stored) -> int:
-        """Return 0: `pack` has its own memory."""
-        return 0
+        """Return how many float32 numbers of memory `pack` is given: none for a type with an order."""
+        return 0 if ORDERS[stored.qtype].group else super().packed_size(stored)
 
-    def pack(self, stored: Stored, memory: np.ndarray) -> Packed:
-        """Return a matrix taken apart into integers and scales."""
-        return pack(stored.data, stored.qtype, stored.shape)
+    def pack(self, stored: Stored, memory: np.ndarray) -> Packed | tuple[str, np.ndarray]:
+        """Return a matrix taken apart into integers and scales; type and panels where no order is kept."""
+        if ORDERS[stored.qtype].group:
+            return pack(stored.data, stored.qtype, stored.shape, self.workers)
+        return stored.qtype, super().pack(stored, memory)
 
     def multiply(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
-        """Compute out = x · weightᵀ on this thread."""
-        product(x, matrix.parts, out, self.workers)
+        """Compute out = x · weightᵀ on this thread, after rounding x to what each type of weights asks for."""
+        start, rounded = 0, {}
+        for part, width in zip(matrix.parts, matrix.widths, strict=True):
+            target, is_ordered = out[:, start : start + width], isinstance(part, Packed)
+            start += width
+            activations = ORDERS[part.qtype if is_ordered else part[0]].activations
+            if (activations, is_ordered) not in rounded:
+                rounded.clear()  # the blocks of another type take its memory
+                rounded[activations, is_ordered] = self._round(x, activations, is_ordered)
+            if is_ordered:
+                product(rounded[activations, True], part, target)
+            else:
+                multiply(rounded[activations, False], part[1], target)
+
+    def _round(self, x: np.ndarray, qtype: str, as_blocks: bool) -> Blocks | np.ndarray:
+        """Round activations to a type: blocks of integers, or the numbers that they hold."""
+        if qtype == "F32":
+            return x
+        if as_blocks:
+            return Blocks(x, qtype, self.workers)
+        out = self.workers.scratch("rounded", *x.shape)
+        if qtype.startswith("Q8"):
+            return Blocks(x, qtype, self.workers).floats(out)
+        (round_f16 if qtype == "F16" else round_bf16)(x, out)
+        return out
 
     def round_cache(self, k_v: np.ndarray) -> None:
         """Round k and v to float16."""
@@ -34,5 +60,8 @@ class GgmlEngine(CpuEngine):
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, out: np.ndarray) -> None:
         """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
-        scale = np.float32(1) / np.sqrt(np.float32(q.shape[2]))
-        ggml_steps.flash_attention(q[first:], k, v, first, scale, out[first:])
+        dim, n_ctx = q.shape[2], self.n_ctx
+        keys = self.workers.scratch("keys", -(-n_ctx // WIDTH), dim, WIDTH)
+        values = self.workers.scratch("values", -(-dim // WIDTH), n_ctx, WIDTH)
+        scale = np.float32(1) / np.sqrt(np.float32(dim))
+        ggml_steps.flash_attention(q[first:], k, v, first, scale, out[first:], keys, values)

@@ -24,27 +24,28 @@ class Blocks:
     Attributes
     ----------
     qtype : str
-    codes : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
+    codes : np.ndarray [shape=(nrows, n_per_row), dtype=int16]
         Integers -127 … 127.
     d : np.ndarray [shape=(nrows, blocks of a row), dtype=float32]
         Scale of each block.
-    sums : np.ndarray [shape=(nrows, n_per_row // 32 or, of Q8_K, // 16), dtype=float32]
+    sums : np.ndarray [shape=(nrows, n_per_row // 32), dtype=float32; of Q8_K (nrows, n_per_row // 16), int16]
         Of Q8_1 scale times sum of a block's codes, in float16; of Q8_K the sums of every 16 codes.
     """
 
     def __init__(self, x: np.ndarray, qtype: str, workers):
-        self.qtype = qtype
-        block, step, round_ = (256, 16, _round_q8_k) if qtype == "Q8_K" else (32, 32, _round_q8_0)
-        self.codes = workers.scratch("codes", *x.shape)
-        self.d = workers.scratch("d", len(x), x.shape[1] // block)
-        self.sums = workers.scratch("sums", len(x), x.shape[1] // step)
-        round_(x, self.codes, self.d, self.sums)
+        self.qtype, is_super = qtype, qtype == "Q8_K"
+        self.codes = workers.scratch("codes", *x.shape, dtype=np.int16)
+        self.d = workers.scratch("d", len(x), x.shape[1] // (256 if is_super else 32))
+        if is_super:
+            self.sums = workers.scratch("sums_16", len(x), x.shape[1] // 16, dtype=np.int16)
+        else:
+            self.sums = workers.scratch("sums_32", len(x), x.shape[1] // 32)
+        (_round_q8_k if is_super else _round_q8_0)(x, self.codes, self.d, self.sums)
 
-    def floats(self) -> np.ndarray:
-        """Return the numbers that the blocks hold [like `codes`], in place of the codes."""
-        blocks = self.codes.reshape(*self.d.shape, -1)
-        blocks *= self.d[..., None]
-        return self.codes
+    def floats(self, out: np.ndarray) -> np.ndarray:
+        """Put the numbers that the blocks hold into `out` [shape=codes.shape, dtype=float32], and return it."""
+        np.multiply(self.codes.reshape(*self.d.shape, -1), self.d[..., None], out=out.reshape(*self.d.shape, -1))
+        return out
 
 
 @njit(inline="always")
@@ -81,41 +82,51 @@ def round_bf16(x, out):
             out[r, i] = np.uint32((np.uint32(bits) + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+@njit(inline="always")
+def _largest(row):
+    """The greatest magnitude of a row, by way of integers, of which many are compared at once."""
+    top = np.int32(0)
+    for bits in row.view(np.int32):
+        top = max(top, bits & np.int32(0x7FFFFFFF))
+    return np.int32(top).view(np.float32)
+
+
 @njit(nogil=True, cache=True)
 def _round_q8_0(x, codes, d, sums):
     """Blocks of 32 with a float16 scale; Q8_1's are the same, but for the sums."""
+    row = np.empty(32, np.float32)  # contiguous, whatever `x` is a part of
     for r in range(x.shape[0]):
         for b in range(x.shape[1] // 32):
-            row, code = x[r, 32 * b : 32 * b + 32], codes[r, 32 * b : 32 * b + 32]
-            top, total = _ZERO, _ZERO
-            for i in range(32):
-                top = max(top, abs(row[i]))
+            row[:] = x[r, 32 * b : 32 * b + 32]
+            code, total = codes[r, 32 * b : 32 * b + 32], np.int32(0)
+            top = _largest(row)
             inverse = _127 / top if top > _ZERO else _ZERO
             for i in range(32):
-                code[i] = np.rint(row[i] * inverse)
-                total += code[i]
+                whole = np.int32(np.rint(row[i] * inverse))
+                code[i] = whole
+                total += whole
             d[r, b] = half(top / _127)
-            sums[r, b] = half(np.float32(top / _127) * total)
+            sums[r, b] = half(np.float32(top / _127) * np.float32(total))
 
 
 @njit(nogil=True, cache=True)
 def _round_q8_k(x, codes, d, sums):
     """Super-blocks of 256 with a float32 scale; the number of greatest magnitude becomes -127."""
+    row = np.empty(256, np.float32)
     for r in range(x.shape[0]):
         for b in range(x.shape[1] // 256):
-            row, code = x[r, 256 * b : 256 * b + 256], codes[r, 256 * b : 256 * b + 256]
-            top, highest = _ZERO, _ZERO
+            row[:] = x[r, 256 * b : 256 * b + 256]
+            code, top, is_positive = codes[r, 256 * b : 256 * b + 256], _largest(row), False
             for i in range(256):
-                top = max(top, abs(row[i]))
-                highest = max(highest, row[i])
+                is_positive |= row[i] == top
             inverse = _ZERO
             if top > _ZERO:
-                inverse = -_127 / top if highest == top else _127 / top
+                inverse = -_127 / top if is_positive else _127 / top
             d[r, b] = _ONE / inverse if top > _ZERO else _ZERO
             for i in range(256):
-                code[i] = min(_127, np.rint(row[i] * inverse))
+                code[i] = min(np.int32(127), np.int32(np.rint(row[i] * inverse)))
             for j in range(16):
-                total = _ZERO
+                total = np.int32(0)
                 for i in range(16 * j, 16 * j + 16):
-                    total += code[i]
+                    total += np.int32(code[i])
                 sums[r, 16 * b + j] = total

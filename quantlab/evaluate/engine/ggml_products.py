@@ -7,26 +7,32 @@ a build for x86-64 with AVX-512 (`GGML_NATIVE`) at its defaults: weights repacke
 
     out[row, column] = Σ over groups, in order:  d_weight · d_activation · (sum of integers over the group's columns)
 
-where the integers of a group are summed exactly, in any order (a float32 holds them, and BLAS may do it), and the
-groups by fused multiply-add. What differs between the types is the group, and into how many partial sums it goes.
+where the integers of a group are summed exactly, in any order, and the groups by fused multiply-add. What differs
+between the types is the group, and into how many partial sums it goes.
+
+The integers are the codes of the weights, for k-quants times the scales of their sub-blocks. All of them fit into 16
+bits, and the sum over a super-block into 32. So one kernel serves every type: products of pairs, as `tiles` has them.
+
+    codes[p, i, c] = two int16, of the columns 2i and 2i + 1 of row WIDTH · p + c of the weights
 
 Source: ggml/src/ggml-cpu of llama.cpp 0c1e57098; the functions are named in ORDERS.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
+from numba.extending import intrinsic
 
 from quantlab import quants
-from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
+from quantlab.evaluate.engine.ggml_activations import Blocks
 from quantlab.evaluate.engine.ggml_steps import fma
+from quantlab.evaluate.engine.tiles import LANES, ROWS, WIDTH, add_pairs, tile
+from quantlab.evaluate.engine.workers import blocks
+from quantlab.quants.lanes import INTS, lanes, load, store, to_float
 
-PANEL = 64  # rows of weights that stand side by side for `_sum_in_lanes`
-_ROWS = 128  # rows of activations that `_sum_groups` takes at a time
 _PACKED_AT_ONCE = 1024  # rows of weights
-_NONE = np.empty((0, 0), np.float32)
+_NO_INTS, _NO_FLOATS = np.empty((0, 0, WIDTH), np.int32), np.empty((0, 0, WIDTH), np.float32)
 
 
 @dataclass(frozen=True)
@@ -76,187 +82,213 @@ _SCALES = {
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight matrix taken apart into integers and scales.
+    """A weight matrix taken apart into integers and scales, in panels of WIDTH rows.
 
     Attributes
     ----------
     qtype : str
     n_out : int
         Its rows.
-    codes : np.ndarray [shape=(n_in, n_out), with several lanes (panels, n_in, PANEL), dtype=float32]
-        Integers: the codes, of k-quants times the scales of their sub-blocks. Where no order is kept: the weights.
-    d : np.ndarray [shape=(blocks of a row, n_out), dtype=float32]
+    codes : np.ndarray [shape=(panels, n_in // 2, WIDTH), dtype=int32]
+        Pairs of int16: the codes, of k-quants times the scales of their sub-blocks.
+    d : np.ndarray [shape=(panels, blocks of a row, WIDTH), dtype=float32]
         Scale of each block.
+    mins : np.ndarray [shape=(panels, n_in // 32, WIDTH) or empty, dtype=int32]
+        Pairs of int16: the minimum of every 16 columns.
     dmin : np.ndarray [like d, or empty]
         Scale of the minima; of Q4_1 and Q5_1 the minima.
-    mins : np.ndarray [shape=(n_in // 16, n_out) or empty, dtype=float32]
-        Integer minimum of every 16 columns.
     """
 
     qtype: str
     n_out: int
     codes: np.ndarray
     d: np.ndarray
-    dmin: np.ndarray
     mins: np.ndarray
+    dmin: np.ndarray
 
 
-def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int]) -> Packed:
-    """Take a weight matrix apart.
+def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int], workers) -> Packed:
+    """Take a weight matrix apart whose type has an order.
 
     Parameters
     ----------
-    stored : np.ndarray
+    stored : np.ndarray [dtype=uint8]
         As `LazyTensor.load` and `quants.quantize` give it.
     qtype : str
     shape : tuple of int
         (n_out, n_in).
+    workers : Workers
     """
     (n_out, n_in), order = shape, ORDERS[qtype]
-    if not order.group:
-        floats = quants.dequantize(stored, qtype, shape) if stored.dtype == np.uint8 else stored.astype(np.float32)
-        return Packed(qtype, n_out, floats.T, _NONE, _NONE, _NONE)
-    blocks = stored.reshape(n_out, -1, quants.block_bytes(qtype))
+    data, n_panels = stored.reshape(n_out, -1, quants.block_bytes(qtype)), -(-n_out // WIDTH)
     at, at_min = _SCALES[qtype]
-    panelled, with_mins = order.lanes > 1, at_min is not None and order.activations == "Q8_K"
-    codes = np.zeros((-(-n_out // PANEL), n_in, PANEL) if panelled else (n_in, n_out), np.float32)
-    mins = np.empty((n_in // 16, n_out), np.float32) if with_mins else _NONE
-    for start in range(0, n_out, _PACKED_AT_ONCE):
-        rows = slice(start, start + _PACKED_AT_ONCE)
-        integers = _with_scales(blocks[rows], qtype, n_in, 1, 0)
-        if panelled:
-            for first in range(0, len(integers), PANEL):
-                panel = integers[first : first + PANEL]
-                codes[(start + first) // PANEL, :, : len(panel)] = panel.T
-        else:
-            codes[:, rows] = integers.T
+    codes = np.empty((n_panels, n_in // 2, WIDTH), np.int32)
+    with_mins = at_min is not None and order.activations == "Q8_K"
+    mins = np.empty((n_panels, n_in // 32, WIDTH), np.int32) if with_mins else _NO_INTS
+    for rows in blocks(n_out, _PACKED_AT_ONCE):
+        panels = slice(rows.start // WIDTH, -(-rows.stop // WIDTH))
+        _fill(codes[panels], _with_scales(data[rows], qtype, n_in, 1, 0), workers)
         if with_mins:
-            mins[:, rows] = _with_scales(blocks[rows], qtype, n_in, 0, -1)[:, ::16].T
-    return Packed(qtype, n_out, codes, _halves(blocks, at), _NONE if at_min is None else _halves(blocks, at_min), mins)
+            _fill(mins[panels], _with_scales(data[rows], qtype, n_in, 0, -1)[:, ::16], workers)
+    dmin = _NO_FLOATS if at_min is None else _halves(data, at_min)
+    return Packed(qtype, n_out, codes, _halves(data, at), mins, dmin)
 
 
-def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
-    """Read a float16 of each block [n_out, blocks, bytes]: float32 [blocks, n_out]."""
-    return np.ascontiguousarray(blocks[:, :, at : at + 2]).view(np.float16)[..., 0].T.astype(np.float32, order="C")
-
-
-def _with_scales(blocks: np.ndarray, qtype: str, n_in: int, d: float, dmin: float) -> np.ndarray:
+def _with_scales(data: np.ndarray, qtype: str, n_in: int, d: float, dmin: float) -> np.ndarray:
     """Decode blocks as if their scales were these, which leaves integers; float32 [n_out, n_in]."""
-    blocks = blocks.copy()
+    data = data.copy()
     for at, scale in zip(_SCALES[qtype], (d, dmin), strict=True):
         if at is not None:
-            blocks[:, :, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
-    return quants.dequantize(blocks.reshape(-1), qtype, (len(blocks), n_in))
+            data[:, :, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
+    return quants.dequantize(data.reshape(-1), qtype, (len(data), n_in))
 
 
-def product(x: np.ndarray, parts: Sequence[Packed], out: np.ndarray, workers) -> None:
-    """Compute out = x · weightᵀ, for matrices over the same input side by side.
+def _fill(panels: np.ndarray, integers: np.ndarray, workers) -> None:
+    """Put integers [n_out, n_in] in float32 into panels of pairs."""
+    pairs = panels.view(np.int16).reshape(*panels.shape, 2)
+    workers.map(lambda p: _fill_panel(integers[p * WIDTH : (p + 1) * WIDTH], pairs[p]), range(len(panels)))
+
+
+@njit(nogil=True, cache=True)
+def _fill_panel(integers, pairs):
+    """pairs[i, c] = integers[c, 2i], integers[c, 2i + 1]; zeros where there is no row c."""
+    for start in range(0, pairs.shape[0], 16):
+        stop = min(start + 16, pairs.shape[0])
+        for c in range(pairs.shape[1]):
+            for i in range(start, stop):
+                for j in range(2):
+                    pairs[i, c, j] = np.int16(integers[c, 2 * i + j]) if c < integers.shape[0] else np.int16(0)
+
+
+def _halves(data: np.ndarray, at: int) -> np.ndarray:
+    """Read a float16 of each block [n_out, blocks, bytes]: panels [panels, blocks, WIDTH] of float32."""
+    n_out, n_blocks, _ = data.shape
+    halves = np.zeros((-(-n_out // WIDTH) * WIDTH, n_blocks), np.float32)
+    halves[:n_out] = np.ascontiguousarray(data[:, :, at : at + 2]).view(np.float16)[..., 0]
+    return np.ascontiguousarray(halves.reshape(-1, WIDTH, n_blocks).transpose(0, 2, 1))
+
+
+def product(x: Blocks, part: Packed, out: np.ndarray) -> None:
+    """Compute out = x · weightᵀ.
 
     Parameters
     ----------
-    x : np.ndarray [shape=(nrows, n_in), dtype=float32]
-    parts : sequence of Packed
-    out : np.ndarray [shape=(nrows, their rows), dtype=float32]
-    workers : Workers
-        For scratch space.
+    x : Blocks
+        Rounded to the type that `part` asks for.
+    part : Packed
+    out : np.ndarray [shape=(nrows, n_out), dtype=float32]
     """
-    column, blocks = 0, None
-    for part in parts:
-        order, target = ORDERS[part.qtype], out[:, column : column + part.n_out]
-        column += part.n_out
-        if not order.group:
-            np.matmul(_rounded(x, order.activations, workers), part.codes, out=target)
-            continue
-        if blocks is None or blocks.qtype != order.activations:
-            blocks = Blocks(x, order.activations, workers)
-        if order.lanes > 1:
-            _sum_in_lanes(blocks.codes, blocks.d, blocks.sums, part.codes, part.d, part.dmin, target)
-        else:
-            _sum_groups(blocks, part, order, target, workers)
-
-
-def _rounded(x: np.ndarray, qtype: str, workers) -> np.ndarray:
-    """What is left of activations after rounding to `qtype`."""
-    if qtype == "F32":
-        return x
-    if qtype.startswith("Q8"):
-        return Blocks(x, qtype, workers).floats()
-    out = workers.scratch("rounded", *x.shape)
-    (round_f16 if qtype == "F16" else round_bf16)(x, out)
-    return out
-
-
-def _sum_groups(blocks: Blocks, part: Packed, order: Order, out: np.ndarray, workers) -> None:
-    """One partial sum: the integers of each group by BLAS, then the groups in order."""
-    exact = np.float64 if order.tiled else np.float32  # what holds the sums of integers
-    n_in, n_out = part.codes.shape
-    sums = workers.scratch("group", _ROWS, n_out, dtype=exact)
-    low = workers.scratch("low", _ROWS, n_out)
-    taken = workers.scratch("taken", _ROWS, n_out)
-    for start in range(0, len(out), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(out)))
-        n, total = rows.stop - start, out[rows]
-        total[:], taken[:n] = 0, 0
-        for at in range(0, n_in, order.group):
-            columns, b = slice(at, at + order.group), at * len(part.d) // n_in
-            d = blocks.d[rows, b]
-            np.matmul(blocks.codes[rows, columns].astype(exact), part.codes[columns].astype(exact), out=sums[:n])
-            if part.mins.size:
-                fine = slice(at // 16, (at + order.group) // 16)
-                np.matmul(blocks.sums[rows, fine], part.mins[fine], out=low[:n])
-            if order.tiled:
-                _add_tile(sums[:n], d, part.d[b], low[:n], part.dmin[b : b + 1], total)
-                continue
-            _add_group(sums[:n], d, part.d[b], total)
-            if part.mins.size:
-                _add_group(low[:n], d, part.dmin[b], taken[:n])
-        if part.mins.size and not order.tiled:
-            total -= taken[:n]
+    order, codes = ORDERS[part.qtype], x.codes.view(np.int32)
+    if order.lanes > 1:
+        _sum_in_lanes(codes, x.d, x.sums, part.codes, part.d, part.dmin, out)
+        return
+    sums = x.sums.view(np.int32) if part.mins.size else _NO_INTS.reshape(0, WIDTH)
+    _sum_groups(codes, x.d, sums, part.codes, part.d, part.mins, part.dmin, order.group // 2, order.tiled, out)
 
 
 @njit(nogil=True, cache=True)
-def _add_group(sums, d, d_weight, out):
-    """out += d · d_weight · sums."""
-    for r in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            out[r, c] = fma(np.float32(d_weight[c] * d[r]), sums[r, c], out[r, c])
+def _sum_groups(x, d, sums, codes, d_weight, mins, dmin, group, tiled, out):
+    """One partial sum: the integers of each group, a tile at a time, then the groups in order."""
+    integers, low = np.zeros((ROWS, WIDTH), np.int32), np.zeros((ROWS, WIDTH), np.int32)
+    total, taken = np.empty((ROWS, WIDTH), np.float32), np.empty((ROWS, WIDTH), np.float32)
+    flat = integers.reshape(-1), low.reshape(-1), total.reshape(-1), taken.reshape(-1)
+    n_groups, with_mins = x.shape[1] // group, mins.shape[0] > 0
+    per_block = n_groups // d_weight.shape[1]
+    for p in range(codes.shape[0]):
+        panel, scales, columns = codes[p], d_weight[p].reshape(-1), slice(p * WIDTH, min((p + 1) * WIDTH, out.shape[1]))
+        for start in range(0, out.shape[0], ROWS):
+            rows = slice(start, min(start + ROWS, out.shape[0]))
+            some, scale = x[rows], d[rows]  # no slices in the loop: each would be counted
+            total[:], taken[:] = np.float32(0), np.float32(0)
+            if not with_mins:
+                for g in range(n_groups):
+                    tile(some, panel, g * group, (g + 1) * group, integers, False)
+                    _add(flat[0], scale, scales, g // per_block, tiled, flat[2])
+            else:
+                fine, lows, low_scales = sums[rows], mins[p], dmin[p].reshape(-1)
+                for g in range(n_groups):
+                    b = g // per_block
+                    tile(some, panel, g * group, (g + 1) * group, integers, False)
+                    tile(fine, lows, g * group // 16, (g + 1) * group // 16, low, False)
+                    if tiled:
+                        _add_above_minimum(flat[0], flat[1], scale, scales, low_scales, b, flat[2])
+                    else:
+                        _add(flat[0], scale, scales, b, False, flat[2])
+                        _add(flat[1], scale, low_scales, b, False, flat[3])
+            for r in range(rows.stop - rows.start):
+                for c in range(columns.stop - columns.start):
+                    out[start + r, columns.start + c] = total[r, c] - taken[r, c]
+
+
+@njit(nogil=True, forceinline=True)
+def _add(integers, d, d_weight, b, tiled, total):
+    """total += d · d_weight · integers of block b, `tiled` with the two scales one after the other."""
+    for r in range(d.shape[0]):
+        for c in range(0, WIDTH, LANES):
+            at = r * WIDTH + c
+            whole, scale, so_far = to_float(load(integers, at)), load(d_weight, b * WIDTH + c), load(total, at)
+            if tiled:
+                store(total, at, fma(scale * whole, lanes(d[r, b]), so_far))
+            else:
+                store(total, at, fma(scale * d[r, b], whole, so_far))
+
+
+@njit(nogil=True, forceinline=True)
+def _add_above_minimum(integers, low, d, d_weight, dmin, b, total):
+    """total += d · (d_weight · integers - dmin · low) of block b."""
+    for r in range(d.shape[0]):
+        for c in range(0, WIDTH, LANES):
+            at, scale = r * WIDTH + c, b * WIDTH + c
+            term = load(d_weight, scale) * to_float(load(integers, at))
+            term = fma(-load(dmin, scale), to_float(load(low, at)), term)
+            store(total, at, fma(term, lanes(d[r, b]), load(total, at)))
+
+
+@intrinsic
+def _pairs(typing, x, weight):
+    """x₀ · weight₀ + x₁ · weight₁ of pairs of int16, in every lane."""
+    return INTS(INTS, INTS), lambda context, builder, signature, args: add_pairs(builder, args[0].type(None), *args)
+
+
+@njit(nogil=True, forceinline=True)
+def _four(x, i, codes, j):
+    """The sum over a group of four columns, as floats."""
+    first, second = _pairs(lanes(x[i]), load(codes, j)), _pairs(lanes(x[i + 1]), load(codes, j + WIDTH))
+    return to_float(first + second)
 
 
 @njit(nogil=True, cache=True)
-def _add_tile(sums, d, d_weight, low, dmin, out):
-    """out += d · (d_weight · sums - dmin · low), the minima only where there are any."""
-    for r in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            term = np.float32(d_weight[c] * np.float32(sums[r, c]))
-            if dmin.shape[1] > 0:
-                term = fma(-dmin[0, c], low[r, c], term)
-            out[r, c] = fma(term, d[r], out[r, c])
-
-
-@njit(nogil=True, cache=True)
-def _sum_in_lanes(x, d, sums, panels, d_weight, minima, out):
+def _sum_in_lanes(x, d, sums, codes, d_weight, minima, out):
     """Eight partial sums, each of every eighth group of four columns; the minima of Q4_1 and Q5_1 apart."""
-    lanes, scale, low = np.empty((8, PANEL), np.float32), np.empty(PANEL, np.float32), np.empty(PANEL, np.float32)
-    for p in range(panels.shape[0]):
-        first = p * PANEL
-        width = min(PANEL, out.shape[1] - first)
+    parts, low = np.empty((8, WIDTH), np.float32), np.empty(WIDTH, np.float32)
+    flat, n_blocks = parts.reshape(-1), d.shape[1]
+    for p in range(codes.shape[0]):
+        panel, scales = codes[p].reshape(-1), d_weight[p].reshape(-1)
+        first = p * WIDTH
+        width = min(WIDTH, out.shape[1] - first)
         for r in range(out.shape[0]):
-            lanes[:] = np.float32(0)
+            row = x[r]
+            for v in range(0, WIDTH, LANES):
+                for half in range(0, 8, 4):  # as many sums as stay in registers
+                    s0 = s1 = s2 = s3 = lanes(np.float32(0))
+                    for b in range(n_blocks):
+                        scale = load(scales, b * WIDTH + v) * d[r, b]
+                        i = 16 * b + 2 * half
+                        j = i * WIDTH + v
+                        s0 = fma(scale, _four(row, i, panel, j), s0)
+                        s1 = fma(scale, _four(row, i + 2, panel, j + 2 * WIDTH), s1)
+                        s2 = fma(scale, _four(row, i + 4, panel, j + 4 * WIDTH), s2)
+                        s3 = fma(scale, _four(row, i + 6, panel, j + 6 * WIDTH), s3)
+                    store(flat, half * WIDTH + v, s0)
+                    store(flat, (half + 1) * WIDTH + v, s1)
+                    store(flat, (half + 2) * WIDTH + v, s2)
+                    store(flat, (half + 3) * WIDTH + v, s3)
             low[:] = np.float32(0)
-            for b in range(d.shape[1]):
-                for c in range(width):
-                    scale[c] = d_weight[b, first + c] * d[r, b]
-                for j in range(8):
-                    k = 32 * b + 4 * j
-                    x0, x1, x2, x3 = x[r, k], x[r, k + 1], x[r, k + 2], x[r, k + 3]
-                    w, lane = panels[p, k : k + 4], lanes[j]
-                    for c in range(PANEL):
-                        total = fma(x3, w[3, c], fma(x2, w[2, c], fma(x1, w[1, c], np.float32(x0 * w[0, c]))))
-                        lane[c] = fma(scale[c], total, lane[c])
-                if minima.shape[0] > 0:
-                    for c in range(width):
-                        low[c] = fma(minima[b, first + c], sums[r, b], low[c])
+            if minima.shape[0] > 0:
+                for b in range(n_blocks):
+                    for c in range(WIDTH):
+                        low[c] = fma(minima[p, b, c], sums[r, b], low[c])
             for c in range(width):
-                even = np.float32(lanes[4, c] + lanes[0, c]) + np.float32(lanes[6, c] + lanes[2, c])
-                odd = np.float32(lanes[5, c] + lanes[1, c]) + np.float32(lanes[7, c] + lanes[3, c])
+                even = np.float32(parts[4, c] + parts[0, c]) + np.float32(parts[6, c] + parts[2, c])
+                odd = np.float32(parts[5, c] + parts[1, c]) + np.float32(parts[7, c] + parts[3, c])
                 out[r, first + c] = np.float32(even + odd) + low[c]

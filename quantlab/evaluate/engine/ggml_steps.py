@@ -10,10 +10,14 @@ Source: ggml/src/ggml-cpu of llama.cpp 0c1e57098; the functions are named where 
 import math
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quantlab.evaluate.engine.fused import add  # noqa: F401  (one addition per number: it has no order)
+from quantlab.evaluate.engine.tiles import ROWS, WIDTH, pack, tile
+from quantlab.quants.lanes import FLOATS
 
 KEYS = 64  # keys that flash attention takes at a time (GGML_FA_TILE_KV)
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -21,9 +25,14 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 @intrinsic
 def fma(typing, a, b, c):
-    """a · b + c, rounded once."""
-    kind = types.float32
-    return kind(kind, kind, kind), lambda context, builder, signature, args: builder.fma(*args)
+    """a · b + c, rounded once; of numbers or lanes."""
+    kind, name = (FLOATS, "llvm.fma.v16f32") if a == FLOATS else (types.float32, "llvm.fma.f32")
+
+    def build(context, builder, signature, args):
+        shape = ir.FunctionType(args[0].type, [args[0].type] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, shape, name), args)
+
+    return kind(kind, kind, kind), build
 
 
 @njit(nogil=True, cache=True)
@@ -110,64 +119,74 @@ def silu_mul(gate_up, out):
 
 
 @njit(inline="always")
-def _total16(v, at):
-    """Sum of 16 numbers, halves onto each other (_mm512_reduce_add_ps)."""
-    s = np.empty(8, np.float32)
+def _total16(v, at, half):
+    """Sum of 16 numbers, halves onto each other (_mm512_reduce_add_ps); `half` is scratch space of 8."""
     for i in range(8):
-        s[i] = v[at + 8 + i] + v[at + i]
+        half[i] = v[at + 8 + i] + v[at + i]
     for i in range(4):
-        s[i] = s[i + 4] + s[i]
-    return np.float32(np.float32(s[2] + s[0]) + np.float32(s[3] + s[1]))
+        half[i] = half[i + 4] + half[i]
+    return np.float32(np.float32(half[2] + half[0]) + np.float32(half[3] + half[1]))
 
 
 @njit(nogil=True, cache=True)
-def flash_attention(q, k, v, first, scale, out):
+def flash_attention(q, k, v, first, scale, out, keys, values):
     """Attention of the query heads that share one k and v head (ggml_compute_forward_flash_attn_ext_tiled).
 
     q, out : float32 [rows, heads, dim], row 0 at position `first`; k, v : float32 [first + rows, dim], the values
-    that float16 has; scale : float32.
+    that float16 has; scale : float32; keys, values : scratch space for panels of k and of vᵀ.
     """
-    rows, heads, dim = q.shape
-    turned, score = np.empty((dim, KEYS), np.float32), np.empty(KEYS, np.float32)
-    top = np.full((rows, heads), -np.inf, np.float32)
-    total = np.zeros((rows, heads), np.float32)
-    value = np.zeros((rows, heads, dim), np.float32)
-    for start in range(0, k.shape[0], KEYS):
-        n_keys = min(KEYS, k.shape[0] - start)
-        for j in range(n_keys):
-            for i in range(dim):
-                turned[i, j] = k[start + j, i]
-        for r in range(max(0, start - first), rows):
-            seen = min(KEYS, first + r + 1 - start)
-            for h in range(heads):
-                score[:] = _ZERO
-                for i in range(dim):
-                    query, keys = q[r, h, i], turned[i]
-                    for j in range(KEYS):
-                        score[j] = fma(query, keys[j], score[j])
-                highest = np.float32(-np.inf)
-                for j in range(seen):
-                    score[j] = np.float32(score[j] * scale)
-                    highest = max(highest, score[j])
-                sums = value[r, h]
-                if highest > top[r, h]:
-                    shrink = np.float32(math.exp(np.float32(top[r, h] - highest)))
-                    for i in range(dim):
-                        sums[i] *= shrink
-                    total[r, h] *= shrink
-                    top[r, h] = highest
-                for j in range(KEYS):
-                    score[j] = exp32(np.float32(score[j] - top[r, h])) if j < seen else _ZERO
-                whole = 0.0
-                for j in range(0, KEYS, 16):
-                    whole += np.float64(_total16(score, j))
-                total[r, h] = np.float32(np.float64(total[r, h]) + whole)
-                for j in range(seen):
-                    weight = score[j]
-                    for i in range(dim):
-                        sums[i] = fma(weight, v[start + j, i], sums[i])
-    for r in range(rows):
-        for h in range(heads):
-            inverse = _ONE / total[r, h]
-            for i in range(dim):
-                out[r, h, i] = value[r, h, i] * inverse
+    pack(k, keys, 0)
+    for p in range(values.shape[0]):
+        columns = v[:, p * WIDTH : (p + 1) * WIDTH]
+        values[p, : len(v), : columns.shape[1]] = columns
+    n_values = values.shape[0] * WIDTH
+    score, half = np.empty((ROWS, KEYS), np.float32), np.empty(8, np.float32)
+    top, total = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
+    value = np.empty((ROWS, n_values), np.float32)
+    for h in range(q.shape[1]):
+        for start in range(0, q.shape[0], ROWS):
+            query = q[start : min(start + ROWS, q.shape[0]), h]
+            n = query.shape[0]
+            top[:], total[:], value[:] = -np.inf, _ZERO, _ZERO
+            for key in range(0, first + start + n, KEYS):
+                seen = first + start + 1 - key  # by the first of the rows
+                n_keys = min(KEYS, k.shape[0] - key)
+                for p in range(key // WIDTH, -(-(key + n_keys) // WIDTH)):
+                    at = p * WIDTH - key
+                    tile(query, keys[p], 0, k.shape[1], score[:n, at : at + WIDTH], False)
+                for r in range(n):
+                    shrink = _weigh(score[r], min(max(seen + r, 0), n_keys), scale, top, total, r, half)
+                    if shrink != _ONE:
+                        for i in range(n_values):
+                            value[r, i] *= shrink
+                for p in range(values.shape[0]):
+                    sums = value[:n, p * WIDTH : (p + 1) * WIDTH]
+                    tile(score[:n], values[p, key : key + n_keys], 0, n_keys, sums, True)
+            for r in range(n):
+                inverse = _ONE / total[r]
+                for i in range(out.shape[2]):
+                    out[start + r, h, i] = value[r, i] * inverse
+
+
+@njit(inline="always")
+def _weigh(score, seen, scale, top, total, r, half):
+    """Turn scores of up to KEYS keys into weights and add them to the row's total; return what came before shrinks by.
+
+    `seen` of the keys count; the others get no weight.
+    """
+    shrink, highest = _ONE, np.float32(-np.inf)
+    for j in range(seen):
+        score[j] = np.float32(score[j] * scale)
+        highest = max(highest, score[j])
+    if highest > top[r]:
+        shrink = np.float32(math.exp(np.float32(top[r] - highest)))
+        total[r] *= shrink
+        top[r] = highest
+    for j in range(KEYS):
+        score[j] = exp32(np.float32(score[j] - top[r])) if j < seen else _ZERO
+    if seen > 0:
+        whole = 0.0
+        for j in range(0, KEYS, 16):
+            whole += np.float64(_total16(score, j, half))
+        total[r] = np.float32(np.float64(total[r]) + whole)
+    return shrink

@@ -1,4 +1,4 @@
-"""A matrix product of our own: as fast as the processor multiplies, and the same to the last bit however it is cut.
+"""Matrix products as fast as the processor multiplies, the same to the last bit however they are cut.
 
     out[rows, n_out] = x[rows, n_in] · weightᵀ            panels[p, i, c] = weight[COLUMNS · p + c, i]
 
@@ -10,7 +10,8 @@ of a panel and one number of each row of x:
                         x[1, i] ████████████████  += x[r, i] · panel[i]
                         x[2, i] ████████████████
 
-So every number of `out` is one sum in the order of i, whatever the blocks of rows and the number of threads.
+So every number of `out` is one sum in the order of i, whatever the blocks of rows and the number of threads. A tile of
+integers is the same with pairs of int16 in place of a number: LLVM makes one instruction of two products and their sum.
 """
 
 import platform
@@ -28,11 +29,12 @@ ROWS = 6
 VECTORS = 4 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2] else 1
 # On a Mac BLAS has a matrix unit that other code cannot reach. Without compiled code, too, BLAS is the fast one.
 BLAS = bool(config.DISABLE_JIT) or platform.system() == "Darwin"
-COLUMNS = 512 if BLAS else LANES * VECTORS
+WIDTH = LANES * VECTORS  # columns of a tile
+COLUMNS = 512 if BLAS else WIDTH
 DEPTH = 2048  # steps after which a tile is put down, so that the panel stays in the cache
 compiled = (lambda function: function) if BLAS else njit(nogil=True, cache=True)  # `multiply` and what calls it
 
-_VECTOR = ir.VectorType(ir.FloatType(), LANES)
+_FLOATS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 
 
 def n_panels(n_out: int) -> int:
@@ -79,52 +81,68 @@ def multiply(x, panels, out):
         return
     edge = np.empty((ROWS, COLUMNS), np.float32)
     for start in range(0, x.shape[1], DEPTH):
-        steps = slice(start, min(start + DEPTH, x.shape[1]))
+        stop = min(start + DEPTH, x.shape[1])
         for p in range(panels.shape[0]):
             for r in range(0, x.shape[0], ROWS):
                 rows = slice(r, min(r + ROWS, x.shape[0]))
                 target = out[rows, p * COLUMNS : (p + 1) * COLUMNS]
                 n, columns = target.shape
                 if columns == COLUMNS:
-                    _tile(x[rows, steps], panels[p, steps], target, start > 0)
+                    tile(x[rows], panels[p], start, stop, target, start > 0)
                 else:
                     edge[:n, :columns] = target
-                    _tile(x[rows, steps], panels[p, steps], edge[:n], start > 0)
+                    tile(x[rows], panels[p], start, stop, edge[:n], start > 0)
                     target[:] = edge[:n, :columns]
 
 
 @intrinsic
-def _tile(typing_context, x, panel, out, more):
-    """out[r, :] = Σ_i x[r, i] · panel[i, :] for up to ROWS rows, on top of what is in `out` if there is `more`."""
-    return types.void(x, panel, out, more), _build_tile
+def tile(typing_context, x, panel, start, stop, out, more):
+    """out[r, :] = Σ x[r, i] · panel[i, :] over start <= i < stop, for up to ROWS rows; with `more`, added to `out`.
+
+    x [rows, n], panel [n, WIDTH], out [rows, WIDTH]: float32; or int32, of which those of x and panel are two int16.
+    """
+    return types.void(x, panel, types.intp, types.intp, out, more), _build_tile
 
 
 def _build_tile(context, builder, signature, args):
-    """Write the LLVM code of `_tile`: the loop over i, all its sums in registers."""
-    x, panel, out = (
-        context.make_array(kind)(context, builder, value)
-        for kind, value in zip(signature.args[:3], args[:3], strict=True)
-    )
+    """Write the LLVM code of `tile`: the loop over i, all its sums in registers."""
+    x, panel, out = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 1, 4))
+    vector, add_product = (_INTS, add_pairs) if signature.args[0].dtype == types.int32 else (_FLOATS, _add_floats)
     x_rows, out_rows = _row_pointers(context, builder, x), _row_pointers(context, builder, out)
-    sums = [[cgutils.alloca_once_value(builder, _VECTOR(None)) for _ in range(VECTORS)] for _ in range(ROWS)]
-    with builder.if_then(args[3]):
+    sums = [[cgutils.alloca_once_value(builder, vector(None)) for _ in range(VECTORS)] for _ in range(ROWS)]
+    with builder.if_then(args[5]):
         for r in range(ROWS):
             for v in range(VECTORS):
                 builder.store(builder.load(_vector(context, builder, out_rows[r], v), align=4), sums[r][v])
-    _, n_in = cgutils.unpack_tuple(builder, x.shape)
-    width = context.get_constant(types.intp, COLUMNS)
-    with cgutils.for_range(builder, n_in) as step:
+    width = context.get_constant(types.intp, WIDTH)
+    with cgutils.for_range(builder, args[3], start=args[2]) as step:
         panel_row = builder.gep(panel.data, [builder.mul(step.index, width)])
         weights = [builder.load(_vector(context, builder, panel_row, v), align=4) for v in range(VECTORS)]
         for r in range(ROWS):
             value = _repeated(builder, builder.load(builder.gep(x_rows[r], [step.index])))
             for total, weight in zip(sums[r], weights, strict=True):
-                product = builder.fmul(value, weight, flags=("contract",))  # with the sum it becomes one instruction
-                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+                builder.store(add_product(builder, builder.load(total), value, weight), total)
     for r in range(ROWS):
         for v in range(VECTORS):
             builder.store(builder.load(sums[r][v]), _vector(context, builder, out_rows[r], v), align=4)
     return context.get_dummy_value()
+
+
+def _add_floats(builder, total, x, weight):
+    """total + x · weight, in one instruction where the processor has it."""
+    return builder.fadd(total, builder.fmul(x, weight, flags=("contract",)), flags=("contract",))
+
+
+def add_pairs(builder, total, x, weight):
+    """total + x₀ · weight₀ + x₁ · weight₁ (vpdpwssd, or vpmaddwd and vpaddd)."""
+    pairs, wide = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(ir.IntType(32), 2 * LANES)
+    x, weight = (builder.sext(builder.bitcast(value, pairs), wide) for value in (x, weight))
+    products = builder.mul(x, weight)
+    first, second = (
+        builder.shuffle_vector(products, wide(ir.Undefined), _INTS(list(range(start, 2 * LANES, 2))))
+        for start in (0, 1)
+    )
+    return builder.add(total, builder.add(first, second))
 
 
 def _row_pointers(context, builder, array) -> list:
@@ -142,10 +160,10 @@ def _row_pointers(context, builder, array) -> list:
 def _vector(context, builder, pointer, v: int):
     """Pointer to the v-th vector from `pointer` on."""
     first = builder.gep(pointer, [context.get_constant(types.intp, LANES * v)])
-    return builder.bitcast(first, _VECTOR.as_pointer())
+    return builder.bitcast(first, ir.VectorType(pointer.type.pointee, LANES).as_pointer())
 
 
 def _repeated(builder, number):
     """A vector of `number` in every lane."""
-    undefined, zeros = _VECTOR(ir.Undefined), ir.VectorType(ir.IntType(32), LANES)(None)
+    undefined, zeros = ir.VectorType(number.type, LANES)(ir.Undefined), _INTS(None)
     return builder.shuffle_vector(builder.insert_element(undefined, number, ir.IntType(32)(0)), undefined, zeros)
