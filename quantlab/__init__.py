@@ -1,11 +1,6 @@
 """quantlab: a Jupyter-first workbench for GGUF quantization."""
 
-import os
 from importlib import import_module
-
-# threads of numba's OpenMP layer sleep while they wait: spinning, they take the cores from those that read and write,
-# and on a machine with other work make a quantization ten times slower; read when the first kernel starts
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 

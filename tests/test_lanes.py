@@ -1,6 +1,9 @@
 """Every lanes primitive, jitted and as plain Python, does what NumPy does, at the edges of float32 and int32 too."""
 
 import operator
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -236,3 +239,24 @@ def test_transpose_puts_rows_side_by_side(turned, rng):
     for lane, row in enumerate(rows):
         np.testing.assert_array_equal(target[16 + lane :: 16], source[row + 3 : row + 19])
     assert not target[:16].any()
+
+
+def test_only_numbas_openmp_is_told_to_sleep():
+    """`import quantlab` leaves the process as it is: OpenMP of a later torch reads the variable itself."""
+    code = (
+        "import os, quantlab; before = os.environ.get('OMP_WAIT_POLICY'); import quantlab.quants.lanes; "
+        "print(before, os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, seen in (({}, "None None"), ({"OMP_WAIT_POLICY": "active"}, "active active")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=plain | given | {"OMP_DISPLAY_ENV": "true"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == seen
+        shown = [line for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
+        wanted = given.get("OMP_WAIT_POLICY", "passive").upper()
+        assert not shown or f"'{wanted}'" in shown[0]  # not every OpenMP shows its variables

@@ -18,6 +18,8 @@ same bytes, slowly.
 """
 
 import operator
+import os
+from importlib import import_module
 
 import numpy as np
 from llvmlite import ir
@@ -25,6 +27,27 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
+
+
+def _load_openmp() -> None:
+    """Load numba's OpenMP layer, so that its threads sleep while they wait.
+
+    Threads that spin take the cores from those that read and write; on a machine with other work they make a
+    quantization ten times slower. GNU's OpenMP reads the variable once, when it is loaded. What loads its own later,
+    such as torch, finds the variable as the user left it.
+    """
+    wanted = os.environ.get("OMP_WAIT_POLICY")
+    os.environ["OMP_WAIT_POLICY"] = wanted or "passive"
+    try:
+        import_module("numba.np.ufunc.omppool")
+    except ImportError:  # this numba has no OpenMP
+        pass
+    finally:
+        if wanted is None:
+            del os.environ["OMP_WAIT_POLICY"]
+
+
+_load_openmp()
 
 kernel = njit(cache=True, error_model="numpy")  # how every function over lanes is compiled
 inlined_kernel = njit(cache=True, error_model="numpy", forceinline=True)  # for steps of one caller's inner loops

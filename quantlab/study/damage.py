@@ -80,8 +80,9 @@ class Bundle:
         with threads(self.threads), find(self.mode)(variants[0].model, self.windows.tokens.shape[1]) as engine:
             budget = engine.plan(variants, self.windows, self.memory, keep_states=False)
             base, *others = ForwardPass(variants, self.windows, engine, budget, bar).run(ScoreTokens())
+            arithmetic = engine.arithmetic()
         start = others.pop(0) if len(others) > len(self.changes) else base
-        found = [_damage(scores, start, base) | {"blas": _blas()} for scores in others]
+        found = [_damage(scores, start, base) | {"arithmetic": arithmetic} for scores in others]
         for key, damage in zip(self.keys, found, strict=True):
             cache.put(key, damage)
         return found
@@ -95,12 +96,6 @@ def _damage(scores: TokenScores, start: TokenScores, base: TokenScores) -> dict:
     start_kld, start_se = mean_and_error(start.kld)
     row = {"kld_mean": kld, "kld_se": kld_se, "ln_ratio": ln_ratio, "ln_ratio_se": ln_ratio_se}
     return row | {"delta_kld": delta, "delta_kld_se": delta_se, "start_kld_mean": start_kld, "start_kld_se": start_se}
-
-
-def _blas() -> str:
-    """Library and kind of CPU that the products are computed with: what their last bits depend on."""
-    libraries = (library for library in ThreadpoolController().info() if library["user_api"] == "blas")
-    return ", ".join(sorted({f"{i['internal_api']} {i['version']} {i.get('architecture', '')}" for i in libraries}))
 
 
 @contextmanager
@@ -140,8 +135,7 @@ def cut(n_layer: int, first_layers: Sequence[int]) -> list[list[int]]:
 def perform(task, bar: tqdm | None = None) -> list[dict]:
     """Measure a task; what an executor is given.
 
-    BLAS is held to one thread, so that the same bits come out wherever the same kind of CPU does it. In a worker's
-    process it stays so, since tasks may run side by side there.
+    BLAS is held to one thread: tasks may run side by side in a worker's process.
     """
     ThreadpoolController().limit(limits=1, user_api="blas")
     return task.measure(bar)

@@ -419,7 +419,7 @@ class _Study:
         used = {name: w for name, w in self.start.imatrix.items() if name in altered}
         start = json_digest(self.start.types)
         return {
-            "what": "damage", "quantlab": quantlab.__version__, "model": self.digest, "protocol": record,
+            "what": "damage, arithmetic", "quantlab": quantlab.__version__, "model": self.digest, "protocol": record,
             "start": start, "change": change.types, "imatrix": json_digest(matrix_digests(used)),
         }  # fmt: skip
 
@@ -464,7 +464,7 @@ class _Study:
             "imatrix": json_digest(matrix_digests(self.start.imatrix)) if self.start.imatrix else None,
             "around": None if around is None else self.start.name,
             "around_sha256": None if around is None else json_digest(self.start.types),
-            "blas": sorted({damage_["blas"] for damage_ in damages.values()}),
+            "arithmetic": sorted({damage_["arithmetic"] for damage_ in damages.values()}),
             "groups": groups if groups is None or isinstance(groups, str) else "given",
         }
         return Sensitivity(

@@ -140,6 +140,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def arithmetic(self) -> str:
+        """Return what the last bits of all results depend on, beside the model and the text."""
+
+    @abstractmethod
     def column_squares(self, inputs: Any) -> np.ndarray:
         """Return the sums of squares of each column of the inputs of a product [shape=(n_in,), dtype=float64]."""
 

@@ -9,14 +9,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import llvmlite.binding
+import numba
 import numpy as np
+from numba import config
+from threadpoolctl import ThreadpoolController
 
 from quantlab import arch
 from quantlab.evaluate import budget
 from quantlab.evaluate.engine import Engine, Observe, Read, Stored, fused
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention
 from quantlab.evaluate.engine.rope import rope_angles
-from quantlab.evaluate.engine.tiles import COLUMNS, fill_panels, multiply, n_panels, panels_size
+from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, fill_panels, multiply, n_panels, panels_size
 from quantlab.evaluate.engine.workers import Workers, blocks
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.transform.plan import tensor_bytes
@@ -318,6 +322,13 @@ class CpuEngine(Engine):
         n_chunks, n_scored = targets.shape
         self.workers.map(work, [(i, rows) for i in range(n_chunks) for rows in blocks(n_scored, self.logit_rows)])
         return scores
+
+    def arithmetic(self) -> str:
+        """Return the kind of CPU and the compiler; on a Mac also the BLAS, which multiplies there."""
+        kind = config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+        parts = [kind, f"numba {numba.__version__}", f"llvmlite {llvmlite.__version__}"]
+        libraries = ThreadpoolController().info() if BLAS else ()
+        return ", ".join([*parts, *sorted({f"{i['internal_api']} {i['version']}" for i in libraries})])
 
     # ---- consumers
 
