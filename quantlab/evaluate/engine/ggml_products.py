@@ -32,6 +32,7 @@ from quantlab.evaluate.engine.workers import blocks
 from quantlab.quants.lanes import INTS, lanes, load, store, to_float
 
 _PACKED_AT_ONCE = 1024  # rows of weights
+_BLOCKS = 32  # blocks of a row that are summed at a time: their codes stay in the nearest cache
 _NO_INTS, _NO_FLOATS = np.empty((0, 0, WIDTH), np.int32), np.empty((0, 0, WIDTH), np.float32)
 
 
@@ -253,42 +254,61 @@ def _pairs(typing, x, weight):
 @njit(nogil=True, forceinline=True)
 def _four(x, i, codes, j):
     """The sum over a group of four columns, as floats."""
-    first, second = _pairs(lanes(x[i]), load(codes, j)), _pairs(lanes(x[i + 1]), load(codes, j + WIDTH))
+    first = _pairs(lanes(x[np.uint64(i)]), load(codes, j))  # numba would ask whether a signed index is negative
+    second = _pairs(lanes(x[np.uint64(i + 1)]), load(codes, j + WIDTH))
     return to_float(first + second)
 
 
 @njit(nogil=True, cache=True)
 def _sum_in_lanes(x, d, sums, codes, d_weight, minima, out):
     """Eight partial sums, each of every eighth group of four columns; the minima of Q4_1 and Q5_1 apart."""
-    parts, low = np.empty((8, WIDTH), np.float32), np.empty(WIDTH, np.float32)
-    flat, n_blocks = parts.reshape(-1), d.shape[1]
+    n_rows, n_pairs, n_blocks = x.shape[0], x.shape[1], d.shape[1]
+    parts, line = np.empty(n_rows * 8 * WIDTH, np.float32), np.empty(WIDTH, np.float32)
+    x, d, no_minima = x.reshape(-1), d.reshape(-1), np.empty(0, np.float32)  # no slices in the loops, as above
     for p in range(codes.shape[0]):
-        panel, scales = codes[p].reshape(-1), d_weight[p].reshape(-1)
+        panel, scales, parts[:] = codes[p].reshape(-1), d_weight[p].reshape(-1), np.float32(0)
+        lowest = minima[p].reshape(-1) if minima.shape[0] > 0 else no_minima
+        for start in range(0, n_blocks, _BLOCKS):
+            stop = min(start + _BLOCKS, n_blocks)
+            for v in range(0, WIDTH, LANES):
+                for r in range(n_rows):
+                    for half in range(0, 8, 4):  # as many sums as stay in registers
+                        at, i, j = r * 8 * WIDTH + half * WIDTH + v, r * n_pairs + 2 * half, 2 * half * WIDTH + v
+                        _add_blocks(x, i, d, r * n_blocks, panel, j, scales, v, start, stop, parts, at)
         first = p * WIDTH
         width = min(WIDTH, out.shape[1] - first)
-        for r in range(out.shape[0]):
-            row = x[r]
+        for r in range(n_rows):
             for v in range(0, WIDTH, LANES):
-                for half in range(0, 8, 4):  # as many sums as stay in registers
-                    s0 = s1 = s2 = s3 = lanes(np.float32(0))
+                low, at = lanes(np.float32(0)), r * 8 * WIDTH + v
+                if lowest.shape[0] > 0:
                     for b in range(n_blocks):
-                        scale = load(scales, b * WIDTH + v) * d[r, b]
-                        i = 16 * b + 2 * half
-                        j = i * WIDTH + v
-                        s0 = fma(scale, _four(row, i, panel, j), s0)
-                        s1 = fma(scale, _four(row, i + 2, panel, j + 2 * WIDTH), s1)
-                        s2 = fma(scale, _four(row, i + 4, panel, j + 4 * WIDTH), s2)
-                        s3 = fma(scale, _four(row, i + 6, panel, j + 6 * WIDTH), s3)
-                    store(flat, half * WIDTH + v, s0)
-                    store(flat, (half + 1) * WIDTH + v, s1)
-                    store(flat, (half + 2) * WIDTH + v, s2)
-                    store(flat, (half + 3) * WIDTH + v, s3)
-            low[:] = np.float32(0)
-            if minima.shape[0] > 0:
-                for b in range(n_blocks):
-                    for c in range(WIDTH):
-                        low[c] = fma(minima[p, b, c], sums[r, b], low[c])
+                        low = fma(load(lowest, b * WIDTH + v), lanes(sums[r, b]), low)
+                even = (load(parts, at + 4 * WIDTH) + load(parts, at)) + (
+                    load(parts, at + 6 * WIDTH) + load(parts, at + 2 * WIDTH)
+                )
+                odd = (load(parts, at + 5 * WIDTH) + load(parts, at + WIDTH)) + (
+                    load(parts, at + 7 * WIDTH) + load(parts, at + 3 * WIDTH)
+                )
+                store(line, v, (even + odd) + low)
             for c in range(width):
-                even = np.float32(parts[4, c] + parts[0, c]) + np.float32(parts[6, c] + parts[2, c])
-                odd = np.float32(parts[5, c] + parts[1, c]) + np.float32(parts[7, c] + parts[3, c])
-                out[r, first + c] = np.float32(even + odd) + low[c]
+                out[r, first + c] = line[c]
+
+
+@njit(nogil=True, forceinline=True)
+def _add_blocks(x, i, d, k, codes, j, d_weight, v, start, stop, parts, at):
+    """Add some blocks of a row of x to four of its partial sums, for LANES rows of weights.
+
+    i, j, k, v, at : where the row begins in x and in codes, the scales in d and in d_weight, and the sums in parts.
+    """
+    s0, s1 = load(parts, at), load(parts, at + WIDTH)
+    s2, s3 = load(parts, at + 2 * WIDTH), load(parts, at + 3 * WIDTH)
+    for b in range(start, stop):
+        scale, m, n = load(d_weight, b * WIDTH + v) * d[np.uint64(k + b)], i + 16 * b, j + 16 * b * WIDTH
+        s0 = fma(scale, _four(x, m, codes, n), s0)
+        s1 = fma(scale, _four(x, m + 2, codes, n + 2 * WIDTH), s1)
+        s2 = fma(scale, _four(x, m + 4, codes, n + 4 * WIDTH), s2)
+        s3 = fma(scale, _four(x, m + 6, codes, n + 6 * WIDTH), s3)
+    store(parts, at, s0)
+    store(parts, at + WIDTH, s1)
+    store(parts, at + 2 * WIDTH, s2)
+    store(parts, at + 3 * WIDTH, s3)
