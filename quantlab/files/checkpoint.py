@@ -6,6 +6,7 @@ q and k are permuted back, because GGUF's rotary positions turn neighbouring pai
 Source: `convert_hf_to_gguf.py` and `conversion/` of llama.cpp; `convert.py` of December 2023 for Meta's parts.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,11 +24,12 @@ from quantlab.files.general_metadata import general_metadata
 from quantlab.files.model import WEIGHTS, LazyTensor, Model
 from quantlab.files.tensor_names import plain_names
 from quantlab.files.tokenizer_files import vocab_metadata
-from quantlab.files.weights import index_weights, meta_parts, read_weights
+from quantlab.files.weights import index_weights, meta_parts, read_json, read_weights
 from quantlab.quants.ggml_types import block_size
 
 __all__ = ["OUTTYPES", "RangeLoss", "open_checkpoint"]
 
+SAMPLED = 16  # rows of the output layer that are compared with the embedding's
 OUTTYPES = {"auto": None, "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
@@ -122,6 +124,11 @@ def open_checkpoint(
         If weights, configuration or tokenizer are missing.
     ValueError
         If a file is damaged, the architecture is not known, or shapes, configuration and tokenizer do not fit together.
+
+    Warns
+    -----
+    UserWarning
+        If the output layer is tied to the embedding and another one is stored, or as `vocab_metadata` does.
     """
     path = Path(path)
     if outtype not in OUTTYPES:
@@ -141,12 +148,27 @@ def open_checkpoint(
     factors = rope_factors(config)
     if factors is not None:
         tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
+    _warn_of_second_head(folder, {tensor.name: tensor for tensor in tensors})
     n_weights = sum(tensor.n_weights for tensor in tensors)
     metadata = general_metadata(folder, config.arch, n_weights, model_name) | hparams_metadata(config, qtype)
     metadata |= vocab_metadata(folder, config, as_llama_cpp=as_llama_cpp)
     _check_texts(folder, metadata)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
     return Model(path, metadata, tensors, files, is_checkpoint=True)
+
+
+def _warn_of_second_head(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Say which output layer is kept where the configuration ties it to the embedding and another one is stored."""
+    head, embedding = tensors.get("output.weight"), tensors["token_embd.weight"]
+    if head is None or read_json(folder / "config.json").get("tie_word_embeddings") is not True:
+        return
+    rows = range(0, head.nrows, max(1, head.nrows // SAMPLED))
+    if any(head.rows(i, i + 1).tobytes() != embedding.rows(i, i + 1).tobytes() for i in rows):
+        warnings.warn(
+            f"{folder}: tie_word_embeddings is true, yet lm_head.weight is stored and differs from the embedding. "
+            f"It is kept as output.weight, as llama.cpp's converter does; transformers computes with the embedding.",
+            stacklevel=3,
+        )
 
 
 def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:
