@@ -198,6 +198,15 @@ def test_byte_level_tokens_of_every_file_are_there(tmp_path):
     assert found["<repo_name>"] == (603, CONTROL) and found["[PAD634]"] == (634, UNUSED)
 
 
+def test_an_unknown_pre_tokenizer_is_known_by_how_it_cuts(tmp_path):
+    """The same cut, written in another way."""
+    table = bpe_json("bpe_qwen2")
+    split = table["pre_tokenizer"]["pretokenizers"][0]
+    split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"\s*[\r\n]+", r"\s*[\n\r]+")
+    with pytest.warns(UserWarning, match="its expressions are those of 'qwen2'"):
+        assert read(folder_of(tmp_path, 640, tokenizer=table))["tokenizer.ggml.pre"] == "qwen2"
+
+
 def test_a_folder_that_llama_cpp_reads_right_gives_no_line(tmp_path, recwarn):
     read(folder_of(tmp_path, 640, model=trained(), tokenizer_config=SETTINGS | {"chat_template": "a"}))
     assert not list(recwarn)

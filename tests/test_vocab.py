@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from checkpoints import GOLDEN, bpe_json, write_checkpoint
+from checkpoints import GOLDEN, bpe_json, spm_as_json, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +86,27 @@ def test_bpe_ids_are_the_tokenizers(vocabs, name):
         assert ids == tokenizer.encode(text).ids, repr(text[:40])
 
 
+def test_gemmas_merges_start_from_characters():
+    """Its spaces are U+2581, its lines are the pieces; a run of newlines that is a token stays whole."""
+    from tokenizers import Tokenizer
+
+    table = spm_as_json() | {"post_processor": None, "added_tokens": [], "pre_tokenizer": None}
+    table["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    model = table["model"]
+    model["vocab"] |= {"\n\n": len(model["vocab"])}
+    keys = {"model": "gpt2", "pre": "gemma4", "tokens": list(model["vocab"]), "merges": model["merges"]}
+    keys |= {"bos_token_id": np.uint32(1), "add_bos_token": False}
+    vocab = Vocab.from_metadata({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    library = Tokenizer.from_str(json.dumps(table))
+    for text in HARD:
+        if "\n\n" not in text:
+            assert vocab.encode(text, add_special=False).tolist() == library.encode(text).ids, repr(text)
+    assert vocab.encode("a\n\nb", add_special=False).tolist().count(vocab.tokens.index("\n\n")) == 1
+    assert vocab.add_bos  # llama.cpp overrides the key
+    other = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
+    assert Vocab.from_metadata(other).pre == "gemma4"
+
+
 @pytest.mark.parametrize("name", ["llama1", "llama3", "smollm", "qwen2", "yi"])
 def test_ids_are_llama_cpps(vocabs, name):
     """ids.json was made by llama.cpp's server (/tokenize) on the same checkpoints, converted by llama.cpp."""
@@ -147,7 +168,7 @@ def test_the_digest_sees_every_rule(vocabs):
 
 KEYS = {"model": "llama", "tokens": ["<unk>", "a", "b"], "scores": np.array([0, -1, -2], np.float32)}
 BAD = [
-    ({"model": "bert"}, "tokenizer.ggml.model='bert', need 'llama' or 'gpt2'"),
+    ({"model": "bert"}, "tokenizer.ggml.model='bert', need 'llama', 'gpt2' or 'gemma4'"),
     ({"model": "gpt2", "pre": "no-such", "merges": []}, "tokenizer.ggml.pre='no-such', need one of"),
     ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
     ({"tokens": []}, "tokenizer.ggml.tokens has 0 tokens"),

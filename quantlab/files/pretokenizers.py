@@ -14,12 +14,15 @@ __all__ = ["GPT2_REGEX", "PreTokenizer", "name_of_pieces", "name_of_regexes", "p
 # parts of the expressions
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_LETTERS_AND_MARKS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+"
 _CAPITALS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _PATH_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+
+_NEWLINE_OR_SPACES = r"\s*[\r\n]|\s+(?!\S)|\s+"
 
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
@@ -33,19 +36,22 @@ class PreTokenizer:
     """The expressions are applied one after the other; what one matches, and what lies between, goes to the next.
 
     `ignore_merges`: a piece that is a token stays whole, whatever the merges say. `add_bos`: the default where the
-    metadata does not say.
+    metadata does not say. `of_bytes`: merges start from bytes; if not, from characters with U+2581 for a space, as in
+    SentencePiece, and lines are the pieces.
     """
 
     regexes: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+    of_bytes: bool = True
 
     def build(self) -> Any:
-        """Return the cut as the tokenizers library's pre-tokenizer; bytes come out as byte-level characters."""
+        """Return the cut as the tokenizers library's pre-tokenizer."""
         from tokenizers import Regex, pre_tokenizers
 
         steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in self.regexes]
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        if self.of_bytes:
+            steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         return pre_tokenizers.Sequence(steps)
 
 
@@ -56,6 +62,18 @@ _BY_CUT = {
     PreTokenizer((_LLAMA3,)): "dbrx smaug-bpe chatglm-bpe",
     PreTokenizer((_LLAMA3,), ignore_merges=True): "glm4 glm5",
     PreTokenizer((_QWEN2,)): ("qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 hunyuan solar-open megrez grok-2"),
+    PreTokenizer(
+        (rf"{_CONTRACTION}|{_LETTERS_AND_MARKS}|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",)
+    ): "qwen35",
+    PreTokenizer((rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)): "seed-coder",
+    PreTokenizer(
+        (rf"'(?i:[sdmt]|ll|ve|re)|{_LETTERS}|\p{{N}}|{_SIGNS}|{_NEWLINE_OR_SPACES}",)
+    ): "bailingmoe bailingmoe2 llada-moe",
+    PreTokenizer(
+        (r"\p{N}{1,3}", rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}+|{_SIGNS}|{_SPACES}"), ignore_merges=True
+    ): "minicpm5",
+    PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")): "deepseek-coder",
+    PreTokenizer((r"[^\n]+|\n+",), add_bos=True, of_bytes=False): "gemma4 granite-embed-multi-311m",
     PreTokenizer((GPT2_REGEX,)): "gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4",
     PreTokenizer((r"\p{N}", GPT2_REGEX)): "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
     PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2_REGEX, r"[0-9][0-9][0-9]")): "falcon",

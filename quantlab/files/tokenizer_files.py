@@ -3,7 +3,7 @@
     tokenizer.model                      SentencePiece                        -> tokenizer.ggml.model "llama"
     tokenizer.model of Llama 3           tiktoken's byte-level BPE            -> "gpt2"
     tokenizer.json with byte fallback    the same vocabulary without scores   -> "llama"
-    tokenizer.json of bytes              byte-level BPE                       -> "gpt2"
+    tokenizer.json of bytes              byte-level BPE, or Gemma's           -> "gpt2"
 
 Where the converter gives a text other ids than the model was trained with, the right value is written and one line says
 so. `as_llama_cpp` keeps its bytes.
@@ -31,6 +31,7 @@ from quantlab.files.tokenizer_json import (
     adds_space,
     byte_level_merges,
     is_byte_level,
+    known_pre_tokenizer,
     pre_tokenizer_name,
     read_merges,
     read_texts,
@@ -134,7 +135,11 @@ def _vocabulary(files: _Files, config: Config) -> dict[str, Any]:
     if raw is not None and not is_tiktoken(raw):
         return _sentencepiece(files, raw)
     if isinstance(files.tokenizer.get("model"), dict):
-        return _byte_level(files) if is_byte_level(files.folder, files.tokenizer) else _without_scores(files)
+        if is_byte_level(files.folder, files.tokenizer):
+            return _with_merges(files)
+        # llama.cpp's converter gives Llama a vocabulary with scores; other architectures keep the merges (Gemma)
+        pre = None if config.arch == "llama" else known_pre_tokenizer(files.folder, files.tokenizer)
+        return _without_scores(files) if pre is None else _with_merges(files, pre)
     if raw is not None:
         return _tiktoken(files.folder, raw, config)
     raise FileNotFoundError(
@@ -290,8 +295,8 @@ def _without_space(files: _Files) -> dict[str, Any]:
     return {"tokenizer.ggml.add_space_prefix": False}
 
 
-def _byte_level(files: _Files) -> dict[str, Any]:
-    """Read a byte-level BPE vocabulary with its merges."""
+def _with_merges(files: _Files, pre: str | None = None) -> dict[str, Any]:
+    """Read a BPE vocabulary of bytes, or of characters as Gemma's, with its merges; `pre` where it is known already."""
     texts = read_texts(files.folder, files.tokenizer, files.n_vocab)
     added = added_tokens(files.folder, files.tokenizer, files.tokenizer_config, files.n_vocab)
     tokens, types = [], []
@@ -300,7 +305,7 @@ def _byte_level(files: _Files) -> dict[str, Any]:
         text = token.text if token else texts.get(token_id)
         tokens.append(f"[PAD{token_id}]" if text is None else text)
         types.append(token.type if token else UNUSED if text is None else NORMAL)
-    keys = _keys("gpt2", pre_tokenizer_name(files.folder, files.tokenizer), tokens, None, types)
+    keys = _keys("gpt2", pre or pre_tokenizer_name(files.folder, files.tokenizer), tokens, None, types)
     keys["tokenizer.ggml.merges"] = byte_level_merges(read_merges(files.folder, files.tokenizer))
     return keys | _special(files)
 

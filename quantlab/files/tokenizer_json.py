@@ -16,7 +16,15 @@ from quantlab.files.pretokenizer_hashes import CHECK_TEXT, NAME_BY_HASH
 from quantlab.files.pretokenizers import GPT2_REGEX, name_of_pieces, name_of_regexes
 from quantlab.files.recognize import reason, short
 
-__all__ = ["adds_space", "byte_level_merges", "is_byte_level", "pre_tokenizer_name", "read_merges", "read_texts"]
+__all__ = [
+    "adds_space",
+    "byte_level_merges",
+    "is_byte_level",
+    "known_pre_tokenizer",
+    "pre_tokenizer_name",
+    "read_merges",
+    "read_texts",
+]
 
 MAX_GROWTH = 64  # times that a normalizer may lengthen the text that the pre-tokenizer is recognized by
 
@@ -110,25 +118,15 @@ def adds_space(tokenizer: dict[str, Any]) -> bool:
     return any(s.get("prepend_scheme") != "never" and s.get("add_prefix_space", True) for s in metaspaces)
 
 
-def pre_tokenizer_name(folder: Path, tokenizer: dict[str, Any]) -> str:
-    """Recognize the pre-tokenizer: by what it makes of a test text, as llama.cpp does, else by its expressions."""
-    from tokenizers import Tokenizer
+def known_pre_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> str | None:
+    """Recognize the pre-tokenizer by what it makes of a test text, as llama.cpp does; None where it is not known."""
+    return NAME_BY_HASH.get(_digest(_library(folder, tokenizer)))
 
-    if _growth(tokenizer.get("normalizer")) > MAX_GROWTH:
-        raise ValueError(
-            f"{folder}: tokenizer.json: its normalizer makes a text more than {MAX_GROWTH} times as long. "
-            f"The file is hostile."
-        )
-    if not _templates_fit(tokenizer.get("post_processor")):
-        raise ValueError(f"{folder}: tokenizer.json: a template names a token it does not know. Download it again.")
-    try:
-        library = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        ids = library.encode(CHECK_TEXT).ids
-    except BaseException as error:  # the library raises bare Exception; where it panics, none at all
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{folder}: tokenizer.json cannot be read ({reason(error)}). Download it again.") from None
-    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+
+def pre_tokenizer_name(folder: Path, tokenizer: dict[str, Any]) -> str:
+    """Recognize the pre-tokenizer as llama.cpp does, else by its expressions or how it cuts the test text."""
+    library = _library(folder, tokenizer)
+    digest = _digest(library)
     if digest in NAME_BY_HASH:
         return NAME_BY_HASH[digest]
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
@@ -141,6 +139,31 @@ def pre_tokenizer_name(folder: Path, tokenizer: dict[str, Any]) -> str:
         stacklevel=2,
     )
     return name or "default"
+
+
+def _digest(library: Any) -> str:
+    return hashlib.sha256(str(library.encode(CHECK_TEXT).ids).encode()).hexdigest()
+
+
+def _library(folder: Path, tokenizer: dict[str, Any]) -> Any:
+    """Open tokenizer.json with its library, and have it encode the test text once."""
+    from tokenizers import Tokenizer
+
+    if _growth(tokenizer.get("normalizer")) > MAX_GROWTH:
+        raise ValueError(
+            f"{folder}: tokenizer.json: its normalizer makes a text more than {MAX_GROWTH} times as long. "
+            f"The file is hostile."
+        )
+    if not _templates_fit(tokenizer.get("post_processor")):
+        raise ValueError(f"{folder}: tokenizer.json: a template names a token it does not know. Download it again.")
+    try:
+        library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        library.encode(CHECK_TEXT)
+    except BaseException as error:  # the library raises bare Exception; where it panics, none at all
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{folder}: tokenizer.json cannot be read ({reason(error)}). Download it again.") from None
+    return library
 
 
 def _normalizers(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Vocabularies: text to token ids and back, from a GGUF file's metadata.
 
-Two kinds: `spm` (SentencePiece BPE with byte fallback; `tokenizer.ggml.model` is `llama`) and `bpe` (byte-level BPE;
-`gpt2`). The owners of the formats do the work, sentencepiece and tokenizers; around them llama.cpp's rules for special
-tokens, the leading space and BOS/EOS hold.
+Two kinds: `spm` (SentencePiece BPE with byte fallback; `tokenizer.ggml.model` is `llama`) and `bpe` (byte-level BPE,
+`gpt2`; or Gemma's, whose merges start from characters). The owners of the formats do the work, sentencepiece and
+tokenizers; around them llama.cpp's rules for special tokens, the leading space and BOS/EOS hold.
 
 Source: `llama-vocab.cpp` of llama.cpp for the rules; sentencepiece_model.proto for the model's encoding.
 """
@@ -105,9 +105,10 @@ class Vocab:
             If there is no vocabulary, or it contradicts itself, is of a kind that is not read, or llama.cpp refuses it.
         """
         model = metadata.get("tokenizer.ggml.model")
-        if not isinstance(model, str) or model not in ("llama", "gpt2"):
+        if not isinstance(model, str) or model not in ("llama", "gpt2", "gemma4"):
             raise ValueError(
-                f"{source}: tokenizer.ggml.model={short(model)}, need 'llama' or 'gpt2'. Use llama.cpp for its text."
+                f"{source}: tokenizer.ggml.model={short(model)}, need 'llama', 'gpt2' or 'gemma4'. "
+                f"Use llama.cpp for its text."
             )
         spm = model == "llama"
         tokens = _strings(metadata, "tokenizer.ggml.tokens", source)
@@ -122,7 +123,7 @@ class Vocab:
         for i in np.flatnonzero(types == BYTE):
             if len(tokens[i].encode("utf-8", "surrogateescape")) < 3:
                 raise ValueError(f"{source}: token {i} is a byte called {short(tokens[i])}, need <0x00> to <0xFF>.")
-        pre = metadata.get("tokenizer.ggml.pre", "default")
+        pre = "gemma4" if model == "gemma4" else metadata.get("tokenizer.ggml.pre", "default")
         cut = None if spm else pre_tokenizer(pre, source=source)
 
         def token_id(name: str, default: int | None) -> int | None:
@@ -139,7 +140,8 @@ class Vocab:
             bos_id=token_id("bos", 1 if spm else None),
             eos_id=token_id("eos", 2 if spm else None),
             unk_id=token_id("unknown", 0 if spm else None),
-            add_bos=metadata.get("tokenizer.ggml.add_bos_token", True if spm else cut.add_bos),
+            add_bos=not (spm or cut.of_bytes)  # llama.cpp overrides the key then
+            or metadata.get("tokenizer.ggml.add_bos_token", True if spm else cut.add_bos),
             add_eos=metadata.get("tokenizer.ggml.add_eos_token", False),
             add_space_prefix=spm and metadata.get("tokenizer.ggml.add_space_prefix", True),
             source=source,
@@ -267,7 +269,13 @@ class Vocab:
     def _encode_plain(self, text: str) -> list[int]:
         if self.kind == "spm":
             return self._processor.encode(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        if pre_tokenizer(self.pre).of_bytes:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for line in re.findall(r"[^\n]+|\n+", text.replace(" ", "▁")):
+            token_id = self._tokenizer.token_to_id(line) if line[0] == "\n" else None
+            ids += self._tokenizer.encode(line, add_special_tokens=False).ids if token_id is None else [token_id]
+        return ids
 
     @cached_property
     def _processor(self) -> Any:
@@ -288,8 +296,13 @@ class Vocab:
 
         cut = pre_tokenizer(self.pre)
         ids = {token: i for i, token in enumerate(self.tokens) if not _HALF.search(token)}  # no text holds the others
-        merges = [self._split_merge(merge, ids) for merge in self.merges]
-        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=cut.ignore_merges))
+        if cut.of_bytes:
+            merges = [self._split_merge(merge, ids) for merge in self.merges]
+        else:  # runs of spaces are tokens of their own, which no merge makes
+            pairs = [(merge[: merge.find(" ", 1)], merge[merge.find(" ", 1) + 1 :]) for merge in self.merges]
+            merges = [(left, right) for left, right in pairs if {left, right, left + right} <= ids.keys()]
+        model = models.BPE(ids, merges, ignore_merges=cut.ignore_merges, byte_fallback=not cut.of_bytes)
+        tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = cut.build()
         return tokenizer
 
@@ -313,7 +326,7 @@ class Vocab:
             return b""
         if kind != NORMAL:
             return token.encode("utf-8", "surrogateescape")
-        if self.kind == "spm":
+        if self.kind == "spm" or not pre_tokenizer(self.pre).of_bytes:
             return token.replace("▁", " ").encode("utf-8", "surrogateescape")
         if all(char in _BYTE_OF_CHAR for char in token):
             return bytes(_BYTE_OF_CHAR[char] for char in token)
