@@ -16,6 +16,7 @@ _NAMES = {
     "split": "quantlab.transform.split",
     "merge": "quantlab.transform.split",
     "perplexity": "quantlab.evaluate.perplexity",
+    "kl_divergence": "quantlab.evaluate.perplexity",
     "compare": "quantlab.evaluate.perplexity",
     "imatrix": "quantlab.evaluate.imatrix",
     "sensitivity": "quantlab.study.sensitivity",

@@ -156,3 +156,22 @@ def test_notebook_parameters_come_in_triples(arguments):
     done = quantlab_command("notebook", "size_ppl_table", *arguments)
     assert done.returncode == 2
     assert "-p KEY VALUE" in done.stderr
+
+
+def test_habits_of_llama_cpp_are_understood(monkeypatch, tmp_path):
+    """-m for the model, --chunks -1 for all, -c 0 for the model's own context, threads behind the ftype."""
+    from quantlab.cli import files
+
+    run = CliRunner().invoke
+    for arguments in (["-m", "llama-7b"], ["--model", "llama-7b"], ["--rules", "current", "--model=llama-7b"]):
+        assert "LLaMA-7B" in run(cli.app, ["sizes", *arguments]).stdout
+    seen = {}
+    monkeypatch.setattr("quantlab.evaluate.perplexity.perplexity", lambda *a, **k: seen.update(k) or Result())
+    assert run(cli.app, ["perplexity", "-m", "tiny", "-c", "0", "--chunks", "-1"]).exit_code == 0
+    assert (seen["n_ctx"], seen["chunks"]) == (512, None)
+    assert files._parts(["a", "Q4_K", "8"]) == ("a", None, "Q4_K", 8)
+    assert files._parts(["a", "b", "15", "8"]) == ("a", "b", "15", 8)
+    assert files._parts(["a", "Q4_0", "Q4_K"]) == ("a", "Q4_0", "Q4_K", None)
+    for wrong in (["a"], ["a", "b", "Q4_K", "many"], ["a", "Q4_K", "8", "8"]):
+        assert run(cli.app, ["quantize", *wrong]).exit_code == 2
+    assert run(cli.app, ["perplexity", "tiny", "--kl-divergence"]).exit_code == 2

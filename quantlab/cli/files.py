@@ -165,10 +165,36 @@ def _flag(name: str, text: str):
     return Annotated[bool, typer.Option(name, help=text)]
 
 
-def _outfile(files: list[str]) -> list[str]:
-    """Return OUT of IN [OUT] FTYPE or, with --layout-of, of IN [OUT], where it is given."""
-    is_path = len(files) == 2 and ("." in files[1] or "/" in files[1])  # a ftype has neither
-    return files[1:2] if len(files) == 3 or is_path else []
+def _parts(files: list[str], with_ftype: bool = True) -> tuple[str, str | None, str | None, int | None]:
+    """Return IN, OUT, FTYPE and THREADS of IN [OUT] FTYPE [THREADS], as llama-quantize takes them apart.
+
+    With --layout-of there is no FTYPE.
+    """
+    has_out = len(files) > 1 and not with_ftype
+    has_out |= len(files) > 2 and not (_is_ftype(files[1]) and files[2].isdecimal())
+    names, threads = files[: 1 + has_out + with_ftype], files[1 + has_out + with_ftype :]
+    if len(names) < 1 + has_out + with_ftype or len(threads) > 1 or not all(map(str.isdecimal, threads)):
+        raise typer.BadParameter(
+            "give IN FTYPE, IN OUT FTYPE, or IN OUT --layout-of FILE; then, if at all, a number of threads",
+            param_hint="IN [OUT] FTYPE [THREADS]",
+        )
+    ftype = names[-1] if with_ftype else None
+    return names[0], names[1] if has_out else None, ftype, int(threads[0]) if threads else None
+
+
+def _is_ftype(text: str) -> bool:
+    from quantlab.transform.mixture import find_ftype
+
+    try:
+        return bool(find_ftype(text))
+    except ValueError:
+        return False
+
+
+def _outfile(files: list[str], options: dict) -> list[str]:
+    """Return OUT where it is given."""
+    out = _parts(files, with_ftype=not options["layout_of"])[1]
+    return [] if out is None else [out]
 
 
 @app.command()
@@ -176,9 +202,9 @@ def quantize(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="IN [OUT] FTYPE",
+            metavar="IN [OUT] FTYPE [THREADS]",
             callback=written(also=[(".quantlab.json", "is_digests")], pick=_outfile),
-            help="GGUF file or checkpoint; output; mixture.",
+            help="GGUF file or checkpoint; output; mixture; threads (default: all cores).",
         ),
     ],
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, of either format.")] = None,
@@ -195,6 +221,9 @@ def quantize(
     leave_output_tensor: _flag("--leave-output-tensor", "Keep output.weight as it is.") = False,
     allow_requantize: _flag("--allow-requantize", "Quantize what is quantized already.") = False,
     keep_split: _flag("--keep-split", "Write the same shards as the input has.") = False,
+    prune_layers: Annotated[
+        str | None, typer.Option("--prune-layers", metavar="L0,L1,…", help="Leave out these layers, numbered from 0.")
+    ] = None,
     override_kv: _strings("--override-kv", "KEY=TYPE:VALUE", "Metadata to set: int, float, bool or str.") = None,
     no_fallback: _flag("--no-fallback", "Refuse where rows do not fit the type's blocks.") = False,
     via: Annotated[str | None, typer.Option(metavar="f16", help="Round a checkpoint to F16 first.")] = None,
@@ -215,13 +244,14 @@ def quantize(
     """
     from quantlab.transform.mixture import parse_tensor_type, read_tensor_types
     from quantlab.transform.plan import Plan
+    from quantlab.transform.prune import layers_of
     from quantlab.transform.quantize import quantize
 
-    given = list(files)
-    ftype = None if layout_of else given.pop()
-    if not 1 <= len(given) <= 2:
-        raise typer.BadParameter("give IN FTYPE, IN OUT FTYPE, or IN OUT --layout-of FILE", param_hint="IN [OUT] FTYPE")
-    src, outfile = given[0], given[1] if len(given) == 2 else None
+    src, outfile, ftype, threads = _parts(files, with_ftype=not layout_of)
+    if threads:
+        import numba
+
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     options = {
         "ftype": ftype, "layout_of": layout_of, "rules": rules, "imatrix": imatrix,
         "include_weights": include_weights or (),
@@ -229,6 +259,7 @@ def quantize(
         "token_embedding_type": token_embedding_type, "pure": pure, "leave_output_tensor": leave_output_tensor,
         "allow_requantize": allow_requantize, "keep_split": keep_split, "override_kv": override_kv or (),
         "fallback": not no_fallback, "via": via, "as_llama_cpp": as_llama_cpp,
+        "prune_layers": layers_of(prune_layers) if prune_layers else (),
     }  # fmt: skip
     options["tensor_types"] = [parse_tensor_type(text) for text in tensor_type or ()]
     options["tensor_types"] += [pair for path in tensor_type_file or () for pair in read_tensor_types(path)]

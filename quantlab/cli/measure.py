@@ -10,8 +10,15 @@ from quantlab.cli.options import JsonPath, Overwrite, Rules, app, prints_to, rep
 TextName = Annotated[
     str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled, wikitext-2-raw or a text file.")
 ]
-ContextSize = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk.")]
-Chunks = Annotated[int | None, typer.Option("--chunks", help="Chunks at most; the whole text.")]
+ContextSize = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk; 0: the model's own context.")]
+Chunks = Annotated[
+    int | None,
+    typer.Option(
+        "--chunks",
+        callback=lambda value: None if value == -1 else value,
+        help="Stop after N chunks; -1: none (default: whole text).",
+    ),
+]
 ProtocolName = Annotated[str, typer.Option("--protocol", metavar="llama.cpp|full", help="Which tokens are scored.")]
 Mode = Annotated[
     str,
@@ -25,24 +32,64 @@ Scratch = Annotated[
 ]
 
 
+def _context(model: str, n_ctx: int | None) -> int | None:
+    """Return the tokens per chunk that were asked for; 0 asks for the model's own context."""
+    from quantlab.files.bundled import is_shape
+    from quantlab.files.model import open as open_model
+
+    return open_model(model).hparams.n_ctx if n_ctx == 0 and not is_shape(model) else n_ctx
+
+
 @app.command()
 def perplexity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
-    text: TextName = "primer",
-    n_ctx: ContextSize = 512,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "-f",
+            "--file",
+            metavar="TEXT",
+            help="primer, sampled, wikitext-2-raw or a text file (default: primer; with --kl-divergence the base's).",
+        ),
+    ] = None,
+    n_ctx: Annotated[
+        int | None, typer.Option("-c", "--ctx-size", help="Tokens per chunk; 0: the model's own (default: 512).")
+    ] = None,
     chunks: Chunks = None,
     protocol: ProtocolName = "llama.cpp",
     mode: Mode = "float",
     memory: Memory = None,
     scratch: Scratch = None,
+    kl_divergence_base: Annotated[
+        Path | None,
+        typer.Option(
+            "--kl-divergence-base",
+            metavar="FILE",
+            callback=written(pick=lambda values, all_values: [] if all_values["kl_divergence"] else values),
+            help="Write the model's predictions; with --kl-divergence, read them.",
+        ),
+    ] = None,
+    kl_divergence: Annotated[
+        bool, typer.Option("--kl-divergence", help="Compare with the predictions in the --kl-divergence-base FILE.")
+    ] = False,
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Measure the perplexity of a model on a text."""
-    from quantlab.evaluate.perplexity import perplexity
+    """Measure the perplexity of a model on a text; compare it with a base's predictions in a file."""
+    from quantlab.evaluate import perplexity as measure
 
-    options = {"protocol": protocol, "mode": mode, "memory": memory, "scratch": scratch}
-    report(perplexity(model, text, n_ctx=n_ctx, chunks=chunks, **options), json, overwrite)
+    options = {"chunks": chunks, "mode": mode, "memory": memory, "scratch": scratch, "n_ctx": _context(model, n_ctx)}
+    if kl_divergence:
+        if kl_divergence_base is None or protocol != "llama.cpp":
+            raise typer.BadParameter(
+                "needs --kl-divergence-base FILE and --protocol llama.cpp", param_hint="--kl-divergence"
+            )
+        result = measure.kl_divergence(model, kl_divergence_base, text, **options)
+    else:
+        options |= {"protocol": protocol, "kl_divergence_base": kl_divergence_base, "overwrite": overwrite}
+        options["n_ctx"] = 512 if options["n_ctx"] is None else options["n_ctx"]
+        result = measure.perplexity(model, text or "primer", **options)
+    report(result, json, overwrite, None if kl_divergence else kl_divergence_base)
 
 
 @app.command()
@@ -67,11 +114,8 @@ def compare(
     from quantlab.evaluate.perplexity import compare
 
     options = {"protocol": protocol, "mode": mode, "memory": memory, "scratch": scratch}
-    report(
-        compare(base, variants, text, imatrix=imatrix, rules=rules, n_ctx=n_ctx, chunks=chunks, **options),
-        json,
-        overwrite,
-    )
+    options |= {"n_ctx": _context(base, n_ctx), "chunks": chunks}
+    report(compare(base, variants, text, imatrix=imatrix, rules=rules, **options), json, overwrite)
 
 
 @app.command()
@@ -107,7 +151,13 @@ def sensitivity(
 
     names = [name for name in types.split(",") if name] or CANDIDATES
     options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
-    options |= {"n_ctx": n_ctx, "chunks": chunks, "mode": mode, "memory": memory, "cache": cache or True}
+    options |= {
+        "n_ctx": _context(model, n_ctx),
+        "chunks": chunks,
+        "mode": mode,
+        "memory": memory,
+        "cache": cache or True,
+    }
     report(sensitivity(model, text, types=names, **options), json, overwrite)
 
 
@@ -119,8 +169,8 @@ def table(
     ] = "primer",
     ftypes: Annotated[str, typer.Option("--ftypes", metavar="A,B,…", help="The rows; all of llama.cpp's table.")] = "",
     rules: Rules = "current",
-    n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk.")] = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", help="Chunks at most; the whole text.")] = None,
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
     memory: Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")] = None,
     overwrite: Overwrite = False,
     json: JsonPath = None,
@@ -129,11 +179,8 @@ def table(
     from quantlab.study import tables
 
     names = [name for name in ftypes.split(",") if name]
-    report(
-        tables.size_ppl(model, text, ftypes=names, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory),
-        json,
-        overwrite,
-    )
+    options = {"rules": rules, "n_ctx": _context(model, n_ctx), "chunks": chunks, "memory": memory}
+    report(tables.size_ppl(model, text, ftypes=names, **options), json, overwrite)
 
 
 @app.command()
@@ -185,7 +232,7 @@ def imatrix(
             matrix = merge(map(read_imatrix, files), chunk_size=n_ctx)
         else:
             options = {"process_output": process_output, "in_files": files, "mode": mode, "memory": memory}
-            matrix = imatrix(model, text or "sampled", n_ctx=n_ctx, chunks=chunks, **options)
+            matrix = imatrix(model, text or "sampled", n_ctx=_context(model, n_ctx), chunks=chunks, **options)
         matrix.save(part, legacy=legacy, overwrite=True)
     typer.echo(str(outfile), err=prints_to(json, outfile))
     if show_statistics or json:
@@ -224,8 +271,15 @@ def recipe(
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")
     ] = None,
-    n_ctx: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens per chunk of that text; 512.")] = None,
-    chunks: Annotated[int | None, typer.Option("--chunks", help="Chunks to calibrate on at most; 8.")] = None,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option(
+            "-c", "--ctx-size", help="Tokens per chunk of that text; 0: the model's own context (default: 512)."
+        ),
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", help="Calibrate on N chunks; -1: the whole text (default: 8).")
+    ] = None,
     judged_on: Annotated[
         str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
     ] = "primer",
@@ -267,8 +321,9 @@ def recipe(
     constraints = {key: list(map(parse_tensor_type, pairs or ())) for key, pairs in constraints.items()}
     if sensitivity is None:
         names = [name for name in (types or "").split(",") if name]
-        given = {"types": names or None, "n_ctx": n_ctx, "chunks": chunks, "sample": sample}
+        given = {"types": names or None, "n_ctx": _context(model, n_ctx), "chunks": chunks, "sample": sample}
         options = {"types": CANDIDATES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
+        options["chunks"] = None if chunks == -1 else options["chunks"]
         sensitivity = measure(base, text or "sampled", imatrix=imatrix, memory=memory, **options)
     elif (types, sample, text, n_ctx, chunks) != (None,) * 5:
         raise typer.BadParameter(

@@ -21,15 +21,15 @@ class Written:
     also : sequence of (suffix, own)
         Files that are written beside it.
     pick : callable
-        Takes the values of the option, returns those that are outputs.
+        Takes the values of the option and all values of the word, returns those that are outputs.
     """
 
     own: str | None = None
     also: Sequence[tuple[str, str]] = ()
-    pick: Callable[[list[str]], list[str]] = list
+    pick: Callable[[list[str], dict], list[str]] = lambda values, _: values
 
 
-def written(own: str | None = None, also: Sequence[tuple[str, str]] = (), pick: Callable = list) -> Callable:
+def written(own: str | None = None, also: Sequence[tuple[str, str]] = (), pick: Callable = Written.pick) -> Callable:
     """Mark an option as the name of an output: `typer.Option(…, callback=written())`."""
 
     def unchanged(value):
@@ -40,13 +40,42 @@ def written(own: str | None = None, also: Sequence[tuple[str, str]] = (), pick: 
 
 
 class Word(TyperCommand):
-    """A word that refuses its outputs before it begins, where they exist or are inputs of the same command line."""
+    """A word that takes its model as -m too, and refuses outputs that exist or that it reads before it begins."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self._model() is not None:
+            self.epilog = f"-m MODEL, --model MODEL: the same as {self._model()}, as llama.cpp's programs take it."
+
+    def _model(self) -> str | None:
+        """Return the metavar of the model that the word's arguments begin with, None where they begin with a name."""
+        if any("-m" in param.opts for param in self.params):
+            return None
+        first = next((param for param in self.params if not param.opts[0].startswith("-")), None)
+        return None if first is None or first.metavar == "NAME" else first.metavar
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if self._model() is not None:
+            args = _model_first(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:
         rules = {param.name: getattr(param.callback, "written", None) for param in self.params}
         if any(rules.values()):
             _check(ctx, rules)
         return super().invoke(ctx)
+
+
+def _model_first(args: list[str]) -> list[str]:
+    """Put the value of -m or --model in front of the other arguments."""
+    for i, text in enumerate(args):
+        if text in ("-m", "--model") and i + 1 < len(args):
+            return [args[i + 1], *args[:i], *args[i + 2 :]]
+        if text.startswith("--model="):
+            return [text.removeprefix("--model="), *args[:i], *args[i + 1 :]]
+        if text == "--":
+            break
+    return args
 
 
 def _check(ctx: typer.Context, rules: dict[str, Written | None]) -> None:
@@ -58,7 +87,7 @@ def _check(ctx: typer.Context, rules: dict[str, Written | None]) -> None:
     for name, value in ctx.params.items():
         values = value if isinstance(value, list | tuple) else [value]
         texts = [str(text) for text in values if text not in (None, "-")]
-        named = rules[name].pick(texts) if rules[name] else []
+        named = rules[name].pick(texts, ctx.params) if rules[name] else []
         outputs += [pair for text in named for pair in _files(Path(text), rules[name])]
         others += texts if not named else [text for text in texts if text not in named]
     check_outputs([path for path, _ in outputs], input_files(others), overwrite=True)

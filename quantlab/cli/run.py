@@ -14,7 +14,9 @@ def fit(
     ftype: Annotated[str | None, typer.Option("--ftype", metavar="FTYPE", help="Only this mixture.")] = None,
     vram: Annotated[str, typer.Option(metavar="24GiB", help="Memory of the graphics card.")] = "0",
     ram: Annotated[str | None, typer.Option(metavar="32GiB", help="Memory of the machine; this one's.")] = None,
-    n_ctx: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 4096.")] = None,
+    n_ctx: Annotated[
+        int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 0: the model's own (default: 4096).")
+    ] = None,
     n_gpu_layers: Annotated[
         int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the card; the most that fit.")
     ] = None,
@@ -46,7 +48,9 @@ def fit(
         plots.save(ax, plot, overwrite=overwrite)
 
 
-RunContext = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 2048.")]
+RunContext = Annotated[
+    int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 0: the model's own (default: 2048).")
+]
 GpuLayers = Annotated[
     int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the graphics card; what llama.cpp finds.")
 ]

@@ -7,22 +7,27 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from quantlab.evaluate import metrics
+from quantlab.evaluate.base_file import BaseFile, CompareWithFile, WriteBase, file_bytes
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import find
 from quantlab.evaluate.forward_pass import ForwardPass
-from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same
+from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same, windows_of
 from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Variant, as_is, resolve, steps
 from quantlab.files.bundled import read_text
 from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.inputs import input_files
 from quantlab.files.model import Model, as_model
+from quantlab.files.output import check_apart, check_output, follow, is_stream, replacing
 from quantlab.files.progress import announce
 
 _SHOWN = ["variant", "bpw", "ppl", "ppl_se", "ln_ratio", "ln_ratio_se", "kld_mean", "kld_se", "dp_rms", "same_top_p"]
@@ -133,6 +138,8 @@ def perplexity(
     mode: str = "float",
     memory: str | int | None = None,
     scratch: str | Path | None = None,
+    kl_divergence_base: str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Perplexity:
     """Measure the perplexity of a model on a text.
@@ -156,6 +163,11 @@ def perplexity(
     scratch : str or Path, optional
         Folder that keeps the hidden states after every layer, so that the same call resumes what was stopped; deleted
         when the run is done.
+    kl_divergence_base : str or Path, optional
+        File to write the model's predictions to, as llama-perplexity does: about 2 · n_vocab bytes per scored token.
+        `kl_divergence` and llama-perplexity compare other models with it.
+    overwrite : bool
+        Whether that file may be replaced.
     progress : bool
         Say what the run will take, and show a progress bar.
 
@@ -167,18 +179,115 @@ def perplexity(
     ------
     FileNotFoundError
         If model or text is not there.
+    FileExistsError
+        If `kl_divergence_base` exists and `overwrite` is false.
     ValueError
         If the architecture is not known here, the text is too short, the memory too small, or an option out of range.
     """
     opened = as_model(model)
     variants = [as_is(opened, _name(model, opened))]
-    record, scores, _ = _measure(variants, text, n_ctx, chunks, protocol, mode, "none", memory, scratch, progress)
-    row = {"variant": variants[0].name, "bytes": variants[0].nbytes, "bpw": variants[0].bpw} | metrics.perplexity_row(
-        scores[0]
-    )
+    windows, record = _cut(opened, text, n_ctx, chunks, protocol, mode, "none")
+    measure = partial(_measure, variants, windows, record, memory, scratch, progress)
+    if kl_divergence_base is None:
+        scores = measure(ScoreTokens())
+    else:
+        _check_base_file(Path(kl_divergence_base), opened, text, record, overwrite)
+        with replacing(kl_divergence_base, overwrite=overwrite) as part, open(part, "wb") as file:
+            scores = measure(WriteBase(file))
+    row = _named(variants[0]) | metrics.perplexity_row(scores[0])
     running = ({"variant": variants[0].name} | row for row in metrics.running(scores[0], scores[0]))
     kept = ("variant", "chunk", "ppl", "ppl_se")
     return Perplexity(record, (row,), tuple({key: row[key] for key in kept} for row in running))
+
+
+def kl_divergence(
+    model,
+    base_file: str | Path,
+    text=None,
+    *,
+    n_ctx: int | None = None,
+    chunks: int | None = None,
+    mode: str = "float",
+    memory: str | int | None = None,
+    scratch: str | Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Compare a model with the predictions in a file that `perplexity` or llama-perplexity wrote.
+
+    The tokens come from the file. What the base gave a probability below e⁻¹⁶ is stored as if it were that, so that
+    the figures differ a little from those of `compare`, and equal llama-perplexity's.
+
+    Parameters
+    ----------
+    model, mode, memory, scratch, progress
+        As for `perplexity`.
+    base_file : str or Path
+        The file.
+    text : optional
+        As for `perplexity`: refused if the file was written on another. Default: not checked.
+    n_ctx : int, optional
+        Refused if the file has another. Default: the file's.
+    chunks : int, optional
+        Compare on the first chunks only. Default: all in the file.
+
+    Returns
+    -------
+    Comparison
+        The file's row first; its size in bytes is not known.
+
+    Raises
+    ------
+    FileNotFoundError
+        If model, file or text is not there.
+    ValueError
+        If the file is not whole or belongs to another vocabulary, text or `n_ctx`; and as for `perplexity`.
+    """
+    file, opened = BaseFile.open(base_file), as_model(model)
+    variants = [as_is(opened, _name(model, opened))]
+    windows, record = _cut_alike(file, opened, text, n_ctx, chunks, mode)
+    base, scores = _measure(variants, windows, record, memory, scratch, progress, CompareWithFile(file))
+    rows = (
+        {"variant": file.path.name, "bytes": None, "bpw": float("nan")} | metrics.perplexity_row(base),
+        _named(variants[0]) | metrics.comparison_row(scores, base),
+    )
+    running = tuple({"variant": variants[0].name} | row for row in metrics.running(scores, base))
+    return Comparison(record, rows, running)
+
+
+def _cut_alike(file: BaseFile, model: Model, text, n_ctx, chunks, mode: str) -> tuple[Windows, Protocol]:
+    """Return windows and record of a file's tokens; refuse a file of something else."""
+    check_model(model)
+    find(mode)
+    if model.hparams.n_vocab != file.n_vocab:
+        raise ValueError(
+            f"{file.path}: n_vocab={file.n_vocab}, the model's is {model.hparams.n_vocab}. Compare models of one kind."
+        )
+    n_chunks, own = file.tokens.shape
+    if n_ctx not in (None, own):
+        raise ValueError(f"{file.path}: n_ctx={own}, asked for is {n_ctx}. Leave n_ctx out, or write the file again.")
+    if chunks is not None and not 1 <= chunks <= n_chunks:
+        raise ValueError(f"{file.path}: chunks={chunks}, must be 1 to {n_chunks}, as many as the file has.")
+    tokens = file.tokens[:chunks]
+    name, sha256 = file.path.name, ""
+    if text is not None:
+        given, record = _cut(model, text, own, len(tokens), "llama.cpp", mode, "none")
+        name, sha256 = record.text, record.text_sha256
+        if not np.array_equal(given.original, tokens):
+            raise ValueError(f"{file.path}: was written on another text than {name}. Leave the text out.")
+    return windows_of(
+        tokens, model.vocab, name="llama.cpp", mode=mode, rules="none", text=name, sha256=sha256, n_tokens=tokens.size
+    )
+
+
+def _check_base_file(path: Path, model: Model, text, record: Protocol, overwrite: bool) -> None:
+    """Refuse a file that would replace an input, cannot hold the protocol, or does not fit on the disk."""
+    if record.name != "llama.cpp":
+        raise ValueError(f"{path}: protocol={record.name}, such a file holds the protocol llama.cpp only. Choose that.")
+    check_apart(path, input_files([model.path, text if isinstance(text, str | Path) else None]))
+    check_output(path, overwrite=overwrite)
+    needed = file_bytes(record.chunks, record.n_ctx, model.hparams.n_vocab)
+    if not is_stream(path) and shutil.disk_usage(follow(path).parent).free < needed:
+        raise OSError(f"{path}: needs {needed} bytes, the disk has less. Give fewer chunks or another folder.")
 
 
 def compare(
@@ -227,13 +336,11 @@ def compare(
     opened = as_model(base)
     matrix = as_matrix(imatrix)
     found = [as_is(opened, _name(base, opened)), *resolve(opened, variants, rules=rules, imatrix=matrix)]
-    record, scores, found = _measure(found, text, n_ctx, chunks, protocol, mode, rules, memory, scratch, progress)
+    windows, record = _cut(opened, text, n_ctx, chunks, protocol, mode, rules)
+    scores = _measure(found, windows, record, memory, scratch, progress, ScoreTokens())
     rows, running = [], []
     for variant, score in zip(found, scores, strict=True):
-        rows.append(
-            {"variant": variant.name, "bytes": variant.nbytes, "bpw": variant.bpw}
-            | metrics.comparison_row(score, scores[0])
-        )
+        rows.append(_named(variant) | metrics.comparison_row(score, scores[0]))
         running += [{"variant": variant.name} | row for row in metrics.running(score, scores[0])]
     return Comparison(record, tuple(rows), tuple(running))
 
@@ -243,17 +350,24 @@ def _name(model, opened: Model) -> str:
     return opened.path.stem if opened.path.is_file() else opened.path.name
 
 
-def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules, memory, scratch, progress):
-    """Score every token of every variant."""
-    engine = find(mode)
+def _named(variant: Variant) -> dict:
+    return {"variant": variant.name, "bytes": variant.nbytes, "bpw": variant.bpw}
+
+
+def _cut(model: Model, text, n_ctx, chunks, protocol, mode, rules) -> tuple[Windows, Protocol]:
+    """Cut a text into windows, once the options that need no text are found to be good."""
+    find(mode)
+    check_model(model)
+    return cut(read_text(text), model.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules)
+
+
+def _measure(variants: list[Variant], windows: Windows, record: Protocol, memory, scratch, progress, consumer):
+    """Run the windows through all variants and return what the consumer makes of them."""
     base = variants[0].model
     for variant in variants:
         check_model(variant.model)
-    windows, record = cut(
-        read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules
-    )
     key = _key(variants, windows, record)
-    with engine(base, windows.tokens.shape[1]) as running, ExitStack() as stack:
+    with find(record.mode)(base, windows.tokens.shape[1]) as running, ExitStack() as stack:
         budget = running.plan(variants, windows, memory, keep_states=scratch is not None)
         if scratch is None and not budget.in_memory:
             scratch = stack.enter_context(TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True))
@@ -266,7 +380,7 @@ def _measure(variants: list[Variant], text, n_ctx, chunks, protocol, mode, rules
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=steps(variants) * windows.tokens.size, bar_format=bar_format, **shown) as bar:
             forward_pass = ForwardPass(variants, windows, running, budget, bar, scratch, key)
-            return record, forward_pass.run(ScoreTokens()), variants
+            return forward_pass.run(consumer)
 
 
 def _check_disk(folder: Path, needed: int) -> None:

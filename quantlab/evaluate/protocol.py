@@ -66,11 +66,14 @@ class Windows:
         The tokens to be predicted.
     first : int
         Position whose logits predict the first target; the others follow without a gap.
+    original : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32], optional
+        The text's own tokens, before BOS replaced the first of a chunk.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     first: int
+    original: np.ndarray | None = None
 
     @property
     def scored(self) -> slice:
@@ -126,9 +129,18 @@ def cut(
         )
     n_chunks = min(len(tokens) // n_ctx, chunks or len(tokens))
     original = tokens[: n_chunks * n_ctx].reshape(n_chunks, n_ctx)
+    return windows_of(
+        original, vocab, name=name, mode=mode, rules=rules, text=text.name, sha256=text.sha256, n_tokens=len(tokens)
+    )
+
+
+def windows_of(
+    original: np.ndarray, vocab: Vocab, *, name: str, mode: str, rules: str, text: str, sha256: str, n_tokens: int
+) -> tuple[Windows, Protocol]:
+    """Return windows and record of tokens [shape=(n_chunks, n_ctx)] that are cut already."""
     evaluated, bos, first = original.copy(), "first of the text" if vocab.add_bos else "none", 0
     if name == "llama.cpp":
-        first = n_ctx // 2
+        first = original.shape[1] // 2
         if vocab.add_bos:
             evaluated[:, 0] = vocab.bos_id
             bos = "first of each chunk"
@@ -136,17 +148,17 @@ def cut(
         name=name,
         mode=mode,
         rules=rules,
-        text=text.name,
-        text_sha256=text.sha256,
-        n_tokens=len(tokens),
+        text=text,
+        text_sha256=sha256,
+        n_tokens=n_tokens,
         tokens_sha256=hashlib.sha256(original.astype("<i4").tobytes()).hexdigest(),
         tokenizer=vocab.digest,
-        n_ctx=n_ctx,
-        chunks=n_chunks,
+        n_ctx=original.shape[1],
+        chunks=len(original),
         bos=bos,
         versions={"quantlab": quantlab.__version__, **{name: version(name) for name in ("numpy", "numba")}},
     )
-    return Windows(evaluated, original[:, first + 1 :].copy(), first), record
+    return Windows(evaluated, original[:, first + 1 :].copy(), first, original), record
 
 
 def _prompt(text: str) -> str:

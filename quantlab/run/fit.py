@@ -193,7 +193,7 @@ def fit(
         Memory of the graphics card and of the machine: bytes, or a text such as "24GiB". Default: no card; all of this
         machine's memory.
     n_ctx : int, optional
-        Tokens of context. Default: 4096, or the model's if that is shorter.
+        Tokens of context; 0 is the model's own. Default: 4096, or the model's if that is shorter.
     n_gpu_layers : int, optional
         As llama.cpp counts: 1 is the output layer alone, layers + 1 is all. Default: the most that fit.
     cache_type_k, cache_type_v : str
@@ -243,7 +243,7 @@ def fit(
         raise ValueError(f"{name}: architecture={hparams.arch}, must be one of {known}. Ask llama.cpp itself.")
     if hparams.n_expert:
         raise ValueError(f"{name}: n_expert={hparams.n_expert}, only dense models are known. Ask llama.cpp itself.")
-    n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx
+    n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx or hparams.n_ctx
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)
     if n_gpu_layers is not None and not 0 <= n_gpu_layers:
         raise ValueError(f"{name}: n_gpu_layers={n_gpu_layers}, must be 0 or more. Give 0 for no layer on the card.")

@@ -39,7 +39,7 @@ class Options:
     Attributes
     ----------
     n_ctx : int or None
-        Tokens of context; None is 2048, or the model's if that is shorter.
+        Tokens of context; 0 is the model's own, None is 2048, or the model's own if that is shorter.
     n_gpu_layers : int or None
         Layers on the graphics card, the output layer first; None or -1 leaves the choice to llama.cpp.
     n_threads : int or None
@@ -207,7 +207,7 @@ def _context(path: Path, n_ctx: int | None) -> int:
         raise ValueError(
             f"{path}: block_count={n_layer}, layer {n_layer - 1} is missing. Convert the checkpoint again."
         )
-    n_ctx = min(USUAL, most) if n_ctx is None else n_ctx
+    n_ctx = min(USUAL, most) if n_ctx is None else n_ctx or most
     if not 2 <= n_ctx <= most:  # with 1, llama.cpp aborts this process
         raise ValueError(f"{path.name}: ctx-size={n_ctx}, must be 2 to {most}, the context it was trained for.")
     return n_ctx

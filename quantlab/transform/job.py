@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +28,7 @@ from quantlab.transform.expressions import compile_expression
 from quantlab.transform.ftypes import ALL_FTYPES
 from quantlab.transform.layout import apply_layout
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
+from quantlab.transform.prune import pruned_metadata, pruned_names
 from quantlab.transform.rules import COMPARED, EMBEDDINGS, needs_imatrix
 
 QUANTIZATION_VERSION = 2  # of the block layouts, ggml's GGML_QNT_VERSION
@@ -72,6 +73,8 @@ class Options:
         "f16" rounds a checkpoint to F16 first, as converting to an F16 file would. Default: the source's precision.
     as_llama_cpp : bool
         Write a checkpoint's vocabulary as llama.cpp's converter does, where quantlab differs on purpose.
+    prune_layers : sequence of int
+        Layers that are left out; the others are numbered without gaps.
     """
 
     ftype: str | int | None = None
@@ -91,6 +94,7 @@ class Options:
     fallback: bool = True
     via: str | None = None
     as_llama_cpp: bool = False
+    prune_layers: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -198,19 +202,25 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
         raise ValueError("override: key=general.alignment, must be left alone: the tensors' places depend on it.")
     matrix, matrix_keys = matrix_of(options)
     hparams = read_hparams(model.metadata | overrides, model.names, source=str(model.path))
-    shapes = {name: model.tensor(name).shape for names in shards for name in names}
+    tensors, pruned_keys = {tensor.name: tensor for tensor in model}, {}
+    if options.prune_layers:
+        pruned_keys = pruned_metadata(model.metadata, hparams.n_layer, options.prune_layers)
+        names = pruned_names(tensors, hparams.n_layer, options.prune_layers)
+        tensors = {name: replace(tensors[old], name=name) for old, name in names.items()}
+        shards = [[names[old] for old in shard if old in names] for shard in shards]
+        matrix = {names[old]: weights for old, weights in matrix.items() if old in names}
+    shapes = {name: tensors[name].shape for names in shards for name in names}
     _check_experts(hparams, shapes, model.path)
     if other is None:
-        types = {tensor.name: tensor.qtype for tensor in model}
+        types = {name: tensor.qtype for name, tensor in tensors.items()}
         given = {"rules": options.rules, "imatrix": bool(matrix), "source": types, "keep_order": options.keep_split}
         given |= {name: getattr(options, name) for name in _TYPE_OPTIONS}
         choices, misfits = choose_types(hparams, shapes, ftype.name, **given), []
     else:
         choices, misfits = apply_layout(model, other)
-    tensors = {name: model.tensor(name) for name in choices}
     steps = {n: Step(tensors[n], choice, weights_of(tensors[n], choice, matrix)) for n, choice in choices.items()}
     number = _present_ftype(model) if ftype.number is None else ftype.number
-    metadata = metadata_of(model.metadata, number, overrides, matrix_keys)
+    metadata = metadata_of(model.metadata, number, overrides, matrix_keys, pruned_keys)
     outputs = _outputs(_paths(model, outfile, ftype, options.keep_split, len(shards)), shards, steps, metadata)
     refusals = (*misfits, *_refusals(steps.values(), ftype, options))
     return Job(model.path, model.files, ftype, options, outputs, refusals, tuple(_notes(model, steps, options, matrix)))
@@ -249,8 +259,9 @@ def _ftype_or_layout(options: Options) -> tuple[Ftype, Model | None]:
     if options.layout_of is None:
         return find_ftype(options.ftype), None
     asked = [name for name in _TYPE_OPTIONS if getattr(options, name)]
-    if asked or options.keep_split:
-        raise ValueError(f"{(*asked, 'keep_split')[0]}: has no meaning with layout_of. Leave it out.")
+    asked += [name for name in ("keep_split", "prune_layers") if getattr(options, name)]
+    if asked:
+        raise ValueError(f"{asked[0]}: has no meaning with layout_of. Leave it out.")
     other = as_model(options.layout_of)
     number = _present_ftype(other)
     known = next((ftype.name for ftype in ALL_FTYPES.values() if ftype.number == number), other.path.stem)
