@@ -38,6 +38,9 @@ def __getattr__(name: str):
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name in _NAMES:
+        from quantlab.files.progress import announce_compilation
+
+        announce_compilation()
         return getattr(import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'quantlab' has no attribute {name!r}")
 

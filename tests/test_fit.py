@@ -239,3 +239,10 @@ def test_bad_input(tmp_path):
             fit("yi-34b", **options)
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         fit("no-such-model")
+
+
+def test_given_layers_hold_for_the_longest_context_too():
+    row = fit("yi-34b", ftype="Q8_0", vram="24GiB", ram="24GiB", n_gpu_layers=50).rows[0]
+    assert (row.fits, row.n_ctx_max) == (False, 0)
+    row = fit("yi-34b", ftype="Q8_0", vram="24GiB", ram="48GiB", n_gpu_layers=30).rows[0]
+    assert row.fits and row.n_ctx_max > 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import made_models
 import pandas as pd
 import pytest
 
-from quantlab.files.bundled import data_dir
+from quantlab.files.bundled import data_dir, model_path
 from quantlab.transform.mixture import Choice
 from quantlab.transform.plan import fallbacks, sizes
 
@@ -98,3 +99,11 @@ def test_a_run_takes_no_more_memory_than_foretold(tmp_path, ftype):
     found = subprocess.check_output(line, shell=True, cwd=tmp_path, env=environment, text=True)
     foretold, peak = map(float, found.split())
     assert 0.7 * foretold < peak <= foretold
+
+
+def test_sizes_follow_from_a_configuration_alone(tmp_path):
+    """A folder with config.json, and config.json itself, give the sizes of the whole checkpoint."""
+    whole = model_path("tiny")
+    shutil.copy(whole / "config.json", tmp_path)
+    rows = [row for row in sizes("tiny").rows if row.ftype != "COPY"]
+    assert list(sizes(tmp_path).rows) == rows == list(sizes(tmp_path / "config.json").rows)

@@ -193,3 +193,8 @@ def test_unknown_names_are_refused():
         tables.size_ppl("llama-7b", ftypes=["Q4_K_X"])
     with pytest.raises(ValueError, match="rules=2024"):
         tables.size_ppl("llama-7b", rules="2024")
+
+
+def test_nothing_is_not_negative():
+    assert tables._with_error(-0.00001, 0.002) == "0.0000 ± 0.0020"
+    assert tables._with_error(-0.00001, None, "+") == "+0.0000"

@@ -63,6 +63,9 @@ class Word(TyperCommand):
         rules = {param.name: getattr(param.callback, "written", None) for param in self.params}
         if any(rules.values()):
             _check(ctx, rules)
+            from quantlab.files.progress import announce_compilation
+
+            announce_compilation()
         return super().invoke(ctx)
 
 

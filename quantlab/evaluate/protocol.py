@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 
 import quantlab
+from quantlab.files.arguments import check_whole
 from quantlab.files.bundled import Text
 from quantlab.files.vocab import Vocab
 
@@ -113,7 +114,8 @@ def cut(
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol={name}, must be one of {', '.join(PROTOCOLS)}.")
-    if n_ctx < 4:
+    check_whole(n_ctx=n_ctx, chunks=chunks)
+    if n_ctx is None or n_ctx < 4:
         raise ValueError(f"n_ctx={n_ctx}, must be at least 4. 512 is customary.")
     if chunks is not None and chunks < 1:
         raise ValueError(f"chunks={chunks}, must be at least 1. Leave it out to evaluate the whole text.")

@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantlab.files.arguments import check_path
 from quantlab.files.output import replacing
 
 _PACKAGE = Path(__file__).parents[1]
@@ -112,6 +113,11 @@ def bundled_path(name: str) -> Path | None:
     return data_dir() / "shapes" / f"{name.lower()}.json" if is_shape(name) else None
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder is one of the bundled or fetched models'."""
+    return not {data_dir() / "models", cache_dir() / "models"}.isdisjoint([folder, *folder.parents])
+
+
 def model_path(name: str | os.PathLike) -> Path:
     """Find a model by its bundled name, by a fetched model's name, or by path.
 
@@ -131,6 +137,7 @@ def model_path(name: str | os.PathLike) -> Path:
     FileNotFoundError
         If nothing is there.
     """
+    check_path(model=name)
     if name in _FETCHED:
         path = _fetched_path(name)
         if not path.is_file():
@@ -168,6 +175,7 @@ def read_text(text: str | os.PathLike | Text) -> Text:
     """
     if isinstance(text, Text):
         return text
+    check_path(text=text)
     if text in _TEXTS:
         return Text.from_bytes(str(text), (data_dir() / "text" / _TEXTS[text]).read_bytes())
     if Path(text).exists() and not Path(text).is_dir():  # a file, or a pipe

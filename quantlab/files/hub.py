@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from quantlab.files.bundled import bundled_path, is_own
+
 __all__ = ["default_folder", "find_checkpoint", "repository_of"]
 
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*"]
@@ -13,12 +15,16 @@ def find_checkpoint(src: str | Path) -> Path:
 
     Raises
     ------
+    ValueError
+        If it is a GGUF file already.
     FileNotFoundError
         If there is nothing at that path and it is no name on the hub, or the hub cannot be reached.
     ImportError
         If a name on the hub is asked for and huggingface_hub is not installed.
     """
-    path = Path(src)
+    path = bundled_path(str(src)) or Path(src)
+    if path.suffix == ".gguf" and path.is_file():
+        raise ValueError(f"{src}: is a GGUF file already, need a checkpoint. Use it as it is, or quantize it.")
     if path.exists():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(src)):
@@ -51,7 +57,7 @@ def repository_of(folder: Path) -> str | None:
 
 
 def default_folder(src: Path) -> Path:
-    """Return the folder for outputs of a checkpoint or file: its own, but never one in the hub's cache."""
+    """Return the folder for outputs of a checkpoint or file: its own, but never one in a cache or of bundled models."""
     folder = src if src.is_dir() else src.parent
     is_cached = any(map(repository_of, (folder.absolute(), *folder.absolute().parents)))
-    return Path() if is_cached else folder
+    return Path() if is_cached or is_own(folder) else folder

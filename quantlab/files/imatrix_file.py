@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from quantlab.files.arguments import check_path
 from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import Strings, TensorSpec, read_header, write_gguf
 from quantlab.files.imatrix_statistics import statistics
@@ -126,6 +127,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     ValueError
         If the file is neither, is damaged, has no entries, or has negative or non-finite values.
     """
+    check_path(imatrix=path)
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: is no file on disk, need one with an importance matrix. Save it in a file first.")

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from quantlab.arch import architectures, find
+from quantlab.files.arguments import check_whole
 from quantlab.quants import row_bytes
 from quantlab.run.compute_buffer import CELLS, F32, cells, compute_bytes, input_bytes
 from quantlab.transform.mixture import FTYPES, choose_types, find_ftype, layer_of
@@ -243,6 +244,7 @@ def fit(
         raise ValueError(f"{name}: architecture={hparams.arch}, must be one of {known}. Ask llama.cpp itself.")
     if hparams.n_expert:
         raise ValueError(f"{name}: n_expert={hparams.n_expert}, only dense models are known. Ask llama.cpp itself.")
+    check_whole(n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_ubatch=n_ubatch)
     n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx or hparams.n_ctx
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)
     if n_gpu_layers is not None and not 0 <= n_gpu_layers:
@@ -346,13 +348,21 @@ def most_layers(weights: Weights, setting: Setting, vram: int, ram: int) -> int 
     return None
 
 
-def longest_context(weights: Weights, setting: Setting, vram: int, ram: int) -> int:
-    """Return the longest context, in whole blocks of cells or the model's own, that fits; 0 if none does."""
+def longest_context(weights: Weights, setting: Setting, vram: int, ram: int, n_gpu_layers: int | None = None) -> int:
+    """Return the longest context, in whole blocks of cells or the model's own, that fits; 0 if none does.
+
+    `n_gpu_layers` are the layers on the card (default: as many as fit).
+    """
     low, high = 0, -(-weights.hparams.n_ctx // CELLS)
     while low < high:
         middle = (low + high + 1) // 2
         one = Setting(**asdict(setting) | {"n_ctx": middle * CELLS})
-        low, high = (middle, high) if most_layers(weights, one, vram, ram) is not None else (low, middle - 1)
+        if n_gpu_layers is None:
+            fits = most_layers(weights, one, vram, ram) is not None
+        else:
+            card, memory = needed(weights, one, n_gpu_layers)
+            fits = card <= vram and memory <= ram
+        low, high = (middle, high) if fits else (low, middle - 1)
     return min(low * CELLS, weights.hparams.n_ctx)
 
 
@@ -375,7 +385,7 @@ def _row(name: str, weights: Weights, setting: Setting, there: tuple[int, int], 
         vram_bytes=card,
         ram_bytes=memory,
         fits=card <= vram and memory <= ram,
-        n_ctx_max=longest_context(weights, setting, vram, ram),
+        n_ctx_max=longest_context(weights, setting, vram, ram, None if n_gpu_layers is None else layers),
         layer_bytes=tuple(weights.layers),
     )
 

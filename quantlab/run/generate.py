@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from quantlab.files.bundled import model_path, runs_dir
+from quantlab.files.arguments import check_number, check_whole
+from quantlab.files.bundled import bundled_path, model_path, runs_dir
 from quantlab.run.chat import Sampling
-from quantlab.run.llama_cpp import Engine, Options
+from quantlab.run.llama_cpp import Engine, Options, as_gguf
 from quantlab.transform.mixture import find_ftype
 from quantlab.transform.quantize import quantize
 
@@ -149,6 +150,9 @@ def generate(
     --------
     >>> generate(["F16", "Q2_K"], "The weights of", base="tiny", n_predict=12)  # doctest: +SKIP
     """
+    check_whole(n_predict=n_predict, seed=seed, n_threads=n_threads)
+    check_number(temp=temp)
+    models = [models] if isinstance(models, str | Path) else models
     if not models:
         raise ValueError("generate: models=[], must name one at least. Give GGUF files or ftypes.")
     Sampling(temp=temp, seed=seed, n_predict=n_predict)  # refuses numbers out of range before the first model is made
@@ -164,9 +168,9 @@ def generate(
 
 def _file_of(model: str | Path, base: str | Path | None, folder: Path, options: dict) -> tuple[Path, str]:
     """The GGUF file of a model or ftype, and what it is called."""
-    if isinstance(model, Path) or str(model).endswith(".gguf"):
-        path = model_path(model)
-        return path, path.stem
+    if isinstance(model, Path) or bundled_path(str(model)) or Path(model).exists() or str(model).endswith(".gguf"):
+        path = as_gguf(model)
+        return path, path.stem if Path(model).is_file() else Path(model).name
     ftype = find_ftype(model)
     if base is None:
         raise ValueError(f"generate: models has the ftype {ftype.name}, and base=None. Give base, what to quantize.")

@@ -6,6 +6,7 @@ it is closed to everybody else by a random key and shows no web page.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import queue
 import re
@@ -182,7 +183,8 @@ def as_gguf(model: str | Path) -> Path:
     source = open_model(path)
     if not source.is_checkpoint:
         return source.path
-    target = runs_dir() / "run" / f"{path.stem if path.is_file() else path.name}.gguf"
+    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # folders of one name hold many models
+    target = runs_dir() / "run" / f"{path.stem if path.is_file() else path.name}-{digest}.gguf"
     newest = max(file.stat().st_mtime for file in ([path] if path.is_file() else path.iterdir()))
     if not target.is_file() or target.stat().st_mtime < newest:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 import quantlab
+from quantlab.files.arguments import check_number
 from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix
 from quantlab.files.model import Model, as_model
 from quantlab.files.output import beside, check_output, is_report, is_stream, replacing
@@ -187,6 +188,7 @@ def size_limit(
         raise ValueError(f"{given}: must be exactly one of the three. Example: like=Q4_K_M")
     if like is not None:
         return _bytes(model, ftype_types(model, like, rules, imatrix))
+    check_number(target_bpw=target_bpw)
     if target_bpw is not None:
         if not 0 < target_bpw < float("inf"):
             raise ValueError(f"target_bpw={target_bpw}, must be a positive number of bits per weight.")

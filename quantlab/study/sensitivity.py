@@ -17,6 +17,7 @@ from quantlab.evaluate import protocol as protocols
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import find
 from quantlab.evaluate.variants import Variant, as_is, resolve
+from quantlab.files.arguments import check_whole
 from quantlab.files.bundled import cache_dir, read_text
 from quantlab.files.imatrix_file import as_matrix
 from quantlab.files.model import Model, as_model
@@ -256,6 +257,7 @@ def sensitivity(
     find(mode)
     start = _start(base, around, rules, as_matrix(imatrix))
     changes = plan_changes(base, types, groups)
+    check_whole(sample=sample)
     if sample is not None and (sample < 1 or groups is not None or around is not None):
         raise ValueError(
             f"sample={sample}, must be at least 1, and groups=None, around=None. Leave it out to measure all."

@@ -201,6 +201,7 @@ class SizePpl:
 def _with_error(value: float | None, error: float | None, sign: str = "", digits: int = 4) -> str:
     if value is None:
         return ""
+    value = round(value, digits) + 0.0  # -0.00001 is 0.0000, without a sign
     return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 

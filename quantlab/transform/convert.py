@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from quantlab.files.arguments import check_path
 from quantlab.files.checkpoint import OUTTYPES, RangeLoss, open_checkpoint
 from quantlab.files.gguf_file import TensorSpec, pack_header, write_gguf
 from quantlab.files.hub import default_folder, find_checkpoint
@@ -40,10 +41,10 @@ def convert(
     Parameters
     ----------
     src : str or Path
-        A Hugging Face folder, a folder of Meta's, one file of weights with its configuration beside it, or a name on
-        the Hugging Face hub (`org/model`).
+        A bundled checkpoint's name ("tiny"), a Hugging Face folder, a folder of Meta's, one file of weights with its
+        configuration beside it, or a name on the Hugging Face hub (`org/model`).
     outfile : str or Path, optional
-        Default: `ggml-model-<TYPE>.gguf` in the folder of `src`, in the current one for a checkpoint of the hub.
+        Default: `ggml-model-<TYPE>.gguf` in the folder of `src`; in the current one for a name or a hub's checkpoint.
     outtype : str
         Type of the matrices: `"f32" "f16" "bf16" "q8_0"`, or `"auto"` for the checkpoint's own. Vectors stay F32.
     as_llama_cpp : bool
@@ -82,6 +83,7 @@ def convert(
 
     Source: `convert_hf_to_gguf.py` of llama.cpp, for what is written.
     """
+    check_path(src=src, **({} if outfile is None else {"outfile": outfile}))
     src, loss = find_checkpoint(src), RangeLoss()
     model = open_checkpoint(src, outtype, loss=loss, as_llama_cpp=as_llama_cpp, model_name=model_name)
     name = OUTTYPES[outtype] or _own_type(model)

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -23,10 +23,12 @@ from quantlab import quants
 from quantlab.arch import Hparams, tensor_shapes
 from quantlab.files import bundled
 from quantlab.files.byte_range import PLAIN_DTYPES
+from quantlab.files.checkpoint_metadata import read_config, rope_factors
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, follow, is_stream
 from quantlab.files.recognize import short
+from quantlab.files.weights import read_json
 from quantlab.quants import block_bytes, block_size, row_bytes
 from quantlab.transform.checksum import mixed
 from quantlab.transform.job import FLOATS, Job, Options, make_job
@@ -144,8 +146,27 @@ def look_up(shape_or_file: str | Path):
         shape = bundled.shape(name)
         hparams = Hparams(**{key: value for key, value in shape.items() if key not in ("name", "source")})
         return shape["name"], hparams, tensor_shapes(hparams), None
+    if folder := _of_config_alone(Path(name)):
+        return folder.resolve().name, *_from_config(folder), None
     opened = open_model(name)
     return opened.path.name, opened.hparams, opened.shapes, {tensor.name: tensor.qtype for tensor in opened}
+
+
+def _from_config(folder: Path) -> tuple[Hparams, dict[str, tuple[int, ...]]]:
+    """Return hyper-parameters and shapes that a checkpoint's configuration promises."""
+    config = read_config(folder)
+    is_tied = not config.is_meta and read_json(folder / "config.json").get("tie_word_embeddings") is True
+    config, factors = replace(config, tied_embeddings=is_tied), rope_factors(config)
+    return config, tensor_shapes(config) | ({} if factors is None else {"rope_freqs.weight": factors.shape})
+
+
+def _of_config_alone(path: Path) -> Path | None:
+    """Return a checkpoint's folder where only its configuration counts: named itself, or without weights beside it."""
+    if path.name in ("config.json", "params.json") and path.is_file():
+        return path.parent
+    configured = path.is_dir() and any((path / name).is_file() for name in ("config.json", "params.json"))
+    weights = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+    return path if configured and not any(file.suffix in weights for file in path.iterdir()) else None
 
 
 def fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...]]) -> pd.DataFrame:

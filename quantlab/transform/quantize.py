@@ -62,7 +62,7 @@ def quantize(
     src : str, Path or Model
         A GGUF file, a checkpoint folder, or a bundled model's name.
     outfile : str, Path or object with ``.write``, optional
-        Default: ``ggml-model-<FTYPE>.gguf`` beside a file, inside a folder; in the current one for a model of the hub.
+        Default: ``ggml-model-<FTYPE>.gguf`` beside a file, inside a folder; in the current one for a name.
     ftype : str or int, optional
         Name, alias or number of the mixture: "Q4_K_M", "Q4_K", 15. Left out with `layout_of`.
     reuse : str or Path, optional

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from quantlab.files.arguments import check_path, check_whole
 from quantlab.files.bundled import model_path
 from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import ALIGNMENT, Header, TensorInfo, pack_header, read_header, write_gguf
@@ -126,6 +127,7 @@ def split(
 
     Source: llama.cpp, tools/gguf-split, for names, keys and where a shard ends.
     """
+    check_whole(max_tensors=max_tensors)
     header = read_header(model_path(src))
     if shard_count(header) > 0:
         raise ValueError(f"{header.path}: is a shard already, must be a whole file. Run quantlab merge first.")
@@ -169,6 +171,7 @@ def merge(src: str | Path, outfile: str | Path | None = None, *, overwrite: bool
     ValueError
         If `src` is no shard, or the shards do not belong together.
     """
+    check_path(src=src)
     header = read_header(src)
     headers = shard_headers(header)
     if "split.count" not in header.metadata:
