@@ -9,7 +9,7 @@ import numpy as np
 
 from quantlab import quants
 from quantlab.evaluate.engine import Stored
-from quantlab.files.bundled import bundled_path
+from quantlab.files.bundled import bundled_path, model_path
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.model import open as open_model
 from quantlab.quants.validate import check_encoded, check_stored
@@ -109,7 +109,7 @@ def _resolve_one(base: Model, spec, rules: str, imatrix: Mapping[str, np.ndarray
     mark = "+imatrix" if imatrix else ""
     if isinstance(spec, Recipe):
         return _from_recipe(base, "recipe" + mark, spec, imatrix)
-    path = bundled_path(str(spec)) or Path(spec)
+    path = Path(spec) if bundled_path(str(spec)) is None else model_path(spec)
     if path.is_dir() or path.suffix.lower() == ".gguf":
         return _from_file(base, path)
     if path.is_file():

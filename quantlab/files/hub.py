@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from quantlab.files.bundled import bundled_path, is_own
+from quantlab.files.bundled import bundled_path, is_own, model_path
 
 __all__ = ["default_folder", "find_checkpoint", "repository_of"]
 
@@ -22,7 +22,7 @@ def find_checkpoint(src: str | Path) -> Path:
     ImportError
         If a name on the hub is asked for and huggingface_hub is not installed.
     """
-    path = bundled_path(str(src)) or Path(src)
+    path = Path(src) if bundled_path(str(src)) is None else model_path(src)
     if path.suffix == ".gguf" and path.is_file():
         raise ValueError(f"{src}: is a GGUF file already, need a checkpoint. Use it as it is, or quantize it.")
     if path.exists():
