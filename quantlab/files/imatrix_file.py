@@ -147,7 +147,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
 
 def as_matrix(matrix: str | Path | ImportanceMatrix | None) -> ImportanceMatrix | None:
     """Return an importance matrix, or None, as it is; read a file of one."""
-    return read_imatrix(matrix) if isinstance(matrix, str | Path) else matrix
+    return matrix if matrix is None or isinstance(matrix, ImportanceMatrix) else read_imatrix(matrix)
 
 
 def _read_gguf(path: Path) -> ImportanceMatrix:
