@@ -1,5 +1,6 @@
 """Checkpoints open by the names that transformers gives their tensors, whatever wrapped the model when it was saved."""
 
+import json
 import warnings
 
 import numpy as np
@@ -11,6 +12,10 @@ from quantlab.files.tensor_names import plain_names
 from quantlab.files.weights import index_weights
 
 NAMES = list(tensors("llama1"))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_plain_names_stay_without_a_word(tmp_path):
@@ -54,6 +59,32 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
             plain_names(tmp_path, {"lm_head.weight": 1, "module.lm_head.weight": 2})
 
 
+def test_a_model_without_its_head_by_its_own_class(tmp_path):
+    src = write_checkpoint(tmp_path / "m", "llama1", "F32")
+    edit(src / "config.json", architectures=["LlamaModel"], tie_word_embeddings=False)
+    weights = {name.removeprefix("model."): x for name, x in tensors("llama1").items() if name != "lm_head.weight"}
+    write_safetensors(src / "model.safetensors", weights)
+    with (
+        pytest.warns(UserWarning, match="embed_tokens.weight is read as model.embed_tokens.weight, 20 names in all"),
+        pytest.warns(UserWarning, match="there is no lm_head.weight. llama.cpp takes the embedding"),
+    ):
+        assert ql.open(src).hparams.tied_embeddings
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_a_head_beside_tied_embeddings_is_kept_and_spoken_of(tmp_path, is_copy):
+    src = write_checkpoint(tmp_path / "m", "llama1", "F32")
+    edit(src / "config.json", tie_word_embeddings=True)
+    weights = tensors("llama1")
+    if is_copy:
+        write_safetensors(src / "model.safetensors", weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert "output.weight" in ql.open(src)
+    told = [str(warning.message) for warning in caught if "lm_head.weight differs from the embedding" in str(warning)]
+    assert len(told) == (not is_copy)
+
+
 # ---- a whole file among what an earlier saving left
 
 
@@ -87,8 +118,6 @@ def test_the_whole_file_is_read_alone(tmp_path, with_shards, index):
 def test_an_index_that_names_the_whole_file_is_used(tmp_path):
     src = write_checkpoint(tmp_path / "m", "llama1", "F32")
     weight_map = dict.fromkeys(NAMES, "model.safetensors")
-    import json
-
     (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

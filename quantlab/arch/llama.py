@@ -40,7 +40,7 @@ FEED_FORWARD = (
 
 ARCH = Architecture(
     name="llama",
-    classes=("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"),
+    classes=("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "LlamaModel"),
     tensors=(
         Tensor("rope_freqs.weight", "n_pairs", "rope", optional=True),
         EMBEDDING,

@@ -12,7 +12,7 @@ ATTENTION = (
 
 ARCH = Architecture(
     name="qwen2",
-    classes=("Qwen2ForCausalLM",),
+    classes=("Qwen2ForCausalLM", "Qwen2Model"),
     tensors=(
         EMBEDDING,
         *FEED_FORWARD,

@@ -6,7 +6,7 @@ from quantlab.arch.record import Architecture, Layer
 
 ARCH = Architecture(
     name="qwen3",
-    classes=("Qwen3ForCausalLM",),
+    classes=("Qwen3ForCausalLM", "Qwen3Model"),
     tensors=(
         EMBEDDING,
         *FEED_FORWARD,

@@ -141,6 +141,7 @@ def open_checkpoint(
     config = _with_sizes(folder, config, stored)
     sources = dict(_gguf_sources(folder, stored, config))
     roles = _check_shapes(folder, sources, config)
+    _speak_of_the_head(folder, sources)
     qtype = OUTTYPES[outtype] or _own_type(sources)
     tensors = [
         _lazy(name, source, "F32" if roles[name] in FLOAT_ROLES else qtype, loss) for name, source in sources.items()
@@ -271,6 +272,26 @@ def _check_shapes(
             )
         roles[name] = tensor.role
     return roles
+
+
+def _speak_of_the_head(folder: Path, sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> None:
+    """Warn where llama.cpp takes another output matrix than transformers; a few rows tell a stored copy."""
+    is_tied = read_json(folder / "config.json").get("tie_word_embeddings")
+    head, embedding = sources.get("output.weight"), sources.get("token_embd.weight")
+    if is_tied is True and head is not None:
+        last = _shape(head)[0]
+        places = [(0, min(4, last)), (last // 2, min(last // 2 + 4, last)), (max(last - 4, 0), last)]
+        if not all(np.array_equal(head.rows(*place), embedding.rows(*place)) for place in places):
+            warnings.warn(
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding. It is kept, as "
+                "llama.cpp's converter keeps it; transformers takes the embedding.",
+                stacklevel=4,
+            )
+    if is_tied is False and head is None:
+        warnings.warn(
+            f"{folder}: tie_word_embeddings is false, but there is no lm_head.weight. llama.cpp takes the embedding.",
+            stacklevel=4,
+        )
 
 
 def _own_type(sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> str:

@@ -50,6 +50,10 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _QTYPES = {record.number: record.name for record in GGML_TYPES.values()}
 _TYPE_OF_NUMBER = {np.dtype(number): value_type for value_type, number in _NUMBERS.items()} | {np.dtype(bool): _BOOL}
 
+_REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
+_REMOVED |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+_FORKS = range(97, 400)
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -345,8 +349,19 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
         raise cursor.bad(f"{name}: shape={shape}, every dimension must be at least 1")
     number = cursor.number("I", name)
     if number not in _QTYPES:
-        raise cursor.bad(f"{name}: ggml type {number} is not known", "A newer llama.cpp may read it.")
+        raise _unknown_type(cursor, name, number)
     return name, shape, _QTYPES[number], cursor.number("Q", name)
+
+
+def _unknown_type(cursor: _Cursor, name: str, number: int) -> ValueError:
+    """Say whose type a number is that llama.cpp does not use."""
+    if number in _REMOVED:
+        what = f"{name}: ggml type {number} ({_REMOVED[number]}) was removed from llama.cpp"
+        return cursor.bad(what, "Quantize the model again from its source.")
+    if number in _FORKS:
+        what = f"{name}: ggml type {number} is none of llama.cpp's, ik_llama.cpp has its own types from 97 to 399"
+        return cursor.bad(what, "Use the program that wrote it.")
+    return cursor.bad(f"{name}: ggml type {number} is not known", "A newer llama.cpp may read it.")
 
 
 def _place(cursor: _Cursor, infos: list, data_offset: int, alignment: int) -> tuple[TensorInfo, ...]:

@@ -69,6 +69,10 @@ class _Keys:
 
     def __init__(self, metadata: Mapping[str, Any], source: str):
         arch = metadata.get("general.architecture")
+        if metadata.get("general.type") == "adapter":
+            raise ValueError(
+                f"{source}: is an adapter (general.type), need a whole model. Merge it into its base first."
+            )
         if not isinstance(arch, str) or not arch.isprintable() or len(arch) > MAX_NAME:
             raise ValueError(
                 f"{source}: general.architecture={short(arch)}, need a name. This is not a language model's file."
