@@ -95,8 +95,9 @@ def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
         raise ValueError(f"{name}: shape={x.shape}, must not be empty. There is nothing to measure.")
     noise = signal = largest = 0.0
     codes = np.zeros(0, np.int64)
-    for _, columns, piece in float_pieces(x, ggml_type(qtype).block, imatrix is not None, name):
-        data = quantize(piece, qtype, None if imatrix is None else imatrix[columns])
+    for rows, columns, piece in float_pieces(x, ggml_type(qtype).block, imatrix is not None, name):
+        weights = None if imatrix is None else imatrix[columns]
+        data = quantize(piece, qtype, weights, name=name, first_row=rows.start)
         difference = np.abs(dequantize(data, qtype, piece.shape) - piece)
         noise += float(np.square(difference, dtype=np.float64).sum())
         signal += float(np.square(piece, dtype=np.float64).sum())
