@@ -147,18 +147,6 @@ def test_an_index_that_is_no_table(tmp_path):
     refuse(src, "model.safetensors.index.json: is no JSON")
 
 
-def test_a_second_output_layer_is_kept_with_a_line(tmp_path, recwarn):
-    src = write_checkpoint(tmp_path / "m", "llama1", "F32")
-    edit(src / "config.json", tie_word_embeddings=True)
-    with pytest.warns(UserWarning, match="tie_word_embeddings is true, yet lm_head.weight is stored and differs"):
-        assert "output.weight" in open_checkpoint(src)
-    weights = tensors("llama1")
-    write_safetensors(src / "model.safetensors", weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
-    recwarn.clear()
-    assert "output.weight" in open_checkpoint(src)
-    assert not any("tie_word" in str(warning.message) for warning in recwarn)
-
-
 def test_missing_and_unknown_tensors(tmp_path):
     src = write_checkpoint(tmp_path / "m", "llama1", "F32")
     weights = tensors("llama1")

@@ -29,7 +29,6 @@ from quantlab.quants.ggml_types import block_size
 
 __all__ = ["OUTTYPES", "RangeLoss", "open_checkpoint"]
 
-SAMPLED = 16  # rows of the output layer that are compared with the embedding's
 OUTTYPES = {"auto": None, "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
@@ -149,27 +148,12 @@ def open_checkpoint(
     factors = rope_factors(config)
     if factors is not None:
         tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
-    _warn_of_second_head(folder, {tensor.name: tensor for tensor in tensors})
     n_weights = sum(tensor.n_weights for tensor in tensors)
     metadata = general_metadata(folder, config.arch, n_weights, model_name) | hparams_metadata(config, qtype)
     metadata |= vocab_metadata(folder, config, as_llama_cpp=as_llama_cpp)
     _check_texts(folder, metadata)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
     return Model(path, metadata, tensors, files, is_checkpoint=True)
-
-
-def _warn_of_second_head(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Say which output layer is kept where the configuration ties it to the embedding and another one is stored."""
-    head, embedding = tensors.get("output.weight"), tensors["token_embd.weight"]
-    if head is None or read_json(folder / "config.json").get("tie_word_embeddings") is not True:
-        return
-    rows = range(0, head.nrows, max(1, head.nrows // SAMPLED))
-    if any(head.rows(i, i + 1).tobytes() != embedding.rows(i, i + 1).tobytes() for i in rows):
-        warnings.warn(
-            f"{folder}: tie_word_embeddings is true, yet lm_head.weight is stored and differs from the embedding. "
-            f"It is kept as output.weight, as llama.cpp's converter does; transformers computes with the embedding.",
-            stacklevel=3,
-        )
 
 
 def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:
