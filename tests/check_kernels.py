@@ -6,7 +6,9 @@ from pathlib import Path
 
 import ggml_library
 import naive
+import numba
 import numpy as np
+import pytest
 import rows
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
@@ -15,6 +17,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from quantlab import quants
 from quantlab.quants.arrays import encode
+from quantlab.study import speed
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "kernels.json").read_text())
 ANY_ROW = st_numpy.arrays(
@@ -69,3 +72,17 @@ def decodes_random_bytes(qtype, rng):
         number = ~np.isnan(theirs)
         assert np.array_equal(np.isnan(ours), ~number)
         assert np.array_equal(ours[number].view(np.uint32), theirs[number].view(np.uint32))
+
+
+def threads_do_not_change_bytes(qtype, n_per_row, nrows):
+    """One thread and two give the same bytes, plain and weighted, and decode them alike."""
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("numba was started with one thread")
+    x, weights = rows.bell((nrows, n_per_row), 6).astype(np.float32), rows.importances(n_per_row)["squares"]
+    results = []
+    for n in (1, 2):
+        with speed.threads(n):
+            data = quants.quantize(x, qtype)
+            decoded = quants.dequantize(data, qtype, x.shape)
+            results.append([data.tobytes(), quants.quantize(x, qtype, weights).tobytes(), decoded.tobytes()])
+    assert results[0] == results[1]

@@ -12,6 +12,9 @@ _KERNELS = sorted((Path(__file__).parents[1] / "quantlab").glob("[qe]*/**/*.py")
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _KERNELS)).hexdigest()[:16]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"quantlab-numba-{_DIGEST}"))
 
+if os.cpu_count() == 1:
+    os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # or the tests of threads would compare one with itself
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; the programs we start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,14 +1,11 @@
 """The k-quants give llama.cpp's bytes, plain and weighted, and decode any bytes as it does."""
 
 import check_kernels
-import numba
 import numpy as np
 import pytest
 import rows
 from ggml_library import needs_libggml
 from hypothesis import given, settings
-
-from quantlab import quants
 
 WEIGHTED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 TYPES = [*WEIGHTED, "Q8_K"]
@@ -64,9 +61,4 @@ def test_decoder_of_random_bytes(qtype, rng):
 
 @pytest.mark.parametrize("qtype", TYPES)
 def test_threads_do_not_change_bytes(qtype):
-    x, weights = rows.bell((40, 4096), 6).astype(np.float32), rows.importances(4096)["squares"]
-    results = []
-    for threads in {1, min(2, numba.config.NUMBA_NUM_THREADS)}:
-        numba.set_num_threads(threads)
-        results.append(quants.quantize(x, qtype).tobytes() + quants.quantize(x, qtype, weights).tobytes())
-    assert len(set(results)) == 1
+    check_kernels.threads_do_not_change_bytes(qtype, 4096, 40)

@@ -4,7 +4,6 @@ import ctypes
 
 import check_kernels
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 import rows
@@ -58,12 +57,7 @@ def test_decoder_of_random_bytes(qtype, rng):
 
 @pytest.mark.parametrize("qtype", TYPES)
 def test_threads_do_not_change_bytes(qtype):
-    x, weights = rows.bell((40, 512), 6).astype(np.float32), rows.importances(512)["squares"]
-    results = []
-    for threads in {1, min(2, numba.config.NUMBA_NUM_THREADS)}:
-        numba.set_num_threads(threads)
-        results.append(quants.quantize(x, qtype).tobytes() + quants.quantize(x, qtype, weights).tobytes())
-    assert len(set(results)) == 1
+    check_kernels.threads_do_not_change_bytes(qtype, 512, 40)
 
 
 def every_float(step):

@@ -10,7 +10,7 @@ multiply-add they give the bytes of `quantize`.
 """
 
 from functools import cache
-from types import FunctionType
+from types import CellType, FunctionType
 
 import numpy as np
 from numba import njit
@@ -59,11 +59,16 @@ def fused(function):
     plain = function.py_func if is_kernel else function
     names = dict(plain.__globals__)
     for name in plain.__code__.co_names:
-        if isinstance(names.get(name), Dispatcher):
-            names[name] = fused(names[name])
-    twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)
+        names |= {name: _fused_kernel(names[name])} if name in names else {}
+    cells = tuple(CellType(_fused_kernel(cell.cell_contents)) for cell in plain.__closure__ or ())
+    twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, cells)
     twin.__qualname__ = f"fused_{plain.__qualname__}"  # names its file in numba's cache
     if not is_kernel:
         return twin
     options = {key: value for key, value in function.targetoptions.items() if key in _KEPT}
     return njit(cache=True, fastmath={"contract"}, **options)(twin)
+
+
+def _fused_kernel(value):
+    """A kernel's fused twin; anything else as it is."""
+    return fused(value) if isinstance(value, Dispatcher) else value

@@ -1,8 +1,8 @@
 """The k-quants: Q2_K Q3_K Q4_K Q5_K Q6_K, and Q8_K for activations. Super-blocks of 256 weights.
 
 An encoder takes rows ``x`` (float32, C order) and fills ``out`` (uint8, one row of blocks per row);
-``encode_*_imatrix`` also takes the importance of each column. A decoder turns such bytes back into float32. Since
-blocks never cross the end of a row, all of them work on the array as one sequence of super-blocks.
+``encode_*_imatrix`` also takes the importance of each column. A decoder turns such bytes back into float32. The loop
+over an array's super-blocks is in `superblock`; a type has a kernel for a span of them, to encode and to decode.
 
 Encoders handle 16 super-blocks at a time, one in each lane, in three steps: *search* scale and minimum of every
 sub-block, *quantize the scales* of the super-block, then, with what the scales have become, *pack* the levels, for
@@ -12,7 +12,6 @@ Source: ggml-quants.c of llama.cpp, commit 0c1e57098.
 """
 
 import numpy as np
-from numba import prange
 
 from quantlab.quants.lanes import (
     absolute,
@@ -26,7 +25,6 @@ from quantlab.quants.lanes import (
     maximum,
     minimum,
     nearest_int,
-    parallel_kernel,
     scatter,
     select,
     sqrt,
@@ -50,6 +48,8 @@ from quantlab.quants.search import (
 from quantlab.quants.superblock import (
     QK_K,
     SPAN,
+    decoder,
+    encoders,
     half_at,
     largest_positive,
     offset_levels,
@@ -144,22 +144,7 @@ def _span_q2_k(x, importance, out, start, n):
         _pack_q2_k(x, ws, first, n, out)
 
 
-@parallel_kernel
-def _encode_q2_k(x, importance, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span_q2_k(x, importance, out, span * SPAN, n)
-
-
-def encode_q2_k(x, out):
-    """Quantize rows to Q2_K."""
-    _encode_q2_k(x, None, out)
-
-
-def encode_q2_k_imatrix(x, weights, out):
-    """Quantize rows to Q2_K, errors weighted by the importance of their columns."""
-    _encode_q2_k(x, weights, out)
+encode_q2_k, encode_q2_k_imatrix = encoders(_span_q2_k)
 
 
 @kernel
@@ -176,13 +161,7 @@ def _decode_span_q2_k(data, out, start, stop):
                     store(out, at + 128 * half + 32 * part + i, v)
 
 
-@parallel_kernel
-def decode_q2_k(data, out):
-    """Turn Q2_K blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span_q2_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+decode_q2_k = decoder(_decode_span_q2_k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,22 +244,7 @@ def _span_q3_k(x, importance, out, start, n):
         _pack_q3_k(x, ws, first, n, out)
 
 
-@parallel_kernel
-def _encode_q3_k(x, importance, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span_q3_k(x, importance, out, span * SPAN, n)
-
-
-def encode_q3_k(x, out):
-    """Quantize rows to Q3_K."""
-    _encode_q3_k(x, None, out)
-
-
-def encode_q3_k_imatrix(x, weights, out):
-    """Quantize rows to Q3_K, errors weighted by the importance of their columns."""
-    _encode_q3_k(x, weights, out)
+encode_q3_k, encode_q3_k_imatrix = encoders(_span_q3_k)
 
 
 @kernel
@@ -298,13 +262,7 @@ def _decode_span_q3_k(data, out, start, stop):
             store(out, at + 16 * j, d * np.float32(sc - 32) * to_float(l))
 
 
-@parallel_kernel
-def decode_q3_k(data, out):
-    """Turn Q3_K blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span_q3_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+decode_q3_k = decoder(_decode_span_q3_k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,22 +363,7 @@ def _span_q4_k(x, importance, out, start, n):
         _pack_q4_k(x, ws, first, n, out)
 
 
-@parallel_kernel
-def _encode_q4_k(x, importance, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span_q4_k(x, importance, out, span * SPAN, n)
-
-
-def encode_q4_k(x, out):
-    """Quantize rows to Q4_K."""
-    _encode_q4_k(x, None, out)
-
-
-def encode_q4_k_imatrix(x, weights, out):
-    """Quantize rows to Q4_K, errors weighted by the importance of their columns."""
-    _encode_q4_k(x, weights, out)
+encode_q4_k, encode_q4_k_imatrix = encoders(_span_q4_k)
 
 
 @kernel
@@ -446,13 +389,7 @@ def _decode_span_q4_k(data, out, start, stop):
                 store(out, at + 32 * j + i, scale * to_float(l) - low)
 
 
-@parallel_kernel
-def decode_q4_k(data, out):
-    """Turn Q4_K blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span_q4_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+decode_q4_k = decoder(_decode_span_q4_k)
 
 
 @kernel
@@ -483,22 +420,7 @@ def _span_q5_k(x, importance, out, start, n):
         _pack_q5_k(x, ws, first, n, out)
 
 
-@parallel_kernel
-def _encode_q5_k(x, importance, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span_q5_k(x, importance, out, span * SPAN, n)
-
-
-def encode_q5_k(x, out):
-    """Quantize rows to Q5_K."""
-    _encode_q5_k(x, None, out)
-
-
-def encode_q5_k_imatrix(x, weights, out):
-    """Quantize rows to Q5_K, errors weighted by the importance of their columns."""
-    _encode_q5_k(x, weights, out)
+encode_q5_k, encode_q5_k_imatrix = encoders(_span_q5_k)
 
 
 @kernel
@@ -515,13 +437,7 @@ def _decode_span_q5_k(data, out, start, stop):
                 store(out, at + 32 * j + i, scale * to_float(l) - low)
 
 
-@parallel_kernel
-def decode_q5_k(data, out):
-    """Turn Q5_K blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span_q5_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+decode_q5_k = decoder(_decode_span_q5_k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,22 +506,7 @@ def _span_q6_k(x, importance, out, start, n):
         _pack_q6_k(x, ws, first, n, out)
 
 
-@parallel_kernel
-def _encode_q6_k(x, importance, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span_q6_k(x, importance, out, span * SPAN, n)
-
-
-def encode_q6_k(x, out):
-    """Quantize rows to Q6_K."""
-    _encode_q6_k(x, None, out)
-
-
-def encode_q6_k_imatrix(x, weights, out):
-    """Quantize rows to Q6_K, errors weighted by the importance of their columns."""
-    _encode_q6_k(x, weights, out)
+encode_q6_k, encode_q6_k_imatrix = encoders(_span_q6_k)
 
 
 @kernel
@@ -621,13 +522,7 @@ def _decode_span_q6_k(data, out, start, stop):
             store(out, at + 16 * j, d * np.float32(sc) * to_float(l - 32))
 
 
-@parallel_kernel
-def decode_q6_k(data, out):
-    """Turn Q6_K blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span_q6_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+decode_q6_k = decoder(_decode_span_q6_k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -639,7 +534,7 @@ def decode_q6_k(data, out):
 
 
 @kernel
-def _span_q8_k(x, out, start, n):
+def _span_q8_k(x, importance, out, start, n):
     ws = workspace()
     for first in range(start, min(start + SPAN, n), 16):
         read_columns(x, first, n, n, ws.x, ws.rows)
@@ -661,13 +556,7 @@ def _span_q8_k(x, out, start, n):
                 out[block + 261 + 2 * j] = (bsum >> 8) & 0xFF
 
 
-@parallel_kernel
-def encode_q8_k(x, out):
-    """Quantize rows to Q8_K."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span_q8_k(x, out, span * SPAN, n)
+encode_q8_k, _ = encoders(_span_q8_k)
 
 
 @kernel
@@ -682,10 +571,4 @@ def _decode_span_q8_k(data, out, start, stop):
             store(out, at + i, d * to_float(signed_byte(load(data, block + 4 + i))))
 
 
-@parallel_kernel
-def decode_q8_k(data, out):
-    """Turn Q8_K blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span_q8_k(data, out, span * SPAN, min(span * SPAN + SPAN, n))
+decode_q8_k = decoder(_decode_span_q8_k)

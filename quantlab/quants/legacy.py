@@ -7,6 +7,7 @@ extremes; with one it is searched for, 16 blocks at a time.
 Source: `quantize_row_q*_ref`, `quantize_row_q*_impl` and `dequantize_row_q*` of llama.cpp's ggml-quants.c.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,15 @@ BATCH = 256  # weights of a row that a search takes at a time: 8 blocks, which w
 HALF = np.float32(0.5)
 BELOW_HALF = np.float32(0.49999997)
 ONE_BIT = np.left_shift(1, np.arange(16), dtype=np.int32)  # bit i in lane i
+
+
+def _with(kernel, *flags) -> Callable:
+    """Make a type's encoder (x, out) or (x, importance, out), or its decoder (data, out), from a shared one."""
+
+    def function(*arrays):
+        kernel(*arrays[:-1], *flags, arrays[-1])
+
+    return function
 
 
 # ---- parts of a block
@@ -211,24 +221,10 @@ def _decode_around_zero(data, fifth, out):
             store(out, (first + b) * QK + 16, to_float(high - nmax) * d[b])
 
 
-def encode_q4_0(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    _encode_around_zero(x, False, out)
-
-
-def decode_q4_0(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    _decode_around_zero(data, False, out)
-
-
-def encode_q5_0(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    _encode_around_zero(x, True, out)
-
-
-def decode_q5_0(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    _decode_around_zero(data, True, out)
+encode_q4_0 = _with(_encode_around_zero, False)
+decode_q4_0 = _with(_decode_around_zero, False)
+encode_q5_0 = _with(_encode_around_zero, True)
+decode_q5_0 = _with(_decode_around_zero, True)
 
 
 # ---- Q4_1, 20 bytes: d float16 @0, m float16 @2, qs 16 bytes @4.                 weight = code * d + m
@@ -266,24 +262,10 @@ def _decode_above_minimum(data, fifth, out):
             store(out, (first + b) * QK + 16, to_float(high) * d[b] + m[b])
 
 
-def encode_q4_1(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    _encode_above_minimum(x, False, out)
-
-
-def decode_q4_1(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    _decode_above_minimum(data, False, out)
-
-
-def encode_q5_1(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    _encode_above_minimum(x, True, out)
-
-
-def decode_q5_1(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    _decode_above_minimum(data, True, out)
+encode_q4_1 = _with(_encode_above_minimum, False)
+decode_q4_1 = _with(_decode_above_minimum, False)
+encode_q5_1 = _with(_encode_above_minimum, True)
+decode_q5_1 = _with(_decode_above_minimum, True)
 
 
 # ---- Q8_0, 34 bytes: d float16 @0, qs 32 int8 @2.                                weight = code * d
@@ -322,24 +304,10 @@ def _decode_bytes(data, size, out):
             store(out, (first + b) * QK + 16, to_float(load(codes, (first + b + 1) * size - 16)) * d[b])
 
 
-def encode_q8_0(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    _encode_bytes(x, False, out)
-
-
-def decode_q8_0(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    _decode_bytes(data, 34, out)
-
-
-def encode_q8_1(x, out):
-    """Encode float32 rows (nrows, n_per_row) into uint8 rows (nrows, row_bytes)."""
-    _encode_bytes(x, True, out)
-
-
-def decode_q8_1(data, out):
-    """Decode uint8 rows (nrows, row_bytes) into float32 rows (nrows, n_per_row)."""
-    _decode_bytes(data, 36, out)
+encode_q8_0 = _with(_encode_bytes, False)
+decode_q8_0 = _with(_decode_bytes, 34)
+encode_q8_1 = _with(_encode_bytes, True)
+decode_q8_1 = _with(_decode_bytes, 36)
 
 
 # ---- with an importance matrix: scale (and minimum) are searched for, in 16 rows side by side
@@ -463,21 +431,7 @@ def _encode_weighted(x, importance, fifth, offset, out):
         _encode_rows(x, 16 * group, importance, fifth, offset, out)
 
 
-def encode_q4_0_imatrix(x, importance, out):
-    """Encode as `encode_q4_0`, errors of column j weighted with `importance[j]`."""
-    _encode_weighted(x, importance, False, False, out)
-
-
-def encode_q4_1_imatrix(x, importance, out):
-    """Encode as `encode_q4_1`, errors of column j weighted with `importance[j]`."""
-    _encode_weighted(x, importance, False, True, out)
-
-
-def encode_q5_0_imatrix(x, importance, out):
-    """Encode as `encode_q5_0`, errors of column j weighted with `importance[j]`."""
-    _encode_weighted(x, importance, True, False, out)
-
-
-def encode_q5_1_imatrix(x, importance, out):
-    """Encode as `encode_q5_1`, errors of column j weighted with `importance[j]`."""
-    _encode_weighted(x, importance, True, True, out)
+encode_q4_0_imatrix = _with(_encode_weighted, False, False)
+encode_q4_1_imatrix = _with(_encode_weighted, False, True)
+encode_q5_0_imatrix = _with(_encode_weighted, True, False)
+encode_q5_1_imatrix = _with(_encode_weighted, True, True)

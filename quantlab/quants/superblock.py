@@ -1,8 +1,11 @@
-"""What the encoders of the k-quants share: 16 super-blocks of 256 weights, one in each lane."""
+"""What types with super-blocks of 256 weights share: drivers over arrays; 16 super-blocks, one in each lane."""
 
+from collections.abc import Callable
+from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
+from numba import prange
 
 from quantlab.quants.lanes import (
     from_half,
@@ -14,19 +17,81 @@ from quantlab.quants.lanes import (
     maximum,
     minimum,
     nearest_int,
+    parallel_kernel,
     scatter,
     select,
     sqrt,
     store,
     transpose,
 )
-from quantlab.quants.search import (
-    FOUND,
-    ZERO,
-)
+from quantlab.quants.search import FOUND, ZERO
 
 QK_K = 256  # weights of a super-block
 SPAN = 128  # super-blocks that one task of a parallel loop handles: 32 Ki weights
+
+
+# ---- drivers: blocks never cross the end of a row, so that an array is one sequence of super-blocks
+
+
+def _encode(x, importance, out):
+    """Encode an array; `_span` is a type's own."""
+    x, out = x.reshape(-1), out.reshape(-1)
+    n = x.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span(x, importance, out, span * SPAN, n)  # noqa: F821
+
+
+def _decode(data, out):
+    """Decode an array; `_span` is a type's own."""
+    data, out = data.reshape(-1), out.reshape(-1)
+    n = out.size // QK_K
+    for span in prange((n + SPAN - 1) // SPAN):
+        _span(data, out, span * SPAN, min(span * SPAN + SPAN, n))  # noqa: F821
+
+
+def _driver(template: FunctionType, span) -> Callable:
+    """Compile a template around a type's kernel.
+
+    The kernel is a global of the copy, not a closure's cell, which numba's cache could not know again in another
+    process. The copy is filed under the kernel's module, so that an edit there is noticed.
+    """
+    of = getattr(span, "py_func", span)  # without the compiler, a kernel is its function
+    code = template.__code__.replace(co_filename=of.__code__.co_filename, co_firstlineno=of.__code__.co_firstlineno)
+    copy = FunctionType(code, template.__globals__ | {"_span": span}, of.__name__)
+    copy.__qualname__ = f"{template.__name__}{of.__name__}"
+    copy.__module__ = of.__module__
+    return parallel_kernel(copy)
+
+
+def encoders(span) -> tuple[Callable, Callable]:
+    """Make a type's encoders from its kernel.
+
+    Parameters
+    ----------
+    span : kernel (x, importance or None, out, start, n)
+        Encodes up to `SPAN` super-blocks of a flat array from super-block `start` on; the array has `n`.
+
+    Returns
+    -------
+    encode : function (x, out)
+        Fills uint8 rows (nrows, row_bytes) from float32 rows (nrows, n_per_row).
+    encode_imatrix : function (x, importance, out)
+        The same, errors of column j weighted with `importance[j]`.
+    """
+    encode = _driver(_encode, span)
+
+    def encode_plain(x, out):
+        encode(x, None, out)
+
+    return encode_plain, encode
+
+
+def decoder(span) -> Callable:
+    """Make a type's decoder (data, out) from a kernel (data, out, start, stop) for a stretch of super-blocks."""
+    return _driver(_decode, span)
+
+
+# ---- 16 super-blocks in the lanes
 
 
 class Workspace(NamedTuple):

@@ -68,7 +68,7 @@ def solve(groups: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int
     Examples
     --------
     >>> solve([[(1, 0.5), (2, 0.1)], [(1, 0.3), (3, 0.0)]], 4)
-    [0, 1]
+    [1, 0]
     """
     options = [_sorted(group) for group in groups]
     least = sum(int(group.sizes[0]) for group in options)
