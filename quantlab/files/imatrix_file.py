@@ -17,12 +17,11 @@ Source: llama.cpp, common/imatrix-loader.cpp, tools/imatrix/imatrix.cpp and tool
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -32,6 +31,7 @@ from quantlab.files.gguf_file import Strings, TensorSpec, read_header, write_ggu
 from quantlab.files.imatrix_statistics import statistics
 from quantlab.files.output import replacing
 from quantlab.files.recognize import short
+from quantlab.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,7 @@ _MAX_NAME = 1 << 10  # bytes
 
 
 @dataclass(frozen=True, repr=False)
-class ImportanceMatrix:
+class ImportanceMatrix(Result):
     """Squared activations by tensor name.
 
     Attributes
@@ -97,24 +97,19 @@ class ImportanceMatrix:
         """Write the matrix to a file, see `write_imatrix`."""
         return write_imatrix(self, path, legacy=legacy, overwrite=overwrite)
 
+    _look = {"index": False, "float_format": "{:.4g}".format}
+
     def to_frame(self) -> pd.DataFrame:
         """Return the statistics of each tensor, see `imatrix_statistics.statistics`."""
         return statistics(self)
 
-    def to_json(self) -> str:
-        """Return what it was collected on, and the statistics, as JSON."""
+    def _document(self) -> dict[str, Any]:
         protocol = {"datasets": self.datasets, "chunks": self.chunk_count, "n_ctx": self.chunk_size}
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": self.to_frame().to_dict("records")})
+        return {"protocol": protocol, "rows": self.to_frame()}
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[str]:
         text = ", ".join(name if name.isprintable() else short(name) for name in self.datasets) or "an unnamed text"
-        head = f"importance matrix of {len(self.sums)} tensors: {self.chunk_count} chunks of {text}"
-        return f"{head}\n{self.to_frame().to_string(index=False, float_format='{:.4g}'.format)}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, float_format="{:.4g}".format)
+        return [f"importance matrix of {len(self.sums)} tensors: {self.chunk_count} chunks of {text}"]
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:

@@ -1,6 +1,5 @@
 """What an encoding loses on an array: error measures."""
 
-import json
 from dataclasses import dataclass, field
 from math import log10
 
@@ -9,10 +8,11 @@ import numpy as np
 from quantlab.quants.arrays import check_input, dequantize, float_pieces, quantize
 from quantlab.quants.codebook import CODES, code_histogram
 from quantlab.quants.ggml_types import WEIGHTED, ggml_type
+from quantlab.result import Result
 
 
 @dataclass(frozen=True)
-class Errors:
+class Errors(Result):
     """What one encoding lost on one array.
 
     Attributes
@@ -45,24 +45,13 @@ class Errors:
     snr_db: float
     codes: np.ndarray = field(compare=False, repr=False)
 
-    def _row(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "codes"}
+    @property
+    def rows(self) -> tuple[dict]:
+        """One row with all measures but the histogram."""
+        return ({key: value for key, value in vars(self).items() if key != "codes"},)
 
-    def to_frame(self):
-        """Return one row with a column per measure, without the histogram."""
-        import pandas as pd
-
-        return pd.DataFrame([self._row()])
-
-    def to_json(self) -> str:
-        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}`; an infinite `snr_db` becomes null."""
-        row = self._row() | {"codes": self.codes.tolist()}
-        if not np.isfinite(row["snr_db"]):
-            row["snr_db"] = None
-        return json.dumps({"schema": 1, "protocol": {"measure": "dequantize(quantize(x)) - x"}, "rows": [row]})
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
+    def _document(self) -> dict:
+        return {"protocol": {"measure": "dequantize(quantize(x)) - x"}, "rows": [self]}
 
 
 def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:

@@ -7,7 +7,6 @@ part of the KV cache; the token embedding stays in the machine's memory.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -15,12 +14,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 
 from quantlab.arch import architectures, find
 from quantlab.files.arguments import check_whole
 from quantlab.quants import row_bytes
+from quantlab.result import Result
 from quantlab.run.compute_buffer import CELLS, F32, cells, compute_bytes, input_bytes
 from quantlab.transform.mixture import FTYPES, choose_types, find_ftype, layer_of
 from quantlab.transform.plan import look_up, parse_bytes, tensor_bytes
@@ -94,7 +95,7 @@ class FitRow:
 
 
 @dataclass(frozen=True, repr=False)
-class Fit:
+class Fit(Result):
     """What a model takes to run, per ftype.
 
     Attributes
@@ -129,12 +130,11 @@ class Fit:
         columns = {"layer": range(self.n_layer), "bytes": row.layer_bytes, "kv_bytes": row.kv_bytes // self.n_layer}
         return pd.DataFrame(columns).assign(on_card=lambda frame: frame["layer"] >= first)
 
-    def to_json(self) -> str:
-        """Return the rows as JSON, sizes in bytes."""
+    def _document(self) -> dict[str, Any]:
         protocol = {"model": self.model, "n_layer": self.n_layer, "n_ctx_train": self.n_ctx_train, "vram": self.vram}
         protocol |= {"ram": self.ram, "vram_reserve": VRAM_RESERVE} | asdict(self.setting)
         rows = [asdict(row) | {"where": row.where} for row in self.rows]
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": rows})
+        return {"protocol": protocol, "rows": rows}
 
     def _shown(self) -> pd.DataFrame:
         frame = self.to_frame()
@@ -149,23 +149,19 @@ class Fit:
         shown["runs in"] = frame["where"]
         return shown.assign(**{"longest context": frame["n_ctx_max"]})
 
-    def _title(self) -> str:
+    def _lines(self) -> list[str]:
         there = f"{self.vram / GIB:.4g} GiB on the card, {self.ram / GIB:.4g} GiB in the machine"
         kv = f"KV cache {self.setting.cache_type_k}/{self.setting.cache_type_v}"
-        return f"{self.model}: {self.n_layer} layers, context {self.setting.n_ctx} of {self.n_ctx_train}, {kv}; {there}"
+        layers = f"{self.n_layer} layers, context {self.setting.n_ctx} of {self.n_ctx_train}"
+        return [f"{self.model}: {layers}, {kv}; {there}"]
 
     def __str__(self) -> str:
-        lines = [self._title(), self._shown().to_string(index=False)]
+        lines = [super().__str__()]
         if len(self.rows) == 1:
             layers = self.layers() / [1, 1024**2, 1024**2, 1]
             low, high = layers["bytes"].min(), layers["bytes"].max()
             lines.append(f"per layer: weights {low:.2f} to {high:.2f} MiB, KV {layers['kv_bytes'][0]:.2f} MiB")
         return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self._title()}</p>{self._shown().to_html(index=False)}"
 
 
 def fit(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from quantlab.files.arguments import check_number, check_whole
 from quantlab.files.bundled import bundled_path, model_path, runs_dir
+from quantlab.result import Result
 from quantlab.run.chat import Sampling
 from quantlab.run.llama_cpp import Engine, Options, as_gguf
 from quantlab.transform.mixture import find_ftype
@@ -50,7 +51,7 @@ class Continuation:
 
 
 @dataclass(frozen=True, repr=False)
-class Generation:
+class Generation(Result):
     """One prompt, continued by several models; the first is what the others are compared with.
 
     Attributes
@@ -72,11 +73,9 @@ class Generation:
         columns = ("variant", "bytes", "n_same", "text")
         return pd.DataFrame([[getattr(row, column) for column in columns] for row in self.rows], columns=columns)
 
-    def to_json(self) -> str:
-        """Return the rows as JSON."""
+    def _document(self) -> dict[str, Any]:
         protocol = {"prompt": self.prompt, "seed": self.seed, "temp": self.temp, "n_predict": self.n_predict}
-        rows = [asdict(row) | {"text": row.text} for row in self.rows]
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": rows})
+        return {"protocol": protocol, "rows": [vars(row) | {"text": row.text} for row in self.rows]}
 
     def __str__(self) -> str:
         lines = [f"{self.prompt!r} continued; [ ] marks the first token that differs from {self.rows[0].variant}'s"]
@@ -85,8 +84,6 @@ class Generation:
             shown = f"{before}[{first}]{after}" if first else before
             lines.append(f"{row.variant:>10} {row.n_same:4} same: {shown!r}")
         return "\n".join(lines)
-
-    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         rows = []

@@ -10,6 +10,7 @@ import pandas as pd
 
 from quantlab.evaluate.perplexity import Comparison, compare
 from quantlab.files.imatrix_file import as_matrix
+from quantlab.result import Result
 from quantlab.study.damage_cache import json_digest, matrix_digests
 from quantlab.study.recipe import BestRecipe, open_menu
 
@@ -17,7 +18,7 @@ _SHOWN = ["variant", "bytes", "bpw", "predicted_kld", "kld_mean", "kld_se", "aga
 
 
 @dataclass(frozen=True, repr=False)
-class Front:
+class Front(Result):
     """The best recipes from the smallest size to the largest, and the ftypes beside them.
 
     Attributes
@@ -35,21 +36,7 @@ class Front:
     rows: tuple[dict, ...]
     recipes: tuple[BestRecipe, ...]
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return the rows as a table."""
-        return pd.DataFrame(self.rows)
-
-    def to_json(self) -> str:
-        """Return protocol and rows as JSON."""
-        return json.dumps({"schema": 1, "protocol": self.protocol, "rows": self.rows})
-
-    def __str__(self) -> str:
-        return self.to_frame().to_string(index=False, float_format="{:.5g}".format)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, float_format="{:.5g}".format)
+    _look = {"index": False, "float_format": "{:.5g}".format}
 
 
 def front(sensitivity, model, *, points: int = 24, **options) -> Front:
@@ -90,7 +77,7 @@ def front(sensitivity, model, *, points: int = 24, **options) -> Front:
 
 
 @dataclass(frozen=True, repr=False)
-class Judgement:
+class Judgement(Result):
     """Recipes beside the ftypes of their size, measured on a text.
 
     Attributes
@@ -106,25 +93,21 @@ class Judgement:
     comparison: Comparison
     rows: tuple[dict, ...]
 
+    _look = {"index": False, "na_rep": "", "float_format": "{:.5g}".format}
+
     def to_frame(self) -> pd.DataFrame:
         """Return the rows as a table."""
-        return pd.DataFrame(self.rows)[_SHOWN]
+        return super().to_frame()[_SHOWN]
 
-    def to_json(self) -> str:
-        """Return protocol and rows as JSON, with all that was measured of each variant."""
+    def _document(self) -> dict:
+        """What was measured of each variant, and the rows' own figures."""
         document = json.loads(self.comparison.to_json())
         document["rows"] = [row | own for row, own in zip(document["rows"], self.rows, strict=True)]
-        return json.dumps(document)
+        return document
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[str]:
         p = self.comparison.protocol
-        head = f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}"
-        return f"{head}\n{self.to_frame().to_string(index=False, na_rep='', float_format='{:.5g}'.format)}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, na_rep="", float_format="{:.5g}".format)
+        return [f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}"]
 
 
 def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, imatrix=None, **options) -> Judgement:

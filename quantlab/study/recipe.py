@@ -4,13 +4,13 @@ Damages of single changes add up, very nearly, above 2.5 bits per weight. So the
 measured change per tensor, or per group of tensors, and `knapsack.solve` finds it exactly.
 """
 
-import json
 import operator
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,6 +19,7 @@ from quantlab.files.arguments import check_number
 from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix
 from quantlab.files.model import Model, as_model
 from quantlab.files.output import beside, check_output, is_report, is_stream, replacing
+from quantlab.result import Result
 from quantlab.study.damage_cache import json_digest, matrix_digests, model_digest
 from quantlab.study.knapsack import solve
 from quantlab.study.sensitivity import Sensitivity
@@ -30,7 +31,7 @@ Types = Mapping[str, str] | Iterable[tuple[str, str]]  # expression -> type
 
 
 @dataclass(frozen=True, repr=False)
-class BestRecipe(Recipe):
+class BestRecipe(Result, Recipe):
     """The recipe with the least predicted damage under a size limit.
 
     Attributes
@@ -59,21 +60,17 @@ class BestRecipe(Recipe):
     predicted: float
     ftype: str
     provenance: dict
+    _look = {"na_rep": ""}
+    _indent = 1
 
     @property
     def bpw(self) -> float:
         """Bits per weight over all tensors."""
         return 8 * self.bytes / self.n_weights
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return the groups as a table."""
-        return pd.DataFrame(self.rows)
-
-    def to_json(self) -> str:
-        """Return rows and provenance as JSON."""
+    def _document(self) -> dict[str, Any]:
         figures = {"bytes": self.bytes, "limit": self.limit, "bpw": self.bpw, "predicted_kld": self.predicted}
-        document = {"schema": 1, "protocol": self.provenance | figures | {"ftype": self.ftype}, "rows": self.rows}
-        return json.dumps(document, indent=1)
+        return {"protocol": self.provenance | figures | {"ftype": self.ftype}, "rows": self.rows}
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the recipe as a ``--tensor-type-file``, and where it comes from beside it, in ``<path>.json``.
@@ -99,14 +96,9 @@ class BestRecipe(Recipe):
         words = ["llama-quantize", "--tensor-type-file", str(path), source, target, self.ftype]
         return shlex.join(words[:1] + (["--imatrix", str(imatrix)] if imatrix else []) + words[1:])
 
-    def __str__(self) -> str:
-        head = f"{self.bytes} of {self.limit} bytes, {self.bpw:.4f} bits per weight, predicted KLD {self.predicted:.5f}"
-        return f"{head}\n{self._shown().to_string(na_rep='')}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self._shown().to_html(na_rep="")
+    def _lines(self) -> list[str]:
+        size = f"{self.bytes} of {self.limit} bytes, {self.bpw:.4f} bits per weight"
+        return [f"{size}, predicted KLD {self.predicted:.5f}"]
 
     def _shown(self) -> pd.DataFrame:
         """Types by layer and kind, where the groups are tensors."""

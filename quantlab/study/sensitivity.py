@@ -23,6 +23,7 @@ from quantlab.files.imatrix_file import as_matrix
 from quantlab.files.model import Model, as_model
 from quantlab.files.output import is_report, replacing
 from quantlab.quants.ggml_types import CANDIDATES, FALLBACK, block_size
+from quantlab.result import Result
 from quantlab.study import damage, proxy
 from quantlab.study.damage_cache import DamageCache, json_digest, matrix_digests, model_digest
 from quantlab.transform.mixture import find_qtype, is_quantizable, layer_of
@@ -76,7 +77,7 @@ class Change:
 
 
 @dataclass(frozen=True, repr=False)
-class Sensitivity:
+class Sensitivity(Result):
     """What each change of a model costs, one change at a time.
 
     Attributes
@@ -98,14 +99,14 @@ class Sensitivity:
     rows: tuple[dict, ...]
     calibration: dict | None = None
 
+    _look = {"index": False, "float_format": "{:.4g}".format}
+
     def to_frame(self) -> pd.DataFrame:
         """Return the rows as a table, without the lists of tensors."""
-        return pd.DataFrame([{k: v for k, v in row.items() if k not in ("tensors", "types")} for row in self.rows])
+        return super().to_frame().drop(columns=["tensors", "types"])
 
-    def to_json(self) -> str:
-        """Return everything as JSON; what is not known is null."""
-        document = {"schema": 1, "protocol": self.protocol, "start": self.start, "calibration": self.calibration}
-        return json.dumps(document | {"rows": self.rows})
+    def _document(self) -> dict:
+        return {name: getattr(self, name) for name in ("protocol", "start", "calibration", "rows")}
 
     def predict(self, types: Mapping[str, str]) -> float:
         """Predict the divergence of a model with several changes: that of the start and what each adds.
@@ -168,20 +169,17 @@ class Sensitivity:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}: is not a sensitivity. Write one with `save` or the word sensitivity.") from None
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[str]:
         p = self.protocol
         around = "the base" if p["around"] is None else f"{p['around']}, KLD {self.start['kld_mean']:.6g}"
-        head = f"{p['model']} on {p['text']}: {p['chunks']} chunks of {p['n_ctx']} tokens, changes of {around}"
-        lines = [head, self._shown().to_string(index=False, float_format="{:.4g}".format)]
-        return "\n".join(lines + ([proxy.describe(self.calibration)] if self.calibration else []))
+        return [f"{p['model']} on {p['text']}: {p['chunks']} chunks of {p['n_ctx']} tokens, changes of {around}"]
 
-    __repr__ = __str__
+    def __str__(self) -> str:
+        described = [proxy.describe(self.calibration)] if self.calibration else []
+        return "\n".join([super().__str__(), *described])
 
     def _shown(self) -> pd.DataFrame:
         return self.to_frame()[_SHOWN]
-
-    def _repr_html_(self) -> str:
-        return self._shown().to_html(index=False, float_format="{:.4g}".format)
 
 
 def sensitivity(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,11 +21,13 @@ from quantlab.files.bundled import data_dir, is_shape, shape, shapes
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.quants import block_size
+from quantlab.result import Result
+from quantlab.transform import mixture
 from quantlab.transform.mixture import find_ftype, is_quantizable
 from quantlab.transform.plan import SizeTable, sizes
 
-# the rows of llama.cpp's table, widest first
-FTYPES = "F32 F16 Q8_0 Q6_K Q5_1 Q5_K_M Q5_K_S Q5_0 Q4_1 Q4_K_M Q4_K_S Q4_0 Q3_K_L Q3_K_M Q3_K_S Q2_K COPY".split()
+# the rows of llama.cpp's table of 2023, widest first; BF16 is as large as F16 there
+FTYPES = [name for name, ftype in mixture.FTYPES.items() if "2023-12" in ftype.rules and name != "BF16"]
 _MEASURED = ("ppl", "ppl_se", "delta_ppl", "delta_ppl_se", "kld_mean", "kld_se")
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}
 _LARGE = 10**8  # weights; a model from here on is measured on 16 chunks unless more are asked for
@@ -126,7 +129,7 @@ def _plain(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class SizePpl:
+class SizePpl(Result):
     """What each ftype costs: the size/ppl table of one model.
 
     Attributes
@@ -147,6 +150,7 @@ class SizePpl:
     protocol: dict
     rows: tuple[dict, ...]
     notes: tuple[str, ...] = ()
+    _indent = 1
 
     @property
     def measured(self) -> bool:
@@ -159,11 +163,9 @@ class SizePpl:
         numbers = frame.columns.drop("ftype")
         return frame.astype(dict.fromkeys(numbers.drop("bytes"), float))
 
-    def to_json(self) -> str:
-        """Return the table as JSON: schema, protocol, rows, notes; sizes in bytes."""
+    def _document(self) -> dict[str, Any]:
         rows = [{"variant": row["ftype"], **row} for row in self.rows]
-        protocol = {"model": self.model, **self.protocol}
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": rows, "notes": self.notes}, indent=1)
+        return {"protocol": {"model": self.model, **self.protocol}, "rows": rows, "notes": self.notes}
 
     def shown(self) -> pd.DataFrame:
         """Return the rows as text, for people: sizes in MiB or GiB, errors beside their numbers."""

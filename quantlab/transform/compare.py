@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from quantlab import quants
 from quantlab.files.byte_range import PLAIN_DTYPES
@@ -215,15 +214,3 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape
-
-
-def finite(frame: pd.DataFrame) -> list[dict]:
-    """Return a frame's rows for JSON, with None for what is not a finite number."""
-    rows = frame.astype(object).to_dict("records")
-    return [{key: _or_none(value) for key, value in row.items()} for row in rows]
-
-
-def _or_none(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value

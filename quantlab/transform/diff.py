@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from quantlab.files.model import Model, as_model
+from quantlab.result import Result
 from quantlab.transform.compare import (
     Change,
     Tally,
-    finite,
     metadata_changes,
     root_mean_square,
     slabs,
@@ -28,7 +27,7 @@ COLUMNS = ["name", "change", "a", "b", "blocks", "differing", "rmse", "max_abs",
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Result):
     """What `diff` found.
 
     Attributes
@@ -59,18 +58,17 @@ class Difference:
         """Return the table of the tensors."""
         return self.tensors
 
-    def to_json(self) -> str:
-        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}`: metadata in the protocol, a row per tensor."""
-        protocol = {"a": str(self.a), "b": str(self.b), "same": self.is_same, "same_order": self.same_order}
-        protocol["metadata"] = [asdict(change) for change in self.metadata]
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": finite(self.tensors)})
+    def _document(self) -> dict[str, Any]:
+        protocol = {"a": self.a, "b": self.b, "same": self.is_same, "same_order": self.same_order}
+        return {"protocol": protocol | {"metadata": self.metadata}, "rows": self.tensors}
 
     def _lines(self) -> list[str]:
+        lines = [f"a {str(self.a)!r}", f"b {str(self.b)!r}"]
         if self.is_same:
-            return [f"the same: {len(self.tensors)} tensors and all metadata"]
+            return [*lines, f"the same: {len(self.tensors)} tensors and all metadata"]
         counts = self.tensors["change"].replace("", "same").value_counts()
         names = {"bytes": "with other bytes", "type": "of another type", "shape": "of another shape"}
-        lines = ["tensors: " + ", ".join(f"{n} {names.get(change, change)}" for change, n in counts.items())]
+        lines.append("tensors: " + ", ".join(f"{n} {names.get(change, change)}" for change, n in counts.items()))
         if not self.same_order:
             lines.append("order: the tensors come in another order")
         return lines + self._layout_lines() + [f"metadata {change}" for change in self.metadata]
@@ -87,14 +85,12 @@ class Difference:
             for (kind, a, b), layers in groups.items()
         ]
 
-    def __str__(self) -> str:
-        lines = [f"a {str(self.a)!r}", f"b {str(self.b)!r}", *self._lines()]
-        changed = self.tensors[self.tensors["change"] != ""]
-        return "\n".join(lines) + (f"\n\n{_shown(changed)}" if len(changed) else "")
+    def _shown(self) -> pd.DataFrame:
+        return self.tensors[self.tensors["change"] != ""]
 
-    def _repr_html_(self) -> str:
-        lines = "<br>".join(map(escape, [str(self.a), str(self.b), *self._lines()]))
-        return f"<p>{lines}</p>{self.tensors[self.tensors['change'] != ''].to_html(index=False)}"
+    def __str__(self) -> str:
+        changed = self._shown()
+        return "\n".join(self._lines()) + (f"\n\n{_shown(changed)}" if len(changed) else "")
 
 
 def diff(a: str | Path | Model, b: str | Path | Model) -> Difference:

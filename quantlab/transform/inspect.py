@@ -1,6 +1,5 @@
 """What is in a model: metadata, types and sizes of its tensors, and the mixture by which the types were chosen."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -12,6 +11,7 @@ import pandas as pd
 
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.model import Model, open
+from quantlab.result import Result
 from quantlab.transform.mixture import FTYPES, RULES, Ftype, choose_types
 from quantlab.transform.rules import RULE_SETS
 
@@ -19,7 +19,7 @@ __all__ = ["Inspection", "inspect", "mixtures", "text_table"]
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Result):
     """What `inspect` found.
 
     Attributes
@@ -44,13 +44,10 @@ class Inspection:
         """Return the table of the tensors."""
         return self.model.tensors
 
-    def to_json(self) -> str:
-        """Return everything as JSON: metadata and mixtures as protocol, one row per tensor."""
-        protocol = {"model": str(self.model.path), "n_weights": self.model.n_weights, "bytes": self.model.nbytes}
-        protocol |= {"bpw": self._bpw, "mixtures": list(self.mixtures)}
-        protocol["metadata"] = metadata_table(self.model.metadata).to_dict("records")
-        rows = json.loads(self.model.tensors.to_json(orient="records", double_precision=15))
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": rows})
+    def _document(self) -> dict[str, Any]:
+        protocol = {"model": self.model.path, "n_weights": self.model.n_weights, "bytes": self.model.nbytes}
+        protocol |= {"bpw": self._bpw, "mixtures": self.mixtures, "metadata": metadata_table(self.model.metadata)}
+        return {"protocol": protocol, "rows": self.model.tensors}
 
     @property
     def _bpw(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -11,10 +10,10 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numba
 import numpy as np
@@ -30,6 +29,7 @@ from quantlab.files.output import beside, follow, is_stream
 from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 from quantlab.quants import block_bytes, block_size, row_bytes
+from quantlab.result import Result
 from quantlab.transform.checksum import mixed
 from quantlab.transform.job import FLOATS, Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
@@ -53,7 +53,7 @@ class SizeRow:
 
 
 @dataclass(frozen=True)
-class SizeTable:
+class SizeTable(Result):
     """The exact size of a model in every ftype.
 
     Attributes
@@ -73,16 +73,12 @@ class SizeTable:
     n_weights: int
     rows: tuple[SizeRow, ...]
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return the rows as a table: ftype, bytes, bpw."""
-        import pandas as pd  # in functions: a quantization that prints no table starts without
-
-        return pd.DataFrame([asdict(row) for row in self.rows])
-
-    def to_json(self) -> str:
-        """Return the table as JSON, sizes in bytes."""
+    def _document(self) -> dict[str, Any]:
         protocol = {"model": self.model, "rules": self.rules, "n_weights": self.n_weights}
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": [asdict(row) for row in self.rows]})
+        return {"protocol": protocol, "rows": self.rows}
+
+    def _lines(self) -> list[str]:
+        return [f"{self.model}, {self.n_weights:,} weights, rules {self.rules}"]
 
     def _shown(self) -> pd.DataFrame:
         frame = self.to_frame()
@@ -90,13 +86,6 @@ class SizeTable:
         frame.insert(2, "GiB", (frame["bytes"] / 1024**3).map("{:.3f}".format))
         frame["bpw"] = frame["bpw"].map("{:.4f}".format)
         return frame
-
-    def __str__(self) -> str:
-        title = f"{self.model}, {self.n_weights:,} weights, rules {self.rules}"
-        return f"{title}\n{self._shown().to_string(index=False)}"
-
-    def _repr_html_(self) -> str:
-        return self._shown().to_html(index=False)
 
 
 def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
@@ -221,7 +210,7 @@ def bits_per_weight(qtype: str) -> float:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Result):
     """What one quantization will read, write and need.
 
     Attributes
@@ -300,14 +289,11 @@ class Plan:
         ]
         return pd.DataFrame(rows, columns=["name", "shape", "source", "qtype", "why", "bytes_before", "bytes"])
 
-    def to_json(self) -> str:
-        """Return the plan as JSON: the totals as protocol, one row per tensor."""
+    def _document(self) -> dict[str, Any]:
         protocol = {"source": str(self.job.source), "ftype": self.job.ftype.name, "rules": self.job.options.rules}
         for name in ("bytes_read", "bytes_written", "bpw", "peak_memory", "free_disk", "seconds", "refusals"):
             protocol[name] = getattr(self, name)
-        protocol["fallbacks"] = self.fallbacks.to_dict("records")
-        rows = self.to_frame().to_dict("records")
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": rows})
+        return {"protocol": protocol | {"fallbacks": self.fallbacks}, "rows": self.to_frame()}
 
     def _totals(self) -> list[tuple[str, str]]:
         """Return what is said of the whole, the title first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from quantlab.files.gguf_file import ALIGNMENT, Header, TensorInfo, pack_header,
 from quantlab.files.gguf_shards import MAX_SHARDS, shard_count, shard_headers
 from quantlab.files.inputs import input_files
 from quantlab.files.output import check_apart, check_outputs, is_stream, replacing
+from quantlab.result import Result
 
 PIECE = 16 << 20  # bytes that are copied at once
 MAX_TENSORS = 128  # of a shard, where no limit is given
@@ -44,7 +44,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Result):
     """How a GGUF file is, or would be, distributed over shards.
 
     Attributes
@@ -61,16 +61,8 @@ class Split:
         rows = [(str(shard.path), len(shard.tensors), shard.nbytes) for shard in self.shards]
         return pd.DataFrame(rows, columns=["file", "tensors", "bytes"])
 
-    def to_json(self) -> str:
-        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}` with the rows of `to_frame`."""
-        rows = self.to_frame().to_dict("records")
-        return json.dumps({"schema": 1, "protocol": {"source": str(self.source)}, "rows": rows})
-
-    def __str__(self) -> str:
-        return self.to_frame().to_string(index=False)
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
+    def _document(self) -> dict[str, Any]:
+        return {"protocol": {"source": self.source}, "rows": self.to_frame()}
 
 
 def split(

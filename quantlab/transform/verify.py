@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from html import escape
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from quantlab.files.model import open as open_model
 from quantlab.files.recognize import short
 from quantlab.quants.ggml_types import WEIGHTED, WRITABLE, ggml_type
 from quantlab.quants.validate import first_invalid, invalid_blocks, is_valid
+from quantlab.result import Result
 from quantlab.transform.compare import (
     Change,
     Cut,
@@ -30,7 +29,6 @@ from quantlab.transform.compare import (
     as_floats,
     can_decode,
     cuts,
-    finite,
     metadata_changes,
     n_weights,
     read,
@@ -59,7 +57,7 @@ SHOWN = 20  # tensors and keys that do not fit, on a terminal
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Result):
     """What `verify` found.
 
     Attributes
@@ -97,11 +95,8 @@ class Verification:
         """Return the table of the tensors."""
         return self.tensors
 
-    def to_json(self) -> str:
-        """Return `{"schema": 1, "protocol": {…}, "rows": [{…}]}`, a row per tensor."""
-        protocol = {key: value for key, value in asdict(replace(self, tensors=None)).items() if key != "tensors"}
-        protocol |= {"quant": str(self.quant), "source": str(self.source)}
-        return json.dumps({"schema": 1, "protocol": protocol, "rows": finite(self.tensors)})
+    def _document(self) -> dict[str, Any]:
+        return {"protocol": {k: v for k, v in vars(self).items() if k != "tensors"}, "rows": self.tensors}
 
     def _lines(self) -> list[str]:
         lines = [f"{str(self.quant)!r} from {str(self.source)!r}: {MEANING[self.verdict]}", f"mixture: {self.mixture}"]
@@ -109,18 +104,14 @@ class Verification:
         more = [f"and {len(self.misfits) - SHOWN} more"] if len(self.misfits) > SHOWN else []
         return lines + [f"does not fit: {misfit}" for misfit in self.misfits[:SHOWN]] + more
 
-    @property
-    def _summary(self) -> pd.DataFrame:
+    def _shown(self) -> pd.DataFrame:
         """Tensors and blocks by type and verdict."""
         groups = self.tensors.groupby(["qtype", "verdict"], sort=False)
         sums = {key: (key, "sum") for key in ("blocks", "differing", "fused", "left")}
         return groups.agg(tensors=("name", "size"), **sums).reset_index()
 
     def __str__(self) -> str:
-        return "\n".join(self._lines()) + f"\n\n{text_table(self._summary)}"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{'<br>'.join(map(escape, self._lines()))}</p>{self._summary.to_html(index=False)}"
+        return "\n".join([*self._lines(), "", text_table(self._shown())])
 
 
 def verify(

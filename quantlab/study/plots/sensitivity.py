@@ -1,5 +1,7 @@
 """Figures of what single changes cost: maps of damage, additivity, the rule for more bits, the proxy."""
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -85,7 +87,7 @@ def additivity(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     Axes
     """
     ax = ax or new_axes((7, 4.5))
-    for (colour, marker), name in zip(_LOOKS, frame.columns.drop("joint"), strict=False):
+    for (colour, marker), name in zip(cycle(_LOOKS), frame.columns.drop("joint"), strict=False):
         ax.plot(frame["joint"], frame[name] / frame["joint"], marker=marker, color=colour, lw=1, ms=5, label=name)
     for qtype, joint in frame["joint"].items():
         place = {"xycoords": ax.get_xaxis_transform(), "xytext": (0, 5), "textcoords": "offset points"}
@@ -116,7 +118,7 @@ def more_bits(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     """
     ax = ax or new_axes((8, 5))
     kinds = list(frame["kind"].unique())
-    for (colour, marker), kind in zip(_LOOKS, kinds, strict=False):
+    for (colour, marker), kind in zip(cycle(_LOOKS), kinds, strict=False):
         rows = frame[(frame["kind"] == kind) & (frame["gain_per_kib"] > 0)]
         x = rows["layer"] + (kinds.index(kind) - len(kinds) / 2) * 0.08
         ax.plot(x, rows["gain_per_kib"], marker, color=colour, ms=5, label=kind)
@@ -150,7 +152,7 @@ def error_against_damage(frame: pd.DataFrame, *, title: str = "", ax: Axes | Non
     ax = ax or new_axes((8, 4.5))
     shown = frame[(frame["error"] > 0) & (frame["delta_kld"] > 0)]
     looks = [*_LOOKS, ("black", "1")]
-    for (colour, marker), (kind, rows) in zip(looks, shown.groupby("kind", sort=False), strict=False):
+    for (colour, marker), (kind, rows) in zip(cycle(looks), shown.groupby("kind", sort=False), strict=False):
         ax.plot(rows["error"], rows["delta_kld"], marker, color=colour, ms=4, label=kind)
     ax.set(xscale="log", yscale="log", title=title, ylabel="KL divergence (nats per token)")
     ax.set_xlabel("weighted squared error of the weights (the proxy)")

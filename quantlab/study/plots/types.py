@@ -262,7 +262,7 @@ def by_outlier(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
         figure.suptitle(title)
     looks = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "D"), (VERMILION, ":", "^"), (PURPLE, "-", "v"))
-    for (name, rows), (colour, style, marker) in zip(frame.groupby("type", sort=False), looks, strict=False):
+    for (name, rows), (colour, style, marker) in zip(frame.groupby("type", sort=False), cycle(looks), strict=False):
         for ax, column in zip(axes, ("near", "far"), strict=True):
             ax.plot(rows["size"], rows[column], color=colour, ls=style, marker=marker, ms=4, label=name)
     for ax, where in zip(axes, ("neighbours within the sub-block", "weights of the other sub-blocks"), strict=True):
