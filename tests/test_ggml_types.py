@@ -43,12 +43,12 @@ def test_the_lists_of_today():
 def test_the_records_import_no_numba_and_no_other_room():
     code = (
         "import sys, quantlab.quants.ggml_types as types\n"
-        "heavy = ('numba', 'llvmlite', 'pandas', 'gguf')\n"
+        "heavy = ('numba', 'llvmlite', 'pandas', 'gguf', 'quantlab.files')\n"
         "rooms = {m.split('.')[1] for m in sys.modules if m.startswith('quantlab.')}\n"
         "print(sorted(rooms), [m for m in heavy if m in sys.modules], types.row_bytes('Q4_K', 512))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['quants'] [] 288"
+    assert done.stdout.strip() == "['quants', 'result'] [] 288"
 
 
 def test_bad_input():

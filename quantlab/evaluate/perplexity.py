@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,12 +28,13 @@ from quantlab.files.inputs import input_files
 from quantlab.files.model import Model, as_model
 from quantlab.files.output import check_apart, check_output, follow, is_stream, replacing
 from quantlab.files.progress import announce
+from quantlab.result import Result
 
 _SHOWN = ["variant", "bpw", "ppl", "ppl_se", "ln_ratio", "ln_ratio_se", "kld_mean", "kld_se", "dp_rms", "same_top_p"]
 
 
-@dataclass(frozen=True)
-class _Result:
+@dataclass(frozen=True, repr=False)
+class _Measured(Result):
     """A protocol, a row of figures per variant, and the figures after each chunk.
 
     Attributes
@@ -50,35 +50,27 @@ class _Result:
     rows: tuple[dict, ...]
     running_rows: tuple[dict, ...]
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return the rows as a table."""
-        return pd.DataFrame(self.rows)
+    _look = {"index": False, "float_format": "{:.6g}".format}
 
     @property
     def running(self) -> pd.DataFrame:
         """The figures after each chunk, as a table."""
         return pd.DataFrame(self.running_rows)
 
-    def to_json(self) -> str:
-        """Return protocol and rows as JSON; what is not a number is null."""
-        document = {"schema": 1, "protocol": asdict(self.protocol), "rows": self.rows, "running": self.running_rows}
-        return json.dumps(_without_nan(document))
+    def _document(self) -> dict:
+        return {"protocol": self.protocol, "rows": self.rows, "running": self.running_rows}
 
     def _shown(self) -> pd.DataFrame:
         frame = self.to_frame()
         return frame[[column for column in _SHOWN if column in frame]]
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[str]:
         p = self.protocol
-        head = f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}, BOS {p.bos}"
-        return f"{head}\n{self._shown().to_string(index=False, float_format='{:.6g}'.format)}"
-
-    def _repr_html_(self) -> str:
-        return self._shown().to_html(index=False, float_format="{:.6g}".format)
+        return [f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}, BOS {p.bos}"]
 
 
 @dataclass(frozen=True, repr=False)
-class Perplexity(_Result):
+class Perplexity(_Measured):
     """The perplexity of one model."""
 
     @property
@@ -91,11 +83,9 @@ class Perplexity(_Result):
         """Its standard error, tokens taken as independent."""
         return self.rows[0]["ppl_se"]
 
-    __repr__ = _Result.__str__
-
 
 @dataclass(frozen=True, repr=False)
-class Comparison(_Result):
+class Comparison(_Measured):
     """A base model (the first row) and its variants, measured side by side."""
 
     def join(self, other: "Comparison") -> "Comparison":
@@ -115,17 +105,6 @@ class Comparison(_Result):
         base = other.rows[0]["variant"]
         running = tuple(row for row in other.running_rows if row["variant"] != base)
         return Comparison(self.protocol, self.rows + other.rows[1:], self.running_rows + running)
-
-    __repr__ = _Result.__str__
-
-
-def _without_nan(value):
-    """Replace NaN by None, in place of what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def perplexity(
