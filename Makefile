@@ -21,8 +21,9 @@ table: $(VENV)/.lab  ## the size/ppl table of MODEL=tiny or smollm2: printed, an
 	@if [ "$(MODEL)" = smollm2 ]; then $(BIN)/quantlab fetch smollm2; fi
 	@$(BIN)/quantlab notebook size_ppl_table -p model "$(MODEL)" --overwrite
 
-test: $(VENV)/.test  ## the tests, without the slow ones
+test: $(VENV)/.test  ## the tests, without the slow ones, and the examples in docstrings
 	$(BIN)/python -m pytest -m "not slow and not long"
+	$(BIN)/python -m pytest --doctest-modules quantlab
 
 lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
 	$(BIN)/jupyter lab notebooks

@@ -139,7 +139,7 @@ def choose_types(
     >>> from quantlab.arch import Hparams
     >>> hparams = Hparams(arch="llama", n_layer=1, n_embd=256, n_head=8)
     >>> choose_types(hparams, {"blk.0.ffn_down.weight": (256, 576)}, "Q4_K_M")["blk.0.ffn_down.weight"]
-    Choice(qtype='Q5_0', wanted='Q4_K', why='base + fallback')
+    Choice(qtype='Q8_0', wanted='Q6_K', why='mixture + fallback')
 
     Source: llama.cpp, src/llama-quant.cpp (current rules) and llama.cpp at 948ff137 (2023-12). There a request for
     F16 or F32 turned ``output.weight`` into Q6_K; here F16 and F32 hold what they say under both rule sets.
