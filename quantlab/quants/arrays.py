@@ -261,8 +261,8 @@ def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
 
     Examples
     --------
-    >>> dequantize(quantize(np.zeros(256, np.float32), "Q6_K"), "Q6_K", (256,)).max()
-    np.float32(0.0)
+    >>> dequantize(quantize(np.full(32, -8, np.float32), "Q4_0"), "Q4_0", (32,)).max()
+    np.float32(-8.0)
 
     Source: `dequantize_row_*` of llama.cpp's ggml-quants.c.
     """
