@@ -53,7 +53,7 @@ def sample_text(folder: Path, n_bytes: int, *, seed: int = SEED) -> str:
     n_bytes : int
         Least length of the text in UTF-8, bytes.
     seed : int
-        Of the drawing.
+        Of the drawing of the first texts; further ones take the numbers after it.
 
     Returns
     -------
@@ -62,11 +62,12 @@ def sample_text(folder: Path, n_bytes: int, *, seed: int = SEED) -> str:
     """
     model = load(folder)
     processor = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    generator = torch.Generator().manual_seed(seed)
     text = ""
     while len(text.encode()) < n_bytes:
+        generator = torch.Generator().manual_seed(seed)  # its own for each batch: each can be drawn again by itself
         for ids in sample_ids(model, BATCH, model.shape.n_ctx, generator).tolist():
             text += processor.decode(ids[1:]).replace("\ufffd", "").strip() + "\n\n"
+        seed += 1
     return text
 
 
