@@ -49,7 +49,18 @@ CALLS = {
     "fit": ["llama-7b"],
 }
 # options that name files or folders and are no outputs; an option that is in none of the lists fails the test below
-READ = {"imatrix", "in_file", "sensitivity", "reuse", "tensor_type_file", "parameters_file", "file", "shape", "source"}
+READ = {
+    "imatrix",
+    "in_file",
+    "sensitivity",
+    "reuse",
+    "tensor_type_file",
+    "layout_of",
+    "parameters_file",
+    "file",
+    "shape",
+    "source",
+}
 FOLDERS = {"scratch", "cache"}  # only files of their own names are written there, see test_states
 
 

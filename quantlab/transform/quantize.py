@@ -139,8 +139,8 @@ def quantize(
 
 def _check_apart(job: Job, reuse: str | Path | None) -> None:
     """Refuse outputs that the call reads."""
-    matrix = job.options.imatrix if isinstance(job.options.imatrix, str | Path) else None
-    inputs = input_files([job.source, matrix, reuse])
+    read = [job.options.imatrix, job.options.layout_of, reuse]
+    inputs = input_files([job.source, *(given for given in read if isinstance(given, str | Path))])
     for path in _paths(job):
         check_apart(path, inputs)
 
