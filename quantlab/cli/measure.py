@@ -168,6 +168,9 @@ def table(
         str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled or a text file.")
     ] = "primer",
     ftypes: Annotated[str, typer.Option("--ftypes", metavar="A,B,…", help="The rows; all of llama.cpp's table.")] = "",
+    today: Annotated[
+        bool, typer.Option("--today", help="Add the I-quants, with an importance matrix of the text sampled.")
+    ] = False,
     rules: Rules = "current",
     n_ctx: ContextSize = 512,
     chunks: Chunks = None,
@@ -180,7 +183,12 @@ def table(
 
     names = [name for name in ftypes.split(",") if name]
     options = {"rules": rules, "n_ctx": _context(model, n_ctx), "chunks": chunks, "memory": memory}
-    report(tables.size_ppl(model, text, ftypes=names, **options), json, overwrite)
+    result = tables.size_ppl(model, text, ftypes=names, **options)
+    if today:
+        from quantlab.study.today import with_today
+
+        result = with_today(result, model, text, memory=memory)
+    report(result, json, overwrite)
 
 
 @app.command()

@@ -256,7 +256,7 @@ def size_ppl(
         chunks = _LARGE_CHUNKS
     variants = [name for name in names if name != "COPY"]
     comparison = compare(opened, variants, text, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory)
-    return _measured(opened, comparison, names, rules)
+    return measured(opened, comparison, names, rules)
 
 
 def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer") -> pd.DataFrame:
@@ -309,8 +309,8 @@ def _estimated_hours(n_weights: int, n_tokens: int, n_variants: int) -> float:
     return 2 * n_weights * n_tokens * n_variants / per_second / 3600
 
 
-def _measured(model: Model, comparison: Comparison, names: Sequence[str], rules: str) -> SizePpl:
-    """The table of a model that was measured; the base is the row COPY."""
+def measured(model: Model, comparison: Comparison, names: Sequence[str], rules: str) -> SizePpl:
+    """Make the table of a model that was measured; the base is the row COPY."""
     base, *variants = comparison.rows
     by_ftype = {"COPY": base} | dict(zip((name for name in names if name != "COPY"), variants, strict=True))
     published_delta = _published_delta_ppl(_published_name(model), rules)
