@@ -19,6 +19,7 @@ _NAMES = {
     "kl_divergence": "quantlab.evaluate.perplexity",
     "compare": "quantlab.evaluate.perplexity",
     "imatrix": "quantlab.evaluate.imatrix",
+    "refine": "quantlab.evaluate.refine",
     "sensitivity": "quantlab.study.sensitivity",
     "recipe": "quantlab.study.recipe",
     "fit": "quantlab.run.fit",

@@ -44,6 +44,7 @@ CALLS = {
     "sensitivity": ["tiny", "--types", "Q4_0", "--groups", "layer", "-c", "64", "--chunks", "1", "--cache", "cache"],
     "table": ["tiny", "--ftypes", "Q4_0", "-c", "64", "--chunks", "1"],
     "imatrix": ["tiny", "-c", "64", "--chunks", "1"],
+    "refine": ["tiny", "r.gguf", "Q2_K", "--chunks", "1", "--sweeps", "0", "--judge", "none"],
     "recipe": ["tiny", "--sensitivity", "s.json", "--like", "Q4_K_M", "--judge", "none"],
     "notebook": ["type_zoo"],
     "fit": ["llama-7b"],
@@ -89,7 +90,7 @@ def call(word: str, option: str, place: int | None, value: object, *more: object
     if option.startswith("-"):
         arguments += [option, str(value)]
     else:
-        place = 1 if word == "quantize" else place
+        place = 1 if word in ("quantize", "refine") else place
         arguments[place : place + 1] = [str(value)]
     return [word, *arguments, *map(str, more)]
 

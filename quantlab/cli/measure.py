@@ -347,6 +347,85 @@ def recipe(
     report(verdict, json, overwrite, outfile, gguf)
 
 
+@app.command()
+def refine(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL [OUT] FTYPE",
+            callback=written(pick=lambda files: files[1:2] if len(files) == 3 else []),
+            help="GGUF file or checkpoint; output; mixture.",
+        ),
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text (default: sampled); repeatable."),
+    ] = None,
+    n_ctx: ContextSize = 512,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", metavar="N", help="Stop after N chunks of all texts (default: 64).")
+    ] = None,
+    sweeps: Annotated[int, typer.Option("--sweeps", help="Go through codes and scales this often.")] = 2,
+    damping: Annotated[
+        str, typer.Option("--damping", metavar="auto|X", help="Add this share of its diagonal to the moments.")
+    ] = "auto",
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="Importance matrix for tensors that cannot be refined.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Types by tensor, as quantlab recipe writes them.")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Type of the tensors so named; the first that fits."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", metavar="TEXT|none", help="Compare with ordinary bytes on this text (default: primer)."
+        ),
+    ] = None,
+    rules: Rules = "current",
+    memory: Memory = None,
+    scratch: Scratch = None,
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Quantize with codes and scales chosen with the layer's inputs: the same types and size, less damage.
+
+    With --scratch, a stopped run resumes. Prints the KL divergence of ordinary and refined bytes on a held-out text.
+    """
+    from quantlab.evaluate.refine import refine
+    from quantlab.files.output import is_stream
+    from quantlab.study.front import judge_refined
+    from quantlab.transform.inspect import inspect
+    from quantlab.transform.mixture import parse_tensor_type
+
+    if not 2 <= len(files) <= 3:
+        raise typer.BadParameter("give MODEL FTYPE, or MODEL OUT FTYPE", param_hint="MODEL [OUT] FTYPE")
+    texts = text or ["sampled"]
+    judge = judge or ("none" if "primer" in texts else "primer")
+    if judge in texts:
+        raise typer.BadParameter("is a calibration text, name another or none", param_hint="--judge")
+    path = refine(
+        files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx, chunks=chunks,
+        sweeps=sweeps, damping=damping, imatrix=imatrix, recipe=recipe, rules=rules, memory=memory, scratch=scratch,
+        tensor_types=[parse_tensor_type(item) for item in tensor_type or ()], overwrite=overwrite,
+    )  # fmt: skip
+    typer.echo(str(path), err=prints_to(json, path))
+    if is_stream(path):  # it cannot be read again
+        return
+    if judge == "none":
+        report(inspect(path), json, overwrite, path)
+        return
+    judged = judge_refined(path, files[0], judge, imatrix=imatrix, rules=rules, n_ctx=n_ctx, memory=memory)
+    report(judged, json, overwrite, path)
+    if not judged.helped:
+        typer.echo(
+            f"quantlab: on {judge} the refined bytes do no less damage. Calibrate on more or other text.", err=True
+        )
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def notebook(
     ctx: typer.Context,

@@ -77,7 +77,7 @@ def fit(
     ValueError
         If the pass does not fit however it is cut; the text says how much it needs.
     """
-    allowed = _physical_memory() * 3 // 4 if memory is None else parse_bytes(memory)
+    allowed = allowed_bytes(memory)
     n_chunks, n_ctx = windows.tokens.shape
     states = 4 * windows.tokens.size * variants[0].model.hparams.n_embd * len(variants)
     chunks, outputs = min(n_chunks, max(1, ROWS_AT_ONCE // n_ctx)), max(1, len(variants) - 1)
@@ -101,6 +101,11 @@ def fit(
 def layer_shapes(model: Model, index: int) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of layer `index`."""
     return {tensor.name: tensor.shape for tensor in model if tensor.name.startswith(f"blk.{index}.")}
+
+
+def allowed_bytes(memory: str | int | None) -> int:
+    """Return the bytes that `memory` allows: a number, a text such as `8GiB`, or three quarters of the machine's."""
+    return _physical_memory() * 3 // 4 if memory is None else parse_bytes(memory)
 
 
 def _physical_memory() -> int:

@@ -10,9 +10,11 @@ import pandas as pd
 
 from quantlab.evaluate.perplexity import Comparison, compare
 from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.model import open as open_model
 from quantlab.result import Result
 from quantlab.study.damage_cache import json_digest, matrix_digests
 from quantlab.study.recipe import BestRecipe, open_menu
+from quantlab.transform.mixture import Recipe
 
 _SHOWN = ["variant", "bytes", "bpw", "predicted_kld", "kld_mean", "kld_se", "against", "less", "less_se"]
 
@@ -95,6 +97,11 @@ class Judgement(Result):
 
     _look = {"index": False, "na_rep": "", "float_format": "{:.5g}".format}
 
+    @property
+    def helped(self) -> bool:
+        """Whether every row that is held against another does less damage than that one."""
+        return all(row["less"] is None or row["less"] > 0 for row in self.rows if row["against"])
+
     def to_frame(self) -> pd.DataFrame:
         """Return the rows as a table."""
         return super().to_frame()[_SHOWN]
@@ -157,11 +164,50 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     return Judgement(measured, tuple(rows))
 
 
+def judge_refined(path, model, text="primer", *, imatrix=None, **options) -> Judgement:
+    """Measure a refined file beside the ordinary file of the same types.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file that `quantlab.refine` wrote.
+    model : str, Path or Model
+        What it was made from.
+    text : str, Path or Text
+        What to judge on; not the text of the calibration.
+    imatrix : str, Path or ImportanceMatrix, optional
+        Importance matrix for the ordinary file.
+    **options
+        As for `judge`.
+
+    Returns
+    -------
+    Judgement
+        The base, the ordinary bytes (made in memory) and the refined ones.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `quantlab.compare`.
+    """
+    ordinary = Recipe({tensor.name: tensor.qtype for tensor in open_model(path)})
+    measured = compare(model, [ordinary, path], text, imatrix=imatrix, **options)
+    names = (measured.rows[0]["variant"], "ordinary", "refined")
+    chunks = list(by_chunk(measured).values())
+    kept = ("bytes", "bpw", "kld_mean", "kld_se")
+    rows = [{"variant": name} | {key: row[key] for key in kept} for name, row in zip(names, measured.rows, strict=True)]
+    for row in rows:
+        row |= {"predicted_kld": None, "against": None, "less": None, "less_se": None}
+    less, error = (None if math.isnan(value) else value for value in reduction(chunks[2], chunks[1]))
+    rows[2] |= {"against": "ordinary", "less": less, "less_se": error}
+    return Judgement(measured, tuple(rows))
+
+
 def by_chunk(comparison: Comparison) -> dict[str, np.ndarray]:
     """Return the mean KLD of each chunk alone [shape=(n_chunks,), nats], by variant."""
     frame = comparison.running
     found = {}
-    for name, rows in frame.groupby("variant"):
+    for name, rows in frame.groupby("variant", sort=False):
         rows = rows.sort_values("chunk")
         found[name] = np.diff(rows["kld_mean"] * rows["chunk"], prepend=0.0)
     return found

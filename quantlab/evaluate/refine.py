@@ -1,0 +1,331 @@
+"""Better bits in the same file: codes and scales chosen with the layer's inputs.
+
+    ordinary file ─ layer after layer: second moments of the inputs, better codes and scales ─ the same file, refined
+
+Types, sizes and the decoder are those of the ordinary file. What was done stands in its metadata.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numba.core.registry import cpu_target
+from tqdm.auto import tqdm
+
+import quantlab
+from quantlab.evaluate import budget
+from quantlab.evaluate.check import check_model
+from quantlab.evaluate.engine.cpu import CpuEngine, peak
+from quantlab.evaluate.protocol import cut
+from quantlab.evaluate.refinement import AT_ONCE, Refinement, can_refine
+from quantlab.evaluate.variants import Variant
+from quantlab.files.bundled import read_text
+from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.inputs import input_files
+from quantlab.files.model import Model, as_model
+from quantlab.files.model import open as open_model
+from quantlab.files.output import DIGESTS, beside, check_outputs, follow, is_stream, replacing
+from quantlab.files.progress import announce
+from quantlab.transform.job import Options, make_job
+from quantlab.transform.mixture import Recipe, choose_types, find_ftype
+from quantlab.transform.quantize import quantize
+
+PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
+CHUNKS = 64  # of all texts, unless told otherwise
+SHARE_OF_PEAK = 0.5  # of the speed of one large product that the pass reaches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a file is refined; recorded in its metadata.
+
+    Attributes
+    ----------
+    texts : tuple of str
+        Names of the calibration texts.
+    texts_sha256 : str
+        Digest of the tokens of all chunks.
+    n_ctx, chunks : int
+        Tokens of a chunk, chunks of all texts.
+    sweeps : int
+        How often codes and scales are gone through after the feedback.
+    damping : float
+        Share of each diagonal element of H that is added to it.
+    cpu : str
+        Kind of CPU: the same call gives the same bytes on any number of threads of this kind.
+    """
+
+    texts: tuple[str, ...]
+    texts_sha256: str
+    n_ctx: int
+    chunks: int
+    sweeps: int
+    damping: float
+    cpu: str
+
+    def overrides(self) -> list[str]:
+        """Return the metadata that declares a refined file, as `--override-kv` takes it."""
+        values = {
+            "version": f"str:{quantlab.__version__}",
+            "text": f"str:{','.join(self.texts)[:100]}",
+            "tokens_sha256": f"str:{self.texts_sha256}",
+            "n_ctx": f"int:{self.n_ctx}",
+            "chunks": f"int:{self.chunks}",
+            "sweeps": f"int:{self.sweeps}",
+            "damping": f"float:{self.damping}",
+            "cpu": f"str:{self.cpu}",
+        }
+        return [f"{PREFIX}{key}={value}" for key, value in values.items()]
+
+
+def refine(
+    model,
+    outfile: str | Path | None = None,
+    *,
+    ftype: str | int,
+    text="sampled",
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    sweeps: int = 2,
+    damping: float | str = "auto",
+    imatrix=None,
+    recipe=None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    rules: str = "current",
+    scratch: str | Path | None = None,
+    memory: str | int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Quantize a model with codes and scales chosen with the layer's inputs: better bits in the same file.
+
+    Types, sizes and decoder are those of the ordinary file of this ftype with an importance matrix. Tensors that
+    cannot be refined (embeddings, types without a grid of scales) get their ordinary bytes.
+
+    Parameters
+    ----------
+    model : str, Path or Model
+        A GGUF file, a checkpoint folder, a bundled model's name, or an opened model; F16, BF16 or F32.
+    outfile : str or Path, optional
+        Default: ``ggml-model-<FTYPE>-refined.gguf`` beside a file, inside a folder.
+    ftype : str or int
+        Name, alias or number of the mixture.
+    text : str, Path, Text or sequence of them
+        What to calibrate on; a mixture of texts serves more uses.
+    n_ctx : int
+        Tokens per chunk.
+    chunks : int, optional
+        Chunks of all texts together, as many of each (default: 64, or all there are). More text is better, most of
+        all for wide layers.
+    sweeps : int
+        How often codes and scales are gone through after the feedback.
+    damping : float or "auto"
+        Share of each diagonal element of the second moments that is added to it (auto: by the number of chunks).
+    imatrix : str, Path or ImportanceMatrix, optional
+        For the tensors that are not refined.
+    recipe : str, Path or Recipe, optional
+        Types of tensors by name; others follow `ftype`.
+    tensor_types : sequence of (regex, type)
+        More types by name, as for `quantize`.
+    rules : str
+        Rule set of the mixture.
+    scratch : str or Path, optional
+        Folder that keeps finished layers, so that the same call resumes what was stopped; deleted when the run is done
+        (default: a stopped run starts again).
+    memory : str or int, optional
+        Memory to stay within, such as `8GiB` (default: three quarters of the machine's).
+    overwrite : bool
+        Whether an output that exists may be replaced.
+    progress : bool
+        Say what the run takes, and show a progress bar.
+
+    Returns
+    -------
+    Path
+        The output.
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        If model or text is not there; if the output is, and `overwrite` is false.
+    ValueError
+        If the architecture is not known here, an option is out of range, the text is too short for the model's width,
+        no tensor can be refined, the memory is too small, or inputs of a layer are not finite.
+    OSError
+        If the disk is full.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "tiny.gguf"
+    >>> refine("tiny", path, ftype="Q2_K", chunks=2, sweeps=1, progress=False).name
+    'tiny.gguf'
+    """
+    opened = as_model(model)
+    check_model(opened)
+    if sweeps < 0:
+        raise ValueError(f"sweeps={sweeps}, must be 0 or more. 2 is customary.")
+    tokens, names = _tokens(opened, text, n_ctx, chunks)
+    damping = auto_damping(len(tokens)) if damping == "auto" else float(damping)
+    if not 0 < damping <= 10:
+        raise ValueError(f"damping={damping}, must be above 0 and at most 10. Try auto.")
+    digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
+    settings = Settings(names, digest, n_ctx, len(tokens), sweeps, damping, cpu_kind())
+    matrix = as_matrix(imatrix)
+    types = _types(opened, ftype, rules, recipe, tensor_types, matrix)
+    options = {"ftype": ftype, "rules": rules, "imatrix": imatrix, "tensor_types": types}
+    options["override_kv"] = settings.overrides()
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    path = Path(outfile) if outfile is not None else folder / f"ggml-model-{find_ftype(ftype).name}-refined.gguf"
+    read = [item for item in (imatrix, recipe, *(text if isinstance(text, list | tuple) else [text]))]
+    paths_read = [item for item in (opened.path, *read) if isinstance(item, str | Path)]
+    check_outputs([path], input_files(paths_read), overwrite=overwrite)
+    variant = _variant(opened, path, Options(**options))
+    with ExitStack() as stack:
+        kept = None if scratch is None else Path(scratch)
+        beside_it = None if is_stream(path) else follow(path).parent
+        work = kept or Path(stack.enter_context(TemporaryDirectory(prefix=".refine-", dir=beside_it)))
+        engine = stack.enter_context(CpuEngine(opened, n_ctx))
+        needed, seconds = _plan(variant, tokens, sweeps, engine, memory)
+        if progress:
+            announce(f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes")
+        bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
+        draft, states = work / "draft.gguf", kept and kept / "states"
+        work.mkdir(parents=True, exist_ok=True)
+        how = {"sweeps": sweeps, "damping": damping, "bar": bar, "scratch": states, "key": _key(variant, settings)}
+        refinement = Refinement(variant, tokens, engine, **how)
+        if refinement.is_new:
+            quantize(opened, draft, overwrite=True, report=lambda _: None, **options)
+        with _patching(draft) as write:
+            refinement.run(write)
+        with replacing(path, overwrite=overwrite) as part:
+            (shutil.copyfile if is_stream(path) else shutil.move)(draft, part)
+        beside(draft, DIGESTS).unlink()
+        if kept is not None and not any(kept.iterdir()):
+            kept.rmdir()
+    return path
+
+
+def auto_damping(chunks: int) -> float:
+    """Return the damping for a text of this many chunks: few tokens say little about directions that seldom occur."""
+    return float(np.clip(0.1 * 16 / chunks, 0.05, 0.3))
+
+
+def cpu_kind() -> str:
+    """Return the kind of CPU that numba compiles for, which the last bits of sums depend on."""
+    return cpu_target.target_context.codegen().magic_tuple()[1]
+
+
+def _tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The chunks of all texts [shape=(n_chunks, n_ctx), dtype=int32], as many of each, and the texts' names."""
+    texts = [read_text(item) for item in (text if isinstance(text, list | tuple) else [text])]
+    if chunks is not None and chunks < len(texts):
+        raise ValueError(f"chunks={chunks}, must be at least one for each of {len(texts)} texts.")
+    share = (CHUNKS if chunks is None else chunks) // len(texts)
+    found = [
+        cut(item, model.vocab, n_ctx=n_ctx, chunks=share, name="llama.cpp", mode="float", rules="current")[0].tokens
+        for item in texts
+    ]
+    tokens = np.concatenate(found)
+    widest = max(tensor.shape[-1] for tensor in model if tensor.name.startswith("blk."))
+    if tokens.size < widest:
+        raise ValueError(
+            f"text: {tokens.size} tokens are fewer than the {widest} inputs of the widest layer. "
+            f"Give at least {-(-widest // n_ctx)} chunks of {n_ctx}; ten times as many tokens as inputs are better."
+        )
+    return tokens, tuple(item.name for item in texts)
+
+
+def _types(model: Model, ftype, rules: str, recipe, given: Sequence[tuple[str, str]], matrix) -> list[tuple[str, str]]:
+    """Types by name such that the file has those of the ordinary file with an importance matrix."""
+    if recipe is not None:
+        recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else Recipe(dict(recipe.types))
+        given = [*recipe.tensor_types(), *given]
+    if matrix is not None:
+        return list(given)
+    source = {tensor.name: tensor.qtype for tensor in model}
+    options = {"rules": rules, "source": source, "tensor_types": given}
+    with_matrix, without = (
+        choose_types(model.hparams, model.shapes, ftype, imatrix=known, **options) for known in (True, False)
+    )
+    other = {name: choice.qtype for name, choice in with_matrix.items() if choice.qtype != without[name].qtype}
+    return [*Recipe(other).tensor_types(), *given]
+
+
+def _variant(model: Model, path: Path, options: Options) -> Variant:
+    """What the ordinary file is made of.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be made, or nothing in it can be refined.
+    """
+    job = make_job(model, path, options)
+    if job.refusals:
+        raise ValueError(job.refusals[0])
+    types = {step.tensor.name: step.choice.qtype for step in job.steps}
+    weights = {step.tensor.name: step.weights for step in job.steps if step.weights is not None}
+    variant = Variant(f"{job.ftype.name}+refined", model, types, weights)
+    if not any(can_refine(variant, name) for name in types):
+        raise ValueError(f"ftype={job.ftype.name}: no tensor of {model.path} can be refined. Choose a smaller type.")
+    return variant
+
+
+def _key(variant: Variant, settings: "Settings") -> str:
+    """What hidden states in a scratch folder belong to."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in variant.model.files]
+    weights = {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in variant.imatrix.items()}
+    return hashlib.sha256(json.dumps([stats, variant.types, weights, asdict(settings)]).encode()).hexdigest()
+
+
+def _plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEngine, memory) -> tuple[int, float]:
+    """Return bytes of memory and seconds that the pass takes.
+
+    Raises
+    ------
+    ValueError
+        If it does not fit into `memory`.
+    """
+    h, n_tokens = variant.model.hparams, tokens.size
+    shapes = [t.shape for t in variant.model if len(t.shape) == 2 and t.name.startswith("blk.0.")]
+    widest = max(shape[1] for shape in shapes)
+    activations = n_tokens * (2 * (h.n_head + h.n_head_kv) * h.head_dim + 9 * h.n_embd + 2 * widest)
+    square = max((2 if shape[1] == widest else 3) * shape[1] ** 2 for shape in shapes)
+    weights = sum(rows * columns for rows, columns in shapes)
+    needed = budget.PROCESS + 4 * (activations + square + weights + 8 * AT_ONCE * widest)
+    operations = sum(
+        4 * n_tokens * rows * n + 2 * n_tokens * n * n + (2 * sweeps + 10) * rows * n * n for rows, n in shapes
+    )
+    seconds = h.n_layer * operations / (SHARE_OF_PEAK * peak(engine.workers))
+    allowed = budget.allowed_bytes(memory)
+    if needed > allowed:
+        raise ValueError(
+            f"memory={memory or allowed}, must be at least {needed / 2**30:.2f} GiB for {len(tokens)} chunks. "
+            "Give more memory, or fewer chunks."
+        )
+    return needed, seconds
+
+
+@contextmanager
+def _patching(path: Path) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Give a function that replaces the data of a tensor of a GGUF file, safe on disk when it returns."""
+    places = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in open_model(path)}
+    with path.open("r+b") as file:
+
+        def write(name: str, data: np.ndarray) -> None:
+            offset, nbytes = places[name]
+            if data.nbytes != nbytes:
+                raise ValueError(f"{name}: {data.nbytes} bytes, the file has {nbytes}.")
+            file.seek(offset)
+            file.write(data.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield write

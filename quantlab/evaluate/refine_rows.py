@@ -1,0 +1,125 @@
+"""One matrix, refined: codes and scales that lower ``tr(E H Eᵀ)``, in rows that do not depend on each other.
+
+target ─ span by span: moved by earlier errors, scales searched, codes by feedback ─ sweeps of descent ─ rescale ─ bytes
+"""
+
+import numpy as np
+
+from quantlab import quants
+from quantlab.evaluate.engine.workers import Workers, blocks
+from quantlab.evaluate.second_moments import Factor, product
+from quantlab.quants.block_numbers import GRIDS, Blocks, pack, unpack
+from quantlab.quants.feedback import SPAN, descend, feed_back
+
+ROWS = 64  # rows that a thread takes at a time; a multiple of the 16 lanes
+
+
+def refine_rows(
+    target: np.ndarray, h: np.ndarray, factor: Factor, qtype: str, workers: Workers, *, sweeps: int = 2
+) -> np.ndarray:
+    """Encode rows of weights so that the layer's outputs differ least from those of `target`.
+
+    Parameters
+    ----------
+    target : np.ndarray [shape=(nrows, n), dtype=float32]
+        The weights wanted.
+    h : np.ndarray [shape=(n, n), dtype=float32]
+        Second moments of the inputs, damped.
+    factor : Factor
+        Of `h`.
+    qtype : str
+        One of `quants.block_numbers.GRIDS`.
+    workers : Workers
+    sweeps : int
+        How often codes and scales are gone through after the feedback.
+
+    Returns
+    -------
+    np.ndarray [shape=(nrows, row_bytes), dtype=uint8]
+    """
+    nrows = len(target)
+    target = np.pad(target, ((0, -nrows % 16), (0, 0)))  # kernels take 16 rows at a time
+    chosen = _feed_back(target, factor, qtype, workers)
+    if sweeps:
+        gradient = product(chosen.values() - target, h, workers)
+        for _ in range(sweeps):
+            _sweep(chosen, gradient, h, workers)
+    _rescale(chosen, target, h, workers)
+    return pack(chosen)[:nrows]
+
+
+def _feed_back(target: np.ndarray, factor: Factor, qtype: str, workers: Workers) -> Blocks:
+    """Choose scales and codes span by span; of two searches for scales each row takes the better."""
+    grid, n, spans = GRIDS[qtype], target.shape[1], []
+    error = np.zeros_like(target)
+    for span in blocks(n, SPAN):
+        moves, weight = factor.feedback(span)
+        moved = target[:, span] + product(error[:, : span.start], moves[: span.start].T, workers)
+        within = np.ascontiguousarray(moves[span.start :].T)
+        tried = []
+        for importance in (None, weight):
+            blocks_ = unpack(quants.quantize(moved, qtype, importance), qtype)
+            cost = _round(target[:, span], moved, within, weight, blocks_, workers)
+            tried.append((blocks_, cost))
+        (plain, cost), (weighted, other) = tried
+        better = other < cost
+        for part, new in zip(plain.parts, weighted.parts, strict=True):
+            part[better] = new[better]
+        error[:, span] = target[:, span] - plain.values()
+        spans.append(plain)
+    return Blocks(grid, *(np.concatenate(parts, axis=1) for parts in zip(*(s.parts for s in spans), strict=True)))
+
+
+def _round(wanted, moved, within, weight, chosen: Blocks, workers: Workers) -> np.ndarray:
+    """Rewrite the codes of a span by feedback; return what each row's errors cost."""
+    grid, cost = chosen.grid, np.empty(len(wanted), np.float32)
+
+    def work(rows: slice) -> None:
+        parts = [np.ascontiguousarray(part[rows]) for part in (wanted, moved)]
+        feed_back(
+            *(part.reshape(-1) for part in parts), within.reshape(-1), weight, grid.levels, grid.edges,
+            grid.super_block, grid.sub_block, *(part[rows].reshape(-1) for part in chosen.parts), cost[rows],
+        )  # fmt: skip
+
+    workers.map(work, blocks(len(wanted), ROWS))
+    return cost
+
+
+def _sweep(chosen: Blocks, gradient: np.ndarray, h: np.ndarray, workers: Workers) -> None:
+    """Go through all spans once; `gradient` [shape=(nrows, n)] is (values - target) H and stays so."""
+    grid, n = chosen.grid, gradient.shape[1]
+    ranges = [np.float32(x) for x in (*grid.sc_range, grid.m_range[1])]
+    for span in blocks(n, SPAN):
+        moments = np.ascontiguousarray(h[span, span]).reshape(-1)
+        width = span.stop - span.start
+        change = np.empty((len(gradient), width), np.float32)
+        sizes = (grid.super_block, grid.super_block, grid.sub_block, grid.sub_block, 1)
+
+        def work(rows: slice) -> None:
+            g = np.ascontiguousarray(gradient[rows, span])  # noqa: B023
+            views = [
+                part[rows, span.start // size : span.stop // size]  # noqa: B023
+                for part, size in zip(chosen.parts, sizes, strict=True)  # noqa: B023
+            ]
+            parts = [np.ascontiguousarray(view) for view in views]
+            descend(
+                width, moments, g.reshape(-1), grid.levels, grid.edges, grid.super_block, grid.sub_block, *ranges,  # noqa: B023
+                *(part.reshape(-1) for part in parts), change[rows].reshape(-1),  # noqa: B023
+            )  # fmt: skip
+            for view, part in zip(views, parts, strict=True):
+                view[:] = part
+
+        workers.map(work, blocks(len(gradient), ROWS))
+        if change.any():
+            gradient += product(change, h[:, span], workers)
+
+
+def _rescale(chosen: Blocks, target: np.ndarray, h: np.ndarray, workers: Workers) -> None:
+    """Scale each row so that its outputs are not shrunk: w H ŵᵀ = w H wᵀ."""
+    wanted = product(target, h, workers)
+    whole = np.einsum("ij,ij->i", wanted, target, dtype=np.float64)
+    kept = np.einsum("ij,ij->i", wanted, chosen.values(), dtype=np.float64)
+    factor = np.where(kept > 0.5 * whole, whole / np.where(kept > 0, kept, 1), 1)[:, None]
+    for part in (chosen.d, chosen.dmin):
+        scaled = (part * factor).astype(np.float16).astype(np.float32)
+        part[:] = np.where(np.isfinite(scaled), scaled, part)

@@ -1,0 +1,214 @@
+"""One pass that chooses the bytes of a file: layer after layer, field after field.
+
+Two streams of hidden states go through the model side by side: x with the original weights, x̂ with those written so
+far. For each field (q,k,v, attn_output, gate,up, ffn_down, at last the output) the second moments of x̂ are collected,
+and the weights W chosen so that their outputs from x̂ come close to those of W from x:
+
+    H = E[x̂ x̂ᵀ]      W* = W + (W E[(x - x̂) x̂ᵀ] + ½ E[(r - r̂) x̂ᵀ]) H⁻¹      bytes: least tr((Ŵ - W*) H (Ŵ - W*)ᵀ)
+
+r is the residual stream before the addition; its term is for the fields that are added to it.
+
+Source: GPTQ (Frantar et al. 2022) for the feedback, GPTAQ (Li et al. 2025) for the target from the original stream.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from quantlab import arch
+from quantlab.evaluate.engine import Stored
+from quantlab.evaluate.engine.cpu import CpuEngine
+from quantlab.evaluate.engine.workers import blocks
+from quantlab.evaluate.refine_rows import refine_rows
+from quantlab.evaluate.second_moments import Factor, accumulate, mirror, product
+from quantlab.evaluate.states import HiddenStates
+from quantlab.evaluate.variants import Variant, Weights, as_is, output_name
+from quantlab.quants.block_numbers import GRIDS
+
+AT_ONCE = 2048  # rows of a matrix that are refined together
+TOKENS_AT_ONCE = 4096  # tokens of the original stream that a layer is applied to together
+RESIDUAL = ("attn_output", "ffn_down")  # fields whose outputs are added to the residual stream
+RIDGE = 1e-4  # least damping, of the mean of the diagonal
+
+
+def can_refine(variant: Variant, name: str) -> bool:
+    """Whether a tensor of a variant can get refined bytes: a matrix of a layer or the output, on a grid of scales."""
+    is_matrix = name.startswith("blk.") or name == "output.weight"
+    return is_matrix and variant.types[name] in GRIDS and variant.types[name] != variant.model.tensor(name).qtype
+
+
+class Refinement:
+    """The pass that chooses the bytes of one file.
+
+    Parameters
+    ----------
+    variant : Variant
+        Types of the file, and what its ordinary bytes are made with; `variant.model` is the base.
+    tokens : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32]
+    engine : CpuEngine
+        Entered.
+    sweeps : int
+        How often codes and scales are gone through after the feedback.
+    damping : float
+        Share of each diagonal element of H that is added to it.
+    bar : tqdm
+        Counts layers.
+    scratch : Path or None
+        Folder of the hidden states.
+    key : str
+        What the hidden states in `scratch` belong to.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        tokens: np.ndarray,
+        engine: CpuEngine,
+        *,
+        sweeps: int,
+        damping: float,
+        bar: tqdm,
+        scratch: Path | None = None,
+        key: str = "",
+    ):
+        self.model, self.variant, self.tokens, self.engine = variant.model, variant, tokens, engine
+        self.sweeps, self.damping, self.bar = sweeps, damping, bar
+        self.workers = engine.workers
+        self.base = as_is(self.model)
+        self.weights = Weights(self.model, [self.base, variant])
+        self.products = arch.find(self.model.hparams.arch).layer.products
+        self.states = HiddenStates(2, *tokens.shape, self.model.hparams.n_embd, scratch, key)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there are no hidden states of an earlier run to go on from."""
+        return self.states.layer < 0
+
+    def run(self, write: Callable[[str, np.ndarray], None]) -> None:
+        """Do the whole pass, from where the hidden states on disk leave off.
+
+        `write(name, data)` takes the bytes [shape=(nrows, row_bytes), dtype=uint8] of each refined tensor.
+        """
+        self.write = write
+        if self.is_new:
+            self._embed()
+        self.bar.update(self.states.layer)
+        for index in range(self.states.layer, self.model.hparams.n_layer):
+            self._layer(index)
+            self.bar.update(1)
+        self._output()
+        self.states.close(delete=True)
+
+    def _embed(self) -> None:
+        used, places = np.unique(self.tokens, return_inverse=True)
+        for i, variant in enumerate((self.base, self.variant)):
+            table = self.weights.rows(variant, "token_embd.weight", used)
+            for chunks in self._chunks():
+                self.states.write(i, chunks, self.engine.embed(table, places.reshape(self.tokens.shape)[chunks]))
+        self.states.advance()
+
+    def _chunks(self) -> Iterator[slice]:
+        """Yield the chunks, a few at a time."""
+        yield from blocks(len(self.tokens), max(1, TOKENS_AT_ONCE // self.tokens.shape[1]))
+
+    def _layer(self, index: int) -> None:
+        """Apply a layer to the original stream, then choose its bytes while it is applied to the other."""
+        layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"))
+        seen, after = self._original(layer)
+        written = self.states.read(1, slice(0, len(self.tokens))).copy()
+        stream = written.reshape(after.shape)  # a view, which the forward pass changes in place
+        ends = {"attn_output": seen["ffn_down"], "ffn_down": after}
+
+        def choose(field: str, inputs: np.ndarray):
+            original, wanted = seen[field], None
+            if field in RESIDUAL:
+                wanted = ends[field] - original + (original - stream) / 2
+            names = [f"blk.{index}.{name}.weight" for name in self.products[field]]
+            chosen = self._choose(names, inputs, original, wanted)
+            others = {name: self.weights.get(self.variant, name) for name in names if name not in chosen}
+            return lambda name: (chosen | others)[f"blk.{index}.{name}"]
+
+        self.engine.forward(layer, written, observe=choose)
+        self.weights.forget()
+        self.states.write(0, slice(0, len(self.tokens)), after.reshape(written.shape))
+        self.states.write(1, slice(0, len(self.tokens)), written)
+        self.states.advance()
+
+    def _original(self, layer) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Apply a layer to the original stream.
+
+        Returns
+        -------
+        seen : dict
+            By field its inputs [n_tokens, n_in]; for the fields that are added to the residual stream that stream
+            before the addition [n_tokens, n_embd].
+        after : np.ndarray [shape=(n_tokens, n_embd)]
+            The stream after the layer.
+        """
+        seen = {field: [] for field in self.products}
+        after = []
+        for chunks in self._chunks():
+            x = self.states.read(0, chunks).copy()
+            stream = x.reshape(-1, x.shape[-1])
+
+            def keep(field: str, inputs: np.ndarray, stream=stream) -> None:
+                seen[field].append((stream if field in RESIDUAL else inputs).copy())
+
+            self.engine.forward(layer, x, observe=keep)
+            after.append(stream)
+        return {field: np.concatenate(parts) for field, parts in seen.items()}, np.concatenate(after)
+
+    def _output(self) -> None:
+        """Choose the bytes of the output matrix, where it is no embedding's."""
+        name = output_name(self.model)
+        if not can_refine(self.variant, name):
+            return
+        norm, _ = self.weights.output(self.base)
+        whole = slice(0, len(self.tokens))
+        inputs, original = (self.engine.output_inputs(norm, self.states.read(i, whole)) for i in (1, 0))
+        self._choose([name], inputs, original, None)
+
+    def _choose(self, names: Sequence[str], inputs: np.ndarray, original: np.ndarray, wanted) -> dict[str, Stored]:
+        """Choose the bytes of the matrices of one field.
+
+        `original` holds the inputs of the original stream. For the fields that are added to the residual stream
+        `wanted` holds what they should add, half the drift of that stream included.
+        """
+        names = [name for name in names if can_refine(self.variant, name)]
+        if not names:
+            return {}
+        n_tokens, n = inputs.shape
+        h = np.zeros((n, n), np.float32)
+        accumulate(h, inputs, inputs, self.workers)
+        mirror(h)
+        h /= n_tokens
+        diagonal = h.diagonal()
+        if not np.isfinite(diagonal).all():
+            raise ValueError(f"{names[0]}: its inputs are not all finite. Check the model with inspect.")
+        h[np.diag_indices(n)] += self.damping * diagonal + RIDGE * (diagonal.mean() or 1)
+        factor = Factor(h, self.workers)
+        cross = None
+        if wanted is None:
+            cross = np.zeros((n, n), np.float32)  # E[x̂ (x - x̂)ᵀ]
+            accumulate(cross, inputs, original - inputs, self.workers)
+            cross /= n_tokens
+        return {name: self._refine(name, inputs, h, factor, cross, wanted) for name in names}
+
+    def _refine(self, name: str, inputs, h, factor: Factor, cross, wanted) -> Stored:
+        """Choose the bytes of one matrix, some rows at a time."""
+        tensor, qtype, data = self.model.tensor(name), self.variant.types[name], []
+        for rows in blocks(tensor.nrows, AT_ONCE):
+            weight = tensor.floats(rows.start, rows.stop)
+            if cross is not None:
+                change = product(weight, cross, self.workers)
+            else:
+                change = np.zeros_like(weight)
+                accumulate(change, wanted[:, rows] - product(inputs, weight, self.workers), inputs, self.workers)
+                change /= len(inputs)
+            target = weight + factor.solve(change)
+            data.append(refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps))
+        data = np.concatenate(data)
+        self.write(name, data)
+        return Stored(data, qtype, tensor.shape)

@@ -1,0 +1,121 @@
+"""Second moments of a layer's inputs, and the linear algebra on them, with every sum in a fixed order.
+
+    H = E[x̂ x̂ᵀ]   n × n, over the tokens of a text      H = V Vᵀ with V upper triangular
+
+All large products go through the evaluator's own, which gives the same bits on any number of threads; only blocks of
+256 × 256 are left to LAPACK, which runs on one thread here.
+"""
+
+import numpy as np
+
+from quantlab.evaluate.engine.tiles import COLUMNS, multiply, n_panels, pack
+from quantlab.evaluate.engine.workers import Workers, blocks
+from quantlab.quants.feedback import SPAN
+
+ROWS = 192  # rows of a product that a thread takes at a time
+STRIP = 1024  # columns of the moments that are added up at a time
+
+
+def product(x: np.ndarray, weight: np.ndarray, workers: Workers) -> np.ndarray:
+    """Return x · weightᵀ.
+
+    Parameters
+    ----------
+    x : np.ndarray [shape=(nrows, n_in), dtype=float32, rows contiguous]
+    weight : np.ndarray [shape=(n_out, n_in), dtype=float32]
+    workers : Workers
+
+    Returns
+    -------
+    np.ndarray [shape=(nrows, n_out), dtype=float32]
+    """
+    out = np.empty((len(x), len(weight)), np.float32)
+    if x.shape[1] == 0:
+        out[:] = 0
+        return out
+    panels = np.empty((n_panels(len(weight)), x.shape[1], COLUMNS), np.float32)
+    workers.map(lambda rows: pack(weight[rows], panels, rows.start), blocks(len(weight), COLUMNS))
+    workers.map(lambda rows: multiply(x[rows], panels, out[rows]), blocks(len(x), ROWS))
+    return out
+
+
+def accumulate(total: np.ndarray, a: np.ndarray, b: np.ndarray, workers: Workers) -> None:
+    """Add Σ a[t, i] · b[t, j] over tokens t to ``total[i, j]``; if `b` is `a`, above the diagonal alone.
+
+    Parameters
+    ----------
+    total : np.ndarray [shape=(n_a, n_b), dtype=float32]
+    a, b : np.ndarray [shape=(n_tokens, n_a) and (n_tokens, n_b), dtype=float32]
+    """
+    columns = np.ascontiguousarray(a.T)
+    other = columns if b is a else np.ascontiguousarray(b.T)
+    for strip in blocks(len(other), STRIP):
+        above = slice(0, strip.stop if b is a else len(columns))
+        total[above, strip] += product(columns[above], other[strip], workers)
+
+
+def mirror(total: np.ndarray) -> None:
+    """Copy what `accumulate` left above the diagonal to below it."""
+    for rows in blocks(len(total), STRIP):
+        total[rows, : rows.start] = total[: rows.start, rows].T
+        corner = total[rows, rows]
+        corner[:] = np.triu(corner) + np.triu(corner, 1).T
+
+
+class Factor:
+    """The upper triangular V of H = V Vᵀ.
+
+    Parameters
+    ----------
+    h : np.ndarray [shape=(n, n), dtype=float32, symmetric]
+    workers : Workers
+
+    Raises
+    ------
+    ValueError
+        If `h` is not positive definite.
+    """
+
+    def __init__(self, h: np.ndarray, workers: Workers):
+        self._workers, self.v = workers, np.zeros_like(h)
+        self._inverses = {}  # span's start -> inverse of its diagonal block
+        for span in reversed(blocks(len(h), SPAN)):
+            rest = h[: span.stop, span] - product(self.v[: span.stop, span.stop :], self.v[span, span.stop :], workers)
+            corner = rest[span].astype(np.float64)
+            try:
+                corner = np.linalg.cholesky(corner[::-1, ::-1])[::-1, ::-1]
+            except np.linalg.LinAlgError:
+                raise ValueError(
+                    "second moments: not positive definite. Raise the damping or give more text."
+                ) from None
+            self._inverses[span.start] = np.linalg.inv(corner).astype(np.float32)
+            self.v[span, span] = corner
+            self.v[: span.start, span] = product(rest[: span.start], self._inverses[span.start], workers)
+
+    def solve(self, x: np.ndarray) -> np.ndarray:
+        """Return x H⁻¹.
+
+        Parameters
+        ----------
+        x : np.ndarray [shape=(nrows, n), dtype=float32]
+        """
+        x, v, workers = x.copy(), self.v, self._workers
+        for span in reversed(blocks(len(v), SPAN)):
+            rest = x[:, span] - product(x[:, span.stop :], v[span, span.stop :], workers)
+            x[:, span] = product(rest, self._inverses[span.start], workers)
+        for span in blocks(len(v), SPAN):
+            rest = x[:, span] - product(x[:, : span.start], v[: span.start, span].T, workers)
+            x[:, span] = product(rest, self._inverses[span.start].T, workers)
+        return x
+
+    def feedback(self, span: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return by how much errors of all columns up to a span's end move its columns, and what its own errors cost.
+
+        Returns
+        -------
+        factor : np.ndarray [shape=(span.stop, n_span), dtype=float32]
+            Below and on the diagonal of the span's own rows without meaning.
+        weight : np.ndarray [shape=(n_span,), dtype=float32]
+        """
+        diagonal = self.v.diagonal()[span]
+        return self.v[: span.stop, span] / diagonal, diagonal**2

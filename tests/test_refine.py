@@ -1,0 +1,108 @@
+"""Refined files: less damage in the same bytes, the same on any number of threads and after an interruption."""
+
+import numpy as np
+import pytest
+from numba import get_num_threads, set_num_threads
+
+import quantlab as ql
+from quantlab.evaluate import refine as module
+from quantlab.files.model import open as open_model
+from quantlab.study.front import judge_refined
+
+OPTIONS = {"ftype": "Q2_K", "chunks": 2, "sweeps": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory):
+    """The bundled model at Q2_K, refined on two chunks."""
+    return ql.refine("tiny", tmp_path_factory.mktemp("refined") / "a.gguf", **OPTIONS)
+
+
+def test_the_file_is_the_ordinary_one_with_other_bytes(refined, tmp_path):
+    ordinary = open_model(ql.quantize("tiny", tmp_path / "b.gguf", ftype="Q2_K", report=lambda _: None))
+    model = open_model(refined)
+    assert [(t.name, t.shape, t.qtype) for t in model] == [(t.name, t.shape, t.qtype) for t in ordinary]
+    others = {t.name for t in model if not np.array_equal(t.load(), ordinary.tensor(t.name).load())}
+    matrices = {t.name for t in model if len(t.shape) == 2}
+    assert others == matrices - {"token_embd.weight"}
+    added = {key: value for key, value in model.metadata.items() if key not in ordinary.metadata}
+    assert all(key.startswith(module.PREFIX) for key in added)
+    assert {key.removeprefix(module.PREFIX): added[key] for key in added}["chunks"] == 2
+
+
+def test_it_does_less_damage_on_a_text_it_has_not_seen(refined):
+    judged = judge_refined(refined, "tiny", "primer", chunks=2, progress=False)
+    row = judged.rows[2]
+    assert judged.helped and row["less"] > 0.25 and row["less"] > 5 * row["less_se"]
+
+
+def test_one_thread_writes_the_same_bytes(refined, tmp_path):
+    before = get_num_threads()
+    set_num_threads(1 if before > 1 else before)
+    try:
+        again = ql.refine("tiny", tmp_path / "a.gguf", **OPTIONS)
+    finally:
+        set_num_threads(before)
+    assert again.read_bytes() == refined.read_bytes()
+
+
+@pytest.mark.parametrize("stop_at", ["blk.0.ffn_up.weight", "blk.5.attn_k.weight", "output.weight"])
+def test_a_stopped_run_resumes_to_the_same_bytes(refined, tmp_path, monkeypatch, stop_at):
+    whole = module._patching
+
+    class Stopped(Exception):
+        pass
+
+    def until(path):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def stopping():
+            with whole(path) as write:
+
+                def write_until(name, data):
+                    if name == stop_at:
+                        raise Stopped
+                    write(name, data)
+
+                yield write_until
+
+        return stopping()
+
+    monkeypatch.setattr(module, "_patching", until)
+    with pytest.raises(Stopped):
+        ql.refine("tiny", tmp_path / "a.gguf", scratch=tmp_path / "scratch", **OPTIONS)
+    assert not (tmp_path / "a.gguf").exists()
+    monkeypatch.setattr(module, "_patching", whole)
+    path = ql.refine("tiny", tmp_path / "a.gguf", scratch=tmp_path / "scratch", **OPTIONS)
+    assert path.read_bytes() == refined.read_bytes()
+    assert [item.name for item in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_a_recipe_gives_the_types(tmp_path):
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("^blk\\.0\\.ffn_down\\.weight$=Q4_K\n")
+    path = ql.refine("tiny", tmp_path / "a.gguf", recipe=recipe, **OPTIONS)
+    assert open_model(path).tensor("blk.0.ffn_down.weight").qtype == "Q4_K"
+
+
+# ---- bad input
+
+
+def test_bad_options_are_refused_and_nothing_is_written(tmp_path):
+    out = tmp_path / "a.gguf"
+    for change, text in (
+        ({"sweeps": -1}, r"sweeps=-1, must be 0 or more"),
+        ({"damping": 0.0}, r"damping=0.0, must be above 0"),
+        ({"ftype": "F16"}, r"no tensor of .* can be refined"),
+        ({"n_ctx": 64, "chunks": 4}, r"256 tokens are fewer than the 512 inputs of the widest layer. Give at least 8"),
+        ({"text": ["sampled", "primer"], "chunks": 1}, r"chunks=1, must be at least one for each of 2 texts"),
+        ({"memory": "300MiB"}, r"must be at least .* GiB for 2 chunks"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ql.refine("tiny", out, **OPTIONS | change)
+    assert not list(tmp_path.iterdir())
+    out.write_text("mine")
+    with pytest.raises(FileExistsError):
+        ql.refine("tiny", out, **OPTIONS)
+    assert out.read_text() == "mine"
