@@ -347,44 +347,49 @@ def recipe(
     report(verdict, json, overwrite, outfile, gguf)
 
 
+Refined = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL [OUT] FTYPE",
+        callback=written(pick=lambda files: files[1:2] if len(files) == 3 else []),
+        help="GGUF file or checkpoint; output; mixture.",
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text (default: sampled); repeatable."),
+]
+RefineChunks = Annotated[
+    int, typer.Option("--chunks", metavar="N", help="Stop after N chunks of all texts; -1: the whole texts.")
+]
+Sweeps = Annotated[int, typer.Option("--sweeps", help="Go through codes and scales this often.")]
+Damping = Annotated[
+    str, typer.Option("--damping", metavar="auto|X", help="Add this share of its diagonal to the moments.")
+]
+OtherMatrix = Annotated[
+    Path | None, typer.Option("--imatrix", help="Importance matrix for tensors that cannot be refined.")
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="Types by tensor, as quantlab recipe writes them.")
+]
+Judge = Annotated[
+    str | None,
+    typer.Option("--judge", metavar="TEXT|none", help="Compare with ordinary bytes on it (default: primer)."),
+]
+
+
 @app.command()
 def refine(
-    files: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL [OUT] FTYPE",
-            callback=written(pick=lambda files: files[1:2] if len(files) == 3 else []),
-            help="GGUF file or checkpoint; output; mixture.",
-        ),
-    ],
-    text: Annotated[
-        list[str] | None,
-        typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text (default: sampled); repeatable."),
-    ] = None,
+    files: Refined,
+    text: Texts = None,
     n_ctx: ContextSize = 512,
-    chunks: Annotated[
-        int | None, typer.Option("--chunks", metavar="N", help="Stop after N chunks of all texts (default: 64).")
-    ] = None,
-    sweeps: Annotated[int, typer.Option("--sweeps", help="Go through codes and scales this often.")] = 2,
-    damping: Annotated[
-        str, typer.Option("--damping", metavar="auto|X", help="Add this share of its diagonal to the moments.")
-    ] = "auto",
-    imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", help="Importance matrix for tensors that cannot be refined.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="Types by tensor, as quantlab recipe writes them.")
-    ] = None,
-    tensor_type: Annotated[
-        list[str] | None,
-        typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Type of the tensors so named; the first that fits."),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge", metavar="TEXT|none", help="Compare with ordinary bytes on this text (default: primer)."
-        ),
-    ] = None,
+    chunks: RefineChunks = 64,
+    sweeps: Sweeps = 2,
+    damping: Damping = "auto",
+    imatrix: OtherMatrix = None,
+    recipe: RecipeFile = None,
+    tensor_type: _pairs("--tensor-type", "Type of the tensors so named; the first that fits.") = None,
+    judge: Judge = None,
     rules: Rules = "current",
     memory: Memory = None,
     scratch: Scratch = None,
@@ -407,8 +412,10 @@ def refine(
     judge = judge or ("none" if "primer" in texts else "primer")
     if judge in texts:
         raise typer.BadParameter("is a calibration text, name another or none", param_hint="--judge")
+    n_ctx = _context(files[0], n_ctx)
     path = refine(
-        files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx, chunks=chunks,
+        files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,
+        chunks=None if chunks == -1 else chunks,
         sweeps=sweeps, damping=damping, imatrix=imatrix, recipe=recipe, rules=rules, memory=memory, scratch=scratch,
         tensor_types=[parse_tensor_type(item) for item in tensor_type or ()], overwrite=overwrite,
     )  # fmt: skip

@@ -38,7 +38,6 @@ from quantlab.transform.mixture import Recipe, choose_types, find_ftype
 from quantlab.transform.quantize import quantize
 
 PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
-CHUNKS = 64  # of all texts, unless told otherwise
 SHARE_OF_PEAK = 0.5  # of the speed of one large product that the pass reaches
 
 
@@ -92,7 +91,7 @@ def refine(
     ftype: str | int,
     text="sampled",
     n_ctx: int = 512,
-    chunks: int | None = None,
+    chunks: int | None = 64,
     sweeps: int = 2,
     damping: float | str = "auto",
     imatrix=None,
@@ -121,9 +120,9 @@ def refine(
         What to calibrate on; a mixture of texts serves more uses.
     n_ctx : int
         Tokens per chunk.
-    chunks : int, optional
-        Chunks of all texts together, as many of each (default: 64, or all there are). More text is better, most of
-        all for wide layers.
+    chunks : int or None
+        Chunks of all texts together at most, as many of each; None takes the whole texts. More text is better, most
+        of all for wide layers.
     sweeps : int
         How often codes and scales are gone through after the feedback.
     damping : float or "auto"
@@ -189,28 +188,42 @@ def refine(
     check_outputs([path], input_files(paths_read), overwrite=overwrite)
     variant = _variant(opened, path, Options(**options))
     with ExitStack() as stack:
-        kept = None if scratch is None else Path(scratch)
-        beside_it = None if is_stream(path) else follow(path).parent
-        work = kept or Path(stack.enter_context(TemporaryDirectory(prefix=".refine-", dir=beside_it)))
         engine = stack.enter_context(CpuEngine(opened, n_ctx))
         needed, seconds = _plan(variant, tokens, sweeps, engine, memory)
         if progress:
             announce(f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes")
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
-        draft, states = work / "draft.gguf", kept and kept / "states"
-        work.mkdir(parents=True, exist_ok=True)
-        how = {"sweeps": sweeps, "damping": damping, "bar": bar, "scratch": states, "key": _key(variant, settings)}
-        refinement = Refinement(variant, tokens, engine, **how)
-        if refinement.is_new:
-            quantize(opened, draft, overwrite=True, report=lambda _: None, **options)
-        with _patching(draft) as write:
-            refinement.run(write)
-        with replacing(path, overwrite=overwrite) as part:
-            (shutil.copyfile if is_stream(path) else shutil.move)(draft, part)
-        beside(draft, DIGESTS).unlink()
-        if kept is not None and not any(kept.iterdir()):
-            kept.rmdir()
+        with _workspace(path, scratch) as (draft, states):
+            how = {"sweeps": sweeps, "damping": damping, "bar": bar, "scratch": states, "key": _key(variant, settings)}
+            refinement = Refinement(variant, tokens, engine, **how)
+            if refinement.is_new:
+                quantize(opened, draft, overwrite=True, report=lambda _: None, **options)
+            with _patching(draft) as write:
+                refinement.run(write)
+            with replacing(path, overwrite=overwrite) as part:
+                (shutil.copyfile if is_stream(path) else shutil.move)(draft, part)
     return path
+
+
+@contextmanager
+def _workspace(path: Path, scratch: str | Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """Give a place for the draft of the file `path`, and a folder for hidden states where they are kept.
+
+    What is in `scratch` stays if the block fails.
+    """
+    if scratch is None:
+        beside_it = None if is_stream(path) else follow(path).parent
+        with TemporaryDirectory(prefix=".refine-", dir=beside_it) as folder:
+            yield Path(folder) / "draft.gguf", None
+        return
+    folder = Path(scratch)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / "draft.gguf"
+    yield draft, folder / "states"
+    beside(draft, DIGESTS).unlink()
+    draft.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def auto_damping(chunks: int) -> float:
@@ -228,7 +241,7 @@ def _tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndar
     texts = [read_text(item) for item in (text if isinstance(text, list | tuple) else [text])]
     if chunks is not None and chunks < len(texts):
         raise ValueError(f"chunks={chunks}, must be at least one for each of {len(texts)} texts.")
-    share = (CHUNKS if chunks is None else chunks) // len(texts)
+    share = None if chunks is None else chunks // len(texts)
     found = [
         cut(item, model.vocab, n_ctx=n_ctx, chunks=share, name="llama.cpp", mode="float", rules="current")[0].tokens
         for item in texts
