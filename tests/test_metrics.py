@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from quantlab.evaluate import fused, metrics
+from quantlab.evaluate import metrics
+from quantlab.evaluate.engine import fused
 from quantlab.evaluate.metrics import TokenScores
 
 
