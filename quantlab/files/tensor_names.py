@@ -43,7 +43,8 @@ def plain_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]
     if changed:
         _say(folder, changed[0], names[changed[0]], len(changed), "a wrapper of the training put more into them.")
     bare = [name for name, plain in names.items() if _INNER.match(plain)]
-    if bare and not any(plain.startswith("model.") for plain in names.values()):
+    is_meta = "tok_embeddings.weight" in names.values()  # Meta's own names have no such prefix
+    if bare and not is_meta and not any(plain.startswith("model.") for plain in names.values()):
         names |= {name: f"model.{names[name]}" for name in bare}
         _say(folder, bare[0], names[bare[0]], len(bare), "the names lack the prefix model.")
     plain = {names[name]: source for name, source in stored.items()}

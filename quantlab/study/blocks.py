@@ -18,7 +18,7 @@ def bit_map(qtype: str) -> pd.DataFrame:
     Parameters
     ----------
     qtype : str
-        Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K or Q6_K.
+        A type whose codes have one width, such as Q4_K.
 
     Returns
     -------
@@ -38,6 +38,7 @@ def bit_map(qtype: str) -> pd.DataFrame:
     {'code': 128, 'd': 16}
     """
     x = 0.01 * np.random.default_rng(1).standard_normal(block_size(qtype)).astype(np.float32)
+    x += np.copysign(np.float32(0.004), x)  # the sign bit of a zero would change nothing
     block = quantize(x, qtype)
     codes(block, qtype)  # checks the type
     n_bits, size = 8 * len(block), _sub_block(qtype)
