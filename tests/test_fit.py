@@ -225,7 +225,7 @@ def test_bad_input(tmp_path):
         fit(experts)
     for options, message in [
         ({"n_ctx": 4097}, "n_ctx=4097, must be 1 to 4096"),
-        ({"n_ctx": 0}, "n_ctx=0"),
+        ({"n_ctx": -1}, "n_ctx=-1"),
         ({"n_ubatch": 0}, "n_ubatch=0"),
         ({"vram": "much"}, "vram=much"),
         ({"ram": "much"}, "ram=much"),

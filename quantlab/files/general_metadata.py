@@ -80,12 +80,13 @@ def _read(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         return read(path)
     except Exception as error:  # YAML alone may fail in a dozen ways
-        _leave_out(path, reason(error).removeprefix(f"{path}: "))
+        _leave_out(path, reason(error).removeprefix(f"{path}: ").rstrip("."), stacklevel=6)
         return {}
 
 
-def _leave_out(path: Path, why: str) -> None:
-    warnings.warn(f"{path}: left out, {why}. The weights do not depend on it.", stacklevel=5)
+def _leave_out(path: Path, why: str, stacklevel: int = 5) -> None:
+    """Warn the caller of `open` or `convert`."""
+    warnings.warn(f"{path}: left out, {why}. The weights do not depend on it.", stacklevel=stacklevel)
 
 
 def _collect(

@@ -258,6 +258,7 @@ def fit(
         rows.append(_row(one.name, weights, setting, there, n_gpu_layers))
     if not rows:
         raise ValueError(f"{name}: ftype={ftype}, there is no file to copy, or rules={rules} does not know it.")
+    rows.sort(key=lambda row: -row.bytes)
     return Fit(name, hparams.n_layer, hparams.n_ctx, *there, setting, tuple(rows))
 
 
