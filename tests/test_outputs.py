@@ -57,6 +57,7 @@ READ = {
     "reuse",
     "tensor_type_file",
     "layout_of",
+    "recipe",
     "parameters_file",
     "file",
     "shape",
@@ -153,6 +154,8 @@ def test_no_output_replaces_an_input(work, word, option, place):
         if param.name == "files" and option == "files":
             other = 0
         arguments = call(word, option, place, "x.gguf", "--overwrite")
+        if param.name == "layout_of":  # stands for the ftype
+            arguments.remove("Q4_0")
         if other is None:
             arguments += [param.opts[-1], "x.gguf"]
         else:
@@ -201,7 +204,7 @@ def test_a_link_is_followed_and_an_older_report_replaced(work, word, option, pla
                 option,
                 place,
                 "link",
-                *(["--overwrite"] if word in ("quantize", "split", "imatrix", "recipe") else []),
+                *(["--overwrite"] if word in ("quantize", "split", "imatrix", "recipe", "refine") else []),
             )
         )
         assert not again.exception or isinstance(again.exception, SystemExit), again.exception
@@ -230,7 +233,9 @@ def test_devices_and_pipes_are_written_into(work, word, option, place):
     received = []
     reader = threading.Thread(target=lambda: received.append(Path("pipe").read_bytes()))
     reader.start()
-    done = invoke(call(word, option, place, "pipe", *(["--overwrite"] if word in ("imatrix", "recipe") else [])))
+    done = invoke(
+        call(word, option, place, "pipe", *(["--overwrite"] if word in ("imatrix", "recipe", "refine") else []))
+    )
     reader.join(10)
     assert done.exit_code == 0 and len(received[0]) > 100, done.exception
     assert Path("pipe").is_fifo()

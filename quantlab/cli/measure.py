@@ -351,7 +351,7 @@ Refined = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL [OUT] FTYPE",
-        callback=written(pick=lambda files: files[1:2] if len(files) == 3 else []),
+        callback=written(pick=lambda files, _: files[1:2] if len(files) == 3 else []),
         help="GGUF file or checkpoint; output; mixture.",
     ),
 ]

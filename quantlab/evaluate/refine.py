@@ -201,8 +201,17 @@ def refine(
             with _patching(draft) as write:
                 refinement.run(write)
             with replacing(path, overwrite=overwrite) as part:
-                (shutil.copyfile if is_stream(path) else shutil.move)(draft, part)
+                _deliver(draft, part, is_stream(path))
     return path
+
+
+def _deliver(draft: Path, path: Path, is_stream: bool) -> None:
+    """Move the draft to its place, or write it into a device or pipe."""
+    if not is_stream:
+        shutil.move(draft, path)
+        return
+    with draft.open("rb") as whole, path.open("wb") as out:
+        shutil.copyfileobj(whole, out, 1 << 20)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def check_activation(folder: Path, record: Architecture) -> None:
     if names and given is not None and given not in names:
         raise ValueError(
             f"{path}: hidden_act={short(given)}, must be {names[0]}, which llama.cpp computes for every {record.name} "
-            "model. A converted file would give other results; --as-llama-cpp writes it all the same."
+            "model. A converted file would give other results; as_llama_cpp=True writes it all the same."
         )
 
 

@@ -224,8 +224,8 @@ def open_menu(
             raise ValueError(f"{row['group']} at {row['qtype']}: no damage is known. Measure the sensitivity again.")
         groups.setdefault(row["group"], []).append(row)
     names = _apart(groups, base)
-    constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
-    constraints = {key: _parsed(types, names) for key, types in constraints.items()}
+    asked = {"keep": keep, "min_type": min_type, "max_type": max_type}
+    constraints = {key: _parsed(types, names) for key, types in asked.items()}
     if found.protocol["around"] is None:
         for group in groups.values():
             group.append(_as_it_is(group[0], base))
@@ -236,7 +236,8 @@ def open_menu(
             raise ValueError(
                 f"{name}: measured are {had}, the constraints allow none of them. Measure more types, or ask less."
             )
-    return Menu(base, found, allowed, constraints, matrix is not None, rules)
+    texts = {key: [(text, find_qtype(qtype)) for text, qtype in _pairs(types)] for key, types in asked.items()}
+    return Menu(base, found, allowed, texts, matrix is not None, rules)
 
 
 def _check_same(sensitivity: Sensitivity, base: Model, matrix: ImportanceMatrix | None) -> None:
@@ -265,10 +266,15 @@ def _apart(groups: Mapping[str, list[dict]], base: Model) -> list[str]:
     return list(group_of)
 
 
+def _pairs(types: Types) -> Iterable[tuple[str, str]]:
+    """Expressions over names and types, from a mapping or a list."""
+    return types.items() if isinstance(types, Mapping) else types
+
+
 def _parsed(types: Types, names: Sequence[str]) -> list[tuple[Callable[[str], bool], str]]:
     """Expressions, as tests of a name, and types, checked; a whole tensor name fits that tensor alone."""
     pairs = []
-    for text, qtype in types.items() if isinstance(types, Mapping) else types:
+    for text, qtype in _pairs(types):
         is_found = partial(operator.eq, text) if text in names else compile_expression(text, names)
         if not any(map(is_found, names)):
             raise ValueError(f"tensor type: name={text}, must fit a tensor that was measured, such as {names[0]}.")
@@ -312,7 +318,8 @@ class Menu:
     sensitivity : Sensitivity
     groups : dict[str, list[dict]]
         Rows of the sensitivity by group.
-    constraints : dict
+    constraints : dict[str, list[tuple[str, str]]]
+        Expressions and types by option, for the record: `groups` holds what they allow.
     has_imatrix : bool
     rules : str
     """
@@ -320,7 +327,7 @@ class Menu:
     base: Model
     sensitivity: Sensitivity
     groups: dict[str, list[dict]]
-    constraints: dict[str, list[tuple[Callable[[str], bool], str]]]
+    constraints: dict[str, list[tuple[str, str]]]
     has_imatrix: bool
     rules: str
 

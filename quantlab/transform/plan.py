@@ -125,7 +125,7 @@ def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
         choices = choose_types(hparams, shapes, ftype.name, rules=rules, source=source)
         n_bytes = sum(tensor_bytes(shapes[name], choice.qtype) for name, choice in choices.items())
         rows.append(SizeRow(ftype.name, n_bytes, n_bytes * 8 / max(n_weights, 1)))
-    return SizeTable(model, rules, n_weights, tuple(rows))
+    return SizeTable(model, rules, n_weights, tuple(sorted(rows, key=lambda row: -row.bytes)))
 
 
 def look_up(shape_or_file: str | Path):
