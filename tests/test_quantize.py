@@ -360,7 +360,7 @@ def test_outputs_are_not_overwritten_and_inputs_never(work):
     assert sha256(quantize("wide.gguf", "out.gguf", ftype="Q8_0", overwrite=True)) == GOLDEN["wide.gguf Q8_0"]
     with pytest.raises(ValueError, match="is the input, must be another file"):
         quantize("wide.gguf", "wide.gguf", ftype="Q8_0", overwrite=True)
-    with pytest.raises(FileNotFoundError, match="folder none does not exist"):
+    with pytest.raises(FileNotFoundError, match="folder .*none does not exist"):
         quantize("wide.gguf", "none/out.gguf", ftype="Q8_0")
 
 
@@ -437,7 +437,9 @@ def test_values_beyond_f16_are_refused_as_llama_quantize_does(work):
     at = next(i for i, spec in enumerate(specs) if spec.name == "blk.0.attn_q.weight")
     data[at][3, 5] = 1e5
     write_gguf("large.gguf", header.metadata, specs, data)
-    with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight: has values beyond 65504, F16 cannot hold them"):
+    with pytest.raises(
+        ValueError, match=r"blk\.0\.attn_q\.weight: value=100000 in row 3, column 5, exceeds the range of F16"
+    ):
         quantize("large.gguf", "out.gguf", ftype="F16")
     assert not list(work.glob("out*"))
     assert quantize("large.gguf", "out.gguf", ftype="BF16").exists()
@@ -452,7 +454,7 @@ def test_bad_input(work):
         quantize("wide.gguf", "out.gguf", ftype="Q4_0", via="f32")
     with pytest.raises(ValueError, match="only one of them"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_0", include_weights=["a"], exclude_weights=["b"])
-    with pytest.raises(ValueError, match="Pass --imatrix too"):
+    with pytest.raises(ValueError, match="Pass imatrix too"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_0", include_weights=["a"])
     with pytest.raises(ValueError, match="importance matrix has 256 columns, must have 96"):
         quantize("narrow.gguf", "out.gguf", ftype="Q4_0", imatrix="made.imatrix")
