@@ -377,7 +377,7 @@ def test_a_file_is_no_starting_point(folder, text, tmp_path):
 
 
 def test_a_file_that_is_no_sensitivity(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.json: no such file. Write one with quantlab sensitivity"):
+    with pytest.raises(FileNotFoundError, match="no such file. Write one with `save` or the word sensitivity"):
         Sensitivity.load(tmp_path / "nothing.json")
     for content in ("", "[]", '{"schema": 1, "rows": [{}]}', '{"schema": 2, "rows": []}', '{"schema": 1, "rows": 3}'):
         (tmp_path / "a.json").write_text(content)
