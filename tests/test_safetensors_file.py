@@ -54,7 +54,7 @@ BAD = {
     "sizes": (lying(shape=[2, 3]), r"x: data_offsets=\[0, 16\] span 16 bytes, need 24"),
     "overflow": (lying(shape=[1 << 40, 1 << 40]), "span 16 bytes, need"),
     "backwards": (lying(data_offsets=[16, 0]), "span -16 bytes, need 16"),
-    "nothing": (lying(shape=[0], data_offsets=[0, 0]), "span 0 bytes, need 0"),
+    "nothing": (lying(shape=[0], data_offsets=[0, 0]), "'x' without any values"),
     "outside": (lying(data_offsets=[100, 116]), "x: ends at byte .*, the file has"),
     "overlap": (lying() | {"y": lying()["x"] | {"data_offsets": [8, 24]}}, "y: overlaps x"),
 }
