@@ -39,8 +39,14 @@ class Hparams:
         Context length of the training, in tokens.
     n_rot : int
         Dimensions of a head that are rotated; all of them where it is not given.
-    n_expert : int
-        Experts per layer; 0 in a dense model.
+    n_expert : int or tuple of int
+        Experts of a layer; 0 in a dense one.
+    n_expert_used : int
+        Experts that a token sees.
+    n_ff_exp, n_ff_shexp : int
+        Inner size of an expert, and of the one that every token sees; 0 where there is none.
+    expert_scale : float
+        What the weights of the chosen experts are multiplied by.
     rope_scaling : RopeScaling or None
     tied_embeddings : bool
         Whether the output layer is the token embedding.
@@ -65,7 +71,11 @@ class Hparams:
     rms_eps: float = 1e-6
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    n_expert: int = 0
+    n_expert: PerLayer = 0
+    n_expert_used: int = 0
+    n_ff_exp: int = 0
+    n_ff_shexp: int = 0
+    expert_scale: float = 1.0
     tied_embeddings: bool = False
 
     def __post_init__(self):

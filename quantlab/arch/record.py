@@ -9,6 +9,7 @@ from typing import Literal
 from quantlab.arch.hparams import Hparams
 
 Role = Literal["embedding", "norm", "matrix", "bias", "router", "experts", "output", "state", "rope"]
+_DENSE = ("shared_gate", "ffn_in", "ffn_down")
 FLOAT_ROLES = ("norm", "bias", "router", "state", "rope")  # stay F32 in every file
 
 
@@ -33,6 +34,8 @@ class Tensor:
         Its name in Meta's checkpoints, whose rows have GGUF's order already.
     optional : bool
         Whether a model may lack it.
+    only : str
+        Field of `Hparams` that is not zero in the layers that have it; with `!` before its name, zero. Empty: all have.
     """
 
     name: str
@@ -42,11 +45,16 @@ class Tensor:
     change: tuple[str, ...] = ()
     meta: str = ""
     optional: bool = False
+    only: str = ""
 
     @property
     def is_layered(self) -> bool:
         """Whether each layer has one."""
         return "{}" in self.name
+
+    def is_in(self, hparams: Hparams) -> bool:
+        """Whether a model has it, or the layer that `hparams` are those of."""
+        return not self.only or bool(getattr(hparams, self.only.removeprefix("!"))) != self.only.startswith("!")
 
     def shape_in(self, hparams: Hparams) -> tuple[int, ...]:
         """Return its shape; `hparams` are those of its layer."""
@@ -60,16 +68,32 @@ class Layer:
         x ─ attn_norm ─ attn_qkv ─ q_norm, k_norm ─ rope ─ attention ─ attn_output ─ attn_post_norm ─ + x
         x ─ ffn_norm ─ ffn_in ─ activation ─ ffn_down ─ ffn_post_norm ─ + x
 
+    With experts, the last line is that of an expert that every token sees, which may be missing. Beside it:
+
+        x ─ ffn_norm ─ router ─ gating ─ the experts of each token, by weight
+                     ─ experts_in ─ activation ─ experts_down ─ · weight ─ + x
+                     ─ shared_gate ─ sigmoid: what `ffn_down` is multiplied by
+
     Attributes
     ----------
-    attn_qkv, attn_output, ffn_in, ffn_down : tuple of str
+    attn_qkv, attn_output, router, experts_in, experts_down, shared_gate, ffn_in, ffn_down : tuple of str
         The products with weights. The matrices of one product have the same input; a bias has its matrix's name.
+        Those of experts are stacked, one matrix after the other, and so are their biases.
     attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm : str
         RMS norms.
     rope : str
         Which dimensions of a head are turned together: neighbours (`pairs`) or those half a head apart (`halves`).
     activation : str
-        `silu`: silu(gate) · up, `ffn_in` being gate and up.
+        `silu`: silu(gate) · up, `ffn_in` being gate and up. `swiglu_oai`: gate · sigmoid(1.702 · gate) · (up + 1), with
+        gate at most 7, up within ±7.
+    sinks : str
+        One number for each head, a score that takes part in the softmax of attention and belongs to no token.
+    gating : str
+        How scores of experts become weights: `softmax` of all, `sigmoid` of each, or `softmax_chosen`, of those chosen.
+    choice_bias : str
+        What is added to the weights while the experts are chosen, and not after.
+    sums_to_one : bool
+        Whether the weights of the chosen experts are divided by their sum. (`Hparams.expert_scale` comes after.)
     """
 
     attn_norm: str = "attn_norm"
@@ -79,22 +103,38 @@ class Layer:
     attn_output: tuple[str, ...] = ("attn_output",)
     attn_post_norm: str = ""
     ffn_norm: str = "ffn_norm"
+    router: tuple[str, ...] = ()
+    experts_in: tuple[str, ...] = ()
+    experts_down: tuple[str, ...] = ()
+    shared_gate: tuple[str, ...] = ()
     ffn_in: tuple[str, ...] = ("ffn_gate", "ffn_up")
     ffn_down: tuple[str, ...] = ("ffn_down",)
     ffn_post_norm: str = ""
     rope: Literal["pairs", "halves"] = "halves"
-    activation: Literal["silu"] = "silu"
+    activation: Literal["silu", "swiglu_oai"] = "silu"
+    sinks: str = ""
+    gating: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"
+    choice_bias: str = ""
+    sums_to_one: bool = False
 
     @property
     def products(self) -> dict[str, tuple[str, ...]]:
         """The matrices of each product with weights, by field, in the order in which a layer computes them."""
-        return {name: getattr(self, name) for name in ("attn_qkv", "attn_output", "ffn_in", "ffn_down")}
+        return self._there("attn_qkv", "attn_output", "router", "experts_in", "experts_down", *_DENSE)
 
     @property
     def norms(self) -> dict[str, str]:
         """The norms that there are, by field."""
-        fields = ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm")
-        return {name: getattr(self, name) for name in fields if getattr(self, name)}
+        return self._there("attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm")
+
+    @property
+    def vectors(self) -> dict[str, str]:
+        """What else a layer has beside products, their biases and norms, by field."""
+        return self._there("sinks", "choice_bias")
+
+    def _there(self, *names: str) -> dict:
+        """Some fields that are not empty."""
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -110,6 +150,9 @@ class Architecture:
     tensors : tuple of Tensor
         In the order in which a converter writes them.
     layer : Layer
+        What a layer does.
+    kinds : tuple of (str, Layer)
+        What some layers do instead: those in which this field of `Hparams` is not zero. The first that fits counts.
     defaults : mapping
         `model_type` → what a configuration of this type means where it says nothing. A `head_dim` of 0 follows from
         the other sizes, and is written all the same.
@@ -123,6 +166,7 @@ class Architecture:
     classes: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     layer: Layer = Layer()
+    kinds: tuple[tuple[str, Layer], ...] = ()
     defaults: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
@@ -135,6 +179,16 @@ class Architecture:
         """Return the record of the tensor called `name` in a file, None for one that such a model does not have."""
         return self._by_name.get(re.sub(r"^blk\.\d+\.", "blk.{}.", name))
 
+    def layer_at(self, hparams: Hparams, index: int) -> Layer:
+        """Return what layer `index` does."""
+        own = hparams.at(index)
+        return next((layer for field, layer in self.kinds if getattr(own, field)), self.layer)
+
+    def matrices(self) -> list[str]:
+        """Return all names in products of any layer, in the order in which layers compute them."""
+        layers = [layer for _, layer in self.kinds] + [self.layer]
+        return list(dict.fromkeys(name for layer in layers for names in layer.products.values() for name in names))
+
     def expand(self, hparams: Hparams) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
         """Yield name, record and shape of every tensor that such a model can have: each layer's own, in file order."""
         layers = [hparams.at(i) for i in range(hparams.n_layer)]
@@ -144,7 +198,8 @@ class Architecture:
             yield tensor.name, tensor, tensor.shape_in(hparams)
         for i, sizes in enumerate(layers):
             for tensor in inner:
-                yield tensor.name.format(i), tensor, tensor.shape_in(sizes)
+                if tensor.is_in(sizes):
+                    yield tensor.name.format(i), tensor, tensor.shape_in(sizes)
         for tensor in self.tensors[first:]:
             if not tensor.is_layered:
                 yield tensor.name, tensor, tensor.shape_in(hparams)

@@ -49,7 +49,8 @@ def _check_heads(model) -> None:
 def _check_tensors(model, record: Architecture) -> None:
     """Refuse tensors that the forward pass does not use, that are missing, or that have another shape."""
     hparams = model.hparams
-    used = {*record.layer.norms.values(), *(name for names in record.layer.products.values() for name in names)}
+    layers = [record.layer, *(layer for _, layer in record.kinds)]
+    used = {*record.matrices(), *(n for layer in layers for n in (layer.norms | layer.vectors).values())}
     for name in model.names:
         tensor = record.tensor(name)
         if tensor is None or tensor.is_layered and name.split(".")[2] not in used:

@@ -107,7 +107,7 @@ class ForwardPass:
             source, since = self.shared[i]
             if since > index:
                 continue
-            layer = self.engine.load(lambda name, v=variant: self.weights.get(v, f"blk.{index}.{name}"))
+            layer = self.engine.load(lambda name, v=variant: self.weights.get(v, f"blk.{index}.{name}"), index)
             see = None if observe is None else partial(observe, i, index)
             for chunks in self.batches():
                 x = self.states.read(i, chunks) if since < index else self.states.read(source, chunks).copy()

@@ -137,13 +137,13 @@ class _Importance:
     def __init__(self, model: Model, engine: Engine, process_output: bool):
         self._model, self._engine = model, engine
         self._process_output = process_output and "output.weight" in model
-        self._products = arch.find(model.hparams.arch).layer.products
+        self._record = arch.find(model.hparams.arch)
         self._sums: dict[str, np.ndarray] = {}
 
     def observe(self, variant: int, layer: int, field: str, inputs) -> None:
         """Add up the squares of the inputs of one product, for each of its matrices."""
         squares = self._engine.column_squares(inputs)
-        for name in self._products[field]:
+        for name in self._record.layer_at(self._model.hparams, layer).products[field]:
             self._add(f"blk.{layer}.{name}.weight", squares)
 
     def _add(self, tensor: str, squares: np.ndarray) -> None:

@@ -115,7 +115,7 @@ class Refinement:
 
     def _layer(self, index: int) -> None:
         """Apply a layer to the original stream, then choose its bytes while it is applied to the other."""
-        layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"))
+        layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"), index)
         seen, after = self._original(layer)
         written = self.states.read(1, slice(0, len(self.tokens))).copy()
         stream = written.reshape(after.shape)  # a view, which the forward pass changes in place

@@ -340,7 +340,7 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
 
 def _kinds(name: str) -> list[str]:
     """Kinds of matrices of an architecture, in the order in which a layer multiplies with them."""
-    return [kind for kinds in arch.find(name).layer.products.values() for kind in kinds]
+    return arch.find(name).matrices()
 
 
 def _place(name: str, kinds: Sequence[str]) -> tuple:

@@ -90,8 +90,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def load(self, read: Read) -> Any:
-        """Return a layer's weights in this engine's form, valid until the next call."""
+    def load(self, read: Read, index: int) -> Any:
+        """Return the weights of layer `index` in this engine's form, valid until the next call."""
 
     @abstractmethod
     def forward(self, layer: Any, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:

@@ -65,11 +65,14 @@ class LayerWeights:
         By field, where there is one.
     norms : dict[str, np.ndarray]
         By field, where there is one.
+    does : Layer
+        What the layer does.
     """
 
     matrices: dict[str, Matrix]
     biases: dict[str, np.ndarray]
     norms: dict[str, np.ndarray]
+    does: arch.Layer
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,9 @@ class CpuEngine(Engine):
 
     def __init__(self, model, n_ctx: int):
         self.hparams, self.n_ctx, self.workers = model.hparams, n_ctx, Workers()
-        self.layer = arch.find(self.hparams.arch).layer
+        self.record = arch.find(self.hparams.arch)
         factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
         self.cos, self.sin = self.angles(self.hparams, n_ctx, factors)
-        self.rope = getattr(self.steps, f"rope_{self.layer.rope}")
         self.eps = np.float32(self.hparams.rms_eps)
         self.logit_rows = max(16, min(128, LOGITS // self.hparams.n_vocab))
         self._memory = self._qkv = np.empty(0, np.float32)
@@ -106,9 +108,10 @@ class CpuEngine(Engine):
 
     # ---- weights
 
-    def load(self, read: Read) -> LayerWeights:
+    def load(self, read: Read, index: int) -> LayerWeights:
         """Return a layer's weights; the matrices lie in memory that the next call uses again."""
-        products = {field: [read(f"{name}.weight") for name in names] for field, names in self.layer.products.items()}
+        does = self.record.layer_at(self.hparams, index)
+        products = {field: [read(f"{name}.weight") for name in names] for field, names in does.products.items()}
         needed = sum(self.packed_size(stored) for parts in products.values() for stored in parts)
         if self._memory.size < needed:
             self._memory = np.empty(needed, np.float32)
@@ -116,12 +119,13 @@ class CpuEngine(Engine):
         matrices = {}
         for field, parts in products.items():
             matrices[field], free = self.matrix(parts, free)
-        norms = {field: read(f"{name}.weight") for field, name in self.layer.norms.items()}
-        biases = {field: [read(f"{name}.bias") for name in names] for field, names in self.layer.products.items()}
+        norms = {field: read(f"{name}.weight") for field, name in does.norms.items()}
+        biases = {field: [read(f"{name}.bias") for name in names] for field, names in does.products.items()}
         return LayerWeights(
             matrices,
             {f: np.concatenate([part.floats() for part in parts]) for f, parts in biases.items() if None not in parts},
             {field: np.array(stored.floats()) for field, stored in norms.items() if stored is not None},
+            does,
         )
 
     def matrix(self, parts: Sequence[Stored], free: np.ndarray | None = None) -> tuple[Matrix, np.ndarray]:
@@ -210,7 +214,7 @@ class CpuEngine(Engine):
             field, name = stops[0]
             read = observe(field, whole[name])
             if read is not None:
-                parts = [read(f"{tensor}.weight") for tensor in self.layer.products[field]]
+                parts = [read(f"{tensor}.weight") for tensor in layer.does.products[field]]
                 layer.matrices[field] = self.matrix(parts)[0]
 
     def _project(self, layer: LayerWeights, x: np.ndarray, q_k_v: np.ndarray, rows: slice, space) -> Iterator:
@@ -225,8 +229,9 @@ class CpuEngine(Engine):
                 self.steps.head_norm(heads(part, head_dim), layer.norms[name], self.eps)
         position = np.arange(rows.start, rows.stop) % self.n_ctx
         cos, sin = self.cos[position], self.sin[position]
-        self.rope(heads(out[:, :n_q], head_dim), cos, sin)
-        self.rope(heads(out[:, n_q : n_q + n_kv], head_dim), cos, sin)
+        rotate = getattr(self.steps, f"rope_{layer.does.rope}")
+        rotate(heads(out[:, :n_q], head_dim), cos, sin)
+        rotate(heads(out[:, n_q : n_q + n_kv], head_dim), cos, sin)
         self.round_cache(out[:, n_q:])
 
     def _product(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
