@@ -23,7 +23,7 @@ import numpy as np
 import quantlab as ql
 from quantlab import quants
 from quantlab.files import bundled
-from quantlab.study import ggml_library, speed
+from quantlab.lab import ggml_library, speed
 
 WIDTH = 4096
 LEGACY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]

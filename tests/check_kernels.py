@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from quantlab import quants
+from quantlab.lab import speed
 from quantlab.quants.arrays import encode
-from quantlab.study import speed
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "kernels.json").read_text())
 ANY_ROW = st_numpy.arrays(

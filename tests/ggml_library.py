@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantlab.study.ggml_library import dequantize, library, quantize
+from quantlab.lab.ggml_library import dequantize, library, quantize
 
 __all__ = ["dequantize", "library", "needs_libggml", "quantize"]
 

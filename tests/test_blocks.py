@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from quantlab import quants
+from quantlab.lab import blocks
 from quantlab.quants.codebook import CODES
-from quantlab.study import blocks
 
 
 def owners(frame, byte):

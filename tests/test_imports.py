@@ -22,6 +22,7 @@ ALLOWED = {
     "transform": {"quants", "arch", "files"},
     "evaluate": {"quants", "arch", "files", "transform"},
     "study": {"quants", "arch", "files", "transform", "evaluate"},
+    "lab": {"quants", "arch", "files", "transform", "evaluate", "study"},
     "run": {"quants", "arch", "files", "transform"},
 }
 

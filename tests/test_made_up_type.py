@@ -59,7 +59,8 @@ matplotlib.use("Agg")
 import numpy as np
 import quantlab as ql
 from quantlab.quants.codebook import code_values
-from quantlab.study import blocks, errors, plots
+from quantlab.lab import blocks, errors
+from quantlab.study import plots
 from quantlab.transform.mixture import choose_types
 
 x = np.random.default_rng(1).standard_normal((4, 256)).astype(np.float32)

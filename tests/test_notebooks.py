@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from quantlab.files.bundled import checkout, notebooks_dir
-from quantlab.study import notebooks
-from quantlab.study.course import course
+from quantlab.lab import notebooks
+from quantlab.lab.course import course
 
 NAMES = notebooks.names()
 QUICK = {
@@ -214,8 +214,8 @@ def test_notebooks_in_a_circle_are_refused(tmp_path, monkeypatch):
     for name, before in (("a", "b"), ("b", "a")):
         first = nbformat.v4.new_markdown_cell(f"# Why?\n\nBefore it: [{before}]({before}.ipynb).")
         nbformat.write(nbformat.v4.new_notebook(cells=[first]), tmp_path / f"{name}.ipynb")
-    monkeypatch.setattr("quantlab.study.course.notebooks_dir", lambda: tmp_path)
-    monkeypatch.setattr("quantlab.study.course.names", lambda: ["a", "b"])
+    monkeypatch.setattr("quantlab.lab.course.notebooks_dir", lambda: tmp_path)
+    monkeypatch.setattr("quantlab.lab.course.names", lambda: ["a", "b"])
     with pytest.raises(ValueError, match="a, b: before=.*, must be other notebooks"):
         course()
 

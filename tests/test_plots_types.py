@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 import quantlab as ql
 from quantlab.files.bundled import model_path
-from quantlab.study import blocks, errors
+from quantlab.lab import blocks, errors
 
 
 @pytest.fixture(autouse=True)

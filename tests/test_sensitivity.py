@@ -16,9 +16,9 @@ import quantlab as ql
 from quantlab import quants
 from quantlab.evaluate.variants import as_is, resolve, shared_layers, steps
 from quantlab.files.imatrix_file import ImportanceMatrix
+from quantlab.lab.more_bits import more_bits
 from quantlab.study import damage, proxy
 from quantlab.study.damage_cache import DamageCache, model_digest
-from quantlab.study.more_bits import more_bits
 from quantlab.study.sensitivity import Sensitivity, kind_of
 from quantlab.transform.mixture import Recipe, choose_types
 

@@ -9,7 +9,7 @@ import pytest
 
 matplotlib.use("Agg")
 
-from quantlab.study import sliders
+from quantlab.lab import sliders
 from quantlab.study.plots.types import block_weights
 
 

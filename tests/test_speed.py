@@ -8,7 +8,7 @@ from ggml_library import needs_libggml
 import quantlab as ql
 from quantlab import quants
 from quantlab.files.bundled import model_path
-from quantlab.study import ggml_library, operations, speed
+from quantlab.lab import ggml_library, operations, speed
 
 
 def test_threads_are_as_before_even_after_an_error():

@@ -6,7 +6,7 @@ import pytest
 import quantlab as ql
 from quantlab import quants
 from quantlab.files.bundled import model_path
-from quantlab.study import errors
+from quantlab.lab import errors
 
 
 @pytest.fixture(scope="module")

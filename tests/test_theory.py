@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quantlab import quants
-from quantlab.study import theory
+from quantlab.lab import theory
 
 # J. Max 1960, table II: squared error of the best uniform quantizer of normal numbers with 2**bits levels
 MAX_1960 = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349}

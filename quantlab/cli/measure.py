@@ -459,7 +459,7 @@ def notebook(
     """
     from quantlab.files.inputs import input_files
     from quantlab.files.output import check_outputs
-    from quantlab.study import notebooks
+    from quantlab.lab import notebooks
 
     flags, keys, values = ctx.args[::3], ctx.args[1::3], ctx.args[2::3]
     if len(ctx.args) % 3 or any(flag != "-p" for flag in flags):

@@ -14,8 +14,8 @@ from pathlib import Path
 import naive
 import rows
 
+from quantlab.lab import ggml_library
 from quantlab.quants.ggml_types import GGML_TYPES
-from quantlab.study import ggml_library
 
 
 def digest(array):

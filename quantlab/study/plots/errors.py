@@ -19,7 +19,7 @@ def histograms(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     ----------
     frame : pd.DataFrame
         A row per bin: `of` (`weights`, or a type), `left`, `right` (in rms of the weights), `count`, as
-        `quantlab.study.errors.histograms` gives them.
+        `quantlab.lab.errors.histograms` gives them.
     title : str
         Tensor.
     ax : Axes, optional
@@ -51,7 +51,7 @@ def code_shares(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None
     Parameters
     ----------
     frame : pd.DataFrame
-        A row per type and code: `type`, `code`, `share`, as `quantlab.study.errors.code_counts` gives them.
+        A row per type and code: `type`, `code`, `share`, as `quantlab.lab.errors.code_counts` gives them.
     title : str
         Tensor.
     axes : np.ndarray of Axes, optional
@@ -121,7 +121,7 @@ def percentile_bands(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
     ----------
     frame : pd.DataFrame
         A row per tensor: `tensor`, `layer`, `p50`, `p90`, `p99`, `p99.9`, `p100` in rms of the weights, as
-        `quantlab.study.errors.percentiles` gives them.
+        `quantlab.lab.errors.percentiles` gives them.
     title : str
         Model and type.
     ax : Axes, optional
@@ -165,7 +165,7 @@ def error_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     Parameters
     ----------
     frame : pd.DataFrame
-        rms of the errors in the cells of a grid, as `quantlab.study.errors.error_map` gives it.
+        rms of the errors in the cells of a grid, as `quantlab.lab.errors.error_map` gives it.
     title : str
         Tensor and type.
     ax : Axes, optional

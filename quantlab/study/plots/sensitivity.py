@@ -107,7 +107,7 @@ def more_bits(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     Parameters
     ----------
     frame : pd.DataFrame
-        As `quantlab.study.more_bits.more_bits` returns it.
+        As `quantlab.lab.more_bits.more_bits` returns it.
     title : str
     ax : Axes, optional
         Where to draw; a new figure by default.

@@ -17,7 +17,7 @@ def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
     ----------
     frame : pd.DataFrame
         A row per type, direction, number of threads and library: `type`, `what`, `threads`, `by`, `speed`, `spread` in
-        million weights per second, as `quantlab.study.speed.measure` gives them.
+        million weights per second, as `quantlab.lab.speed.measure` gives them.
     title : str
         Machine.
     axes : np.ndarray of Axes, optional
@@ -103,7 +103,7 @@ def roofline(
     ----------
     frame : pd.DataFrame
         A row per type and direction: `type`, `what`, `intensity` (operations per byte), `operations` (per second), as
-        `quantlab.study.speed.roofline` gives them.
+        `quantlab.lab.speed.roofline` gives them.
     bandwidth : float
         Of the memory, bytes per second.
     peaks : dict

@@ -22,7 +22,7 @@ def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes
     Parameters
     ----------
     frame : pd.DataFrame
-        A row per bit: `byte`, `bit`, `field`, `sub_block`, `weight`, `place`, as `quantlab.study.blocks.bit_map`
+        A row per bit: `byte`, `bit`, `field`, `sub_block`, `weight`, `place`, as `quantlab.lab.blocks.bit_map`
         gives them; any range of bytes.
     per_row : int
         Bytes side by side.
@@ -125,7 +125,7 @@ def block_weights(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | No
     ----------
     frame : pd.DataFrame
         A row per weight: `sub_block`, `x`, `decoded`, `error`, `step`, `lowest`, `highest`, as
-        `quantlab.study.blocks.weights` gives them.
+        `quantlab.lab.blocks.weights` gives them.
     title : str
         Type and what was lost, by default.
     axes : np.ndarray of Axes, optional
@@ -171,7 +171,7 @@ def bit_budget(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     ----------
     frame : pd.DataFrame
         Index the type; columns `code`, `sc`, `m`, `d`, `dmin` in bits per weight, as
-        `quantlab.study.blocks.budget` gives them.
+        `quantlab.lab.blocks.budget` gives them.
     title : str
         What is shown.
     ax : Axes, optional
@@ -248,7 +248,7 @@ def by_outlier(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
     ----------
     frame : pd.DataFrame
         A row per type and size: `type`, `size` (rms of the block), `near` and `far` (rms errors over the rms of the
-        block), as `quantlab.study.blocks.outliers` gives them.
+        block), as `quantlab.lab.blocks.outliers` gives them.
     title : str
         Which block.
     axes : np.ndarray of Axes, optional

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from quantlab.files.bundled import notebooks_dir
-from quantlab.study.notebooks import names
+from quantlab.lab.notebooks import names
 
 _SPAN = r"((?:about |less than |under )?(?:a few|half a|an?|two|three|\d+) (?:second|minute)s?(?: or two)?)"
 _TIMES = (re.compile(_SPAN + r" on 2 cores"), re.compile(_SPAN))  # the surer one first

@@ -14,8 +14,8 @@ from numba import prange
 
 from quantlab import quants
 from quantlab.files.model import Model
+from quantlab.lab import ggml_library
 from quantlab.quants.lanes import lanes, load, parallel_kernel, store
-from quantlab.study import ggml_library
 
 _CHAINS = 12  # of independent additions and multiplications: enough to hide their latency
 
@@ -262,7 +262,7 @@ def roofline(speeds: pd.DataFrame, operations: pd.DataFrame, n_threads: int) -> 
     speeds : pd.DataFrame
         What `measure` returned.
     operations : pd.DataFrame
-        What `quantlab.study.operations.count` returned.
+        What `quantlab.lab.operations.count` returned.
     n_threads : int
         Which of the measurements.
 

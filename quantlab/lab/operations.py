@@ -38,7 +38,7 @@ def count(qtypes: list[str]) -> pd.DataFrame:
         If the process that counts fails.
     """
     environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "quantlab.study.operations", *qtypes]
+    command = [sys.executable, "-m", "quantlab.lab.operations", *qtypes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"operations: counting failed. {done.stderr.strip().splitlines()[-1]}")

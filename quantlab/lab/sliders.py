@@ -5,7 +5,7 @@ import io
 import matplotlib.pyplot as plt
 import numpy as np
 
-from quantlab.study import blocks
+from quantlab.lab import blocks
 from quantlab.study.plots.types import block_weights
 
 

@@ -1,0 +1,1 @@
+"""What single notebooks need: their runs, blocks bit by bit, theory, timing, sliders."""
