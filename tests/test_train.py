@@ -127,7 +127,7 @@ def test_build_writes_corpus_heldout_and_ledger(tmp_path):
     row, again = corpus.build(tmp_path, tmp_path / "corpus.txt", sources=[source])
     text, heldout = (tmp_path / "corpus.txt").read_text(), (tmp_path / "corpus.heldout.txt").read_text()
     assert heldout == f"{files.pop(100)}\n\n"
-    assert text == "".join(f"{part}\n\n" for part in files * 2 + files[7:8] * corpus.EXPLANATIONS)
+    assert text == "".join(f"{part}\n\n" for part in files * 2 + files[7:8])
     assert row["bytes"] == len("\n\n".join(files)) + 2 and again["bytes"] == len(files[7]) + 2
     assert json.loads((tmp_path / "corpus.json").read_text()) == [row, again]
 

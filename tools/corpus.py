@@ -23,7 +23,6 @@ from quantlab.files.bundled import data_dir
 
 OVERLAP = 50  # characters that the corpus may not share with a text that the model is judged on
 HELD_OUT = 200  # one document in so many is kept for the held-out loss
-EXPLANATIONS = 2  # how often paragraphs that explain in plain words stand in the corpus, besides where they come from
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ def build(folder: Path, out: Path, *, judged: list[Path] = (), sources: list[Sou
     -------
     list of dict
         Per source: package, version, licence, repeat, bytes, sha256. The last line are the paragraphs that explain
-        something in plain words: they stand in the corpus again, because texts such as the primer are written so.
+        something in plain words: they stand in the corpus once more, because texts such as the primer are written so.
 
     Raises
     ------
@@ -311,8 +310,7 @@ def build(folder: Path, out: Path, *, judged: list[Path] = (), sources: list[Sou
             _hold_out(texts, held, HELD_OUT)
             ledger.append(_write(source, texts, file))
             explained += [part for text in texts for part in text.split("\n\n") if is_explanation(part)]
-        again = Source("explanations in all of them", "", "", repeat=EXPLANATIONS)
-        ledger.append(_write(again, explained, file))
+        ledger.append(_write(Source("explanations in all of them", "", ""), explained, file))
     out.with_suffix(".json").write_text(json.dumps(ledger, indent=1))
     return ledger
 
