@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from quantlab import arch
 from quantlab.evaluate.engine import Stored
 from quantlab.evaluate.engine.cpu import CpuEngine
 from quantlab.evaluate.engine.workers import blocks
@@ -26,10 +25,13 @@ from quantlab.evaluate.second_moments import Factor, accumulate, mirror, product
 from quantlab.evaluate.states import HiddenStates
 from quantlab.evaluate.variants import Variant, Weights, as_is, output_name
 from quantlab.quants.block_numbers import GRIDS
+from quantlab.quants.validate import check_encoded
 
-AT_ONCE = 2048  # rows of a matrix that are refined together
+AT_ONCE = 1024  # rows of a matrix that are refined together
 TOKENS_AT_ONCE = 4096  # tokens of the original stream that a layer is applied to together
-RESIDUAL = ("attn_output", "ffn_down")  # fields whose outputs are added to the residual stream
+FIELDS = ("attn_qkv", "attn_output", "ffn_in", "ffn_down")  # whose weights are chosen
+# of the fields whose outputs are added to the residual stream the norm that may come before
+RESIDUAL = {"attn_output": "attn_post_norm", "ffn_down": "ffn_post_norm"}
 RIDGE = 1e-4  # least damping, of the mean of the diagonal
 
 
@@ -78,7 +80,6 @@ class Refinement:
         self.workers = engine.workers
         self.base = as_is(self.model)
         self.weights = Weights(self.model, [self.base, variant])
-        self.products = arch.find(self.model.hparams.arch).layer.products
         self.states = HiddenStates(2, *tokens.shape, self.model.hparams.n_embd, scratch, key)
 
     @property
@@ -116,49 +117,67 @@ class Refinement:
     def _layer(self, index: int) -> None:
         """Apply a layer to the original stream, then choose its bytes while it is applied to the other."""
         layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"), index)
-        seen, after = self._original(layer)
-        written = self.states.read(1, slice(0, len(self.tokens))).copy()
-        stream = written.reshape(after.shape)  # a view, which the forward pass changes in place
-        ends = {"attn_output": seen["ffn_down"], "ffn_down": after}
+        seen, ends = self._original(layer)
+        self.engine.release(layer)
+        whole = slice(0, len(self.tokens))
+        written = self.states.read(1, whole)
+        stream = written.reshape(ends["layer"].shape)  # a view, which the forward pass changes in place
 
         def choose(field: str, inputs: np.ndarray):
-            original, wanted = seen[field], None
-            if field in RESIDUAL:
-                wanted = ends[field] - original + (original - stream) / 2
-            names = [f"blk.{index}.{name}.weight" for name in self.products[field]]
-            chosen = self._choose(names, inputs, original, wanted)
+            names = [f"blk.{index}.{name}.weight" for name in layer.does.products[field]]
+            chosen = self._choose(names, inputs, *self._drift(field, layer, seen, ends, stream))
             others = {name: self.weights.get(self.variant, name) for name in names if name not in chosen}
             return lambda name: (chosen | others)[f"blk.{index}.{name}"]
 
         self.engine.forward(layer, written, observe=choose)
         self.weights.forget()
-        self.states.write(0, slice(0, len(self.tokens)), after.reshape(written.shape))
-        self.states.write(1, slice(0, len(self.tokens)), written)
+        self.states.write(0, whole, ends["layer"].reshape(written.shape))
+        self.states.write(1, whole, written)
         self.states.advance()
 
-    def _original(self, layer) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _original(self, layer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Apply a layer to the original stream.
 
         Returns
         -------
         seen : dict
-            By field its inputs [n_tokens, n_in]; for the fields that are added to the residual stream that stream
-            before the addition [n_tokens, n_embd].
-        after : np.ndarray [shape=(n_tokens, n_embd)]
-            The stream after the layer.
+            By field what it needs of the original stream: its inputs [n_tokens, n_in]; of the fields that are added
+            to the residual stream, that stream before the addition [n_tokens, n_embd].
+        ends : dict
+            The residual stream [n_tokens, n_embd] after attention, and after the layer.
         """
-        seen = {field: [] for field in self.products}
-        after = []
+        products = list(layer.does.products)
+        seen, ends = {}, {"layer": np.empty((self.tokens.size, self.model.hparams.n_embd), np.float32)}
+        after_attention = products[products.index("attn_output") + 1]
         for chunks in self._chunks():
-            x = self.states.read(0, chunks).copy()
-            stream = x.reshape(-1, x.shape[-1])
+            rows = slice(chunks.start * self.tokens.shape[1], chunks.stop * self.tokens.shape[1])
+            stream = ends["layer"][rows]
+            x = stream.reshape(-1, *self.tokens.shape[1:], stream.shape[1])
+            x[:] = self.states.read(0, chunks)
 
-            def keep(field: str, inputs: np.ndarray, stream=stream) -> None:
-                seen[field].append((stream if field in RESIDUAL else inputs).copy())
+            def keep(field: str, inputs: np.ndarray, stream=stream, rows=rows) -> None:
+                if field == after_attention:
+                    _put(ends, "attention", rows, stream, self.tokens.size)
+                if field in FIELDS:
+                    _put(seen, field, rows, stream if field in RESIDUAL else inputs, self.tokens.size)
 
             self.engine.forward(layer, x, observe=keep)
-            after.append(stream)
-        return {field: np.concatenate(parts) for field, parts in seen.items()}, np.concatenate(after)
+        return seen, ends
+
+    def _drift(self, field: str, layer, seen: dict, ends: dict, stream: np.ndarray) -> tuple:
+        """Return the original stream's inputs of a field, or `wanted(rows)`: what some of its outputs should be.
+
+        The outputs that are wanted make up for half the drift of the residual stream. They are not known where outputs
+        are scaled before they are added.
+        """
+        original = seen.pop(field, None)
+        if field not in RESIDUAL:
+            return original, None
+        if RESIDUAL[field] in layer.norms or (field == "ffn_down" and "shared_gate" in layer.does.products):
+            return None, None
+        end = ends["attention" if field == "attn_output" else "layer"]
+        bias = layer.biases.get(field, np.zeros(end.shape[1], np.float32))
+        return None, lambda rows: end[:, rows] - (original[:, rows] + stream[:, rows]) / 2 - bias[rows]
 
     def _output(self) -> None:
         """Choose the bytes of the output matrix, where it is no embedding's."""
@@ -170,12 +189,8 @@ class Refinement:
         inputs, original = (self.engine.output_inputs(norm, self.states.read(i, whole)) for i in (1, 0))
         self._choose([name], inputs, original, None)
 
-    def _choose(self, names: Sequence[str], inputs: np.ndarray, original: np.ndarray, wanted) -> dict[str, Stored]:
-        """Choose the bytes of the matrices of one field.
-
-        `original` holds the inputs of the original stream. For the fields that are added to the residual stream
-        `wanted` holds what they should add, half the drift of that stream included.
-        """
+    def _choose(self, names: Sequence[str], inputs: np.ndarray, original, wanted) -> dict[str, Stored]:
+        """Choose the bytes of the matrices of one field; `original` and `wanted` as `_drift` returns them."""
         names = [name for name in names if can_refine(self.variant, name)]
         if not names:
             return {}
@@ -189,26 +204,38 @@ class Refinement:
             raise ValueError(f"{names[0]}: its inputs are not all finite. Check the model with inspect.")
         h[np.diag_indices(n)] += self.damping * diagonal + RIDGE * (diagonal.mean() or 1)
         factor = Factor(h, self.workers)
-        cross = None
-        if wanted is None:
-            cross = np.zeros((n, n), np.float32)  # E[x̂ (x - x̂)ᵀ]
-            accumulate(cross, inputs, original - inputs, self.workers)
+        cross = np.zeros((n, n) if original is not None else 0, np.float32)  # E[x̂ (x - x̂)ᵀ]
+        if original is not None:
+            accumulate(cross, inputs, original, self.workers, minus=inputs)
             cross /= n_tokens
-        return {name: self._refine(name, inputs, h, factor, cross, wanted) for name in names}
 
-    def _refine(self, name: str, inputs, h, factor: Factor, cross, wanted) -> Stored:
+        def change(weight: np.ndarray, rows: slice) -> np.ndarray:
+            """Return what the weights' outputs lack, as second moments with the inputs."""
+            if original is not None:
+                return product(weight, cross, self.workers)
+            found = np.zeros_like(weight)
+            if wanted is not None:
+                accumulate(found, wanted(rows) - product(inputs, weight, self.workers), inputs, self.workers)
+                found /= n_tokens
+            return found
+
+        return {name: self._refine(name, h, factor, change) for name in names}
+
+    def _refine(self, name: str, h: np.ndarray, factor: Factor, change: Callable) -> Stored:
         """Choose the bytes of one matrix, some rows at a time."""
         tensor, qtype, data = self.model.tensor(name), self.variant.types[name], []
         for rows in blocks(tensor.nrows, AT_ONCE):
             weight = tensor.floats(rows.start, rows.stop)
-            if cross is not None:
-                change = product(weight, cross, self.workers)
-            else:
-                change = np.zeros_like(weight)
-                accumulate(change, wanted[:, rows] - product(inputs, weight, self.workers), inputs, self.workers)
-                change /= len(inputs)
-            target = weight + factor.solve(change)
+            target = weight + factor.solve(change(weight, rows))
             data.append(refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps))
+            check_encoded(data[-1], weight, qtype, name=name, first_row=rows.start)
         data = np.concatenate(data)
         self.write(name, data)
         return Stored(data, qtype, tensor.shape)
+
+
+def _put(arrays: dict[str, np.ndarray], key: str, rows: slice, values: np.ndarray, nrows: int) -> None:
+    """Put rows into an array of `nrows`, made with the first of them."""
+    if key not in arrays:
+        arrays[key] = np.empty((nrows, values.shape[1]), values.dtype)
+    arrays[key][rows] = values

@@ -7,13 +7,14 @@ All large products go through the evaluator's own, which gives the same bits on 
 """
 
 import numpy as np
+from numba import njit
 
-from quantlab.evaluate.engine.tiles import COLUMNS, multiply, n_panels, pack
+from quantlab.evaluate.engine.tiles import COLUMNS, DEPTH, multiply, n_panels, pack
 from quantlab.evaluate.engine.workers import Workers, blocks
 from quantlab.quants.feedback import SPAN
 
 ROWS = 192  # rows of a product that a thread takes at a time
-STRIP = 1024  # columns of the moments that are added up at a time
+STRIP = 1024  # rows of the moments that are copied at a time
 
 
 def product(x: np.ndarray, weight: np.ndarray, workers: Workers) -> np.ndarray:
@@ -39,19 +40,47 @@ def product(x: np.ndarray, weight: np.ndarray, workers: Workers) -> np.ndarray:
     return out
 
 
-def accumulate(total: np.ndarray, a: np.ndarray, b: np.ndarray, workers: Workers) -> None:
+def accumulate(
+    total: np.ndarray, a: np.ndarray, b: np.ndarray, workers: Workers, minus: np.ndarray | None = None
+) -> None:
     """Add Σ a[t, i] · b[t, j] over tokens t to ``total[i, j]``; if `b` is `a`, above the diagonal alone.
 
     Parameters
     ----------
     total : np.ndarray [shape=(n_a, n_b), dtype=float32]
     a, b : np.ndarray [shape=(n_tokens, n_a) and (n_tokens, n_b), dtype=float32]
+    workers : Workers
+    minus : np.ndarray [shape=(n_tokens, n_b), dtype=float32], optional
+        What is taken off `b` first.
     """
-    columns = np.ascontiguousarray(a.T)
-    other = columns if b is a else np.ascontiguousarray(b.T)
-    for strip in blocks(len(other), STRIP):
-        above = slice(0, strip.stop if b is a else len(columns))
-        total[above, strip] += product(columns[above], other[strip], workers)
+    depth = min(DEPTH, len(a))
+    turned = np.empty((a.shape[1], depth), np.float32)
+    panels = np.empty((n_panels(b.shape[1]), depth, COLUMNS), np.float32)
+    for tokens in blocks(len(a), depth):
+        x, y, n = a[tokens], b[tokens], tokens.stop - tokens.start
+
+        def put(part: slice, y=y, n=n, tokens=tokens) -> None:
+            values = y[:, part] if minus is None else y[:, part] - minus[tokens, part]
+            panels[part.start // COLUMNS, :n, : values.shape[1]] = values
+
+        def add(rows: slice, n=n) -> None:
+            first = rows.start // COLUMNS if b is a else 0
+            found = workers.scratch("moments", rows.stop - rows.start, len(total[0]) - first * COLUMNS)
+            multiply(turned[rows, :n], panels[first:, :n], found)
+            total[rows, first * COLUMNS :] += found
+
+        workers.map(lambda part, x=x: turn(x[:, part], turned[part]), blocks(a.shape[1], COLUMNS))
+        workers.map(put, blocks(b.shape[1], COLUMNS))
+        workers.map(add, blocks(a.shape[1], ROWS))
+
+
+@njit(nogil=True, cache=True)
+def turn(x, out):
+    """Write x[t, c] to out[c, t], a cache line of each row of `out` at a time."""
+    for start in range(0, x.shape[0], 16):
+        for c in range(x.shape[1]):
+            for t in range(start, min(start + 16, x.shape[0])):
+                out[c, t] = x[t, c]
 
 
 def mirror(total: np.ndarray) -> None:

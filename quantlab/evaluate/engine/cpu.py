@@ -128,6 +128,11 @@ class CpuEngine(Engine):
             does,
         )
 
+    def release(self, layer: LayerWeights) -> None:
+        """Give back the memory of a layer's matrices, before an observer returns others for all of them."""
+        layer.matrices = {field: Matrix((), matrix.widths) for field, matrix in layer.matrices.items()}
+        self._memory = np.empty(0, np.float32)
+
     def matrix(self, parts: Sequence[Stored], free: np.ndarray | None = None) -> tuple[Matrix, np.ndarray]:
         """Pack matrices into `free`; return them, and what is free after them."""
         if free is None:
