@@ -97,7 +97,7 @@ def wide_layer(mode: str, qtype: str = "F32") -> float:
     """Operations per second of one layer of Llama-7B's shape over four chunks."""
     model = WideModel(qtype)
     with find(mode)(model, N_CTX) as engine:
-        layer, best = engine.load(model.read), np.inf
+        layer, best = engine.load(model.read, 0), np.inf
         x = np.random.default_rng(1).standard_normal((4, N_CTX, model.hparams.n_embd), np.float32)
         for _ in range(3):
             start = time.perf_counter()

@@ -47,7 +47,7 @@ def test_observers_change_nothing_and_see_every_product(model, states, mode):
     seen = {}
     with find(mode)(model, 70) as engine:
         alone, observed = states.copy(), states.copy()
-        layer = engine.load(reader(model))
+        layer = engine.load(reader(model), 0)
         engine.forward(layer, alone)
         engine.forward(layer, observed, observe=lambda field, inputs: seen.update({field: inputs.copy()}))
         squares = engine.column_squares(seen["ffn_down"])
@@ -76,15 +76,15 @@ def test_weights_that_an_observer_returns_are_used_at_once(model, states, mode):
 
     with find(mode)(model, 70) as engine:
         expected, found = states.copy(), states.copy()
-        engine.forward(engine.load(encoded), expected)
-        engine.forward(engine.load(plain), found, observe=lambda field, inputs: encoded)
+        engine.forward(engine.load(encoded, 0), expected)
+        engine.forward(engine.load(plain, 0), found, observe=lambda field, inputs: encoded)
     np.testing.assert_array_equal(expected, found)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_positions_before_the_first_wanted_one_stay(model, states, mode):
     with find(mode)(model, 70) as engine:
-        layer, whole, part = engine.load(reader(model)), states.copy(), states.copy()
+        layer, whole, part = engine.load(reader(model), 0), states.copy(), states.copy()
         engine.forward(layer, whole)
         engine.forward(layer, part, first=40)
     np.testing.assert_array_equal(part[:, :40], states[:, :40])

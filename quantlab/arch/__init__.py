@@ -20,6 +20,7 @@ __all__ = [
     "RopeScaling",
     "Tensor",
     "architectures",
+    "complete",
     "find",
     "find_class",
     "tensor_shapes",
@@ -56,6 +57,12 @@ def find_class(name: str) -> Architecture | None:
     'llama'
     """
     return next((record for record in architectures().values() if name in record.classes), None)
+
+
+def complete(hparams: Hparams) -> Hparams:
+    """Return hyper-parameters with what follows from their architecture; those of an unknown one as they are."""
+    record = find(hparams.arch)
+    return hparams if record is None else record.complete(hparams)
 
 
 def tensor_shapes(hparams: Hparams) -> dict[str, tuple[int, ...]]:

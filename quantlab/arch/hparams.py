@@ -15,30 +15,48 @@ class RopeScaling:
     """How rotary positions are stretched beyond the context length of the training.
 
     `type` is `linear`, `yarn` or `longrope`; `factor` stretches, `orig_ctx` is the context length before it (0: not
-    given), `attn_factor` multiplies the magnitude. Llama 3's scheme has no entry here: its factors are the tensor
-    `rope_freqs.weight`.
+    given), `attn_factor` multiplies the magnitude. YaRN leaves alone what turns more than `beta_fast` times within the
+    context and stretches what turns less than `beta_slow` times; with `log_mul` 1 it has no magnitude of its own.
+    Llama 3's scheme has no entry here: its factors are the tensor `rope_freqs.weight`.
     """
 
     type: str
     factor: float
     orig_ctx: int
     attn_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    log_mul: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hparams:
     """Hyper-parameters under llama.cpp's names.
 
+    A field may have one value or a tuple with one for each layer; `at` gives those of a layer.
+
     Attributes
     ----------
-    n_head, n_head_kv, n_ff : int or tuple of int
-        One value, or one for each layer. `n_head_kv` is `n_head` where it is not given.
+    n_head_kv : int or tuple of int
+        `n_head` where it is not given.
     head_dim : int
         `n_embd // n_head` where it is not given.
     n_ctx : int
         Context length of the training, in tokens.
-    n_rot : int
-        Dimensions of a head that are rotated; all of them where it is not given.
+    n_rot : int or tuple of int
+        Dimensions of a head that are rotated; all of them where it is not given, 0 in a layer without positions.
+    rope_base_window : float
+        `rope_base` of layers with a window where it differs; 0 where it does not. `arch.complete` distributes it.
+    window : int or tuple of int
+        Tokens that a position sees, itself included; 0: all before it.
+    attn_scale : float
+        What scores are multiplied by; 0: 1 / sqrt(head_dim).
+    attn_softcap, logit_softcap : float
+        c of c · tanh(x / c), for the scores of attention and the logits; 0: none.
+    attn_temp_scale : float
+        Queries from `rope_scaling.orig_ctx` on are multiplied by 1 + this · ln(1 + position // orig_ctx); 0: none.
+    embd_scale, residual_scale, logit_scale : float
+        What embeddings, the change of each half of a layer, and logits are multiplied by.
     n_expert : int or tuple of int
         Experts of a layer; 0 in a dense one.
     n_expert_used : int
@@ -67,10 +85,19 @@ class Hparams:
     n_vocab: int = 0
     n_ctx: int = 0
     head_dim: int | None = None
-    n_rot: int | None = None
+    n_rot: PerLayer | None = None
     rms_eps: float = 1e-6
-    rope_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_base: float | tuple[float, ...] = 10000.0
+    rope_base_window: float = 0.0
+    rope_scaling: RopeScaling | None | tuple[RopeScaling | None, ...] = None
+    window: PerLayer = 0
+    attn_scale: float = 0.0
+    attn_softcap: float = 0.0
+    attn_temp_scale: float = 0.0
+    embd_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
     n_expert: PerLayer = 0
     n_expert_used: int = 0
     n_ff_exp: int = 0
@@ -97,6 +124,21 @@ class Hparams:
         if not self.varies:
             return self
         return replace(self, **{name: getattr(self, name)[layer] for name in self.varies})
+
+    @property
+    def window_size(self) -> int:
+        """The largest window of any layer."""
+        return max(self.window) if isinstance(self.window, tuple) else self.window
+
+    @property
+    def windowed(self) -> list[bool]:
+        """Whether each layer has a window."""
+        return [self.at(i).window > 0 for i in range(self.n_layer)]
+
+    @property
+    def score_scale(self) -> float:
+        """What the scores of a layer's attention are multiplied by."""
+        return self.attn_scale or self.head_dim**-0.5
 
     @property
     def n_q(self) -> int:

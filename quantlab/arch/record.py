@@ -1,10 +1,10 @@
 """The parts of an architecture's record: its tensors, and what a layer does with them."""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from quantlab.arch.hparams import Hparams
 
@@ -29,7 +29,7 @@ class Tensor:
         Its names in Hugging Face checkpoints, `{}` for the number of the layer; empty where the converter computes it.
     change : tuple of str
         What the converter does with the rows. `("permute", "n_head")` turns the halves of each of `n_head` heads into
-        pairs.
+        pairs, `("add", "1")` adds a number.
     meta : str
         Its name in Meta's checkpoints, whose rows have GGUF's order already.
     optional : bool
@@ -77,15 +77,16 @@ class Layer:
     Attributes
     ----------
     attn_qkv, attn_output, router, experts_in, experts_down, shared_gate, ffn_in, ffn_down : tuple of str
-        The products with weights. The matrices of one product have the same input; a bias has its matrix's name.
-        Those of experts are stacked, one matrix after the other, and so are their biases.
+        The products with weights. The matrices of one product have the same input; a bias has its matrix's name. One
+        matrix for all of a product holds the rows of q, k, v or of gate, up in this order. Those of experts are
+        stacked, one matrix after the other, and so are their biases.
     attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm : str
-        RMS norms.
+        RMS norms. q_norm and k_norm are of each head, or of a whole row where their weights are as long as that.
     rope : str
         Which dimensions of a head are turned together: neighbours (`pairs`) or those half a head apart (`halves`).
     activation : str
-        `silu`: silu(gate) · up, `ffn_in` being gate and up. `swiglu_oai`: gate · sigmoid(1.702 · gate) · (up + 1), with
-        gate at most 7, up within ±7.
+        `silu`: silu(gate) · up, `ffn_in` being gate and up. `gelu`: gelu(gate) · up, by tanh. `swiglu_oai`:
+        gate · sigmoid(1.702 · gate) · (up + 1), with gate at most 7, up within ±7.
     sinks : str
         One number for each head, a score that takes part in the softmax of attention and belongs to no token.
     gating : str
@@ -94,6 +95,8 @@ class Layer:
         What is added to the weights while the experts are chosen, and not after.
     sums_to_one : bool
         Whether the weights of the chosen experts are divided by their sum. (`Hparams.expert_scale` comes after.)
+
+    What differs between models or layers of one architecture is in `Hparams`: windows, scales, softcaps, rope.
     """
 
     attn_norm: str = "attn_norm"
@@ -111,7 +114,7 @@ class Layer:
     ffn_down: tuple[str, ...] = ("ffn_down",)
     ffn_post_norm: str = ""
     rope: Literal["pairs", "halves"] = "halves"
-    activation: Literal["silu", "swiglu_oai"] = "silu"
+    activation: Literal["silu", "gelu", "swiglu_oai"] = "silu"
     sinks: str = ""
     gating: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"
     choice_bias: str = ""
@@ -157,9 +160,26 @@ class Architecture:
         `model_type` → what a configuration of this type means where it says nothing. A `head_dim` of 0 follows from
         the other sizes, and is written all the same.
     metadata : mapping
-        GGUF key without the architecture's name → field of `Hparams`: written after those that every file has.
+        GGUF key without the architecture's name → field of `Hparams`: written after those that every file has, and
+        read from a file.
+    order : tuple of str
+        All keys in the order in which the converter writes them, where that is another one.
     skipped : tuple of str
         Ends of the names of a checkpoint's tensors that no file needs.
+    window_period : int
+        Of so many layers the last sees all tokens, the others a window, where the metadata does not say which; 0: the
+        architecture knows no windows.
+    window : int
+        Tokens of a window where the metadata does not say.
+    window_rope : float or None
+        `rope_base` of layers with a window, whose positions are not stretched: 0 for that of the other layers. None:
+        they are rotated as the others.
+    yarn : tuple of str
+        Fields of `RopeScaling` for YaRN that llama.cpp reads from a file of this architecture.
+    unrotated_period : int
+        Of so many layers the last has no positions; 0: all have.
+    derive : callable, optional
+        `derive(hparams)` returns fields that llama.cpp takes from others, where the metadata has no key for them.
     """
 
     name: str
@@ -167,9 +187,16 @@ class Architecture:
     tensors: tuple[Tensor, ...]
     layer: Layer = Layer()
     kinds: tuple[tuple[str, Layer], ...] = ()
-    defaults: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
     skipped: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
+    window_period: int = 0
+    window: int = 0
+    window_rope: float | None = None
+    yarn: tuple[str, ...] = ()
+    unrotated_period: int = 0
+    derive: Callable[[Hparams], Mapping[str, Any]] | None = None
 
     @cached_property
     def _by_name(self) -> dict[str, Tensor]:
@@ -188,6 +215,21 @@ class Architecture:
         """Return all names in products of any layer, in the order in which layers compute them."""
         layers = [layer for _, layer in self.kinds] + [self.layer]
         return list(dict.fromkeys(name for layer in layers for names in layer.products.values() for name in names))
+
+    def complete(self, hparams: Hparams) -> Hparams:
+        """Return hyper-parameters with what follows from the architecture: windows and rotation layer by layer."""
+        n_layer, window, period = hparams.n_layer, hparams.window, self.window_period
+        found = dict(self.derive(hparams)) if self.derive else {}
+        if not isinstance(window, tuple):
+            window = tuple(window if period and i % period < period - 1 else 0 for i in range(n_layer))
+        found["window"] = window if any(window) else 0
+        if any(window) and self.window_rope is not None and not isinstance(hparams.rope_base, tuple):
+            base = hparams.rope_base_window or self.window_rope or hparams.rope_base
+            found["rope_base"] = tuple(base if size else hparams.rope_base for size in window)
+            found["rope_scaling"] = tuple(None if size else hparams.rope_scaling for size in window)
+        if (step := self.unrotated_period) and not isinstance(hparams.n_rot, tuple):
+            found["n_rot"] = tuple(hparams.n_rot if (i + 1) % step else 0 for i in range(n_layer))
+        return replace(hparams, **found)
 
     def expand(self, hparams: Hparams) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
         """Yield name, record and shape of every tensor that such a model can have: each layer's own, in file order."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from quantlab.arch import Architecture, architectures, find
 
 ROPE_SCALINGS = ("linear", "yarn")
+VARYING = ("window", "rope_base", "rope_scaling", "n_rot")  # hyper-parameters that may differ between layers
 
 
 def check_model(model) -> None:
@@ -24,21 +25,23 @@ def check_model(model) -> None:
             f"{model.path}: architecture={arch}, must be one of {', '.join(architectures())} (dense). "
             f"Evaluate it in llama.cpp."
         )
-    if hparams.rope_scaling and hparams.rope_scaling.type not in ROPE_SCALINGS:
+    layers = [hparams.at(i) for i in range(hparams.n_layer)]
+    kinds = {layer.rope_scaling.type for layer in layers if layer.rope_scaling}
+    if others := kinds - set(ROPE_SCALINGS):
         raise ValueError(
-            f"{model.path}: rope scaling={hparams.rope_scaling.type}, must be linear or yarn. Evaluate it in llama.cpp."
+            f"{model.path}: rope scaling={others.pop()}, must be linear or yarn. Evaluate it in llama.cpp."
         )
-    if hparams.varies:
+    if fixed := [name for name in hparams.varies if name not in VARYING]:
         raise ValueError(
-            f"{model.path}: {hparams.varies[0]} differs between layers, must be one number. Evaluate it in llama.cpp."
+            f"{model.path}: {fixed[0]} differs between layers, must be one number. Evaluate it in llama.cpp."
         )
-    _check_heads(model)
+    for layer in layers if hparams.varies else layers[:1]:
+        _check_heads(model, layer)
     _check_tensors(model, record)
 
 
-def _check_heads(model) -> None:
-    """Refuse heads that do not divide what they share."""
-    h = model.hparams
+def _check_heads(model, h) -> None:
+    """Refuse heads that do not divide what they share; `h` are the hyper-parameters of a layer."""
     if h.n_head % h.n_head_kv or h.n_rot % 2 or h.n_rot > h.head_dim:
         raise ValueError(
             f"{model.path}: n_head={h.n_head}, n_head_kv={h.n_head_kv}, head_dim={h.head_dim}, n_rot={h.n_rot} "

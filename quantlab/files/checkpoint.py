@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
+from quantlab.files.changes import Joined, Source, change
 from quantlab.files.checkpoint_metadata import Config, check_activation, hparams_metadata, read_config, rope_factors
 from quantlab.files.general_metadata import general_metadata
 from quantlab.files.model import WEIGHTS, LazyTensor, Model
@@ -38,55 +38,6 @@ class RangeLoss:
 
     overflowed: dict[str, int] = field(default_factory=dict)
     vanished: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Permuted:
-    """Rows or biases of q or k, in each head from halves (Hugging Face) to pairs (GGUF)."""
-
-    source: StoredTensor
-    n_head: int
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        if start == stop:
-            return self.source.rows(start, stop)
-        if len(self.source.shape) == 1:
-            return self.source.rows(start, stop).reshape(self.n_head, 2, -1).swapaxes(1, 2).reshape(1, -1)
-        head_dim = self.source.nrows // self.n_head
-        heads = -(-start // head_dim) * head_dim, stop // head_dim * head_dim  # whole ones lie between these
-        cuts = sorted({start, *(cut for cut in heads if start < cut < stop), stop})
-        parts = [self._pairs(first, last, head_dim) for first, last in pairwise(cuts)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _pairs(self, start: int, stop: int, head_dim: int) -> np.ndarray:
-        """Rows of whole heads, or of a part of one: then of both halves only what is needed, as heads may be large."""
-        head = start // head_dim * head_dim
-        if start == head and stop % head_dim == 0:
-            halves = self.source.rows(start, stop).reshape(-1, 2, head_dim // 2, self.source.shape[-1])
-        else:
-            low, high = (start - head) // 2, -(-(stop - head) // 2)
-            halves = np.stack([self.source.rows(at + low, at + high) for at in (head, head + head_dim // 2)])[None]
-        pairs = halves.swapaxes(1, 2).reshape(-1, self.source.shape[-1])
-        skipped = (start - head) % 2
-        return pairs[skipped : skipped + stop - start]
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Parts of one tensor put side by side: axis 0 stacks rows, axis 1 lengthens them."""
-
-    parts: tuple[StoredTensor, ...]
-    axis: int
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        if self.axis == 1:
-            return np.concatenate([part.rows(start, stop) for part in self.parts], axis=1)
-        blocks, first = [], 0
-        for part in self.parts:
-            low, high = (min(max(row - first, 0), part.nrows) for row in (start, stop))
-            blocks.append(part.rows(low, high))
-            first += part.nrows
-        return np.concatenate(blocks)
 
 
 def open_checkpoint(
@@ -166,7 +117,7 @@ def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:
             raise ValueError(f"{folder}: {key} holds half a surrogate pair. Download the tokenizer again.") from None
 
 
-def _read_sources(path: Path, config: Config) -> dict[str, StoredTensor | _Joined]:
+def _read_sources(path: Path, config: Config) -> dict[str, Source]:
     """Index the weights; parts of Meta's are joined."""
     if path.is_file():
         return plain_names(path, read_weights(path))
@@ -177,7 +128,7 @@ def _read_sources(path: Path, config: Config) -> dict[str, StoredTensor | _Joine
     return {name: _join(path, name, [part[name] for part in parts], n_vocab) for name in parts[0]}
 
 
-def _join(folder: Path, name: str, parts: list[StoredTensor], n_vocab: int) -> StoredTensor | _Joined:
+def _join(folder: Path, name: str, parts: list[StoredTensor], n_vocab: int) -> Source:
     """Join the parts of one tensor: wo, w2 and Llama 1 and 2's embedding are cut along the row, the others across."""
     first = parts[0]
     if len(parts) == 1 or len(first.shape) == 1:
@@ -187,37 +138,21 @@ def _join(folder: Path, name: str, parts: list[StoredTensor], n_vocab: int) -> S
         raise ValueError(f"{folder}: {name}: parts of shapes {shapes}, need equal ones. Download the checkpoint again.")
     whole_rows = name == "tok_embeddings.weight" and first.shape[0] == n_vocab
     along_row = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-    return _Joined(tuple(parts), 1 if along_row or whole_rows else 0)
+    return Joined(tuple(parts), 1 if along_row or whole_rows else 0)
 
 
-def _with_sizes(folder: Path, config: Config, stored: Mapping[str, StoredTensor | _Joined]) -> Config:
+def _with_sizes(folder: Path, config: Config, stored: Mapping[str, Source]) -> Config:
     """Fill in the sizes that Meta's configuration leaves to the weights."""
     if not config.is_meta:
         return config
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         if name not in stored:
             raise ValueError(f"{folder}: {name}: missing from the weights. Download the whole checkpoint.")
-    n_vocab, n_ff = (_shape(stored[name])[0] for name in ("output.weight", "layers.0.feed_forward.w1.weight"))
+    n_vocab, n_ff = (stored[name].shape[0] for name in ("output.weight", "layers.0.feed_forward.w1.weight"))
     return replace(config, n_vocab=n_vocab, n_ff=n_ff)
 
 
-def _shape(source: StoredTensor | _Permuted | _Joined) -> tuple[int, ...]:
-    if isinstance(source, _Joined):
-        shape = list(source.parts[0].shape)
-        shape[source.axis] = sum(part.shape[source.axis] for part in source.parts)
-        return tuple(shape)
-    return source.source.shape if isinstance(source, _Permuted) else source.shape
-
-
-def _dtype(source: StoredTensor | _Permuted | _Joined) -> str:
-    if isinstance(source, _Joined):
-        return source.parts[0].dtype
-    return source.source.dtype if isinstance(source, _Permuted) else source.dtype
-
-
-def _gguf_sources(
-    folder: Path, stored: Mapping[str, StoredTensor | _Joined], config: Config
-) -> Iterator[tuple[str, StoredTensor | _Permuted | _Joined]]:
+def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) -> Iterator[tuple[str, Source]]:
     """Give tensors their GGUF names and row order."""
     names = config.record.checkpoint_names(config.n_layer)
     for name, source in stored.items():
@@ -228,20 +163,11 @@ def _gguf_sources(
                 f"{folder}: {name}: no tensor of a {config.arch} model with {config.n_layer} layers has this name. "
                 f"Check num_hidden_layers and architectures in its configuration."
             )
-        gguf_name, change = names[name]
-        yield gguf_name, _permuted(folder, name, source, getattr(config, change[1])) if change else source
+        gguf_name, how = names[name]
+        yield gguf_name, change(source, how, config, f"{folder}: {name}")
 
 
-def _permuted(folder: Path, name: str, source: StoredTensor | _Joined, n_heads: int) -> _Permuted:
-    """Return a tensor with the halves of each head as pairs."""
-    if _shape(source)[0] % (2 * n_heads):
-        raise ValueError(f"{folder}: {name}: {_shape(source)[0]} rows are no {n_heads} heads. Check its configuration.")
-    return _Permuted(source, n_heads)
-
-
-def _check_shapes(
-    folder: Path, sources: Mapping[str, StoredTensor | _Permuted | _Joined], config: Config
-) -> dict[str, str]:
+def _check_shapes(folder: Path, sources: Mapping[str, Source], config: Config) -> dict[str, str]:
     """Check that the tensors are there and have the shapes that the configuration promises; return their roles."""
     roles = {}
     for name, tensor, shape in config.record.expand(config):
@@ -249,21 +175,21 @@ def _check_shapes(
             if tensor.optional:
                 continue
             raise ValueError(f"{folder}: {name}: missing from the weights. Download the whole checkpoint.")
-        if _shape(sources[name]) != shape:
+        if sources[name].shape != shape:
             raise ValueError(
-                f"{folder}: {name}: shape={_shape(sources[name])}, the configuration asks for {shape}. "
+                f"{folder}: {name}: shape={sources[name].shape}, the configuration asks for {shape}. "
                 f"Weights and configuration belong to different models."
             )
         roles[name] = tensor.role
     return roles
 
 
-def _speak_of_the_head(folder: Path, sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> None:
+def _speak_of_the_head(folder: Path, sources: Mapping[str, Source]) -> None:
     """Warn where llama.cpp takes another output matrix than transformers; a few rows tell a stored copy."""
     is_tied = read_json(folder / "config.json").get("tie_word_embeddings")
     head, embedding = sources.get("output.weight"), sources.get("token_embd.weight")
     if is_tied is True and head is not None:
-        last = _shape(head)[0]
+        last = head.shape[0]
         places = [(0, min(4, last)), (last // 2, min(last // 2 + 4, last)), (max(last - 4, 0), last)]
         if not all(np.array_equal(head.rows(*place), embedding.rows(*place)) for place in places):
             warnings.warn(
@@ -278,16 +204,16 @@ def _speak_of_the_head(folder: Path, sources: Mapping[str, StoredTensor | _Permu
         )
 
 
-def _own_type(sources: Mapping[str, StoredTensor | _Permuted | _Joined]) -> str:
+def _own_type(sources: Mapping[str, Source]) -> str:
     """Return the type of the first matrix that is 16 bits wide; F32 where there is none."""
     for source in sources.values():
-        if len(_shape(source)) > 1 and _dtype(source) in ("BF16", "F16"):
-            return _dtype(source)
+        if len(source.shape) > 1 and source.dtype in ("BF16", "F16"):
+            return source.dtype
     return "F32"
 
 
-def _lazy(name: str, source: StoredTensor | _Permuted | _Joined, qtype: str, loss: RangeLoss | None) -> LazyTensor:
-    shape = _shape(source)
+def _lazy(name: str, source: Source, qtype: str, loss: RangeLoss | None) -> LazyTensor:
+    shape = source.shape
     if shape[-1] % block_size(qtype):
         qtype = "F16"  # a row that Q8_0's blocks do not divide
     return LazyTensor(name, shape, qtype, partial(_read_as, source, name, qtype, loss))
@@ -297,15 +223,13 @@ def _constant_rows(values: np.ndarray, start: int, stop: int) -> np.ndarray:
     return values.reshape(-1, values.shape[-1])[start:stop]
 
 
-def _read_as(
-    source: StoredTensor | _Permuted | _Joined, name: str, qtype: str, loss: RangeLoss | None, start: int, stop: int
-) -> np.ndarray:
+def _read_as(source: Source, name: str, qtype: str, loss: RangeLoss | None, start: int, stop: int) -> np.ndarray:
     """Read rows, check that they are finite and convert them to `qtype`."""
     rows = source.rows(start, stop)
-    are_halves = _dtype(source) in ("F16", "BF16")  # which are checked while they are decoded
-    if not are_halves or qtype in (_dtype(source), "F32"):
+    are_halves = source.dtype in ("F16", "BF16")  # which are checked while they are decoded
+    if not are_halves or qtype in (source.dtype, "F32"):
         _check_finite(rows, name, start)
-    if qtype == _dtype(source):
+    if qtype == source.dtype:
         return rows
     if qtype == "F32":
         return _widen(rows)

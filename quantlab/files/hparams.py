@@ -1,17 +1,19 @@
 """Hyper-parameters out of GGUF metadata."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
-from quantlab.arch import MAX_LAYERS, Hparams, RopeScaling, find
+from quantlab.arch import MAX_LAYERS, Hparams, RopeScaling, complete, find
 from quantlab.files.recognize import short
 
 __all__ = ["read_hparams"]
 
 MAX_NAME = 64  # characters of an architecture's
 _MOST = (1 << 31) - 1
+_YARN = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "log_mul": "log_multiplier"}
 
 
 def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata") -> Hparams:
@@ -52,7 +54,7 @@ def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source
         "rope_base": keys.loosely(lambda: keys.positive("rope.freq_base", 10000.0), 0.0),
         "rope_scaling": keys.loosely(lambda: _rope_scaling(keys), None),
     }
-    return Hparams(
+    hparams = Hparams(
         arch=keys.arch,
         n_layer=n_layer,
         n_head=n_head,
@@ -61,7 +63,38 @@ def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source
         n_expert=keys.whole("expert_count", 0, least=0),
         tied_embeddings="output.weight" not in tensors,
         **sizes,
+        **_of_architecture(keys, n_layer),
     )
+    return complete(hparams)
+
+
+def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
+    """Read the fields that only some architectures have."""
+    record = find(keys.arch)
+    if record is None:
+        return {}
+    found: dict[str, Any] = {}
+    defaults = {item.name: item.default for item in fields(Hparams)}
+    for key, name in record.metadata.items():
+        if isinstance(defaults.get(name), float) and keys.get(key) is not None:
+            found[name] = keys.positive(key)
+    if record.window_period:
+        size = keys.whole("attention.sliding_window", record.window, least=0)
+        pattern = keys.get("attention.sliding_window_pattern")
+        if isinstance(pattern, list | np.ndarray):
+            if len(pattern) != n_layer:
+                raise ValueError(
+                    f"{keys.source}: {keys.arch}.attention.sliding_window_pattern={short(pattern)}, need one "
+                    f"for each of {n_layer} layers. Convert the checkpoint again."
+                )
+            found["window"] = tuple(size if windowed else 0 for windowed in pattern)
+        elif pattern is not None:
+            step = keys.whole("attention.sliding_window_pattern", least=0)
+            found["window"] = tuple(0 if step and i % step == step - 1 else size for i in range(n_layer))
+        else:
+            found["window"] = size
+        found["rope_base_window"] = keys.positive("rope.freq_base_swa") if keys.get("rope.freq_base_swa") else 0.0
+    return found
 
 
 class _Keys:
@@ -142,4 +175,9 @@ def _rope_scaling(keys: _Keys) -> RopeScaling | None:
     is_zero = isinstance(given, int | float | np.number) and given == 0  # llama.cpp takes it as not given
     factor = 1.0 if is_zero else keys.positive(key, 1.0)
     orig_ctx = keys.whole("rope.scaling.original_context_length", 0, least=0)
-    return RopeScaling(kind, factor, orig_ctx, keys.positive("rope.scaling.attn_factor", 1.0))
+    scaling = RopeScaling(kind, factor, orig_ctx, keys.positive("rope.scaling.attn_factor", 1.0))
+    record, given = find(keys.arch), {}
+    for name in record.yarn if record else ():  # llama.cpp reads these for some architectures alone
+        if keys.get(f"rope.scaling.yarn_{_YARN[name]}") is not None:
+            given[name] = keys.positive(f"rope.scaling.yarn_{_YARN[name]}")
+    return replace(scaling, **given)

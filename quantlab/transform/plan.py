@@ -19,7 +19,7 @@ import numba
 import numpy as np
 
 from quantlab import quants
-from quantlab.arch import Hparams, tensor_shapes
+from quantlab.arch import Hparams, complete, tensor_shapes
 from quantlab.files import bundled
 from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.checkpoint_metadata import read_config, rope_factors
@@ -134,7 +134,7 @@ def look_up(shape_or_file: str | Path):
     if bundled.is_shape(name):
         shape = bundled.shape(name)
         hparams = Hparams(**{key: value for key, value in shape.items() if key not in ("name", "source")})
-        return shape["name"], hparams, tensor_shapes(hparams), None
+        return shape["name"], complete(hparams), tensor_shapes(hparams), None
     if folder := _of_config_alone(Path(name)):
         return folder.resolve().name, *_from_config(folder), None
     opened = open_model(name)
@@ -146,7 +146,7 @@ def _from_config(folder: Path) -> tuple[Hparams, dict[str, tuple[int, ...]]]:
     config = read_config(folder)
     is_tied = not config.is_meta and read_json(folder / "config.json").get("tie_word_embeddings") is True
     config, factors = replace(config, tied_embeddings=is_tied), rope_factors(config)
-    return config, tensor_shapes(config) | ({} if factors is None else {"rope_freqs.weight": factors.shape})
+    return complete(config), tensor_shapes(config) | ({} if factors is None else {"rope_freqs.weight": factors.shape})
 
 
 def _of_config_alone(path: Path) -> Path | None:

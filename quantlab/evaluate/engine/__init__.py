@@ -91,7 +91,10 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self, read: Read, index: int) -> Any:
-        """Return the weights of layer `index` in this engine's form, valid until the next call."""
+        """Return the weights of layer `index` in this engine's form, valid until the next call.
+
+        What the layer does with them: `layer_at` of its architecture, and the model's hyper-parameters `at` the index.
+        """
 
     @abstractmethod
     def forward(self, layer: Any, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:

@@ -3,14 +3,16 @@
 scores = q · kᵀ          softmax of each row over the keys up to its own          out = scores · v
 """
 
-from quantlab.evaluate.engine.fused import causal_softmax
+import numpy as np
+
+from quantlab.evaluate.engine.fused import causal_softmax, softcap
 from quantlab.evaluate.engine.tiles import COLUMNS, compiled, multiply, pack
 
 QUERIES = 60  # positions at a time: whole tiles, and few keys that only the last of them may see
 
 
 @compiled
-def causal_attention(q, k, v, first, scale, out, keys, values, scores):
+def causal_attention(q, k, v, first, window, scale, cap, out, keys, values, scores):
     """Attention of the query heads that share one k and one v head.
 
     Parameters
@@ -19,8 +21,12 @@ def causal_attention(q, k, v, first, scale, out, keys, values, scores):
     k, v : np.ndarray [shape=(n_ctx, head_dim), dtype=float32]
     first : int
         Position from which on the result is wanted.
+    window : int
+        Keys that a position sees, its own included.
     scale : float32
         What scores are multiplied by.
+    cap : float32
+        c of c · tanh(score / c); 0: none.
     out : np.ndarray [shape=q.shape, dtype=float32]
     keys, values, scores : np.ndarray [dtype=float32]
         Scratch space: panels of k [n_ctx, head_dim], panels of vᵀ [head_dim, n_ctx], and [QUERIES * n_ctx].
@@ -32,8 +38,15 @@ def causal_attention(q, k, v, first, scale, out, keys, values, scores):
         values[p, :, : columns.shape[1]] = columns
     for start in range(first, n_ctx, QUERIES):
         stop = min(start + QUERIES, n_ctx)
-        seen = scores[: (stop - start) * stop].reshape(stop - start, stop)
+        panel = max(0, start - window + 1) // COLUMNS  # the first that any of these queries sees
+        low = panel * COLUMNS
+        seen = scores[: (stop - start) * (stop - low)].reshape(stop - start, stop - low)
         for h in range(n_heads):
-            multiply(q[start:stop, h], keys[: -(-stop // COLUMNS)], seen)
-            causal_softmax(seen, start, scale)
-            multiply(seen, values[:, :stop], out[start:stop, h])
+            multiply(q[start:stop, h], keys[panel : -(-stop // COLUMNS)], seen)
+            if cap > 0:
+                seen *= scale
+                softcap(seen, cap)
+                causal_softmax(seen, start - low, window, np.float32(1))
+            else:
+                causal_softmax(seen, start - low, window, scale)
+            multiply(seen, values[:, low:stop], out[start:stop, h])

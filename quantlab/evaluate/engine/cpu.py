@@ -2,6 +2,8 @@
 
     x ─ norm ─ q,k,v ─ rope ─ attention ─ attn_output ─ + x ─ norm ─ gate,up ─ silu·mul ─ ffn_down ─ + x
 
+What a layer does beyond that, or leaves out, is in its architecture's `Layer` and in `Hparams`.
+
 A layer is cut into blocks of rows, and attention into heads; each piece is done by one thread from start to end.
 """
 
@@ -67,12 +69,15 @@ class LayerWeights:
         By field, where there is one.
     does : Layer
         What the layer does.
+    hparams : Hparams
+        This layer's.
     """
 
     matrices: dict[str, Matrix]
     biases: dict[str, np.ndarray]
     norms: dict[str, np.ndarray]
     does: arch.Layer
+    hparams: arch.Hparams
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ class CpuEngine(Engine):
     def __init__(self, model, n_ctx: int):
         self.hparams, self.n_ctx, self.workers = model.hparams, n_ctx, Workers()
         self.record = arch.find(self.hparams.arch)
-        factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
-        self.cos, self.sin = self.angles(self.hparams, n_ctx, factors)
+        self._factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
+        self._rotations = {}  # cosines and sines by what they follow from
         self.eps = np.float32(self.hparams.rms_eps)
         self.logit_rows = max(16, min(128, LOGITS // self.hparams.n_vocab))
         self._memory = self._qkv = np.empty(0, np.float32)
@@ -105,6 +110,13 @@ class CpuEngine(Engine):
 
     def __exit__(self, *exc) -> None:
         self.workers.__exit__(*exc)
+
+    def rotation(self, hparams: arch.Hparams) -> tuple[np.ndarray, np.ndarray]:
+        """Return cosines and sines [n_ctx, n_rot / 2] for a layer with these hyper-parameters."""
+        key = hparams.n_rot, hparams.rope_base, hparams.rope_scaling
+        if key not in self._rotations:
+            self._rotations[key] = self.angles(hparams, self.n_ctx, self._factors)
+        return self._rotations[key]
 
     # ---- weights
 
@@ -126,6 +138,7 @@ class CpuEngine(Engine):
             {f: np.concatenate([part.floats() for part in parts]) for f, parts in biases.items() if None not in parts},
             {field: np.array(stored.floats()) for field, stored in norms.items() if stored is not None},
             does,
+            self.hparams.at(index),
         )
 
     def release(self, layer: LayerWeights) -> None:
@@ -176,12 +189,14 @@ class CpuEngine(Engine):
 
     def embed(self, table: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return the hidden states before the first layer."""
+        if self.hparams.embd_scale != 1:
+            table = table * np.float32(self.hparams.embd_scale)
         return table[places]
 
     def forward(self, layer: LayerWeights, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:
         """Apply a layer in place; see `Engine.forward`."""
-        x = states.reshape(-1, states.shape[-1])
-        n_q, n_kv = (layer.matrices["attn_qkv"].widths[i] for i in (0, 1))
+        x, h = states.reshape(-1, states.shape[-1]), layer.hparams
+        n_q, n_kv = h.n_q, h.n_kv
         if self._qkv.size < len(x) * (2 * n_q + 2 * n_kv):
             self._qkv = np.empty(len(x) * (2 * n_q + 2 * n_kv), np.float32)
         qkv = self._qkv[: len(x) * (2 * n_q + 2 * n_kv)].reshape(
@@ -190,8 +205,8 @@ class CpuEngine(Engine):
         q_k_v, whole = qkv[:, : n_q + 2 * n_kv], {"attended": qkv[:, n_q + 2 * n_kv :]}
         chunks, by_rows = blocks(len(x), self.n_ctx), blocks(len(x), ROWS)
         self._run(lambda rows, space: self._project(layer, x, q_k_v, rows, space), by_rows, layer, whole, observe)
-        pieces = [(chunk, head) for chunk in chunks for head in range(n_kv // self.hparams.head_dim)]
-        self.workers.map(lambda piece: self._attend(qkv, n_q, n_kv, first, *piece), pieces)
+        pieces = [(chunk, head) for chunk in chunks for head in range(h.n_head_kv)]
+        self.workers.map(lambda piece: self._attend(qkv, h, first, *piece), pieces)
         if first:
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
         self._run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
@@ -224,20 +239,26 @@ class CpuEngine(Engine):
 
     def _project(self, layer: LayerWeights, x: np.ndarray, q_k_v: np.ndarray, rows: slice, space) -> Iterator:
         """Norm, q, k, v and their rotation for a block of rows."""
-        head_dim, (n_q, n_kv, _) = self.hparams.head_dim, layer.matrices["attn_qkv"].widths
-        out, normed = q_k_v[rows], space("normed", rows, x.shape[1])
-        self.steps.rms_norm(x[rows], layer.norms["attn_norm"], self.eps, normed)
+        h, out, normed = layer.hparams, q_k_v[rows], space("normed", rows, x.shape[1])
+        q, k = out[:, : h.n_q], out[:, h.n_q : h.n_q + h.n_kv]
+        self._norm("attn_norm", layer, x[rows], normed)
         yield "attn_qkv", "normed"
         self._product("attn_qkv", layer, normed, out)
-        for name, part in (("q_norm", out[:, :n_q]), ("k_norm", out[:, n_q : n_q + n_kv])):
-            if name in layer.norms:
-                self.steps.head_norm(heads(part, head_dim), layer.norms[name], self.eps)
+        for name, part in (("q_norm", q), ("k_norm", k)):
+            if name in layer.norms and layer.norms[name].size == h.head_dim:
+                self.steps.head_norm(heads(part, h.head_dim), layer.norms[name], self.eps)
+            elif name in layer.norms:
+                self.steps.rms_norm(part, layer.norms[name], self.eps, part)
         position = np.arange(rows.start, rows.stop) % self.n_ctx
-        cos, sin = self.cos[position], self.sin[position]
-        rotate = getattr(self.steps, f"rope_{layer.does.rope}")
-        rotate(heads(out[:, :n_q], head_dim), cos, sin)
-        rotate(heads(out[:, n_q : n_q + n_kv], head_dim), cos, sin)
-        self.round_cache(out[:, n_q:])
+        if h.n_rot:
+            rotate = getattr(self.steps, f"rope_{layer.does.rope}")
+            cos, sin = (table[position] for table in self.rotation(h))
+            rotate(heads(q, h.head_dim), cos, sin)
+            rotate(heads(k, h.head_dim), cos, sin)
+        if h.attn_temp_scale:
+            step = h.rope_scaling.orig_ctx if h.rope_scaling and h.rope_scaling.orig_ctx else h.n_ctx
+            q *= (1 + h.attn_temp_scale * np.log(1 + position // step)).astype(np.float32)[:, None]
+        self.round_cache(out[:, h.n_q :])
 
     def _product(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
         """Compute a field's product, with its bias."""
@@ -245,29 +266,38 @@ class CpuEngine(Engine):
         if field in layer.biases:
             self.steps.add(out, layer.biases[field][None])
 
-    def _norm(self, field: str, layer: LayerWeights, x: np.ndarray) -> None:
-        """Normalize in place where the layer does."""
+    def _norm(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
+        """Normalize where the layer does, else copy; `out` may be `x`."""
         if field in layer.norms:
-            self.steps.rms_norm(x, layer.norms[field], self.eps, x)
+            self.steps.rms_norm(x, layer.norms[field], self.eps, out)
+        elif out is not x:
+            out[:] = x
+
+    def _add(self, x: np.ndarray, change: np.ndarray) -> None:
+        """Add what half a layer changes to the stream."""
+        if self.hparams.residual_scale != 1:
+            change *= np.float32(self.hparams.residual_scale)
+        self.steps.add(x, change)
 
     def round_cache(self, k_v: np.ndarray) -> None:
         """Round k and v in place to what attention sees of them: here all."""
 
-    def _attend(self, qkv: np.ndarray, n_q: int, n_kv: int, first: int, chunk: slice, head: int) -> None:
+    def _attend(self, qkv: np.ndarray, h: arch.Hparams, first: int, chunk: slice, head: int) -> None:
         """Attention of one chunk from position `first` on, for the query heads that share one k and v head."""
-        dim, group = self.hparams.head_dim, n_q // n_kv
-        every = heads(qkv[chunk], dim)  # the heads of q, of k, of v, and of the result
-        k, v = every[:, n_q // dim + head], every[:, (n_q + n_kv) // dim + head]
-        q, out = (every[:, start + head * group :][:, :group] for start in (0, (n_q + 2 * n_kv) // dim))
-        self.attention(q, k, v, first, out)
+        n_head, n_kv, group = h.n_head, h.n_head_kv, h.n_head // h.n_head_kv
+        every = heads(qkv[chunk], h.head_dim)  # the heads of q, of k, of v, and of the result
+        k, v = every[:, n_head + head], every[:, n_head + n_kv + head]
+        q, out = (every[:, start + head * group :][:, :group] for start in (0, n_head + 2 * n_kv))
+        self.attention(q, k, v, h, first, out)
 
-    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, out: np.ndarray) -> None:
+    def attention(self, q, k, v, h: arch.Hparams, first: int, out: np.ndarray) -> None:
         """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
         dim = q.shape[2]
         keys = self.workers.scratch("keys", n_panels(self.n_ctx), dim, COLUMNS)
         values = self.workers.scratch("values", n_panels(dim), self.n_ctx, COLUMNS)
         scores = self.workers.scratch("scores", QUERIES * self.n_ctx)
-        causal_attention(q, k, v, first, np.float32(dim**-0.5), out, keys, values, scores)
+        window, cap = h.window or self.n_ctx, np.float32(h.attn_softcap)
+        causal_attention(q, k, v, first, window, np.float32(h.score_scale), cap, out, keys, values, scores)
 
     def _mix(self, layer: LayerWeights, x: np.ndarray, rows: slice, space) -> Iterator:
         """Everything after attention for a block of rows."""
@@ -276,18 +306,18 @@ class CpuEngine(Engine):
         yield "attn_output", "attended"
         change = self.workers.scratch("change", len(x), n_embd)
         self._product("attn_output", layer, attended, change)
-        self._norm("attn_post_norm", layer, change)
-        self.steps.add(x, change)
-        self.steps.rms_norm(x, layer.norms["ffn_norm"], self.eps, normed)
+        self._norm("attn_post_norm", layer, change, change)
+        self._add(x, change)
+        self._norm("ffn_norm", layer, x, normed)
         yield "ffn_in", "normed"
         gate_up, inner = self.workers.scratch("gate_up", len(x), 2 * n_ff), space("inner", rows, n_ff)
         self._product("ffn_in", layer, normed, gate_up)
-        self.steps.silu_mul(gate_up, inner)
+        getattr(self.steps, f"{layer.does.activation}_mul")(gate_up, inner)
         yield "ffn_down", "inner"
         change = self.workers.scratch("change", len(x), n_embd)
         self._product("ffn_down", layer, inner, change)
-        self._norm("ffn_post_norm", layer, change)
-        self.steps.add(x, change)
+        self._norm("ffn_post_norm", layer, change, change)
+        self._add(x, change)
 
     # ---- output
 
@@ -308,6 +338,10 @@ class CpuEngine(Engine):
         normed = self.workers.scratch("normed", *x.shape)
         self.steps.rms_norm(x, output.norm, self.eps, normed)
         self.multiply(normed, output.matrix, out)
+        if self.hparams.logit_scale != 1:
+            out *= np.float32(self.hparams.logit_scale)
+        if self.hparams.logit_softcap:
+            self.steps.softcap(out, np.float32(self.hparams.logit_softcap))
 
     def logits(self, output: Output, states: np.ndarray) -> np.ndarray:
         """Return the logits [*states.shape[:-1], n_vocab]."""

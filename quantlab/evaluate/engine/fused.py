@@ -16,7 +16,8 @@ _LN2_HIGH = np.float32(0.693359375)  # ln 2 = high + low, high exact in few bits
 _LN2_LOW = np.float32(-2.12194440e-4)
 _C2, _C3, _C4 = np.float32(0.49999994), np.float32(0.16666666), np.float32(0.041665795)
 _C5, _C6 = np.float32(0.0083334519), np.float32(0.0013981999)
-_ONE, _ZERO, _HALF = np.float32(1), np.float32(0), np.float32(0.5)
+_ONE, _TWO, _ZERO, _HALF = np.float32(1), np.float32(2), np.float32(0), np.float32(0.5)
+_GELU_1, _GELU_3 = np.float32(1.5957691216), np.float32(1.5957691216 * 0.044715)
 _LOWEST = np.float32(-87.0)  # exp of it is still a normal number
 _HIGHEST = np.float32(88.0)
 
@@ -123,18 +124,29 @@ def rope_halves(x, cos, sin):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def causal_softmax(scores, first, scale):
-    """Softmax of scores · scale, each row over the keys that it may see: row s belongs to position first + s."""
+def causal_softmax(scores, first, window, scale):
+    """Softmax of scores · scale, each row over the last `window` keys up to its own: row s belongs to key first + s."""
     for s in range(scores.shape[0]):
         seen = first + s + 1
         row = scores[s]
-        top = row_max(row[:seen])
-        for i in range(seen):
+        low = max(0, seen - window)
+        top = row_max(row[low:seen])
+        for i in range(low, seen):
             row[i] = exp32((row[i] - top) * scale)
-        inverse = _ONE / _sum(row[:seen])
-        for i in range(seen):
+        inverse = _ONE / _sum(row[low:seen])
+        for i in range(low, seen):
             row[i] *= inverse
+        row[:low] = _ZERO
         row[seen:] = _ZERO
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def softcap(x, cap):
+    """x = cap · tanh(x / cap), row by row."""
+    for r in range(x.shape[0]):
+        row = x[r]
+        for i in range(row.shape[0]):
+            row[i] = cap * (_ONE - _TWO / (_ONE + exp32(row[i] * (_TWO / cap))))
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
@@ -145,6 +157,17 @@ def silu_mul(gate_up, out):
         gate, up, row = gate_up[r, :n], gate_up[r, n:], out[r]
         for i in range(n):
             row[i] = gate[i] / (_ONE + exp32(-gate[i])) * up[i]
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def gelu_mul(gate_up, out):
+    """out = gelu(gate) · up, where gelu(x) = x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))."""
+    n = out.shape[1]
+    for r in range(out.shape[0]):
+        gate, up, row = gate_up[r, :n], gate_up[r, n:], out[r]
+        for i in range(n):
+            inner = gate[i] * (_GELU_1 + _GELU_3 * (gate[i] * gate[i]))  # 2 √(2/π) · (x + 0.044715 x³)
+            row[i] = gate[i] / (_ONE + exp32(-inner)) * up[i]
 
 
 @njit(nogil=True, cache=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from quantlab import arch
 from quantlab.evaluate.engine import Stored, ggml_steps
 from quantlab.evaluate.engine.cpu import CpuEngine, Matrix
 from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
@@ -16,6 +17,17 @@ class GgmlEngine(CpuEngine):
     modes = ("ggml-cpu",)
     steps = ggml_steps
     angles = staticmethod(rope_angles_as_ggml)
+
+    def __init__(self, model, n_ctx: int):
+        layer, h = arch.find(model.hparams.arch).layer, model.hparams
+        beyond = {"activation": layer.activation != "silu", "window": h.window, "attn_softcap": h.attn_softcap}
+        beyond |= {"logit_softcap": h.logit_softcap, "attn_temp_scale": h.attn_temp_scale}
+        if others := [name for name, value in beyond.items() if value]:
+            raise ValueError(
+                f"{model.path}: mode=ggml-cpu does not compute {', '.join(others)} of {h.arch}. "
+                f"Evaluate it in mode float, or in llama.cpp."
+            )
+        super().__init__(model, n_ctx)
 
     def packed_size(self, stored: Stored) -> int:
         """Return how many float32 numbers of memory `pack` is given: none for a type with an order."""
@@ -58,10 +70,10 @@ class GgmlEngine(CpuEngine):
         """Round k and v to float16."""
         round_f16(k_v, k_v)
 
-    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, out: np.ndarray) -> None:
+    def attention(self, q, k, v, h: arch.Hparams, first: int, out: np.ndarray) -> None:
         """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
         dim, n_ctx = q.shape[2], self.n_ctx
         keys = self.workers.scratch("keys", -(-n_ctx // WIDTH), dim, WIDTH)
         values = self.workers.scratch("values", -(-dim // WIDTH), n_ctx, WIDTH)
-        scale = np.float32(1) / np.sqrt(np.float32(dim))
+        scale = np.float32(h.attn_scale) if h.attn_scale else np.float32(1) / np.sqrt(np.float32(dim))
         ggml_steps.flash_attention(q[first:], k, v, first, scale, out[first:], keys, values)

@@ -36,17 +36,29 @@ def rope_angles(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.nda
         stretched = frequency / scaling.factor
         kept = np.zeros_like(pair)  # share of each frequency that is not stretched
         if scaling.type == "yarn":
-            magnitude *= 1 + 0.1 * log(scaling.factor)
-            low, high = _yarn_range(n_rot, scaling.orig_ctx or hparams.n_ctx, hparams.rope_base)
+            magnitude *= _yarn_magnitude(scaling)
+            low, high = _yarn_range(hparams)
             kept = 1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)
         frequency = stretched * (1 - kept) + frequency * kept
     angle = np.arange(n_ctx)[:, None] * frequency
     return (np.cos(angle) * magnitude).astype(np.float32), (np.sin(angle) * magnitude).astype(np.float32)
 
 
-def _yarn_range(n_rot: int, orig_ctx: int, base: float) -> tuple[int, int]:
-    """First and last pair of the ramp: those that turn 32 times and once within the original context."""
-    low, high = (n_rot * log(orig_ctx / (turns * 2 * pi)) / (2 * log(base)) for turns in (32, 1))
+def _yarn_magnitude(scaling) -> float:
+    """What YaRN multiplies queries and keys by."""
+    growth = 0.1 * log(max(1.0, scaling.factor))
+    return (1 + growth) / (1 + scaling.log_mul * growth)
+
+
+def _yarn_range(hparams) -> tuple[int, int]:
+    """First and last pair of the ramp: those that turn `beta_fast` and `beta_slow` times within the original context.
+
+    By default 32 times and once.
+    """
+    n_rot, scaling, base = hparams.n_rot, hparams.rope_scaling, hparams.rope_base
+    orig_ctx = scaling.orig_ctx or hparams.n_ctx
+    turns = scaling.beta_fast, scaling.beta_slow
+    low, high = (n_rot * log(orig_ctx / (turn * 2 * pi)) / (2 * log(base)) for turn in turns)
     return max(0, floor(low)), min(n_rot - 1, ceil(high))
 
 
@@ -57,10 +69,10 @@ def rope_angles_as_ggml(hparams, n_ctx: int, factors: np.ndarray | None) -> tupl
     if scaling is not None:
         scale, magnitude = _ONE / np.float32(scaling.factor), np.float32(scaling.attn_factor)
         if scaling.type == "yarn":
-            low, high = _yarn_range(n_rot, scaling.orig_ctx or hparams.n_ctx, hparams.rope_base)
+            low, high = _yarn_range(hparams)
             pair = np.arange(n_rot // 2, dtype=np.float32)
             ramp = _ONE - np.clip((pair - np.float32(low)) / np.float32(max(0.001, high - low)), 0, 1, dtype=np.float32)
-            magnitude *= np.float32(1 + 0.1 * log(scaling.factor))
+            magnitude *= np.float32(_yarn_magnitude(scaling))
     factors = np.ones(n_rot // 2, np.float32) if factors is None else factors.astype(np.float32)
     return _angles(n_ctx, n_rot // 2, np.float32(hparams.rope_base), factors, scale, ramp, magnitude)
 

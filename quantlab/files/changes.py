@@ -1,0 +1,152 @@
+"""What a converter does with a checkpoint's tensors on their way: each change is a tensor whose rows come changed.
+
+A source has `shape`, `dtype` (a key of `PLAIN_DTYPES`), `nrows` and `rows(start, stop)`, as a stored tensor has.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["Added", "Joined", "Permuted", "Source", "change"]
+
+
+class Source(Protocol):
+    """A tensor of a checkpoint, stored or changed."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read rows `start:stop` of the tensor seen as (nrows, n_per_row)."""
+
+    @property
+    def nrows(self) -> int:
+        """Number of rows of `shape[-1]` values."""
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A source made from another one of the same shape and type."""
+
+    source: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def nrows(self) -> int:
+        return prod(self.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Permuted(_Changed):
+    """Rows or biases of q or k, in each head from halves (Hugging Face) to pairs (GGUF)."""
+
+    n_head: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if start == stop:
+            return self.source.rows(start, stop)
+        if len(self.source.shape) == 1:
+            return self.source.rows(start, stop).reshape(self.n_head, 2, -1).swapaxes(1, 2).reshape(1, -1)
+        head_dim = self.source.nrows // self.n_head
+        heads = -(-start // head_dim) * head_dim, stop // head_dim * head_dim  # whole ones lie between these
+        cuts = sorted({start, *(cut for cut in heads if start < cut < stop), stop})
+        parts = [self._pairs(first, last, head_dim) for first, last in pairwise(cuts)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _pairs(self, start: int, stop: int, head_dim: int) -> np.ndarray:
+        """Rows of whole heads, or of a part of one: then of both halves only what is needed, as heads may be large."""
+        head = start // head_dim * head_dim
+        if start == head and stop % head_dim == 0:
+            halves = self.source.rows(start, stop).reshape(-1, 2, head_dim // 2, self.source.shape[-1])
+        else:
+            low, high = (start - head) // 2, -(-(stop - head) // 2)
+            halves = np.stack([self.source.rows(at + low, at + high) for at in (head, head + head_dim // 2)])[None]
+        pairs = halves.swapaxes(1, 2).reshape(-1, self.source.shape[-1])
+        skipped = (start - head) % 2
+        return pairs[skipped : skipped + stop - start]
+
+
+@dataclass(frozen=True)
+class Added(_Changed):
+    """Values plus a number: in float16 for float16 values, as torch adds, else in float32."""
+
+    number: float
+
+    @property
+    def dtype(self) -> str:
+        return "F16" if self.source.dtype == "F16" else "F32"
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        number = np.float16 if self.dtype == "F16" else np.float32
+        return self.source.rows(start, stop).astype(number) + number(self.number)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Parts of one tensor put side by side: axis 0 stacks rows, axis 1 lengthens them."""
+
+    parts: tuple[Source, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def nrows(self) -> int:
+        return prod(self.shape[:-1])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if self.axis == 1:
+            return np.concatenate([part.rows(start, stop) for part in self.parts], axis=1)
+        blocks, first = [], 0
+        for part in self.parts:
+            low, high = (min(max(row - first, 0), part.nrows) for row in (start, stop))
+            blocks.append(part.rows(low, high))
+            first += part.nrows
+        return np.concatenate(blocks)
+
+
+def change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
+    """Return a tensor with the change that an architecture's record asks for.
+
+    Parameters
+    ----------
+    source : Source
+    how : tuple of str
+        `change` of the tensor's record; empty for none.
+    config : Hparams
+        Gives the sizes that `how` names.
+    where : str
+        What an error starts with.
+
+    Raises
+    ------
+    ValueError
+        If the rows do not divide into heads.
+    """
+    if not how:
+        return source
+    kind, argument = how
+    if kind == "add":
+        return Added(source, float(argument))
+    n_head = getattr(config, argument)
+    if source.shape[0] % (2 * n_head):
+        raise ValueError(f"{where}: {source.shape[0]} rows are no {n_head} heads. Check its configuration.")
+    return Permuted(source, n_head)
