@@ -6,8 +6,10 @@ from numba import get_num_threads, set_num_threads
 
 import quantlab as ql
 from quantlab.evaluate import refine as module
+from quantlab.files.bundled import read_text
 from quantlab.files.model import open as open_model
 from quantlab.study.front import judge_refined
+from quantlab.study.tables import size_ppl
 
 OPTIONS = {"ftype": "Q2_K", "chunks": 2, "sweeps": 1, "progress": False}
 
@@ -86,7 +88,29 @@ def test_a_recipe_gives_the_types(tmp_path):
     assert open_model(path).tensor("blk.0.ffn_down.weight").qtype == "Q4_K"
 
 
+def test_a_refined_ftype_is_a_row_of_the_table(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(read_text("sampled").text[:6000])  # a few chunks
+    table = size_ppl("tiny", ftypes=["Q2_K", "q2_k+Refined"], chunks=2, calibrate_on=text)
+    ordinary, refined = table.rows
+    assert refined["ftype"] == "Q2_K+refined" and refined["bytes"] == ordinary["bytes"]
+    assert refined["kld_mean"] < 0.8 * ordinary["kld_mean"]
+
+
 # ---- bad input
+
+
+def test_what_cannot_be_refined_for_a_comparison_is_said(tmp_path):
+    for change, text in (
+        ({"text": "sampled"}, r"Q2_K\+refined: calibrate_on=sampled, is the text to judge on. Name another"),
+        ({"scratch": tmp_path}, r"Q2_K\+refined: cannot resume from scratch=.* Refine to a file first"),
+        ({"variants": "Q9_K+refined"}, r"Q9_K"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ql.compare("tiny", **{"variants": ["Q2_K+refined"], "progress": False, "chunks": 1} | change)
+    with pytest.raises(ValueError, match=r"Q2_K\+refined: must have weights to refine, llama-7b is a shape"):
+        size_ppl("llama-7b", ftypes=["Q2_K+refined"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_options_are_refused_and_nothing_is_written(tmp_path):

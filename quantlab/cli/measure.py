@@ -27,6 +27,9 @@ Mode = Annotated[
     ),
 ]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")]
+CalibrateOn = Annotated[
+    str, typer.Option("--calibrate-on", metavar="TEXT", help="Refine with this text what is marked +refined.")
+]
 Scratch = Annotated[
     Path | None, typer.Option("--scratch", metavar="FOLDER", help="Keeps what is needed to resume a stopped run.")
 ]
@@ -96,10 +99,12 @@ def perplexity(
 def compare(
     base: Annotated[str, typer.Argument(metavar="BASE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     variants: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]VARIANT…", help="Ftypes (Q4_K_M), GGUF files, recipes.")
+        list[str],
+        typer.Argument(metavar="[NAME=]VARIANT…", help="Ftypes (Q4_K_M, Q4_K_M+refined), files, recipes."),
     ],
     text: TextName = "primer",
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix for ftypes and recipes.")] = None,
+    calibrate_on: CalibrateOn = "sampled",
     rules: Rules = "current",
     n_ctx: ContextSize = 512,
     chunks: Chunks = None,
@@ -115,7 +120,8 @@ def compare(
 
     options = {"protocol": protocol, "mode": mode, "memory": memory, "scratch": scratch}
     options |= {"n_ctx": _context(base, n_ctx), "chunks": chunks}
-    report(compare(base, variants, text, imatrix=imatrix, rules=rules, **options), json, overwrite)
+    options |= {"imatrix": imatrix, "rules": rules, "calibrate_on": calibrate_on}
+    report(compare(base, variants, text, **options), json, overwrite)
 
 
 @app.command()
@@ -171,6 +177,7 @@ def table(
     today: Annotated[
         bool, typer.Option("--today", help="Add the I-quants, with an importance matrix of the text sampled.")
     ] = False,
+    calibrate_on: CalibrateOn = "sampled",
     rules: Rules = "current",
     n_ctx: ContextSize = 512,
     chunks: Chunks = None,
@@ -182,8 +189,8 @@ def table(
     from quantlab.study import tables
 
     names = [name for name in ftypes.split(",") if name]
-    options = {"rules": rules, "n_ctx": _context(model, n_ctx), "chunks": chunks, "memory": memory}
-    result = tables.size_ppl(model, text, ftypes=names, **options)
+    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": _context(model, n_ctx), "chunks": chunks}
+    result = tables.size_ppl(model, text, ftypes=names, memory=memory, **options)
     if today:
         from quantlab.study.today import with_today
 

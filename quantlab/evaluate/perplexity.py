@@ -20,6 +20,7 @@ from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import find
 from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same, windows_of
+from quantlab.evaluate.refined_variants import refined_variants
 from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Variant, as_is, resolve, steps
 from quantlab.files.bundled import read_text
@@ -275,6 +276,7 @@ def compare(
     text="primer",
     *,
     imatrix=None,
+    calibrate_on="sampled",
     rules: str = "current",
     n_ctx: int = 512,
     chunks: int | None = None,
@@ -292,9 +294,12 @@ def compare(
         As for `perplexity`.
     variants : sequence of str, Path or Recipe
         GGUF files, ftypes (`Q4_K_M`), recipes; a string may give a name: `NAME=SPEC`. Ftypes and recipes are quantized
-        in memory, layer by layer, to the bytes that `quantize` would write.
+        in memory, layer by layer, to the bytes that `quantize` would write. `Q4_K_M+refined` is what `refine` writes;
+        it cannot resume from `scratch`.
     imatrix : str, Path or ImportanceMatrix, optional
         Importance matrix for ftypes and recipes.
+    calibrate_on : str, Path or Text
+        What to refine with, another text than the one to judge on.
     rules : str
         Rule set of ftypes: `current` or `2023-12`.
     text, n_ctx, chunks, protocol, mode, memory, scratch, progress
@@ -314,9 +319,11 @@ def compare(
         variants = [variants]
     opened = as_model(base)
     matrix = as_matrix(imatrix)
-    found = [as_is(opened, _name(base, opened)), *resolve(opened, variants, rules=rules, imatrix=matrix)]
     windows, record = _cut(opened, text, n_ctx, chunks, protocol, mode, rules)
-    scores = _measure(found, windows, record, memory, scratch, progress, ScoreTokens())
+    how = {"n_ctx": n_ctx, "imatrix": matrix, "rules": rules, "memory": memory, "progress": progress}
+    with refined_variants(opened, variants, text, calibrate_on, scratch=scratch, **how) as given:
+        found = [as_is(opened, _name(base, opened)), *resolve(opened, given, rules=rules, imatrix=matrix)]
+        scores = _measure(found, windows, record, memory, scratch, progress, ScoreTokens())
     rows, running = [], []
     for variant, score in zip(found, scores, strict=True):
         rows.append(_named(variant) | metrics.comparison_row(score, scores[0]))

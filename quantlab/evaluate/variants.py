@@ -86,7 +86,7 @@ def resolve(base: Model, specs: Sequence, *, rules: str = "current", imatrix=Non
     weights = {} if imatrix is None else imatrix.entries
     found = []
     for spec in specs:
-        label, spec = _split_label(spec)
+        label, spec = split_label(spec)
         variant = _resolve_one(base, spec, rules, weights)
         found.append(replace(variant, name=label or variant.name))
     seen: Counter = Counter()
@@ -97,8 +97,8 @@ def resolve(base: Model, specs: Sequence, *, rules: str = "current", imatrix=Non
     return found
 
 
-def _split_label(spec):
-    """`NAME=SPEC` → (NAME, SPEC); anything else has no label."""
+def split_label(spec):
+    """Split `NAME=SPEC` into (NAME, SPEC); anything else has no label."""
     if isinstance(spec, str) and "=" in spec and not Path(spec).exists():
         label, spec = spec.split("=", 1)
         return label, spec

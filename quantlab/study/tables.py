@@ -17,6 +17,7 @@ import pandas as pd
 from quantlab.evaluate.engine.cpu import SHARE_OF_PEAK, peak
 from quantlab.evaluate.engine.workers import Workers
 from quantlab.evaluate.perplexity import Comparison, compare
+from quantlab.evaluate.refined_variants import MARK, is_refined
 from quantlab.files.bundled import data_dir, is_shape, shape, shapes
 from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
@@ -212,6 +213,7 @@ def size_ppl(
     text: str | Path = "primer",
     *,
     ftypes: Sequence[str] | None = None,
+    calibrate_on: str | Path = "sampled",
     rules: str = "current",
     n_ctx: int = 512,
     chunks: int | None = None,
@@ -227,7 +229,10 @@ def size_ppl(
     text : str or Path
         A bundled text's name or a file.
     ftypes : sequence of str, optional
-        The rows, by default all of llama.cpp's table; COPY is the model as it is.
+        The rows, by default all of llama.cpp's table; COPY is the model as it is. `Q4_K_M+refined` is what `refine`
+        writes.
+    calibrate_on : str or Path
+        What to refine with, another text than `text`.
     rules : str
         "current" or "2023-12".
     n_ctx : int
@@ -248,15 +253,25 @@ def size_ppl(
     ValueError
         If a ftype or rule set is unknown, or the text is too short.
     """
-    names = [find_ftype(ftype).name for ftype in ftypes or FTYPES]
+    names = [_row_name(ftype) for ftype in ftypes or FTYPES]
     if is_shape(model):
+        if marked := [name for name in names if is_refined(name)]:
+            raise ValueError(f"{marked[0]}: must have weights to refine, {model} is a shape. Give the model itself.")
         return _sizes_alone(sizes(model, rules=rules), names, text, chunks or _LARGE_CHUNKS, n_ctx)
     opened = open_model(model)
     if chunks is None and opened.n_weights >= _LARGE:
         chunks = _LARGE_CHUNKS
     variants = [name for name in names if name != "COPY"]
-    comparison = compare(opened, variants, text, rules=rules, n_ctx=n_ctx, chunks=chunks, memory=memory)
+    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": n_ctx, "chunks": chunks, "memory": memory}
+    comparison = compare(opened, variants, text, **options)
     return measured(opened, comparison, names, rules)
+
+
+def _row_name(ftype: str) -> str:
+    """A row's name, in the spelling of its ftype."""
+    if is_refined(ftype):
+        return find_ftype(ftype[: -len(MARK)]).name + MARK
+    return find_ftype(ftype).name
 
 
 def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer") -> pd.DataFrame:
