@@ -13,11 +13,10 @@ import pytest
 
 import quantlab as ql
 from quantlab.arch import Hparams, architectures, find, find_class, tensor_shapes
-from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files import bundled
 
 PACKAGE = Path(ql.__file__).parent
-SMALL = Hparams(arch="llama", n_layer=2, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_vocab=320)
+SMALL = Hparams(arch="llama", n_layer=2, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_vocab=320, n_ff_exp=32)
 
 # a llama whose tensors have other names, with a norm after attention
 MADE_UP = '''
@@ -116,17 +115,16 @@ def test_an_architecture_is_found_by_name_and_by_class():
 @pytest.mark.parametrize("record", architectures().values(), ids=lambda record: record.name)
 def test_a_record_is_whole(record):
     """Every part of a layer is a tensor, every matrix is used, every size is a hyper-parameter."""
-    hparams = replace(SMALL, arch=record.name)
+    hparams = replace(SMALL, arch=record.name, n_expert=4 if any(t.role == "experts" for t in record.tensors) else 0)
     layered = [tensor for tensor in record.tensors if tensor.is_layered and tensor.role != "bias"]
     kinds = {tensor.name.split(".")[2]: tensor for tensor in layered}
-    products = [kind for kinds in record.layer.products.values() for kind in kinds]
     assert all(kinds[kind].role == "norm" for kind in record.layer.norms.values())
-    assert sorted(products) == sorted(k for k, tensor in kinds.items() if tensor.role == "matrix")
+    multiplied = ("matrix", "router", "experts")
+    assert sorted(record.matrices()) == sorted(k for k, tensor in kinds.items() if tensor.role in multiplied)
+    dimensions = {"experts": 3, "router": 2} | dict.fromkeys(("embedding", "matrix", "output"), 2)
     for name, tensor, shape in record.expand(hparams):
-        assert len(shape) == (1 if tensor.role in FLOAT_ROLES else 2)
+        assert len(shape) == dimensions.get(tensor.role, 1) and all(shape)
         assert record.tensor(name) is tensor
-    given = {gguf for gguf, _ in record.checkpoint_names(2).values()}
-    assert given == {name for name, tensor, _ in record.expand(hparams) if tensor.checkpoint}
 
 
 def test_heads_may_be_wider_than_their_share_of_the_embedding():

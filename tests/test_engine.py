@@ -60,7 +60,9 @@ def test_observers_change_nothing_and_see_every_product(model, states, mode):
         "ffn_in": (210, n_embd),
         "ffn_down": (210, n_ff),
     }
-    np.testing.assert_allclose(squares, (seen["ffn_down"].astype(np.float64) ** 2).sum(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        squares, (seen["ffn_down"].astype(np.float64) ** 2).sum(axis=0, keepdims=True), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -36,6 +36,8 @@ class Tensor:
         Whether a model may lack it.
     only : str
         Field of `Hparams` that is not zero in the layers that have it; with `!` before its name, zero. Empty: all have.
+    forms : tuple of (str, str, ...)
+        More names in checkpoints, each followed by the change that its form needs.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Tensor:
     meta: str = ""
     optional: bool = False
     only: str = ""
+    forms: tuple[tuple[str, ...], ...] = ()
 
     @property
     def is_layered(self) -> bool:
@@ -252,6 +255,7 @@ class Architecture:
             name.format(i): (tensor.name.format(i), change)
             for tensor in self.tensors
             for name, change in (*((name, tensor.change) for name in tensor.checkpoint), (tensor.meta, ()))
+            if tensor.change != ("stack",)
             for i in range(n_layer if tensor.is_layered else 1)
             if name
         }

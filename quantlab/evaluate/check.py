@@ -19,10 +19,9 @@ def check_model(model) -> None:
     """
     hparams = model.hparams
     record = find(hparams.arch)
-    if record is None or hparams.n_expert:
-        arch = hparams.arch + (f" with {hparams.n_expert} experts" if hparams.n_expert else "")
+    if record is None:
         raise ValueError(
-            f"{model.path}: architecture={arch}, must be one of {', '.join(architectures())} (dense). "
+            f"{model.path}: architecture={hparams.arch}, must be one of {', '.join(architectures())}. "
             f"Evaluate it in llama.cpp."
         )
     layers = [hparams.at(i) for i in range(hparams.n_layer)]

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from quantlab import arch
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.engine import Engine, find
+from quantlab.evaluate.engine import Engine, ExpertInputs, find
 from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.variants import as_is
@@ -27,6 +27,7 @@ from quantlab.files.bundled import read_text
 from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix, merge
 from quantlab.files.model import Model, as_model
 from quantlab.files.progress import announce
+from quantlab.transform.job import n_experts
 
 
 def imatrix(
@@ -91,12 +92,12 @@ def imatrix(
     windows = Windows(windows.tokens, windows.tokens, 0)  # every position counts
     earlier = [as_matrix(item) for item in in_files]
     _check_same_model(earlier, opened)
-    sums = _collect(opened, windows, mode, process_output, memory, progress)
+    found = _collect(opened, windows, mode, process_output, memory, progress)
+    sums, counts = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     for name, values in sums.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{opened.path}: {name}: its inputs are not all finite. Check the model with inspect.")
     n_chunks = len(windows.tokens)
-    counts = {name: np.full(1, n_chunks * n_ctx, np.float32) for name in sums}
     collected = ImportanceMatrix(sums, counts, n_chunks, n_ctx, (text.name,))
     return merge([*earlier, collected], chunk_size=n_ctx) if earlier else collected
 
@@ -108,17 +109,18 @@ def _check_same_model(earlier: Sequence[ImportanceMatrix], model: Model) -> None
         for name, sums in matrix.sums.items():
             if name not in shapes:
                 raise ValueError(f"in_files: {name} is no tensor of {model.path}. Give matrices of this model.")
-            if sums.shape != (1, shapes[name][-1]):
+            n_mat = n_experts(shapes[name])
+            if sums.shape != (n_mat, shapes[name][-1]):
                 raise ValueError(
-                    f"in_files: {name}: shape={sums.shape}, must be {(1, shapes[name][-1])}. "
+                    f"in_files: {name}: shape={sums.shape}, must be {(n_mat, shapes[name][-1])}. "
                     "Give matrices of this model."
                 )
 
 
 def _collect(
     model: Model, windows: Windows, mode: str, process_output: bool, memory, progress: bool
-) -> dict[str, np.ndarray]:
-    """Do the pass and return the sums [shape=(1, n_per_row), dtype=float32] by tensor name."""
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Do the pass; return sums [shape=(n_mat, n_per_row)] and counts [shape=(n_mat,)], float32, by tensor name."""
     n_layer = model.hparams.n_layer
     with find(mode)(model, windows.tokens.shape[1]) as engine:
         budget = engine.plan([as_is(model)], windows, memory, keep_states=False, observed=True)
@@ -138,22 +140,24 @@ class _Importance:
         self._model, self._engine = model, engine
         self._process_output = process_output and "output.weight" in model
         self._record = arch.find(model.hparams.arch)
-        self._sums: dict[str, np.ndarray] = {}
+        self._found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def observe(self, variant: int, layer: int, field: str, inputs) -> None:
         """Add up the squares of the inputs of one product, for each of its matrices."""
         squares = self._engine.column_squares(inputs)
+        counts = inputs.counts if isinstance(inputs, ExpertInputs) else np.array([len(inputs)])
         for name in self._record.layer_at(self._model.hparams, layer).products[field]:
-            self._add(f"blk.{layer}.{name}.weight", squares)
+            self._add(f"blk.{layer}.{name}.weight", squares, counts)
 
-    def _add(self, tensor: str, squares: np.ndarray) -> None:
-        self._sums[tensor] = self._sums.get(tensor, 0) + squares
+    def _add(self, tensor: str, squares: np.ndarray, counts: np.ndarray) -> None:
+        sums, seen = self._found.get(tensor, (0, 0))
+        self._found[tensor] = sums + squares, seen + counts
 
-    def output(self, forward_pass: ForwardPass) -> dict[str, np.ndarray]:
-        """Return the sums by tensor, rounded to float32; the output matrix's on request."""
+    def output(self, forward_pass: ForwardPass) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return sums and counts by tensor, rounded to float32; the output matrix's on request."""
         if self._process_output:
             norm, _ = forward_pass.weights.output(forward_pass.variants[0])
             for chunks in forward_pass.batches():
                 inputs = self._engine.output_inputs(norm, forward_pass.last_states(0, chunks))
-                self._add("output.weight", self._engine.column_squares(inputs))
-        return {tensor: sums[None].astype(np.float32) for tensor, sums in self._sums.items()}
+                self._add("output.weight", self._engine.column_squares(inputs), np.array([len(inputs)]))
+        return {name: (s.astype(np.float32), n.astype(np.float32)) for name, (s, n) in self._found.items()}

@@ -219,16 +219,9 @@ class Weights:
         key = identity(variant, name)
         if key in self._encoded:
             return self._encoded[key]
-        x, tensor = self._load(name), self._base.tensor(name)
-        qtype, weights = variant.types[name], variant.imatrix.get(name)
-        if x.dtype == np.uint8:
-            stored, step, encoded = Stored(x, tensor.qtype, tensor.shape), max(1, _PIECE // tensor.shape[-1]), []
-            for start in range(0, len(x), step):
-                floats = stored.floats(slice(start, start + step))
-                encoded.append(_quantize(floats, qtype, weights, name, start))
-            data = np.concatenate(encoded)
-        else:
-            data = _quantize(x, qtype, weights, name)
+        tensor = self._base.tensor(name)
+        stored = Stored(self._load(name), tensor.qtype, tensor.shape)
+        data = _requantize(stored, variant.types[name], variant.imatrix.get(name), name)
         if self._wanted[key] > 1:
             self._encoded[key] = data
         return data
@@ -245,6 +238,20 @@ def _load_checked(tensor: LazyTensor) -> np.ndarray:
     rows = stored.reshape(-1, stored.shape[-1])
     check_stored(rows.view(np.uint8), tensor.qtype, name=tensor.name)
     return stored
+
+
+def _requantize(stored: Stored, qtype: str, weights: np.ndarray | None, name: str, first_row: int = 0) -> np.ndarray:
+    """Encode a tensor in another type; of stacked matrices each with its own weights."""
+    if len(stored.shape) > 2:
+        n, rows = stored.shape[:2]
+        each = [None] * n if weights is None else weights.reshape(n, -1)
+        return np.stack([_requantize(stored.expert(i), qtype, each[i], name, i * rows) for i in range(n)])
+    if stored.data.dtype != np.uint8:
+        return _quantize(stored.data, qtype, weights, name, first_row)
+    step, encoded = max(1, _PIECE // stored.shape[-1]), []
+    for start in range(0, len(stored.data), step):
+        encoded.append(_quantize(stored.floats(slice(start, start + step)), qtype, weights, name, first_row + start))
+    return np.concatenate(encoded)
 
 
 def _quantize(x: np.ndarray, qtype: str, weights: np.ndarray | None, name: str, first_row: int = 0) -> np.ndarray:

@@ -61,9 +61,9 @@ def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source
         n_head_kv=keys.per_layer("attention.head_count_kv", n_layer, n_head),
         n_ff=keys.per_layer("feed_forward_length", n_layer, given),
         n_expert=keys.whole("expert_count", 0, least=0),
+        n_expert_used=keys.whole("expert_used_count", 0, least=0),
         tied_embeddings="output.weight" not in tensors,
-        **sizes,
-        **_of_architecture(keys, n_layer),
+        **(_of_architecture(keys, n_layer) | sizes),
     )
     return complete(hparams)
 
@@ -76,8 +76,9 @@ def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     defaults = {item.name: item.default for item in fields(Hparams)}
     for key, name in record.metadata.items():
-        if isinstance(defaults.get(name), float) and keys.get(key) is not None:
-            found[name] = keys.positive(key)
+        kind = type(defaults.get(name))
+        if kind in (int, float) and keys.get(key) is not None:
+            found[name] = keys.positive(key) if kind is float else keys.whole(key, least=0)
     if record.window_period:
         size = keys.whole("attention.sliding_window", record.window, least=0)
         pattern = keys.get("attention.sliding_window_pattern")

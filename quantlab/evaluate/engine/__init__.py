@@ -42,6 +42,34 @@ class Stored:
         shape = (len(data), *self.shape[1:]) if len(self.shape) > 1 else self.shape
         return quants.dequantize(data.view(np.uint8), self.qtype, shape)
 
+    def expert(self, index: int) -> "Stored":
+        """Return one matrix of a stack."""
+        return Stored(self.data[index], self.qtype, self.shape[1:])
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """Inputs of the products of all experts of a layer.
+
+    Attributes
+    ----------
+    x : np.ndarray [shape=(n, n_in)]
+        Rows, in the engine's form.
+    rows : np.ndarray [shape=(n_seen,), dtype=int64]
+        Expert by expert the rows of `x` that it sees.
+    ends : np.ndarray [shape=(n_expert + 1,), dtype=int64]
+        Expert e sees `rows[ends[e] : ends[e + 1]]`.
+    """
+
+    x: Any
+    rows: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many rows each expert sees."""
+        return np.diff(self.ends)
+
 
 # `read(name)` gives a tensor of one layer by its name there, such as `ffn_down.weight`; None where there is none
 Read = Callable[[str], Stored | None]
@@ -109,7 +137,8 @@ class Engine(ABC):
             Position of each chunk from which on the result is wanted.
         observe : callable, optional
             Called before each product, with its field and its inputs [n_chunks * n_ctx, n_in] in this engine's form,
-            in the order of the layer. What it returns replaces the weights of this product in `layer`.
+            for experts `ExpertInputs`, in the order of the layer. What it returns replaces the weights of this product
+            in `layer`.
         """
 
     @abstractmethod
@@ -148,7 +177,12 @@ class Engine(ABC):
 
     @abstractmethod
     def column_squares(self, inputs: Any) -> np.ndarray:
-        """Return the sums of squares of each column of the inputs of a product [shape=(n_in,), dtype=float64]."""
+        """Return the sums of squares of each column of the inputs of a product.
+
+        Returns
+        -------
+        np.ndarray [shape=(1, n_in) or, for `ExpertInputs`, (n_expert, n_in), dtype=float64]
+        """
 
 
 @cache

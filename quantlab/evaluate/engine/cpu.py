@@ -10,6 +10,7 @@ A layer is cut into blocks of rows, and attention into heads; each piece is done
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import llvmlite.binding
 import numba
@@ -19,8 +20,9 @@ from threadpoolctl import ThreadpoolController
 
 from quantlab import arch
 from quantlab.evaluate import budget
-from quantlab.evaluate.engine import Engine, Observe, Read, Stored, fused
+from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, fused
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention
+from quantlab.evaluate.engine.experts import Experts, route
 from quantlab.evaluate.engine.rope import rope_angles
 from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, fill_panels, multiply, n_panels, panels_size
 from quantlab.evaluate.engine.workers import Workers, blocks
@@ -67,6 +69,12 @@ class LayerWeights:
         By field, where there is one.
     norms : dict[str, np.ndarray]
         By field, where there is one.
+    vectors : dict[str, np.ndarray]
+        What else there is, by field.
+    experts : dict[str, list of Stored]
+        The matrices of experts, stacked, by field.
+    expert_memory : dict[str, np.ndarray]
+        Where those of one expert are unpacked.
     does : Layer
         What the layer does.
     hparams : Hparams
@@ -76,6 +84,9 @@ class LayerWeights:
     matrices: dict[str, Matrix]
     biases: dict[str, np.ndarray]
     norms: dict[str, np.ndarray]
+    vectors: dict[str, np.ndarray]
+    experts: dict[str, list[Stored]]
+    expert_memory: dict[str, np.ndarray]
     does: arch.Layer
     hparams: arch.Hparams
 
@@ -93,6 +104,7 @@ class CpuEngine(Engine):
 
     modes, devices = ("float",), ("cpu",)
     steps = fused  # what a layer does between its products
+    rows_at_once = ROWS
     angles = staticmethod(rope_angles)
 
     def __init__(self, model, n_ctx: int):
@@ -124,19 +136,27 @@ class CpuEngine(Engine):
         """Return a layer's weights; the matrices lie in memory that the next call uses again."""
         does = self.record.layer_at(self.hparams, index)
         products = {field: [read(f"{name}.weight") for name in names] for field, names in does.products.items()}
-        needed = sum(self.packed_size(stored) for parts in products.values() for stored in parts)
-        if self._memory.size < needed:
-            self._memory = np.empty(needed, np.float32)
-        free = self._memory
-        matrices = {}
+        one = {f: [part.expert(0) if len(part.shape) > 2 else part for part in parts] for f, parts in products.items()}
+        sizes = {field: sum(self.packed_size(stored) for stored in parts) for field, parts in one.items()}
+        if self._memory.size < sum(sizes.values()):
+            self._memory = np.empty(sum(sizes.values()), np.float32)
+        free, matrices, experts, expert_memory = self._memory, {}, {}, {}
         for field, parts in products.items():
-            matrices[field], free = self.matrix(parts, free)
+            if field.startswith("experts"):
+                experts[field], expert_memory[field] = parts, free[: sizes[field]]
+                free = free[sizes[field] :]
+            else:
+                matrices[field], free = self.matrix(parts, free)
         norms = {field: read(f"{name}.weight") for field, name in does.norms.items()}
+        vectors = {field: read(f"{name}.weight") or read(f"{name}.bias") for field, name in does.vectors.items()}
         biases = {field: [read(f"{name}.bias") for name in names] for field, names in does.products.items()}
         return LayerWeights(
             matrices,
-            {f: np.concatenate([part.floats() for part in parts]) for f, parts in biases.items() if None not in parts},
+            {f: np.concatenate([p.floats() for p in parts], -1) for f, parts in biases.items() if None not in parts},
             {field: np.array(stored.floats()) for field, stored in norms.items() if stored is not None},
+            {field: np.array(stored.floats()) for field, stored in vectors.items() if stored is not None},
+            experts,
+            expert_memory,
             does,
             self.hparams.at(index),
         )
@@ -209,7 +229,13 @@ class CpuEngine(Engine):
         self.workers.map(lambda piece: self._attend(qkv, h, first, *piece), pieces)
         if first:
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
+        if layer.experts:
+            whole |= {"routed": np.empty_like(x), "scores": np.empty((len(x), layer.hparams.n_expert), np.float32)}
         self._run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
+        if layer.experts:
+            tokens = np.concatenate([np.arange(rows.start, rows.stop) for rows in by_rows])
+            routes = route(self, layer, whole["scores"], tokens)
+            Experts(self, layer, routes, whole["routed"]).add_to(x, observe)
 
     def _run(self, part, by_rows: list[slice], layer: LayerWeights, whole: dict, observe: Observe | None) -> None:
         """Do a part of a layer, a generator that stops before each product, on every block of rows.
@@ -301,23 +327,39 @@ class CpuEngine(Engine):
 
     def _mix(self, layer: LayerWeights, x: np.ndarray, rows: slice, space) -> Iterator:
         """Everything after attention for a block of rows."""
-        x, n_embd, n_ff = x[rows], x.shape[1], layer.matrices["ffn_in"].n_out // 2
-        attended, normed = space("attended", rows, 0), space("normed", rows, n_embd)
+        x, n_embd = x[rows], x.shape[1]
+        inputs = "routed" if layer.experts else "normed"  # the former stay until the experts have seen them
+        attended, normed = space("attended", rows, 0), space(inputs, rows, n_embd)
         yield "attn_output", "attended"
         change = self.workers.scratch("change", len(x), n_embd)
         self._product("attn_output", layer, attended, change)
         self._norm("attn_post_norm", layer, change, change)
         self._add(x, change)
         self._norm("ffn_norm", layer, x, normed)
-        yield "ffn_in", "normed"
+        if layer.experts:
+            yield "router", inputs
+            self._product("router", layer, normed, space("scores", rows, layer.hparams.n_expert))
+        if "shared_gate" in layer.matrices:
+            yield "shared_gate", inputs
+            self._product("shared_gate", layer, normed, space("shared_gate", rows, 1))
+        if "ffn_in" not in layer.matrices:
+            return
+        n_ff = layer.matrices["ffn_in"].n_out // 2
+        yield "ffn_in", inputs
         gate_up, inner = self.workers.scratch("gate_up", len(x), 2 * n_ff), space("inner", rows, n_ff)
         self._product("ffn_in", layer, normed, gate_up)
-        getattr(self.steps, f"{layer.does.activation}_mul")(gate_up, inner)
+        self.activation(layer.does)(gate_up, inner)
         yield "ffn_down", "inner"
         change = self.workers.scratch("change", len(x), n_embd)
         self._product("ffn_down", layer, inner, change)
         self._norm("ffn_post_norm", layer, change, change)
+        if "shared_gate" in layer.matrices:
+            self.steps.scale_by_sigmoid(change, space("shared_gate", rows, 1))
         self._add(x, change)
+
+    def activation(self, does: arch.Layer):
+        """Return the step between the products of a feed-forward part."""
+        return getattr(self.steps, f"{does.activation}_mul")
 
     # ---- output
 
@@ -376,10 +418,13 @@ class CpuEngine(Engine):
 
     # ---- consumers
 
-    def column_squares(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the sums of squares of each column [shape=(n_in,), dtype=float64], added in the order of the rows."""
+    def column_squares(self, inputs: np.ndarray | ExpertInputs) -> np.ndarray:
+        """Return the sums of squares of each column [shape=(1 or n_expert, n_in), dtype=float64]."""
+        if isinstance(inputs, ExpertInputs):
+            parts = [inputs.rows[start:stop] for start, stop in pairwise(inputs.ends)]
+            return np.stack(self.workers.map(lambda rows: fused.column_squares(inputs.x[rows]), parts))
         totals = self.workers.map(lambda rows: fused.column_squares(inputs[rows]), blocks(len(inputs), ROWS))
-        return np.sort(np.stack(totals), axis=0).sum(axis=0)
+        return np.sort(np.stack(totals), axis=0).sum(axis=0)[None]
 
     # ---- plan
 
@@ -408,11 +453,12 @@ class CpuEngine(Engine):
             for name, shape in shapes.items()
         }
         states = 0 if in_memory else h.n_embd
-        inputs = h.n_embd + h.n_ff if observed else 0
-        activations = chunks * n_ctx * (2 * (h.n_head + h.n_head_kv) * h.head_dim + states + inputs)
+        inputs = h.n_embd + h.n_ff + h.n_expert_used * h.n_ff_exp if observed else 0
+        routed = h.n_embd + h.n_expert if h.n_expert else 0
+        activations = chunks * n_ctx * (2 * (h.n_head + h.n_head_kv) * h.head_dim + states + inputs + routed)
         keys_and_values = panels_size((n_ctx, h.head_dim)) + panels_size((h.head_dim, n_ctx))
-        per_thread = ROWS * (4 * h.n_embd + 4 * h.n_ff) + keys_and_values + QUERIES * n_ctx
-        weights = sum(panels_size(shape) for shape in shapes.values() if len(shape) == 2) + max(sizes)
+        per_thread = ROWS * (4 * h.n_embd + 4 * max(h.n_ff, h.n_ff_exp)) + keys_and_values + QUERIES * n_ctx
+        weights = sum(panels_size(shape[-2:]) for shape in shapes.values() if len(shape) > 1) + max(sizes)
         return sum(stored.values()) + 4 * (weights + activations + self.workers.n_threads * per_thread)
 
     def _output_bytes(self, outputs: int) -> int:

@@ -18,6 +18,7 @@ _C2, _C3, _C4 = np.float32(0.49999994), np.float32(0.16666666), np.float32(0.041
 _C5, _C6 = np.float32(0.0083334519), np.float32(0.0013981999)
 _ONE, _TWO, _ZERO, _HALF = np.float32(1), np.float32(2), np.float32(0), np.float32(0.5)
 _GELU_1, _GELU_3 = np.float32(1.5957691216), np.float32(1.5957691216 * 0.044715)
+_OAI_ALPHA, _OAI_LIMIT = np.float32(1.702), np.float32(7)
 _LOWEST = np.float32(-87.0)  # exp of it is still a normal number
 _HIGHEST = np.float32(88.0)
 
@@ -157,6 +158,28 @@ def silu_mul(gate_up, out):
         gate, up, row = gate_up[r, :n], gate_up[r, n:], out[r]
         for i in range(n):
             row[i] = gate[i] / (_ONE + exp32(-gate[i])) * up[i]
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def swiglu_oai_mul(gate_up, out):
+    """out = gate · sigmoid(1.702 · gate) · (up + 1), with gate at most 7 and up within ±7."""
+    n = out.shape[1]
+    for r in range(out.shape[0]):
+        gate, up, row = gate_up[r, :n], gate_up[r, n:], out[r]
+        for i in range(n):
+            x = min(gate[i], _OAI_LIMIT)
+            row[i] = x / (_ONE + exp32(-_OAI_ALPHA * x)) * (min(max(up[i], -_OAI_LIMIT), _OAI_LIMIT) + _ONE)
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def scale_by_sigmoid(x, gate):
+    """x *= sigmoid(gate), row by row; gate [rows, 1], or as wide as x."""
+    for r in range(x.shape[0]):
+        if gate.shape[1] == 1:
+            x[r] *= _ONE / (_ONE + exp32(-gate[r, 0]))
+        else:
+            for i in range(x.shape[1]):
+                x[r, i] /= _ONE + exp32(-gate[r, i])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")

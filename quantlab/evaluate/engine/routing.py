@@ -1,0 +1,144 @@
+"""Which experts each token sees, and what it takes from them.
+
+scores [n_tokens, n_expert] ─ gating ─ the greatest n_used of each row ─ weights ─ tokens sorted by expert
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from quantlab.evaluate.engine.fused import exp32
+
+_ONE, _ZERO = np.float32(1), np.float32(0)
+_LEAST_SUM = np.float32(6.103515625e-5)  # what sums of weights are at least, as in llama.cpp
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Tokens sorted by the experts that they see.
+
+    Attributes
+    ----------
+    tokens : np.ndarray [shape=(n,), dtype=int64]
+        Expert by expert the tokens that see it, ascending.
+    weights : np.ndarray [shape=(n,), dtype=float32]
+        What the expert's result is multiplied by for each of them.
+    ends : np.ndarray [shape=(n_expert + 1,), dtype=int64]
+        Expert e has those from `ends[e]` to `ends[e + 1]`.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    ends: np.ndarray
+
+    def of(self, expert: int) -> slice:
+        """Where the tokens of an expert stand."""
+        return slice(int(self.ends[expert]), int(self.ends[expert + 1]))
+
+    @property
+    def used(self) -> list[int]:
+        """The experts that any token sees."""
+        return np.flatnonzero(np.diff(self.ends)).tolist()
+
+
+def sort_tokens(tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray, n_expert: int) -> Routes:
+    """Sort tokens by expert.
+
+    Parameters
+    ----------
+    tokens : np.ndarray [shape=(n,), dtype=int64]
+    ids : np.ndarray [shape=(n, n_used), dtype=int32]
+        The experts of each token.
+    weights : np.ndarray [shape=(n, n_used), dtype=float32]
+    n_expert : int
+
+    Examples
+    --------
+    >>> ids, weights = np.array([[2, 0], [0, 1]], np.int32), np.array([[0.75, 0.25], [0.5, 0.5]], np.float32)
+    >>> routes = sort_tokens(np.array([7, 8]), ids, weights, 4)
+    >>> routes.tokens, routes.weights[routes.of(2)], routes.used
+    (array([7, 8, 8, 7]), array([0.75], dtype=float32), [0, 1, 2])
+    """
+    order = np.argsort(ids, axis=None, kind="stable")
+    ends = np.searchsorted(ids.reshape(-1)[order], np.arange(n_expert + 1))
+    return Routes(tokens[order // ids.shape[1]], weights.reshape(-1)[order], ends)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def choose(scores, bias, gating, sums_to_one, scale, ids, weights):
+    """Choose the experts of each token, the greatest first; of equal ones the first comes first.
+
+    Parameters
+    ----------
+    scores : np.ndarray [shape=(n_tokens, n_expert), dtype=float32]
+        What the router gives; changed.
+    bias : np.ndarray [shape=(n_expert,), dtype=float32]
+        Added to the weights while experts are chosen.
+    gating : int
+        0: softmax of all scores, 1: sigmoid of each, 2: softmax of those chosen.
+    sums_to_one : bool
+        Whether the weights are divided by their sum.
+    scale : float32
+        What they are multiplied by in the end.
+    ids, weights : np.ndarray [shape=(n_tokens, n_used), dtype=int32 and float32]
+        The result.
+
+    Source: build_moe_ffn in src/llama-graph.cpp of llama.cpp.
+    """
+    n_used = ids.shape[1]
+    for t in range(scores.shape[0]):
+        row = scores[t]
+        if gating == 0:
+            _softmax(row)
+        elif gating == 1:
+            for e in range(row.shape[0]):
+                row[e] = _ONE / (_ONE + exp32(-row[e]))
+        for i in range(n_used):
+            best = -1
+            for e in range(row.shape[0]):
+                is_free = True
+                for j in range(i):
+                    is_free = is_free and ids[t, j] != e
+                if is_free and (best < 0 or row[e] + bias[e] > row[best] + bias[best]):
+                    best = e
+            ids[t, i], weights[t, i] = best, row[best]
+        if gating == 2:
+            _softmax(weights[t])
+        if sums_to_one:
+            total = _ZERO
+            for i in range(n_used):
+                total += weights[t, i]
+            for i in range(n_used):
+                weights[t, i] /= max(total, _LEAST_SUM)
+        for i in range(n_used):
+            weights[t, i] *= scale
+
+
+@njit(nogil=True, error_model="numpy")
+def _softmax(row):
+    """Softmax of a short row in place."""
+    top, total = row[0], _ZERO
+    for i in range(row.shape[0]):
+        top = max(top, row[i])
+    for i in range(row.shape[0]):
+        row[i] = exp32(row[i] - top)
+        total += row[i]
+    for i in range(row.shape[0]):
+        row[i] /= total
+
+
+@njit(nogil=True, cache=True)
+def take_rows(x, rows, out):
+    """out[i] = x[rows[i]]."""
+    for i in range(rows.shape[0]):
+        out[i] = x[rows[i]]
+
+
+@njit(nogil=True, cache=True)
+def add_rows(x, rows, weights, change):
+    """x[rows[i]] += weights[i] · change[i]."""
+    for i in range(rows.shape[0]):
+        row, weight = x[rows[i]], weights[i]
+        for j in range(row.shape[0]):
+            row[j] += weight * change[i, j]
