@@ -181,12 +181,12 @@ _RECORDS = (
         levels=range(-4, 4), is_candidate=True,
     ),
     GgmlType(
-        "Q4_K", 12, 256, 144, "k-quant", **_kernels("kquants", "q4_k"),
+        "Q4_K", 12, 256, 144, "k-quant", **_kernels("q45_k", "q4_k"),
         fallback="Q5_0", halves=(0, 2), sub_block=32, codes=(Bits(16, 144, 32, 4),), levels=range(16),
         is_candidate=True,
     ),
     GgmlType(
-        "Q5_K", 13, 256, 176, "k-quant", **_kernels("kquants", "q5_k"),
+        "Q5_K", 13, 256, 176, "k-quant", **_kernels("q45_k", "q5_k"),
         fallback="Q5_1", halves=(0, 2), sub_block=32, codes=(Bits(48, 176, 32, 4), Bits(16, 48, 32, 1)),
         levels=range(32), is_candidate=True,
     ),

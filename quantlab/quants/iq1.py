@@ -21,9 +21,8 @@ Source: `quantize_row_iq1_*_impl` and `dequantize_row_iq1_*` of ggml-quants.c.
 """
 
 import numpy as np
-from numba import prange
 
-from quantlab.quants.grids import grid, words
+from quantlab.quants.drivers import QK_K, on_grid
 from quantlab.quants.lanes import (
     absolute,
     from_half,
@@ -31,7 +30,6 @@ from quantlab.quants.lanes import (
     lanes,
     load,
     maximum,
-    parallel_kernel,
     scatter,
     select,
     store,
@@ -42,7 +40,6 @@ from quantlab.quants.lattice import (
     HEAD,
     LANE,
     LARGEST,
-    NO_WEIGHTS,
     best_of_8,
     copy_blocks,
     largest_of,
@@ -51,10 +48,8 @@ from quantlab.quants.lattice import (
     workspace,
 )
 from quantlab.quants.search import ONE, ZERO
-from quantlab.quants.superblock import QK_K, SPAN
 
 S, M = 0, 1
-SIZES = (50, 56)  # bytes of a block
 HALF_SUMS = 16 * 33  # where the sums of the second half begin
 EPS_S, EPS_M = np.float32(1e-12), np.float32(1e-7)  # GROUP_MAX_EPS_IQ1_S and GROUP_MAX_EPS_IQ1_M
 DELTA = np.float32(0.125)
@@ -63,6 +58,12 @@ SQUARES = VALUES * VALUES
 PLUS_NEAR, PLUS_FAR = SQUARES[0] - SQUARES[1], SQUARES[1] - SQUARES[2]
 MINUS_NEAR, MINUS_FAR = SQUARES[3] - SQUARES[4], SQUARES[4] - SQUARES[5]
 FACTOR_S, FACTOR_M = np.float32(1.125), np.float32(1.1125)
+
+
+@kernel
+def _size(kind):
+    """Return the bytes of a block."""
+    return 50 if kind == S else 56
 
 
 # ---- encode
@@ -83,7 +84,7 @@ def _network(n):
     return np.array(pairs)
 
 
-NETWORKS = (_network(32), _network(16))
+NETWORK_32, NETWORK_16 = _network(32), _network(16)
 
 
 @kernel
@@ -219,12 +220,12 @@ def _to_grid(ws, grid, group, k, scale, minus):
 
 
 @kernel
-def _search(ws, grid, kind, j, n, network):
+def _search(ws, grid, kind, j, n):
     """Find scale, signs and points of sub-block `j` of `n` weights."""
     peak = ZERO * load(ws.x, 0)
     for i in range(16 * n * j, 16 * n * (j + 1), 16):
         peak = maximum(peak, absolute(load(ws.x, i)))
-    _sort(ws, n * j, n, network)
+    _sort(ws, n * j, n, NETWORK_32 if kind == S else NETWORK_16)
     _sum_up(ws, n * j, n, 1 if kind == S else 2)
     scale, found = _limits_s(ws) if kind == S else _limits_m(ws)
     zero = (peak < (EPS_S if kind == S else EPS_M)) | (found < 0)
@@ -297,13 +298,13 @@ def _pack_m(ws, d, none):
 
 
 @kernel
-def _span(x, importance, grid, kind, network, out, start, n):
+def _span(x, importance, grid, kind, out, start, stop):
     ws = workspace()
-    weights, size, qs = (32, 50, 2) if kind == S else (16, 56, 0)
-    for first in range(start, min(start + SPAN, n), 16):
-        read_weights(ws, x, importance, first, n, np.float32(2), ZERO)
+    weights, qs = (32, 2) if kind == S else (16, 0)
+    for first in range(start, stop, 16):
+        read_weights(ws, x, importance, first, stop, np.float32(2), ZERO)
         for j in range(256 // weights):
-            store(ws.scale, 16 * j, _search(ws, grid, kind, j, weights, network))
+            store(ws.scale, 16 * j, _search(ws, grid, kind, j, weights))
         peak = largest_of(ws.scale, 0, 256 // weights)
         d, none = peak / np.float32(15), peak == ZERO
         for i in range(32 * 16):
@@ -314,30 +315,7 @@ def _span(x, importance, grid, kind, network, out, start, n):
             _pack_s(ws, d, none)
         else:
             _pack_m(ws, d, none)
-        copy_blocks(ws.head, first, n, size, out)
-
-
-@parallel_kernel
-def _encode(x, importance, grid, kind, network, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span(x, importance, grid, kind, network, out, span * SPAN, n)
-
-
-def encode_iq1_s_imatrix(x, weights, out):
-    """Quantize rows to IQ1_S, errors weighted by the importance of their columns."""
-    _encode(x, weights, grid("IQ1_S"), S, NETWORKS[S], out)
-
-
-def encode_iq1_m(x, out):
-    """Quantize rows to IQ1_M."""
-    _encode(x, NO_WEIGHTS, grid("IQ1_S"), M, NETWORKS[M], out)
-
-
-def encode_iq1_m_imatrix(x, weights, out):
-    """Quantize rows to IQ1_M, errors weighted by the importance of their columns."""
-    _encode(x, weights, grid("IQ1_S"), M, NETWORKS[M], out)
+        copy_blocks(ws.head, first, stop, _size(kind), out)
 
 
 # ---- decode
@@ -365,11 +343,11 @@ def _decode_block(data, block, kind, words, values, levels, delta):
 
 
 @kernel
-def _decode_span(data, words, kind, size, out, start, stop):
+def _decode_span(data, words, kind, out, start, stop):
     values, levels, delta = np.empty(32, np.int64), np.empty(16, np.int32), np.empty(32, np.float32)
     db, half = np.empty(16, np.float32), np.int32(0)
     for b in range(start, stop):
-        block = b * size
+        block = b * _size(kind)
         _decode_block(data, block, kind, words, values, levels, delta)
         if kind == S:
             half = np.int32(data[block]) | np.int32(data[block + 1]) << 8
@@ -384,19 +362,6 @@ def _decode_span(data, words, kind, size, out, start, stop):
             store(out, b * QK_K + 16 * j, db[j] * (to_float(load(signed, 16 * j)) + d))
 
 
-@parallel_kernel
-def _decode(data, words, kind, size, out):
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span(data, words, kind, size, out, span * SPAN, min(span * SPAN + SPAN, n))
-
-
-def decode_iq1_s(data, out):
-    """Turn IQ1_S blocks back into float32."""
-    _decode(data, words("IQ1_S"), S, SIZES[S], out)
-
-
-def decode_iq1_m(data, out):
-    """Turn IQ1_M blocks back into float32."""
-    _decode(data, words("IQ1_S"), M, SIZES[M], out)
+_functions = on_grid(_span, _decode_span)
+_, encode_iq1_s_imatrix, decode_iq1_s = _functions("IQ1_S", S)
+encode_iq1_m, encode_iq1_m_imatrix, decode_iq1_m = _functions("IQ1_S", M)

@@ -20,9 +20,9 @@ Source: `quantize_row_iq2_*_impl` and `dequantize_row_iq2_*` of ggml-quants.c, l
 """
 
 import numpy as np
-from numba import prange
 
-from quantlab.quants.grids import ALL_SIGNS, EVEN_SIGNS, grid, words
+from quantlab.quants.drivers import QK_K, on_grid
+from quantlab.quants.grids import ALL_SIGNS, EVEN_SIGNS
 from quantlab.quants.lanes import (
     kernel,
     lanes,
@@ -30,7 +30,6 @@ from quantlab.quants.lanes import (
     maximum,
     minimum,
     nearest_int,
-    parallel_kernel,
     scatter,
     select,
     store,
@@ -40,7 +39,6 @@ from quantlab.quants.lanes import (
 from quantlab.quants.lattice import (
     HALF,
     HEAD,
-    NO_WEIGHTS,
     best_of_8,
     copy_blocks,
     largest_of,
@@ -54,13 +52,18 @@ from quantlab.quants.lattice import (
     write_values,
 )
 from quantlab.quants.search import GROUP_MAX_EPS, ONE, TENTH, ZERO, make_qp_quants
-from quantlab.quants.superblock import QK_K, SPAN, half_at
+from quantlab.quants.superblock import half_at
 
 XXS, XS, S = 0, 1, 2
-SIZES = (66, 74, 82)  # bytes of a block
 EPS_S = np.float32(1e-8)  # GROUP_MAX_EPS_IQ2_S
 THREE, FIVE = np.float32(3), np.float32(5)
 FACTOR_S = np.float32(0.9875)
+
+
+@kernel
+def _size(kind):
+    """Return the bytes of a block."""
+    return 66 + 8 * kind
 
 
 # ---- encode
@@ -202,43 +205,15 @@ def _pack(ws, grid, kind, groups):
 
 
 @kernel
-def _span(x, importance, grid, kind, size, out, start, n):
+def _span(x, importance, grid, kind, out, start, stop):
     ws = workspace()
     groups, steps = (4, 6) if kind == XXS else (2, 9)
-    for first in range(start, min(start + SPAN, n), 16):
-        read_weights(ws, x, importance, first, n, np.float32(2) if kind == S else ONE, np.float32(0.25))
+    for first in range(start, stop, 16):
+        read_weights(ws, x, importance, first, stop, np.float32(2) if kind == S else ONE, np.float32(0.25))
         for j in range(32 // groups):
             store(ws.scale, 16 * j, _search(ws, grid, kind, groups * j, groups, steps))
         _pack(ws, grid, kind, groups)
-        copy_blocks(ws.head, first, n, size, out)
-
-
-@parallel_kernel
-def _encode(x, importance, grid, kind, size, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span(x, importance, grid, kind, size, out, span * SPAN, n)
-
-
-def encode_iq2_xxs_imatrix(x, weights, out):
-    """Quantize rows to IQ2_XXS, errors weighted by the importance of their columns."""
-    _encode(x, weights, grid("IQ2_XXS"), XXS, SIZES[XXS], out)
-
-
-def encode_iq2_xs_imatrix(x, weights, out):
-    """Quantize rows to IQ2_XS, errors weighted by the importance of their columns."""
-    _encode(x, weights, grid("IQ2_XS"), XS, SIZES[XS], out)
-
-
-def encode_iq2_s(x, out):
-    """Quantize rows to IQ2_S."""
-    _encode(x, NO_WEIGHTS, grid("IQ2_S"), S, SIZES[S], out)
-
-
-def encode_iq2_s_imatrix(x, weights, out):
-    """Quantize rows to IQ2_S, errors weighted by the importance of their columns."""
-    _encode(x, weights, grid("IQ2_S"), S, SIZES[S], out)
+        copy_blocks(ws.head, first, stop, _size(kind), out)
 
 
 # ---- decode
@@ -268,33 +243,17 @@ def _read_block(data, block, kind, words, minus, values, levels):
 
 
 @kernel
-def _decode_span(data, words, minus, kind, size, out, start, stop):
+def _decode_span(data, words, kind, out, start, stop):
+    minus = ALL_SIGNS if kind == S else EVEN_SIGNS
     values, levels, db = np.empty(32, np.int64), np.empty(16, np.int32), np.empty(16, np.float32)
     for b in range(start, stop):
-        block = b * size
+        block = b * _size(kind)
         _read_block(data, block, kind, words, minus, values, levels)
         store(db, 0, half_at(data, block) * (HALF + to_float(load(levels, 0))) * np.float32(0.25))
         write_values(values.view(np.int8), db, out, b * QK_K)
 
 
-@parallel_kernel
-def _decode(data, words, minus, kind, size, out):
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span(data, words, minus, kind, size, out, span * SPAN, min(span * SPAN + SPAN, n))
-
-
-def decode_iq2_xxs(data, out):
-    """Turn IQ2_XXS blocks back into float32."""
-    _decode(data, words("IQ2_XXS"), EVEN_SIGNS, XXS, SIZES[XXS], out)
-
-
-def decode_iq2_xs(data, out):
-    """Turn IQ2_XS blocks back into float32."""
-    _decode(data, words("IQ2_XS"), EVEN_SIGNS, XS, SIZES[XS], out)
-
-
-def decode_iq2_s(data, out):
-    """Turn IQ2_S blocks back into float32."""
-    _decode(data, words("IQ2_S"), ALL_SIGNS, S, SIZES[S], out)
+_functions = on_grid(_span, _decode_span)
+_, encode_iq2_xxs_imatrix, decode_iq2_xxs = _functions("IQ2_XXS", XXS)
+_, encode_iq2_xs_imatrix, decode_iq2_xs = _functions("IQ2_XS", XS)
+encode_iq2_s, encode_iq2_s_imatrix, decode_iq2_s = _functions("IQ2_S", S)

@@ -18,9 +18,9 @@ Source: `quantize_row_iq3_*_impl` and `dequantize_row_iq3_*` of ggml-quants.c, l
 """
 
 import numpy as np
-from numba import prange
 
-from quantlab.quants.grids import ALL_SIGNS, EVEN_SIGNS, grid, words
+from quantlab.quants.drivers import QK_K, on_grid
+from quantlab.quants.grids import ALL_SIGNS, EVEN_SIGNS
 from quantlab.quants.lanes import (
     kernel,
     lanes,
@@ -28,7 +28,6 @@ from quantlab.quants.lanes import (
     maximum,
     minimum,
     nearest_int,
-    parallel_kernel,
     scatter,
     select,
     store,
@@ -38,7 +37,6 @@ from quantlab.quants.lanes import (
 from quantlab.quants.lattice import (
     HALF,
     HEAD,
-    NO_WEIGHTS,
     best_of_4,
     copy_blocks,
     largest_of,
@@ -52,13 +50,18 @@ from quantlab.quants.lattice import (
     write_values,
 )
 from quantlab.quants.search import ONE, ZERO
-from quantlab.quants.superblock import QK_K, SPAN, half_at
+from quantlab.quants.superblock import half_at
 
 XXS, S = 0, 1
-SIZES = (98, 110)  # bytes of a block
 EPS_XXS = np.float32(1e-8)  # GROUP_MAX_EPS_IQ3_XXS
 FIFTH, FIFTEEN = np.float32(0.2), np.float32(15)
 FACTOR_XXS, FACTOR_S = np.float32(1.0125), np.float32(1.033)
+
+
+@kernel
+def _size(kind):
+    """Return the bytes of a block."""
+    return 110 if kind == S else 98
 
 
 # ---- encode
@@ -207,44 +210,16 @@ def _move_up(ws):
 
 
 @kernel
-def _span(x, importance, grid, kind, size, out, start, n):
+def _span(x, importance, grid, kind, out, start, stop):
     ws = workspace()
-    for first in range(start, min(start + SPAN, n), 16):
-        read_weights(ws, x, importance, first, n, np.float32(2), ZERO)
+    for first in range(start, stop, 16):
+        read_weights(ws, x, importance, first, stop, np.float32(2), ZERO)
         for j in range(8):
             store(ws.scale, 16 * j, _search(ws, grid, kind, j, 15 if kind == XXS else 9))
         _pack(ws, grid, kind)
         if kind == S:
             _move_up(ws)
-        copy_blocks(ws.head, first, n, size, out)
-
-
-@parallel_kernel
-def _encode(x, importance, grid, kind, size, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span(x, importance, grid, kind, size, out, span * SPAN, n)
-
-
-def encode_iq3_xxs(x, out):
-    """Quantize rows to IQ3_XXS."""
-    _encode(x, NO_WEIGHTS, grid("IQ3_XXS"), XXS, SIZES[XXS], out)
-
-
-def encode_iq3_xxs_imatrix(x, weights, out):
-    """Quantize rows to IQ3_XXS, errors weighted by the importance of their columns."""
-    _encode(x, weights, grid("IQ3_XXS"), XXS, SIZES[XXS], out)
-
-
-def encode_iq3_s(x, out):
-    """Quantize rows to IQ3_S."""
-    _encode(x, NO_WEIGHTS, grid("IQ3_S"), S, SIZES[S], out)
-
-
-def encode_iq3_s_imatrix(x, weights, out):
-    """Quantize rows to IQ3_S, errors weighted by the importance of their columns."""
-    _encode(x, weights, grid("IQ3_S"), S, SIZES[S], out)
+        copy_blocks(ws.head, first, stop, _size(kind), out)
 
 
 # ---- decode
@@ -272,10 +247,11 @@ def _read_block(data, block, kind, words, minus, values, levels):
 
 
 @kernel
-def _decode_span(data, words, minus, kind, size, out, start, stop):
+def _decode_span(data, words, kind, out, start, stop):
+    minus = ALL_SIGNS if kind == S else EVEN_SIGNS
     values, levels, db = np.empty(32, np.int64), np.empty(16, np.int32), np.empty(16, np.float32)
     for b in range(start, stop):
-        block = b * size
+        block = b * _size(kind)
         _read_block(data, block, kind, words, minus, values, levels)
         l = load(levels, 0)
         if kind == XXS:
@@ -285,19 +261,6 @@ def _decode_span(data, words, minus, kind, size, out, start, stop):
         write_values(values.view(np.int8), db, out, b * QK_K)
 
 
-@parallel_kernel
-def _decode(data, words, minus, kind, size, out):
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _decode_span(data, words, minus, kind, size, out, span * SPAN, min(span * SPAN + SPAN, n))
-
-
-def decode_iq3_xxs(data, out):
-    """Turn IQ3_XXS blocks back into float32."""
-    _decode(data, words("IQ3_XXS"), EVEN_SIGNS, XXS, SIZES[XXS], out)
-
-
-def decode_iq3_s(data, out):
-    """Turn IQ3_S blocks back into float32."""
-    _decode(data, words("IQ3_S"), ALL_SIGNS, S, SIZES[S], out)
+_functions = on_grid(_span, _decode_span)
+encode_iq3_xxs, encode_iq3_xxs_imatrix, decode_iq3_xxs = _functions("IQ3_XXS", XXS)
+encode_iq3_s, encode_iq3_s_imatrix, decode_iq3_s = _functions("IQ3_S", S)

@@ -12,8 +12,8 @@ Source: `quantize_row_iq4_nl_impl` and `dequantize_row_iq4_*` of ggml-quants.c, 
 """
 
 import numpy as np
-from numba import prange
 
+from quantlab.quants.drivers import NO_WEIGHTS, QK_K, decoder, encoders
 from quantlab.quants.ggml_types import GGML_TYPES
 from quantlab.quants.lanes import (
     kernel,
@@ -23,22 +23,18 @@ from quantlab.quants.lanes import (
     maximum,
     minimum,
     nearest_int,
-    parallel_kernel,
     scatter,
     select,
     sqrt,
     store,
     to_float,
     to_half,
-    transpose,
 )
-from quantlab.quants.lattice import NO_WEIGHTS
 from quantlab.quants.search import GROUP_MAX_EPS, ONE, ZERO, largest
-from quantlab.quants.superblock import QK_K, half_at
+from quantlab.quants.superblock import half_at, read_columns
 
 QK4_NL = 32
 SIZE_NL, SIZE_XS = 18, 136  # bytes of a block
-SPAN = 1 << 15  # weights that one task of a parallel loop handles
 TRIES = 7
 VALUES = np.array(GGML_TYPES["IQ4_NL"].levels, np.int8)
 MIDDLES = (VALUES[1:].astype(np.float32) + VALUES[:-1]) / np.float32(2)  # exact, and so are the differences from them
@@ -79,15 +75,6 @@ def _search(x, w, at):
         scale = select(better, sum_qx / sum_q2, scale)
         best = select(better, scale * sum_qx, best)
     return select(magnitude < GROUP_MAX_EPS, ZERO, scale)
-
-
-@kernel
-def _read_columns(source, first, n, per_row, block, target, rows):
-    """Put 16 blocks of `block` weights side by side; `per_row` blocks on, `source` starts over."""
-    for lane in range(16):
-        rows[lane] = min(first + lane, n - 1) % per_row * block
-    for i in range(0, block, 16):
-        transpose(source, rows, i, target, 16 * i)
 
 
 @kernel
@@ -144,13 +131,13 @@ def _pack_xs(x, scale, head):
 
 
 @kernel
-def _span(x, importance, block, size, out, start, stop, n):
+def _encode_span(x, importance, block, size, out, start, stop):
     rows, columns, w = np.empty(16, np.int64), np.empty(16 * block, np.float32), np.empty(16 * block, np.float32)
     scale, head = np.empty(8 * 16, np.float32), np.empty(16 * SIZE_XS, np.uint8)
     for first in range(start, stop, 16):
-        _read_columns(x, first, n, n, block, columns, rows)
+        read_columns(x, first, stop, stop, columns, rows, block)
         if importance.size:
-            _read_columns(importance, first, n, importance.size // block, block, w, rows)
+            read_columns(importance, first, stop, importance.size // block, w, rows, block)
         _weigh(columns, w, importance.size > 0, block)
         for j in range(block // 32):
             store(scale, 16 * j, _search(columns, w, 512 * j))
@@ -158,37 +145,23 @@ def _span(x, importance, block, size, out, start, stop, n):
             _pack_nl(columns, scale, head)
         else:
             _pack_xs(columns, scale, head)
-        for k in range(min(16, n - first)):
+        for k in range(min(16, stop - first)):
             for byte in range(size):
                 out[(first + k) * size + byte] = head[SIZE_XS * k + byte]
 
 
-@parallel_kernel
-def _encode(x, importance, block, size, out):
-    x, out = x.reshape(-1), out.reshape(-1)
-    n, span = x.size // block, SPAN // block
-    for k in prange((n + span - 1) // span):
-        _span(x, importance, block, size, out, k * span, min(k * span + span, n), n)
+@kernel
+def _span_nl(x, importance, out, start, stop):
+    _encode_span(x, importance, QK4_NL, SIZE_NL, out, start, stop)
 
 
-def encode_iq4_nl(x, out):
-    """Quantize rows to IQ4_NL."""
-    _encode(x, NO_WEIGHTS, QK4_NL, SIZE_NL, out)
+@kernel
+def _span_xs(x, importance, out, start, stop):
+    _encode_span(x, importance, QK_K, SIZE_XS, out, start, stop)
 
 
-def encode_iq4_nl_imatrix(x, weights, out):
-    """Quantize rows to IQ4_NL, errors weighted by the importance of their columns."""
-    _encode(x, weights, QK4_NL, SIZE_NL, out)
-
-
-def encode_iq4_xs(x, out):
-    """Quantize rows to IQ4_XS."""
-    _encode(x, NO_WEIGHTS, QK_K, SIZE_XS, out)
-
-
-def encode_iq4_xs_imatrix(x, weights, out):
-    """Quantize rows to IQ4_XS, errors weighted by the importance of their columns."""
-    _encode(x, weights, QK_K, SIZE_XS, out)
+encode_iq4_nl, encode_iq4_nl_imatrix = encoders(_span_nl, block=QK4_NL, unweighted=NO_WEIGHTS)
+encode_iq4_xs, encode_iq4_xs_imatrix = encoders(_span_xs, unweighted=NO_WEIGHTS)
 
 
 # ---- decode
@@ -202,32 +175,22 @@ def _decode_block(data, at, d, out, o):
 
 
 @kernel
-def _decode_span(data, block, size, out, start, stop):
+def _decode_span_nl(data, out, start, stop):
     for k in range(start, stop):
-        at = k * size
+        at = k * SIZE_NL
+        _decode_block(data, at + 2, half_at(data, at), out, k * QK4_NL)
+
+
+@kernel
+def _decode_span_xs(data, out, start, stop):
+    for k in range(start, stop):
+        at = k * SIZE_XS
         d = half_at(data, at)
-        if block == QK4_NL:
-            _decode_block(data, at + 2, d, out, k * QK4_NL)
-        else:
-            high = np.int32(data[at + 2]) | np.int32(data[at + 3]) << 8
-            for j in range(8):
-                l = np.int32(data[at + 4 + j // 2]) >> (4 * (j & 1)) & 15 | (high >> (2 * j) & 3) << 4
-                _decode_block(data, at + 8 + 16 * j, d * np.float32(l - 32), out, k * QK_K + 32 * j)
+        high = np.int32(data[at + 2]) | np.int32(data[at + 3]) << 8
+        for j in range(8):
+            l = np.int32(data[at + 4 + j // 2]) >> (4 * (j & 1)) & 15 | (high >> (2 * j) & 3) << 4
+            _decode_block(data, at + 8 + 16 * j, d * np.float32(l - 32), out, k * QK_K + 32 * j)
 
 
-@parallel_kernel
-def _decode(data, block, size, out):
-    data, out = data.reshape(-1), out.reshape(-1)
-    n, span = out.size // block, SPAN // block
-    for k in prange((n + span - 1) // span):
-        _decode_span(data, block, size, out, k * span, min(k * span + span, n))
-
-
-def decode_iq4_nl(data, out):
-    """Turn IQ4_NL blocks back into float32."""
-    _decode(data, QK4_NL, SIZE_NL, out)
-
-
-def decode_iq4_xs(data, out):
-    """Turn IQ4_XS blocks back into float32."""
-    _decode(data, QK_K, SIZE_XS, out)
+decode_iq4_nl = decoder(_decode_span_nl, block=QK4_NL)
+decode_iq4_xs = decoder(_decode_span_xs)

@@ -17,7 +17,6 @@ same bytes, slowly.
     memory          load store gather look_up scatter transpose
 """
 
-import operator
 import os
 from importlib import import_module
 
@@ -25,8 +24,21 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import lower_builtin, models, register_model
+from numba.core.typing.templates import signature
+
+from quantlab.quants.lane_types import (
+    ELEMENTS,
+    FLOATS,
+    INT32,
+    INTS,
+    MASK,
+    WIDTH,
+    common_kind,
+    operand,
+    teach,
+    vector,
+    widen,
+)
 
 
 def _load_openmp() -> None:
@@ -53,145 +65,7 @@ kernel = njit(cache=True, error_model="numpy")  # how every function over lanes 
 inlined_kernel = njit(cache=True, error_model="numpy", forceinline=True)  # for steps of one caller's inner loops
 parallel_kernel = njit(cache=True, error_model="numpy", parallel=True, nogil=True)
 
-WIDTH = 16
 ROUNDER = np.float32(12582912)  # 1.5 * 2**23: adding it rounds a small float to a whole number, half to even
-
-
-class Lanes(types.Type):
-    """The numba type of 16 numbers of one kind."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-        super().__init__(name=f"Lanes({dtype})")
-
-
-FLOATS, INTS, MASK = Lanes(types.float32), Lanes(types.int32), Lanes(types.boolean)
-_ELEMENTS = {FLOATS: ir.FloatType(), INTS: ir.IntType(32), MASK: ir.IntType(1)}
-_INT32 = ir.IntType(32)
-
-
-def _vector(lanes_type):
-    return ir.VectorType(_ELEMENTS[lanes_type], WIDTH)
-
-
-@register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager, lanes_type):
-        super().__init__(manager, lanes_type, _vector(lanes_type))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How a Python function or operator is taught to numba
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _teach(function, typing, lower):
-    """Let jitted code call `function`: `typing(*types)` gives a signature or None, `lower` builds its LLVM code."""
-
-    class Template(AbstractTemplate):
-        key = function
-
-        def generic(self, args, kws):
-            return None if kws else typing(*args)
-
-    infer_global(function, types.Function(Template))
-    lower_builtin(function, types.VarArg(types.Any))(lower)
-
-
-def _teach_operator(symbol, operands, result, lower):
-    """Let jitted code apply a binary operator to lanes of one kind, or to lanes and a plain number."""
-
-    @infer_global(symbol)
-    class _Operator(AbstractTemplate):
-        def generic(self, args, kws):
-            if len(args) == 2 and operands in args:
-                accepted = [_operand(arg, operands) for arg in args]
-                if None not in accepted:
-                    return signature(result, *accepted)
-
-    def build(context, builder, sig, args):
-        return lower(builder, *[_widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)])
-
-    for pair in ((operands, operands), (operands, operands.dtype), (operands.dtype, operands)):
-        lower_builtin(symbol, *pair)(build)
-
-
-def _operand(given, wanted):
-    """The type as which an operand enters an operation on `wanted` lanes; None if it cannot."""
-    plain = {FLOATS: types.Number, INTS: types.Integer, MASK: types.Boolean}[wanted]
-    return wanted if given == wanted else wanted.dtype if isinstance(given, plain) else None
-
-
-def _widen(builder, value, kind):
-    """Repeat a plain number 16 times; lanes pass."""
-    if isinstance(kind, Lanes):
-        return value
-    if kind == types.boolean:
-        value = builder.trunc(value, ir.IntType(1))
-    vector = ir.VectorType(value.type, WIDTH)
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = builder.insert_element(undefined, value, _INT32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, WIDTH), [0] * WIDTH))
-
-
-def _kind(*args):
-    """The lanes type that plain numbers and lanes have in common."""
-    for wanted in (FLOATS, INTS, MASK):
-        if wanted in args:
-            return wanted if all(_operand(arg, wanted) for arg in args) else None
-    for wanted, plain in ((MASK, types.Boolean), (INTS, types.Integer), (FLOATS, types.Float)):
-        if all(isinstance(arg, plain) for arg in args):
-            return wanted
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators
-# ---------------------------------------------------------------------------------------------------------------------
-
-for _symbol, _float, _int in (
-    (operator.add, "fadd", "add"),
-    (operator.sub, "fsub", "sub"),
-    (operator.mul, "fmul", "mul"),
-    (operator.truediv, "fdiv", None),
-    (operator.and_, None, "and_"),
-    (operator.or_, None, "or_"),
-    (operator.xor, None, "xor"),
-    (operator.lshift, None, "shl"),
-    (operator.rshift, None, "ashr"),
-):
-    if _float:
-        _teach_operator(_symbol, FLOATS, FLOATS, lambda b, x, y, name=_float: getattr(b, name)(x, y))
-    if _int:
-        _teach_operator(_symbol, INTS, INTS, lambda b, x, y, name=_int: getattr(b, name)(x, y))
-    if _int in ("and_", "or_", "xor"):
-        _teach_operator(_symbol, MASK, MASK, lambda b, x, y, name=_int: getattr(b, name)(x, y))
-
-for _symbol, _sign in (
-    (operator.lt, "<"),
-    (operator.le, "<="),
-    (operator.gt, ">"),
-    (operator.ge, ">="),
-    (operator.eq, "=="),
-    (operator.ne, "!="),
-):
-    _compare = "fcmp_unordered" if _sign == "!=" else "fcmp_ordered"  # as in C, NaN != NaN alone holds
-    _teach_operator(_symbol, FLOATS, MASK, lambda b, x, y, name=_compare, sign=_sign: getattr(b, name)(sign, x, y))
-    _teach_operator(_symbol, INTS, MASK, lambda b, x, y, sign=_sign: b.icmp_signed(sign, x, y))
-
-
-def _teach_unary(symbol, operands, lower):
-    @infer_global(symbol)
-    class _Unary(AbstractTemplate):
-        def generic(self, args, kws):
-            return signature(operands, operands) if args == (operands,) else None
-
-    lower_builtin(symbol, operands)(lambda context, builder, sig, args: lower(builder, args[0]))
-
-
-_teach_unary(operator.neg, FLOATS, lambda b, x: b.fneg(x))
-_teach_unary(operator.neg, INTS, lambda b, x: b.neg(x))
-_teach_unary(operator.invert, MASK, lambda b, x: b.not_(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,11 +80,11 @@ def lanes(x):
 
 
 def _lanes_typing(x):
-    kind = _kind(x)
+    kind = common_kind(x)
     return kind and signature(kind, kind.dtype)
 
 
-_teach(lanes, _lanes_typing, lambda context, builder, sig, args: _widen(builder, args[0], sig.args[0]))
+teach(lanes, _lanes_typing, lambda context, builder, sig, args: widen(builder, args[0], sig.args[0]))
 
 
 def select(mask, a, b):
@@ -219,16 +93,16 @@ def select(mask, a, b):
 
 
 def _select_typing(mask, a, b):
-    kind = _kind(a, b)
-    return signature(kind, MASK, _operand(a, kind), _operand(b, kind)) if kind and mask == MASK else None
+    kind = common_kind(a, b)
+    return signature(kind, MASK, operand(a, kind), operand(b, kind)) if kind and mask == MASK else None
 
 
 def _select_lower(context, builder, sig, args):
-    mask, a, b = [_widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)]
+    mask, a, b = [widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)]
     return builder.select(mask, a, b)
 
 
-_teach(select, _select_typing, _select_lower)
+teach(select, _select_typing, _select_lower)
 
 
 def minimum(a, b):
@@ -242,21 +116,21 @@ def maximum(a, b):
 
 
 def _pair_typing(a, b):
-    kind = _kind(a, b)
-    return signature(kind, _operand(a, kind), _operand(b, kind)) if kind in (FLOATS, INTS) else None
+    kind = common_kind(a, b)
+    return signature(kind, operand(a, kind), operand(b, kind)) if kind in (FLOATS, INTS) else None
 
 
 def _choose_lower(sign):
     def lower(context, builder, sig, args):
-        a, b = [_widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)]
+        a, b = [widen(builder, value, kind) for value, kind in zip(args, sig.args, strict=True)]
         compare = builder.fcmp_ordered if sig.return_type == FLOATS else builder.icmp_signed
         return builder.select(compare(sign, a, b), a, b)
 
     return lower
 
 
-_teach(minimum, _pair_typing, _choose_lower("<"))
-_teach(maximum, _pair_typing, _choose_lower(">"))
+teach(minimum, _pair_typing, _choose_lower("<"))
+teach(maximum, _pair_typing, _choose_lower(">"))
 
 
 def absolute(v):
@@ -282,8 +156,8 @@ def _from_to(source, result):
     return lambda v: signature(result, source) if v == source else None
 
 
-_teach(absolute, _from_to(FLOATS, FLOATS), _call_lower("llvm.fabs.v16f32"))
-_teach(sqrt, _from_to(FLOATS, FLOATS), _call_lower("llvm.sqrt.v16f32"))
+teach(absolute, _from_to(FLOATS, FLOATS), _call_lower("llvm.fabs.v16f32"))
+teach(sqrt, _from_to(FLOATS, FLOATS), _call_lower("llvm.sqrt.v16f32"))
 
 
 def any_lane(mask):
@@ -304,8 +178,8 @@ def _mask_lower(sign, pattern):
     return lower
 
 
-_teach(any_lane, _from_to(MASK, types.boolean), _mask_lower("!=", 0))
-_teach(all_lanes, _from_to(MASK, types.boolean), _mask_lower("==", 2**WIDTH - 1))
+teach(any_lane, _from_to(MASK, types.boolean), _mask_lower("!=", 0))
+teach(all_lanes, _from_to(MASK, types.boolean), _mask_lower("==", 2**WIDTH - 1))
 
 
 def lane_bits(mask):
@@ -314,10 +188,10 @@ def lane_bits(mask):
 
 
 def _lane_bits_lower(context, builder, sig, args):
-    return builder.zext(builder.bitcast(args[0], ir.IntType(WIDTH)), _INT32)
+    return builder.zext(builder.bitcast(args[0], ir.IntType(WIDTH)), INT32)
 
 
-_teach(lane_bits, _from_to(MASK, types.int32), _lane_bits_lower)
+teach(lane_bits, _from_to(MASK, types.int32), _lane_bits_lower)
 
 
 def total(v):
@@ -337,16 +211,16 @@ def highest(v):
 
 def _reduce_lower(operation):
     def lower(context, builder, sig, args):
-        shape = ir.FunctionType(_INT32, [_vector(INTS)])
+        shape = ir.FunctionType(INT32, [vector(INTS)])
         name = f"llvm.vector.reduce.{operation}.v16i32"
         return builder.call(cgutils.get_or_insert_function(builder.module, shape, name), args)
 
     return lower
 
 
-_teach(total, _from_to(INTS, types.int32), _reduce_lower("add"))
-_teach(lowest, _from_to(INTS, types.int32), _reduce_lower("smin"))
-_teach(highest, _from_to(INTS, types.int32), _reduce_lower("smax"))
+teach(total, _from_to(INTS, types.int32), _reduce_lower("add"))
+teach(lowest, _from_to(INTS, types.int32), _reduce_lower("smin"))
+teach(highest, _from_to(INTS, types.int32), _reduce_lower("smax"))
 
 
 def ordered_sum(v):
@@ -355,12 +229,12 @@ def ordered_sum(v):
 
 
 def _ordered_sum_lower(context, builder, sig, args):
-    shape = ir.FunctionType(_ELEMENTS[FLOATS], [_ELEMENTS[FLOATS], _vector(FLOATS)])
+    shape = ir.FunctionType(ELEMENTS[FLOATS], [ELEMENTS[FLOATS], vector(FLOATS)])
     add = cgutils.get_or_insert_function(builder.module, shape, "llvm.vector.reduce.fadd.v16f32")
-    return builder.call(add, [ir.Constant(_ELEMENTS[FLOATS], -0.0), args[0]])
+    return builder.call(add, [ir.Constant(ELEMENTS[FLOATS], -0.0), args[0]])
 
 
-_teach(ordered_sum, _from_to(FLOATS, types.float32), _ordered_sum_lower)
+teach(ordered_sum, _from_to(FLOATS, types.float32), _ordered_sum_lower)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,10 +262,10 @@ def from_bits(v):
     return v.view(np.float32)
 
 
-_teach(to_float, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.sitofp(args[0], _vector(FLOATS)))
-_teach(to_int, _from_to(FLOATS, INTS), lambda c, b, sig, args: b.fptosi(args[0], _vector(INTS)))
-_teach(bits, _from_to(FLOATS, INTS), lambda c, b, sig, args: b.bitcast(args[0], _vector(INTS)))
-_teach(from_bits, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.bitcast(args[0], _vector(FLOATS)))
+teach(to_float, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.sitofp(args[0], vector(FLOATS)))
+teach(to_int, _from_to(FLOATS, INTS), lambda c, b, sig, args: b.fptosi(args[0], vector(INTS)))
+teach(bits, _from_to(FLOATS, INTS), lambda c, b, sig, args: b.bitcast(args[0], vector(INTS)))
+teach(from_bits, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.bitcast(args[0], vector(FLOATS)))
 
 
 @kernel
@@ -496,8 +370,8 @@ def _item(array_type):
 
 def _widen_bytes(builder, value, array_type):
     if array_type.dtype in (types.uint8, types.uint16):
-        return builder.zext(value, _vector(INTS))
-    return builder.sext(value, _vector(INTS)) if array_type.dtype == types.int8 else value
+        return builder.zext(value, vector(INTS))
+    return builder.sext(value, vector(INTS)) if array_type.dtype == types.int8 else value
 
 
 def _load_lower(context, builder, sig, args):
@@ -520,7 +394,7 @@ def _each_lane(context, builder, sig, args):
     item, _ = _item(sig.args[0])
     for lane in range(WIDTH):
         i = builder.add(args[1], builder.mul(args[2], ir.Constant(args[2].type, lane)))
-        yield _INT32(lane), _pointer(context, builder, sig.args[0], args[0], i, item)
+        yield INT32(lane), _pointer(context, builder, sig.args[0], args[0], i, item)
 
 
 def _gather_lower(context, builder, sig, args):
@@ -548,16 +422,16 @@ def _look_up_lower(context, builder, sig, args):
     start = _pointer(context, builder, sig.args[0], args[0], ir.Constant(place, 0), small)
     table, wanted, value = builder.load(start, align=1), builder.trunc(args[1], small), ir.Constant(small, ir.Undefined)
     for lane in range(WIDTH):
-        which = builder.zext(builder.extract_element(wanted, _INT32(lane)), place)
-        value = builder.insert_element(value, builder.extract_element(table, which), _INT32(lane))
+        which = builder.zext(builder.extract_element(wanted, INT32(lane)), place)
+        value = builder.insert_element(value, builder.extract_element(table, which), INT32(lane))
     return _widen_bytes(builder, value, sig.args[0])
 
 
-_teach(load, _read_typing, _load_lower)
-_teach(look_up, _look_up_typing, _look_up_lower)
-_teach(gather, _read_typing, _gather_lower)
-_teach(store, _write_typing, _store_lower)
-_teach(scatter, _write_typing, _scatter_lower)
+teach(load, _read_typing, _load_lower)
+teach(look_up, _look_up_typing, _look_up_lower)
+teach(gather, _read_typing, _gather_lower)
+teach(store, _write_typing, _store_lower)
+teach(scatter, _write_typing, _scatter_lower)
 
 
 def _transpose_typing(source, rows, i, target, j):
@@ -572,7 +446,7 @@ def _transpose_lower(context, builder, sig, args):
     for row in range(WIDTH):
         start = _pointer(context, builder, sig.args[1], rows, ir.Constant(j.type, row), ir.IntType(64))
         start = builder.add(builder.load(start), i)
-        block.append(builder.load(_pointer(context, builder, sig.args[0], source, start, _vector(FLOATS)), align=4))
+        block.append(builder.load(_pointer(context, builder, sig.args[0], source, start, vector(FLOATS)), align=4))
     for distance in (8, 4, 2, 1):
         low = [lane if not lane & distance else lane - distance + WIDTH for lane in range(WIDTH)]
         high = [lane + distance if not lane & distance else lane + WIDTH for lane in range(WIDTH)]
@@ -582,12 +456,12 @@ def _transpose_lower(context, builder, sig, args):
             block[row + distance] = _shuffle(builder, a, b, high)
     for column, value in enumerate(block):
         place = builder.add(j, ir.Constant(j.type, column * WIDTH))
-        builder.store(value, _pointer(context, builder, sig.args[3], target, place, _vector(FLOATS)), align=4)
+        builder.store(value, _pointer(context, builder, sig.args[3], target, place, vector(FLOATS)), align=4)
     return context.get_dummy_value()
 
 
 def _shuffle(builder, a, b, order):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, WIDTH), order))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, WIDTH), order))
 
 
-_teach(transpose, _transpose_typing, _transpose_lower)
+teach(transpose, _transpose_typing, _transpose_lower)

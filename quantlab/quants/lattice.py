@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from quantlab.quants.drivers import QK_K
 from quantlab.quants.lanes import (
     bits,
     inlined_kernel,
@@ -31,12 +32,11 @@ from quantlab.quants.lanes import (
     to_float,
 )
 from quantlab.quants.search import ONE, ZERO
-from quantlab.quants.superblock import QK_K, read_columns
+from quantlab.quants.superblock import read_columns
 
 LARGEST = np.float32(3.4028234663852886e38)  # FLT_MAX
 HALF = np.float32(0.5)
 HEAD = 128  # room for the bytes of a block
-NO_WEIGHTS = np.empty(0, np.float32)  # stands for no importance matrix
 LANE = np.arange(16, dtype=np.int32)
 
 
@@ -91,20 +91,20 @@ def workspace():
 
 
 @kernel
-def read_weights(ws, x, importance, first, n, factor, floor):
+def read_weights(ws, x, importance, first, stop, factor, floor):
     """Read 16 super-blocks and set their error weights, ``importance * sqrt(sigma2 + x * x)``, and the roots of those.
 
     `sigma2` is `factor` times the mean square. Without importance (an empty array), the weights are the squares, plus
     `floor` times `sigma2`.
     """
-    read_columns(x, first, n, n, ws.x, ws.rows)
+    read_columns(x, first, stop, stop, ws.x, ws.rows)
     sum_x2 = lanes(ZERO)
     for i in range(0, 16 * QK_K, 16):
         v = load(ws.x, i)
         sum_x2 = sum_x2 + v * v
     sigma2 = factor * sum_x2 / np.float32(QK_K)
     if importance.size:
-        read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
+        read_columns(importance, first, stop, importance.size // QK_K, ws.w, ws.rows)
     for i in range(0, 16 * QK_K, 16):
         v = load(ws.x, i)
         if importance.size:
@@ -214,9 +214,9 @@ def store_word(head, at, v):
 
 
 @kernel
-def copy_blocks(head, first, n, size, out):
+def copy_blocks(head, first, stop, size, out):
     """Write the blocks of up to 16 super-blocks out."""
-    for k in range(min(16, n - first)):
+    for k in range(min(16, stop - first)):
         for byte in range(size):
             out[(first + k) * size + byte] = head[HEAD * k + byte]
 

@@ -17,8 +17,8 @@ llama-cpp-python 0.3.36.
 from math import floor, log2
 
 import numpy as np
-from numba import prange
 
+from quantlab.quants.drivers import decoder, encoders
 from quantlab.quants.ggml_types import GGML_TYPES
 from quantlab.quants.lanes import (
     absolute,
@@ -29,14 +29,12 @@ from quantlab.quants.lanes import (
     load,
     look_up,
     maximum,
-    parallel_kernel,
     select,
     store,
     to_float,
 )
 
 QK_MXFP4, QK_NVFP4 = 32, 64
-SPAN = 1 << 15  # weights that one task of a parallel loop handles
 ZERO = np.float32(0)
 VALUES = np.array(GGML_TYPES["MXFP4"].levels, np.int8)  # twice what E2M1 says
 
@@ -79,7 +77,7 @@ def _exponent(peak):
 
 
 @kernel
-def _span_mxfp4(x, out, start, stop):
+def _span_mxfp4(x, importance, out, start, stop):
     for k in range(start, stop):
         low, high = load(x, QK_MXFP4 * k), load(x, QK_MXFP4 * k + 16)
         peak = np.int32(highest(maximum(bits(absolute(low)), bits(absolute(high))))).view(np.float32)
@@ -89,13 +87,7 @@ def _span_mxfp4(x, out, start, stop):
         store(out, 17 * k + 1, _nearest(low, d) | (_nearest(high, d) << 4))
 
 
-@parallel_kernel
-def encode_mxfp4(x, out):
-    """Quantize rows to MXFP4."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n, span = x.size // QK_MXFP4, SPAN // QK_MXFP4
-    for k in prange((n + span - 1) // span):
-        _span_mxfp4(x, out, k * span, min(k * span + span, n))
+encode_mxfp4, _ = encoders(_span_mxfp4, block=QK_MXFP4)
 
 
 @kernel
@@ -106,13 +98,7 @@ def _decode_span_mxfp4(data, out, start, stop):
         store(out, QK_MXFP4 * k + 16, to_float(look_up(VALUES, packed >> 4)) * d)
 
 
-@parallel_kernel
-def decode_mxfp4(data, out):
-    """Turn MXFP4 blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n, span = out.size // QK_MXFP4, SPAN // QK_MXFP4
-    for k in prange((n + span - 1) // span):
-        _decode_span_mxfp4(data, out, k * span, min(k * span + span, n))
+decode_mxfp4 = decoder(_decode_span_mxfp4, block=QK_MXFP4)
 
 
 @kernel
@@ -130,7 +116,7 @@ def _to_ue4m3(v):
 
 
 @kernel
-def _span_nvfp4(x, out, start, stop):
+def _span_nvfp4(x, importance, out, start, stop):
     codes = np.empty(16, np.uint8)
     for k in range(start, stop):
         for s in range(4):
@@ -143,13 +129,7 @@ def _span_nvfp4(x, out, start, stop):
                 out[36 * k + 4 + 8 * s + i] = codes[i] | codes[i + 8] << 4
 
 
-@parallel_kernel
-def encode_nvfp4(x, out):
-    """Quantize rows to NVFP4."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n, span = x.size // QK_NVFP4, SPAN // QK_NVFP4
-    for k in prange((n + span - 1) // span):
-        _span_nvfp4(x, out, k * span, min(k * span + span, n))
+encode_nvfp4, _ = encoders(_span_nvfp4, block=QK_NVFP4)
 
 
 @kernel
@@ -167,10 +147,4 @@ def _decode_span_nvfp4(data, out, start, stop):
                 out[QK_NVFP4 * k + 16 * s + 8 + i] = np.float32(VALUES[codes[16 + 8 * (s % 2) + i]]) * d
 
 
-@parallel_kernel
-def decode_nvfp4(data, out):
-    """Turn NVFP4 blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n, span = out.size // QK_NVFP4, SPAN // QK_NVFP4
-    for k in prange((n + span - 1) // span):
-        _decode_span_nvfp4(data, out, k * span, min(k * span + span, n))
+decode_nvfp4 = decoder(_decode_span_nvfp4, block=QK_NVFP4)

@@ -1,12 +1,10 @@
-"""What types with super-blocks of 256 weights share: drivers over arrays; 16 super-blocks, one in each lane."""
+"""What types with super-blocks of 256 weights share: 16 super-blocks, one in each lane."""
 
-from collections.abc import Callable
-from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
+from quantlab.quants.drivers import QK_K
 from quantlab.quants.lanes import (
     from_half,
     gather,
@@ -17,7 +15,6 @@ from quantlab.quants.lanes import (
     maximum,
     minimum,
     nearest_int,
-    parallel_kernel,
     scatter,
     select,
     sqrt,
@@ -25,73 +22,6 @@ from quantlab.quants.lanes import (
     transpose,
 )
 from quantlab.quants.search import FOUND, ZERO
-
-QK_K = 256  # weights of a super-block
-SPAN = 128  # super-blocks that one task of a parallel loop handles: 32 Ki weights
-
-
-# ---- drivers: blocks never cross the end of a row, so that an array is one sequence of super-blocks
-
-
-def _encode(x, importance, out):
-    """Encode an array; `_span` is a type's own."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n = x.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span(x, importance, out, span * SPAN, n)  # noqa: F821
-
-
-def _decode(data, out):
-    """Decode an array; `_span` is a type's own."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n = out.size // QK_K
-    for span in prange((n + SPAN - 1) // SPAN):
-        _span(data, out, span * SPAN, min(span * SPAN + SPAN, n))  # noqa: F821
-
-
-def _driver(template: FunctionType, span) -> Callable:
-    """Compile a template around a type's kernel.
-
-    The kernel is a global of the copy, not a closure's cell, which numba's cache could not know again in another
-    process. The copy is filed under the kernel's module, so that an edit there is noticed.
-    """
-    of = getattr(span, "py_func", span)  # without the compiler, a kernel is its function
-    code = template.__code__.replace(co_filename=of.__code__.co_filename, co_firstlineno=of.__code__.co_firstlineno)
-    copy = FunctionType(code, template.__globals__ | {"_span": span}, of.__name__)
-    copy.__qualname__ = f"{template.__name__}{of.__name__}"
-    copy.__module__ = of.__module__
-    return parallel_kernel(copy)
-
-
-def encoders(span) -> tuple[Callable, Callable]:
-    """Make a type's encoders from its kernel.
-
-    Parameters
-    ----------
-    span : kernel (x, importance or None, out, start, n)
-        Encodes up to `SPAN` super-blocks of a flat array from super-block `start` on; the array has `n`.
-
-    Returns
-    -------
-    encode : function (x, out)
-        Fills uint8 rows (nrows, row_bytes) from float32 rows (nrows, n_per_row).
-    encode_imatrix : function (x, importance, out)
-        The same, errors of column j weighted with `importance[j]`.
-    """
-    encode = _driver(_encode, span)
-
-    def encode_plain(x, out):
-        encode(x, None, out)
-
-    return encode_plain, encode
-
-
-def decoder(span) -> Callable:
-    """Make a type's decoder (data, out) from a kernel (data, out, start, stop) for a stretch of super-blocks."""
-    return _driver(_decode, span)
-
-
-# ---- 16 super-blocks in the lanes
 
 
 class Workspace(NamedTuple):
@@ -134,21 +64,21 @@ def workspace():
 
 
 @kernel
-def read_columns(source, first, n, per_row, target, rows):
-    """Put 16 super-blocks of weights side by side; beyond the last one, repeat it.
+def read_columns(source, first, stop, per_row, target, rows, block=QK_K):
+    """Put 16 blocks of weights side by side; from `stop` on, repeat the last one.
 
-    `per_row` is the number of super-blocks after which `source` starts anew.
+    `per_row` is the number of blocks after which `source` starts over.
     """
     for lane in range(16):
-        rows[lane] = min(first + lane, n - 1) % per_row * QK_K
-    for i in range(0, QK_K, 16):
+        rows[lane] = min(first + lane, stop - 1) % per_row * block
+    for i in range(0, block, 16):
         transpose(source, rows, i, target, 16 * i)
 
 
 @kernel
-def weigh(ws, importance, first, n, factor, size):
+def weigh(ws, importance, first, stop, factor, size):
     """Set the error weights ``importance * sqrt(sigma2 + x * x)``, and their sums over sub-blocks of `size` weights."""
-    read_columns(importance, first, n, importance.size // QK_K, ws.w, ws.rows)
+    read_columns(importance, first, stop, importance.size // QK_K, ws.w, ws.rows)
     sum_x2 = lanes(ZERO)
     for i in range(0, 16 * QK_K, 16):
         v = load(ws.x, i)

@@ -20,8 +20,8 @@ Source: `quantize_row_tq*_ref`, `quantize_row_q[12]_0_ref` and `dequantize_row_*
 """
 
 import numpy as np
-from numba import prange
 
+from quantlab.quants.drivers import QK_K, decoder, encoders
 from quantlab.quants.lanes import (
     absolute,
     bits,
@@ -31,18 +31,15 @@ from quantlab.quants.lanes import (
     lanes,
     load,
     maximum,
-    parallel_kernel,
     select,
     store,
     to_float,
     to_half,
     total,
-    transpose,
 )
-from quantlab.quants.superblock import QK_K, half_at
+from quantlab.quants.superblock import half_at, read_columns
 
 QK1_0, QK2_0 = 128, 64
-SPAN = 1 << 15  # weights that one task of a parallel loop handles
 ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
 ONE_BIT = np.left_shift(1, np.arange(16), dtype=np.int32)  # bit i in lane i
 TWO_BITS = 2 * np.arange(16, dtype=np.int32)  # the place of two bits in each lane
@@ -94,7 +91,7 @@ def _fraction(number):
 
 
 @kernel
-def _span_tq1_0(x, out, start, stop):
+def _span_tq1_0(x, importance, out, start, stop):
     last = np.empty(16, np.int32)
     for k in range(start, stop):
         at, block = k * QK_K, k * 54
@@ -110,13 +107,7 @@ def _span_tq1_0(x, out, start, stop):
             out[block + 48 + i] = (number * 3 * 256 + 242) // 243
 
 
-@parallel_kernel
-def encode_tq1_0(x, out):
-    """Quantize rows to TQ1_0."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n, span = x.size // QK_K, SPAN // QK_K
-    for k in prange((n + span - 1) // span):
-        _span_tq1_0(x, out, k * span, min(k * span + span, n))
+encode_tq1_0, _ = encoders(_span_tq1_0)
 
 
 @kernel
@@ -143,20 +134,14 @@ def _decode_span_tq1_0(data, out, start, stop):
         store(out, at + 240, to_float(load(last, 0) - 1) * d)
 
 
-@parallel_kernel
-def decode_tq1_0(data, out):
-    """Turn TQ1_0 blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n, span = out.size // QK_K, SPAN // QK_K
-    for k in prange((n + span - 1) // span):
-        _decode_span_tq1_0(data, out, k * span, min(k * span + span, n))
+decode_tq1_0 = decoder(_decode_span_tq1_0)
 
 
 # ---- TQ2_0
 
 
 @kernel
-def _span_tq2_0(x, out, start, stop):
+def _span_tq2_0(x, importance, out, start, stop):
     for k in range(start, stop):
         at, block = k * QK_K, k * 66
         d = _largest(x, at, QK_K)
@@ -170,13 +155,7 @@ def _span_tq2_0(x, out, start, stop):
                 store(out, block + 32 * half + i, packed)
 
 
-@parallel_kernel
-def encode_tq2_0(x, out):
-    """Quantize rows to TQ2_0."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n, span = x.size // QK_K, SPAN // QK_K
-    for k in prange((n + span - 1) // span):
-        _span_tq2_0(x, out, k * span, min(k * span + span, n))
+encode_tq2_0, _ = encoders(_span_tq2_0)
 
 
 @kernel
@@ -191,27 +170,18 @@ def _decode_span_tq2_0(data, out, start, stop):
                     store(out, at + 128 * half + 32 * part + i, to_float((packed >> (2 * part) & 3) - 1) * d)
 
 
-@parallel_kernel
-def decode_tq2_0(data, out):
-    """Turn TQ2_0 blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n, span = out.size // QK_K, SPAN // QK_K
-    for k in prange((n + span - 1) // span):
-        _decode_span_tq2_0(data, out, k * span, min(k * span + span, n))
+decode_tq2_0 = decoder(_decode_span_tq2_0)
 
 
 # ---- Q1_0
 
 
 @kernel
-def _span_q1_0(x, out, start, stop, n):
+def _span_q1_0(x, importance, out, start, stop):
     rows, columns, d = np.empty(16, np.int64), np.empty(16 * QK1_0, np.float32), np.empty(16, np.float32)
     for first in range(start, stop, 16):
-        for lane in range(16):
-            rows[lane] = min(first + lane, n - 1) * QK1_0
+        read_columns(x, first, stop, stop, columns, rows, QK1_0)
         sums = lanes(ZERO)
-        for i in range(0, QK1_0, 16):
-            transpose(x, rows, i, columns, 16 * i)
         for i in range(0, 16 * QK1_0, 16):
             sums = sums + absolute(load(columns, i))
         store(d, 0, sums / np.float32(QK1_0))
@@ -223,13 +193,7 @@ def _span_q1_0(x, out, start, stop, n):
                 out[18 * k + 3 + 2 * j] = signs >> 8
 
 
-@parallel_kernel
-def encode_q1_0(x, out):
-    """Quantize rows to Q1_0."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n, span = x.size // QK1_0, SPAN // QK1_0
-    for k in prange((n + span - 1) // span):
-        _span_q1_0(x, out, k * span, min(k * span + span, n), n)
+encode_q1_0, _ = encoders(_span_q1_0, block=QK1_0)
 
 
 @kernel
@@ -241,20 +205,14 @@ def _decode_span_q1_0(data, out, start, stop):
             store(out, QK1_0 * k + 16 * j, select((load(ONE_BIT, 0) & signs) != 0, d, -d))
 
 
-@parallel_kernel
-def decode_q1_0(data, out):
-    """Turn Q1_0 blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n, span = out.size // QK1_0, SPAN // QK1_0
-    for k in prange((n + span - 1) // span):
-        _decode_span_q1_0(data, out, k * span, min(k * span + span, n))
+decode_q1_0 = decoder(_decode_span_q1_0, block=QK1_0)
 
 
 # ---- Q2_0
 
 
 @kernel
-def _span_q2_0(x, out, start, stop):
+def _span_q2_0(x, importance, out, start, stop):
     for k in range(start, stop):
         d = _largest(x, QK2_0 * k, QK2_0)
         iscale = _inverse(d)
@@ -267,13 +225,7 @@ def _span_q2_0(x, out, start, stop):
                 out[18 * k + 2 + 4 * j + byte] = word >> (8 * byte) & 255
 
 
-@parallel_kernel
-def encode_q2_0(x, out):
-    """Quantize rows to Q2_0."""
-    x, out = x.reshape(-1), out.reshape(-1)
-    n, span = x.size // QK2_0, SPAN // QK2_0
-    for k in prange((n + span - 1) // span):
-        _span_q2_0(x, out, k * span, min(k * span + span, n))
+encode_q2_0, _ = encoders(_span_q2_0, block=QK2_0)
 
 
 @kernel
@@ -287,10 +239,4 @@ def _decode_span_q2_0(data, out, start, stop):
             store(out, QK2_0 * k + 16 * j, to_float((lanes(word) >> load(TWO_BITS, 0) & 3) - 1) * d)
 
 
-@parallel_kernel
-def decode_q2_0(data, out):
-    """Turn Q2_0 blocks back into float32."""
-    data, out = data.reshape(-1), out.reshape(-1)
-    n, span = out.size // QK2_0, SPAN // QK2_0
-    for k in prange((n + span - 1) // span):
-        _decode_span_q2_0(data, out, k * span, min(k * span + span, n))
+decode_q2_0 = decoder(_decode_span_q2_0, block=QK2_0)
