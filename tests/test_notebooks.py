@@ -2,7 +2,6 @@
 
 import ast
 import base64
-import html
 import importlib
 import importlib.util
 import io
@@ -19,7 +18,6 @@ from PIL import Image
 
 from quantlab.files.bundled import checkout, notebooks_dir
 from quantlab.lab import notebooks
-from quantlab.lab.course import course
 
 NAMES = notebooks.names()
 QUICK = {
@@ -33,6 +31,9 @@ NEEDS = {"train_the_bundled_model": "torch", "run_it": "xllamacpp"}
 
 def read(name: str) -> nbformat.NotebookNode:
     return nbformat.read(notebooks_dir() / f"{name}.ipynb", as_version=4)
+
+
+INDEX = "\n".join(cell.source for cell in read("index").cells)
 
 
 def code_of(name: str) -> list[str]:
@@ -54,13 +55,6 @@ def test_the_title_is_the_question_and_the_second_cell_the_parameters(name):
     assert title.startswith("# ") and title.endswith("?")
     assert "**The answer.**" in first.source and "data/runs/" in first.source
     assert second.metadata["tags"] == ["parameters"]
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "index"])
-def test_the_first_cell_says_how_long_it_takes_and_what_comes_before(name):
-    (row,) = [row for row in course().rows if row["notebook"] == name]
-    assert row["time"] and "2 cores" in read(name).cells[0].source
-    assert "\nBefore it: " in read(name).cells[0].source
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -200,24 +194,18 @@ def test_every_notebook_has_a_small_picture(name):
     assert path.stat().st_size < 100_000
 
 
-def test_the_map_orders_notebooks_by_what_they_build_on():
-    rows = course().rows
-    assert {row["notebook"] for row in rows} == set(NAMES) - {"index"}
-    for i, row in enumerate(rows):
-        assert set(row["before"]) <= {earlier["notebook"] for earlier in rows[:i]}
-    shown = course()._repr_html_()
-    assert all(html.escape(row["question"]) in shown and row["time"] in shown for row in rows)
-    assert shown.count("<img src=") == len(rows)
-
-
-def test_notebooks_in_a_circle_are_refused(tmp_path, monkeypatch):
-    for name, before in (("a", "b"), ("b", "a")):
-        first = nbformat.v4.new_markdown_cell(f"# Why?\n\nBefore it: [{before}]({before}.ipynb).")
-        nbformat.write(nbformat.v4.new_notebook(cells=[first]), tmp_path / f"{name}.ipynb")
-    monkeypatch.setattr("quantlab.lab.course.notebooks_dir", lambda: tmp_path)
-    monkeypatch.setattr("quantlab.lab.course.names", lambda: ["a", "b"])
-    with pytest.raises(ValueError, match="a, b: before=.*, must be other notebooks"):
-        course()
+def test_the_index_maps_every_notebook():
+    """Question, time, what comes before and picture, as the notebooks say, in an order in which they can be read."""
+    rows = re.findall(r"^\| <img src=\"(.+?)\".*?> \| \[(\w+)\]\(\2.ipynb\) \| (.+) \| (.+) \| (.*) \|$", INDEX, re.M)
+    assert sorted(name for _, name, *_ in rows) == NAMES
+    seen = set()
+    for picture, name, question, time, before in rows:
+        first = read(name).cells[0].source
+        assert picture == f"pictures/{name}.png"
+        assert first.startswith(f"# {question}\n") and time in first and "2 cores" in first
+        wanted = re.findall(r"\[(\w+)\]", re.search(r"^Before it: (.+)$", first, re.M)[1])
+        assert re.findall(r"\[(\w+)\]", before) == wanted and set(wanted) <= seen
+        seen.add(name)
 
 
 def test_the_readme_lists_every_notebook_with_its_question():
@@ -225,8 +213,8 @@ def test_the_readme_lists_every_notebook_with_its_question():
     if root is None:
         pytest.skip("README.md is in a checkout only")
     readme = (root / "README.md").read_text(encoding="utf-8")
-    for row in course().rows:
-        listed = f"[{row['notebook']}](notebooks/{row['notebook']}.ipynb) | {row['question']} | {row['time']} |"
+    for name, question, time in re.findall(r"\| \[(\w+)\]\(\w+.ipynb\) \| (.+) \| (.+) \| .*\|$", INDEX, re.M):
+        listed = f"[{name}](notebooks/{name}.ipynb) | {question} | {time} |"
         assert listed in readme, f"add to README.md: | {listed}"
 
 

@@ -126,12 +126,3 @@ def test_effects_are_bars_whose_colour_tells_the_direction():
     assert (higher, lower) == ([5.0], pytest.approx([0.1]))
     assert [bar.get_width() for bar in kld.patches if bar.get_width() > 0] == [0.07, 1e-7]
     assert change.lines[0].get_ydata()[0] == 0.5
-
-
-def test_the_map_draws_an_arrow_from_each_notebook_to_what_builds_on_it():
-    rows = [("a", "a minute", []), ("b", "a minute", []), ("c", "two minutes", ["a", "b"]), ("d", "a minute", ["c"])]
-    ax = plots.prerequisites(pd.DataFrame(rows, columns=["notebook", "time", "before"]))
-    boxes = {text.get_text().splitlines()[0]: text.get_position() for text in ax.texts if text.get_text()}
-    assert [boxes[name][0] for name in "abcd"] == [0, 0, 1, 2]
-    arrows = {(tuple(a.xyann), tuple(a.xy)) for a in ax.texts if not a.get_text()}
-    assert arrows == {(boxes[a], boxes[b]) for a, b in (("a", "c"), ("b", "c"), ("c", "d"))}

@@ -101,9 +101,3 @@ def test_speed():
     assert [patch.get_height() for patch in ax.patches] == [2, 2]
     alone = ql.plots.throughput(frame[frame["by"] == "quantlab"])
     assert alone[0][0].get_legend_handles_labels()[1] == ["quantlab"]
-    roof = pd.DataFrame(
-        {"type": ["Q4_K"] * 2, "what": ["encode", "decode"], "intensity": [90.0, 2], "operations": [1e11, 5e10]}
-    )
-    ax = ql.plots.roofline(roof, bandwidth=4e10, peaks={"peak": 2e11})
-    np.testing.assert_allclose(ax.lines[0].get_ydata().max(), 200)
-    assert texts(ax) == ["Q4_K", "Q4_K"]

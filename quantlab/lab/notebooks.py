@@ -25,8 +25,8 @@ _NO_KERNEL = "<p><em>In JupyterLab, while the notebook's kernel runs, a control 
 
 
 def names() -> list[str]:
-    """The bundled notebooks' names, sorted."""
-    return sorted(path.stem for path in notebooks_dir().glob("*.ipynb"))
+    """The bundled notebooks' names, sorted. Their index is a text to read, not to run."""
+    return sorted(path.stem for path in notebooks_dir().glob("*.ipynb") if path.stem != "index")
 
 
 def results(out: str | Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""How fast the kernels are: beside ggml's own, and beside what this machine's memory and arithmetic allow."""
+"""How fast the kernels are: beside ggml's own, and beside what this machine's memory allows."""
 
 import platform
 import time
@@ -10,14 +10,10 @@ import llvmlite.binding
 import numba
 import numpy as np
 import pandas as pd
-from numba import prange
 
 from quantlab import quants
 from quantlab.files.model import Model
 from quantlab.lab import ggml_library
-from quantlab.quants.lanes import lanes, load, parallel_kernel, store
-
-_CHAINS = 12  # of independent additions and multiplications: enough to hide their latency
 
 
 @contextmanager
@@ -212,72 +208,3 @@ def _best(function: Callable[[], object], n_threads: int, repeats: int) -> float
 def _clock(n_threads: int) -> Callable[[], float]:
     """Processor time with one thread, so that other programs do not count; else elapsed time."""
     return time.process_time if n_threads == 1 else time.perf_counter
-
-
-def peak(n_threads: int, *, rounds: int = 2_000_000, repeats: int = 5) -> float:
-    """Measure the arithmetic peak of lanes: float32 additions and multiplications per second, none of them fused.
-
-    Parameters
-    ----------
-    n_threads : int
-        Threads that calculate at once.
-    rounds : int
-        Steps of each thread.
-    repeats : int
-        The best one counts.
-
-    Raises
-    ------
-    ValueError
-        If there are more threads than numba was started with.
-    """
-    values = np.ones((n_threads, 16 * _CHAINS), np.float32)
-    with threads(n_threads):
-        _multiply_and_add(values, 1)  # compiles
-        best = _best(lambda: _multiply_and_add(values, rounds), n_threads, repeats)
-    return n_threads * rounds * _CHAINS * 2 * 16 / best
-
-
-@parallel_kernel
-def _multiply_and_add(values, rounds):
-    """Carry twelve chains of a multiplication and an addition each, in registers."""
-    factor, summand = lanes(np.float32(0.999)), lanes(np.float32(0.001))
-    for i in prange(len(values)):
-        v = values[i]
-        a, b, c, d, e, f = load(v, 0), load(v, 16), load(v, 32), load(v, 48), load(v, 64), load(v, 80)
-        g, h, k, m, n, o = load(v, 96), load(v, 112), load(v, 128), load(v, 144), load(v, 160), load(v, 176)
-        for _ in range(rounds):
-            a, b, c = a * factor + summand, b * factor + summand, c * factor + summand
-            d, e, f = d * factor + summand, e * factor + summand, f * factor + summand
-            g, h, k = g * factor + summand, h * factor + summand, k * factor + summand
-            m, n, o = m * factor + summand, n * factor + summand, o * factor + summand
-        store(v, 0, a + b + c + d + e + f + g + h + k + m + n + o)
-
-
-def roofline(speeds: pd.DataFrame, operations: pd.DataFrame, n_threads: int) -> pd.DataFrame:
-    """Put speeds on the axes of a roofline: operations per byte of memory, and operations per second.
-
-    Parameters
-    ----------
-    speeds : pd.DataFrame
-        What `measure` returned.
-    operations : pd.DataFrame
-        What `quantlab.lab.operations.count` returned.
-    n_threads : int
-        Which of the measurements.
-
-    Returns
-    -------
-    pd.DataFrame
-        A row per type and direction, ours alone: `type`, `what`, `speed` (million weights per second), `bytes` (read
-        and written per weight: a float32 and the block's share), `all` (operations per weight), `intensity` (operations
-        per byte), `operations` (per second), `traffic` (bytes per second).
-    """
-    kept = speeds[(speeds["threads"] == n_threads) & (speeds["by"] == "quantlab")]
-    frame = kept.merge(operations, on=["type", "what"])
-    frame["bytes"] = 4 + frame["type"].map(lambda q: quants.block_bytes(q) / quants.block_size(q))
-    return frame.assign(
-        intensity=frame["all"] / frame["bytes"],
-        operations=frame["all"] * frame["speed"] * 1e6,
-        traffic=frame["bytes"] * frame["speed"] * 1e6,
-    )[["type", "what", "speed", "bytes", "all", "intensity", "operations", "traffic"]]

@@ -1,13 +1,12 @@
 """DataFrame → matplotlib Axes: every figure of the notebooks, one file for each subject."""
 
 from quantlab.study.plots.bits import block_search, importance, matrix_gain, recipe_front, type_map
-from quantlab.study.plots.course import prerequisites
 from quantlab.study.plots.damage import bpw_against_ppl, size_against_kld
 from quantlab.study.plots.errors import against_tails, by_layer, code_shares, error_map, histograms, percentile_bands
 from quantlab.study.plots.protocol import effects, nll_by_position
 from quantlab.study.plots.running import memory
 from quantlab.study.plots.sensitivity import additivity, damage_map, error_against_damage, more_bits
-from quantlab.study.plots.speed import roofline, scaling, throughput
+from quantlab.study.plots.speed import scaling, throughput
 from quantlab.study.plots.style import save
 from quantlab.study.plots.training import loss_curve
 from quantlab.study.plots.types import bit_budget, bit_map, block_weights, by_outlier, scale_search, snr_against_bits
@@ -35,9 +34,7 @@ __all__ = [
     "more_bits",
     "nll_by_position",
     "percentile_bands",
-    "prerequisites",
     "recipe_front",
-    "roofline",
     "save",
     "scale_search",
     "scaling",

@@ -1,4 +1,4 @@
-"""Figures of speed: types beside each other and beside ggml, threads, and the machine's roofline."""
+"""Figures of speed: types beside each other and beside ggml, and threads."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -92,54 +92,3 @@ def scaling(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> 
     ax.set(ylabel=f"speed of {most} threads over that of one", title=title, ylim=(0, None))
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
-
-
-def roofline(
-    frame: pd.DataFrame, *, bandwidth: float, peaks: dict[str, float], title: str = "", ax: Axes | None = None
-):
-    """Draw the machine's roofline, and the kernels under it.
-
-    Parameters
-    ----------
-    frame : pd.DataFrame
-        A row per type and direction: `type`, `what`, `intensity` (operations per byte), `operations` (per second), as
-        `quantlab.lab.speed.roofline` gives them.
-    bandwidth : float
-        Of the memory, bytes per second.
-    peaks : dict
-        Label → operations per second: the flat parts of the roof.
-    title : str
-        Machine and threads.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
-    """
-    ax = ax or new_axes((9, 5.5))
-    x = np.geomspace(frame["intensity"].min() / 3, frame["intensity"].max() * 4, 200)
-    for (label, top), style in zip(peaks.items(), ("-", "--"), strict=False):
-        ax.plot(x, np.minimum(top, x * bandwidth) / 1e9, color="0.3", ls=style, label=f"{label}: {top / 1e9:.0f} G/s")
-    ax.plot([], [], " ", label=f"slope: memory, {bandwidth / 1e9:.1f} GB/s")
-    for what, colour, marker in (("encode", BLUE, "o"), ("decode", VERMILION, "s")):
-        rows = frame[frame["what"] == what]
-        ax.plot(rows["intensity"], rows["operations"] / 1e9, marker, color=colour, mec="black", ms=7, label=what)
-        _label_beside(ax, rows, side=-1 if what == "decode" else 1)
-    ax.set(xscale="log", yscale="log", title=title)
-    ax.set(xlabel="operations per byte of memory read or written", ylabel="billion operations per second")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
-    return ax
-
-
-def _label_beside(ax: Axes, rows: pd.DataFrame, side: int) -> None:
-    """Write the types beside their points: on the right of each, or in one column on the left of all."""
-    last, column = np.inf, rows["intensity"].min() / 1.5
-    for row in rows.sort_values("operations", ascending=False).itertuples():
-        y = row.operations / 1e9
-        last = min(y, last / 1.13)  # a line's height on the logarithmic axis
-        place = (row.intensity * 1.35 if side > 0 else column, last)
-        line = {"arrowstyle": "-", "lw": 0.5, "color": "0.5"}
-        ha = "left" if side > 0 else "right"
-        ax.annotate(row.type, (row.intensity, y), place, arrowprops=line, ha=ha, va="center", fontsize=8)
