@@ -331,6 +331,16 @@ def test_tensors_whose_source_or_matrix_changed_are_not_reused(work):
     assert sha256("m.gguf") == GOLDEN["--imatrix made.imatrix wide.gguf Q4_K_M"]
 
 
+def test_digests_of_another_kind_are_read_and_reuse_nothing(work):
+    quantize("wide.gguf", "old.gguf", ftype="Q4_K_S")
+    stored = Path("old.gguf.quantlab.json")
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"schema": 2}))
+    lines = []
+    quantize("wide.gguf", "out.gguf", ftype="Q4_K_S", reuse="old.gguf", report=lambda line: lines.append(str(line)))
+    assert any(line.startswith("0 of ") and "can be reused" in line for line in lines)
+    assert Path("out.gguf").read_bytes() == Path("old.gguf").read_bytes()
+
+
 # ---- bad input
 
 
@@ -343,7 +353,7 @@ def test_reuse_without_digests_is_refused(work):
     for spoilt in ("{}", json.dumps(json.loads(stored) | {"schema": 1})):
         Path("old.gguf.quantlab.json").write_text(spoilt)
         with pytest.raises(
-            ValueError, match=r"old\.gguf\.quantlab\.json: must hold the digests of old\.gguf, schema 2"
+            ValueError, match=r"old\.gguf\.quantlab\.json: must hold the digests of old\.gguf, schema 3"
         ):
             quantize("wide.gguf", "out.gguf", ftype="Q4_K_M", reuse="old.gguf")
     quantize("wide.gguf", "old.gguf", ftype="Q3_K_S", overwrite=True)

@@ -30,7 +30,6 @@ from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 from quantlab.quants import block_bytes, block_size, row_bytes
 from quantlab.result import Result
-from quantlab.transform.checksum import mixed
 from quantlab.transform.job import FLOATS, Job, Options, make_job
 from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 from quantlab.transform.slabs import SLAB, weights_in_flight
@@ -367,7 +366,6 @@ def plan_of(job: Job) -> Plan:
 def _seconds_per_weight(source: str, qtype: str, is_weighted: bool) -> float:
     """Load or compile the kernels for one kind of step by using them for a moment, then measure them on a sample."""
     ones = np.ones(block_size(qtype), np.float32)
-    mixed(ones)
     quants.quantize(
         ones.astype(PLAIN_DTYPES[source]) if source in FLOATS else ones, qtype, ones if is_weighted else None
     )
