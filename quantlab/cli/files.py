@@ -197,16 +197,26 @@ def _outfile(files: list[str], options: dict) -> list[str]:
     return [] if out is None else [out]
 
 
+Quantized = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IN [OUT] FTYPE [THREADS]",
+        callback=written(also=[(".quantlab.json", "is_digests")], pick=_outfile),
+        help="GGUF file or checkpoint; output; mixture; threads (default: all cores).",
+    ),
+]
+LayoutOf = Annotated[
+    str | None, typer.Option("--layout-of", metavar="FILE", help="Apply the types of this GGUF file by name.")
+]
+PruneLayers = Annotated[
+    str | None, typer.Option("--prune-layers", metavar="L0,L1,…", help="Leave out these layers, numbered from 0.")
+]
+Reuse = Annotated[Path | None, typer.Option(metavar="OLD", help="Copy what did not change from an older output.")]
+
+
 @app.command()
 def quantize(
-    files: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IN [OUT] FTYPE [THREADS]",
-            callback=written(also=[(".quantlab.json", "is_digests")], pick=_outfile),
-            help="GGUF file or checkpoint; output; mixture; threads (default: all cores).",
-        ),
-    ],
+    files: Quantized,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, of either format.")] = None,
     include_weights: _strings("--include-weights", "NAME", "Use the matrix only where the name contains this.") = None,
     exclude_weights: _strings("--exclude-weights", "NAME", "Do not use it where the name contains this.") = None,
@@ -214,22 +224,16 @@ def quantize(
     tensor_type_file: _strings("--tensor-type-file", "FILE", "More of these, between white space.") = None,
     output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.weight.")] = None,
-    layout_of: Annotated[
-        str | None, typer.Option("--layout-of", metavar="FILE", help="Apply the types of this GGUF file by name.")
-    ] = None,
+    layout_of: LayoutOf = None,
     pure: _flag("--pure", "The base type for all tensors.") = False,
     leave_output_tensor: _flag("--leave-output-tensor", "Keep output.weight as it is.") = False,
     allow_requantize: _flag("--allow-requantize", "Quantize what is quantized already.") = False,
     keep_split: _flag("--keep-split", "Write the same shards as the input has.") = False,
-    prune_layers: Annotated[
-        str | None, typer.Option("--prune-layers", metavar="L0,L1,…", help="Leave out these layers, numbered from 0.")
-    ] = None,
+    prune_layers: PruneLayers = None,
     override_kv: _strings("--override-kv", "KEY=TYPE:VALUE", "Metadata to set: int, float, bool or str.") = None,
     no_fallback: _flag("--no-fallback", "Refuse where rows do not fit the type's blocks.") = False,
     via: Annotated[str | None, typer.Option(metavar="f16", help="Round a checkpoint to F16 first.")] = None,
-    reuse: Annotated[
-        Path | None, typer.Option(metavar="OLD", help="Copy what did not change from an older output.")
-    ] = None,
+    reuse: Reuse = None,
     histogram: _flag("--histogram", "Show how often each code is used, per tensor.") = False,
     dry_run: _flag("--dry-run", "Stop after the plan; write nothing.") = False,
     as_llama_cpp: AsLlamaCpp = False,

@@ -259,63 +259,65 @@ def _pairs(name: str, text: str):
     return Annotated[list[str] | None, typer.Option(name, metavar="REGEX=TYPE", help=text)]
 
 
+RecipeSize = Annotated[str | None, typer.Option("--target-size", metavar="3MiB", help="Limit: bytes of tensor data.")]
+RecipeBpw = Annotated[float | None, typer.Option("--target-bpw", help="Limit: bits per weight.")]
+RecipeLike = Annotated[str | None, typer.Option("--like", metavar="FTYPE", help="Limit: the size of Q4_K_M, say.")]
+SensitivityFile = Annotated[
+    Path | None, typer.Option("--sensitivity", metavar="FILE", help="What quantlab sensitivity wrote; else measured.")
+]
+Candidates = Annotated[
+    str | None, typer.Option("--types", metavar="A,B,…", help="Candidates to be measured; the k-quants and Q8_0.")
+]
+RecipeSample = Annotated[
+    int | None, typer.Option("--sample", help="Measure so many layers of each kind, predict the others.")
+]
+RecipeText = Annotated[str | None, typer.Option("-f", "--file", metavar="TEXT", help="What to calibrate on; sampled.")]
+RecipeMatrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")]
+RecipeContext = Annotated[
+    int | None,
+    typer.Option("-c", "--ctx-size", help="Tokens per chunk of that text; 0: the model's own context (default: 512)."),
+]
+RecipeChunks = Annotated[
+    int | None, typer.Option("--chunks", help="Calibrate on N chunks; -1: the whole text (default: 8).")
+]
+RecipeJudge = Annotated[
+    str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
+]
+RecipeOut = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output-file", callback=written(also=[(".json", "is_report")]),
+        help="A --tensor-type-file; where it comes from goes into <FILE>.json.",
+    ),
+]  # fmt: skip
+RecipeGguf = Annotated[
+    Path | None,
+    typer.Option(
+        "--quantize", metavar="OUT", callback=written(also=[(".quantlab.json", "is_digests")]),
+        help="Write the GGUF as well.",
+    ),
+]  # fmt: skip
+
+
 @app.command()
 def recipe(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
-    target_size: Annotated[
-        str | None, typer.Option("--target-size", metavar="3MiB", help="Limit: bytes of tensor data.")
-    ] = None,
-    target_bpw: Annotated[float | None, typer.Option("--target-bpw", help="Limit: bits per weight.")] = None,
-    like: Annotated[str | None, typer.Option("--like", metavar="FTYPE", help="Limit: the size of Q4_K_M, say.")] = None,
+    target_size: RecipeSize = None,
+    target_bpw: RecipeBpw = None,
+    like: RecipeLike = None,
     keep: _pairs("--keep", "Type of the tensors so named.") = None,
     min_type: _pairs("--min-type", "Least bits of the tensors so named.") = None,
     max_type: _pairs("--max-type", "Most bits of the tensors so named.") = None,
-    sensitivity: Annotated[
-        Path | None,
-        typer.Option("--sensitivity", metavar="FILE", help="What quantlab sensitivity wrote; else measured."),
-    ] = None,
-    types: Annotated[
-        str | None, typer.Option("--types", metavar="A,B,…", help="Candidates to be measured; the k-quants and Q8_0.")
-    ] = None,
-    sample: Annotated[
-        int | None, typer.Option("--sample", help="Measure so many layers of each kind, predict the others.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option("-f", "--file", metavar="TEXT", help="What to calibrate on; sampled.")
-    ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")
-    ] = None,
-    n_ctx: Annotated[
-        int | None,
-        typer.Option(
-            "-c", "--ctx-size", help="Tokens per chunk of that text; 0: the model's own context (default: 512)."
-        ),
-    ] = None,
-    chunks: Annotated[
-        int | None, typer.Option("--chunks", help="Calibrate on N chunks; -1: the whole text (default: 8).")
-    ] = None,
-    judged_on: Annotated[
-        str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
-    ] = "primer",
-    outfile: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output-file",
-            callback=written(also=[(".json", "is_report")]),
-            help="A --tensor-type-file; where it comes from goes into <FILE>.json.",
-        ),
-    ] = Path("recipe.txt"),
-    gguf: Annotated[
-        Path | None,
-        typer.Option(
-            "--quantize",
-            metavar="OUT",
-            callback=written(also=[(".quantlab.json", "is_digests")]),
-            help="Write the GGUF as well.",
-        ),
-    ] = None,
+    sensitivity: SensitivityFile = None,
+    types: Candidates = None,
+    sample: RecipeSample = None,
+    text: RecipeText = None,
+    imatrix: RecipeMatrix = None,
+    n_ctx: RecipeContext = None,
+    chunks: RecipeChunks = None,
+    judged_on: RecipeJudge = "primer",
+    outfile: RecipeOut = Path("recipe.txt"),
+    gguf: RecipeGguf = None,
     rules: Rules = "current",
     memory: Memory = None,
     overwrite: Overwrite = False,
