@@ -12,20 +12,12 @@ from typer.core import TyperCommand
 
 @dataclass(frozen=True)
 class Written:
-    """Rule of an option that names an output.
+    """Rule of an option that names an output."""
 
-    Attributes
-    ----------
-    own : str or None
-        Function of `quantlab.files.output` that recognizes files that may be replaced without --overwrite.
-    also : sequence of (suffix, own)
-        Files that are written beside it.
-    pick : callable
-        Takes the values of the option and all values of the word, returns those that are outputs.
-    """
-
+    # function of `quantlab.files.output` that recognizes files that may be replaced without --overwrite
     own: str | None = None
-    also: Sequence[tuple[str, str]] = ()
+    also: Sequence[tuple[str, str]] = ()  # files that are written beside it
+    # takes the values of the option and all values of the word, returns those that are outputs
     pick: Callable[[list[str], dict], list[str]] = lambda values, _: values
 
 

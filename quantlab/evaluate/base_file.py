@@ -90,18 +90,10 @@ def stored_kld(stored: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BaseFile:
-    """A file of a base model's predictions.
-
-    Attributes
-    ----------
-    path : Path
-    tokens : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32]
-        The text's own, without a BOS in the place of each chunk's first.
-    n_vocab : int
-    """
+    """A file of a base model's predictions."""
 
     path: Path
-    tokens: np.ndarray
+    tokens: np.ndarray  # int32 (n_chunks, n_ctx): the text's own, without a BOS in the place of each chunk's first
     n_vocab: int
 
     @classmethod

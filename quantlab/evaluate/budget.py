@@ -16,28 +16,15 @@ ENCODE_SPEED = 20e6  # weights per second, of the slower types
 
 @dataclass(frozen=True)
 class Budget:
-    """How a pass is cut, and what it needs.
+    """How a pass is cut, and what it needs."""
 
-    Attributes
-    ----------
-    chunks_at_once : int
-        Chunks that a layer is applied to at a time.
-    outputs_at_once : int
-        Variants whose logits are computed beside the base's at a time.
-    in_memory : bool
-        Whether the hidden states stay in memory; else they are in files.
-    memory, disk : int
-        Bytes needed at most.
-    seconds : float
-        Estimated time.
-    """
-
-    chunks_at_once: int
-    outputs_at_once: int
-    in_memory: bool
+    chunks_at_once: int  # chunks that a layer is applied to at a time
+    outputs_at_once: int  # variants whose logits are computed beside the base's at a time
+    in_memory: bool  # whether the hidden states stay in memory; else they are in files
+    # memory, disk: bytes needed at most
     memory: int
     disk: int
-    seconds: float
+    seconds: float  # estimated time
 
     def __str__(self) -> str:
         disk = "" if self.in_memory else f", {self.disk / 2**30:.2f} GiB on disk"

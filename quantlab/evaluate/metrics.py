@@ -24,24 +24,14 @@ DP_PERCENTILES = {**KLD_PERCENTILES, "p75": 0.75, "p25": 0.25}
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What is known of every scored token of one variant; arrays [n_chunks, n_scored].
+    """What is known of every scored token of one variant; arrays [n_chunks, n_scored]."""
 
-    Attributes
-    ----------
-    nll : float64
-        -ln of the probability that the variant gave to the token that came, nats.
-    kld : float64
-        Divergence of the variant's distribution from the base's, nats.
-    same_top, correct : bool
-        Whether the most probable token is the base's; whether it is the one that came.
-    top5, top10 : uint8
-        How many of the base's 5 and 10 most probable tokens are among the variant's.
-    """
-
-    nll: np.ndarray
-    kld: np.ndarray
+    nll: np.ndarray  # float64: -ln of the probability that the variant gave to the token that came, nats
+    kld: np.ndarray  # float64: divergence of the variant's distribution from the base's, nats
+    # same_top, correct: whether the most probable token is the base's; whether it is the one that came
     same_top: np.ndarray
     correct: np.ndarray
+    # top5, top10: uint8: how many of the base's 5 and 10 most probable tokens are among the variant's
     top5: np.ndarray
     top10: np.ndarray
 

@@ -58,22 +58,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Windows:
-    """The chunks of a text as they are evaluated.
+    """The chunks of a text as they are evaluated."""
 
-    Attributes
-    ----------
-    tokens : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32]
-    targets : np.ndarray [shape=(n_chunks, n_scored), dtype=int32]
-        The tokens to be predicted.
-    first : int
-        Position whose logits predict the first target; the others follow without a gap.
-    original : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32], optional
-        The text's own tokens, before BOS replaced the first of a chunk.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    first: int
+    tokens: np.ndarray  # int32 (n_chunks, n_ctx)
+    targets: np.ndarray  # int32 (n_chunks, n_scored): the tokens to be predicted
+    first: int  # position whose logits predict the first target; the others follow without a gap
+    # int32 (n_chunks, n_ctx): the text's own tokens, before BOS replaced the first of a chunk
     original: np.ndarray | None = None
 
     @property

@@ -24,23 +24,12 @@ _PIECE = 1 << 22  # weights that are dequantized at a time on their way to anoth
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to evaluate: which type each tensor has, and where its values come from.
-
-    Attributes
-    ----------
-    name : str
-    model : Model
-        The file that holds its tensors; for a variant made in memory, the base.
-    types : dict[str, str]
-        Tensor name → ggml type.
-    imatrix : Mapping[str, np.ndarray]
-        Tensor name → weights per column; empty without an importance matrix.
-    """
+    """A model to evaluate: which type each tensor has, and where its values come from."""
 
     name: str
-    model: Model
-    types: dict[str, str]
-    imatrix: Mapping[str, np.ndarray]
+    model: Model  # the file that holds its tensors; for a variant made in memory, the base
+    types: dict[str, str]  # tensor name → ggml type
+    imatrix: Mapping[str, np.ndarray]  # tensor name → weights per column; empty without an importance matrix
 
     @property
     def nbytes(self) -> int:

@@ -24,25 +24,13 @@ _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 @dataclass(frozen=True)
 class SentencePieces:
-    """A model's pieces by id.
-
-    Attributes
-    ----------
-    tokens : list of str
-    scores : list of float
-    types : list of int
-        As `tokenizer.ggml.token_type`: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
-    model_type : str
-        `"bpe"`, `"unigram"`, `"word"` or `"char"`.
-    adds_space : bool
-        Whether a text starts as if a space stood before it.
-    """
+    """A model's pieces by id."""
 
     tokens: list[str]
     scores: list[float]
-    types: list[int]
-    model_type: str
-    adds_space: bool
+    types: list[int]  # as `tokenizer.ggml.token_type`: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
+    model_type: str  # `"bpe"`, `"unigram"`, `"word"` or `"char"`
+    adds_space: bool  # whether a text starts as if a space stood before it
 
 
 def read_sentencepiece(path: Path, raw: bytes) -> SentencePieces:

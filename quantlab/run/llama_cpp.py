@@ -35,31 +35,18 @@ MAX_INT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Options:
-    """How llama.cpp runs a model, under llama.cpp's names.
+    """How llama.cpp runs a model, under llama.cpp's names."""
 
-    Attributes
-    ----------
-    n_ctx : int or None
-        Tokens of context; 0 is the model's own, None is 2048, or the model's own if that is shorter.
-    n_gpu_layers : int or None
-        Layers on the graphics card, the output layer first; None or -1 leaves the choice to llama.cpp.
-    n_threads : int or None
-        None or -1 leaves the choice to llama.cpp.
-    host, port : str, int
-        Where the HTTP server listens; port 0 is any free one.
-    api_key : str or None
-        Who asks must give it.
-    ui : bool
-        Whether the web page is served.
-    """
-
+    # tokens of context; 0 is the model's own, None is 2048, or the model's own if that is shorter
     n_ctx: int | None = None
+    # layers on the graphics card, the output layer first; None or -1 leaves the choice to llama.cpp
     n_gpu_layers: int | None = None
-    n_threads: int | None = None
+    n_threads: int | None = None  # None or -1 leaves the choice to llama.cpp
+    # host, port: where the HTTP server listens; port 0 is any free one
     host: str = LOOPBACK
     port: int = 0
-    api_key: str | None = None
-    ui: bool = False
+    api_key: str | None = None  # who asks must give it
+    ui: bool = False  # whether the web page is served
 
 
 class Engine:

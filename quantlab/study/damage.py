@@ -32,39 +32,18 @@ ATTEMPTS = 3  # at a task whose worker was lost
 
 @dataclass(frozen=True)
 class Bundle:
-    """Changes that are measured in one pass.
+    """Changes that are measured in one pass."""
 
-    Attributes
-    ----------
-    model : Path
-        The base.
-    windows : Windows
-    mode : str
-        As for `quantlab.perplexity`.
-    memory : str, int or None
-    start : dict[str, str]
-        Tensor → type of the starting point that each change is a change of.
-    imatrix : Mapping[str, np.ndarray]
-        Weights per column.
-    changes : tuple of dict[str, str]
-        Tensor → new type.
-    keys : tuple of dict
-        What each change's damage is kept under.
-    cache : Path or None
-    threads : int or None
-        None takes numba's number.
-    """
-
-    model: Path
+    model: Path  # the base
     windows: Windows
-    mode: str
+    mode: str  # as for `quantlab.perplexity`
     memory: str | int | None
-    start: dict[str, str]
-    imatrix: Mapping[str, np.ndarray]
-    changes: tuple[dict[str, str], ...]
-    keys: tuple[dict, ...]
+    start: dict[str, str]  # tensor → type of the starting point that each change is a change of
+    imatrix: Mapping[str, np.ndarray]  # weights per column
+    changes: tuple[dict[str, str], ...]  # tensor → new type
+    keys: tuple[dict, ...]  # what each change's damage is kept under
     cache: Path | None
-    threads: int | None
+    threads: int | None  # None takes numba's number
 
     def variants(self) -> list[Variant]:
         """The base, the starting point where it is another, and one variant per change."""

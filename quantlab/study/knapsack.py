@@ -27,21 +27,11 @@ _LARGEST = 4096.0  # nats; sums of integers stay far below 2^63
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one group, from the smallest on.
+    """The options of one group, from the smallest on."""
 
-    Attributes
-    ----------
-    sizes : np.ndarray [shape=(n,), dtype=int64]
-        Bytes.
-    damages : np.ndarray [shape=(n,), dtype=int64]
-        Multiples of `UNIT`.
-    places : np.ndarray [shape=(n,), dtype=int64]
-        Where each stood in what was given.
-    """
-
-    sizes: np.ndarray
-    damages: np.ndarray
-    places: np.ndarray
+    sizes: np.ndarray  # int64 (n,): bytes
+    damages: np.ndarray  # int64 (n,): multiples of `UNIT`
+    places: np.ndarray  # int64 (n,): where each stood in what was given
 
 
 def solve(groups: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int]:

@@ -28,23 +28,12 @@ _PIECE = 1 << 22  # weights at a time
 
 @dataclass(frozen=True)
 class ErrorTask:
-    """The errors of one tensor in several types.
-
-    Attributes
-    ----------
-    model : Path
-    name : str
-    keys : dict[str, dict]
-        Type → what its error is kept under.
-    weights : np.ndarray [shape=(n_per_row,), dtype=float32] or None
-    cache : Path or None
-    threads : int or None
-    """
+    """The errors of one tensor in several types."""
 
     model: Path
     name: str
-    keys: dict[str, dict]
-    weights: np.ndarray | None
+    keys: dict[str, dict]  # type → what its error is kept under
+    weights: np.ndarray | None  # float32 (n_per_row,)
     cache: Path | None
     threads: int | None
 

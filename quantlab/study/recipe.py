@@ -310,23 +310,12 @@ def _as_it_is(row: dict, base: Model) -> dict:
 
 @dataclass(frozen=True)
 class Menu:
-    """What there is to choose from: for each group the changes that are allowed.
-
-    Attributes
-    ----------
-    base : Model
-    sensitivity : Sensitivity
-    groups : dict[str, list[dict]]
-        Rows of the sensitivity by group.
-    constraints : dict[str, list[tuple[str, str]]]
-        Expressions and types by option, for the record: `groups` holds what they allow.
-    has_imatrix : bool
-    rules : str
-    """
+    """What there is to choose from: for each group the changes that are allowed."""
 
     base: Model
     sensitivity: Sensitivity
-    groups: dict[str, list[dict]]
+    groups: dict[str, list[dict]]  # rows of the sensitivity by group
+    # expressions and types by option, for the record: `groups` holds what they allow
     constraints: dict[str, list[tuple[str, str]]]
     has_imatrix: bool
     rules: str

@@ -43,21 +43,11 @@ def _is_row(row: Mapping) -> bool:
 
 @dataclass(frozen=True)
 class Change:
-    """A group of tensors at another type.
+    """A group of tensors at another type."""
 
-    Attributes
-    ----------
-    group : str
-        Name of the group; of a tensor that stands for itself, the tensor's.
-    qtype : str
-        The type that was asked for.
-    types : dict[str, str]
-        Tensor → the type that it gets; another one where its rows do not fit the blocks of `qtype`.
-    """
-
-    group: str
-    qtype: str
-    types: dict[str, str]
+    group: str  # name of the group; of a tensor that stands for itself, the tensor's
+    qtype: str  # the type that was asked for
+    types: dict[str, str]  # tensor → the type that it gets; another one where its rows do not fit the blocks of `qtype`
 
     @property
     def layer(self) -> int | None:

@@ -21,19 +21,11 @@ from quantlab.transform.slabs import in_order, row_ranges
 
 @dataclass(frozen=True)
 class Change:
-    """One key of the metadata that is not the same in both.
-
-    Attributes
-    ----------
-    key : str
-    change : str
-        "added", "removed", "type" (the same value in another type) or "changed".
-    a, b : str or None
-        Type and value as short text; of two lists, from the first item that differs.
-    """
+    """One key of the metadata that is not the same in both."""
 
     key: str
-    change: str
+    change: str  # "added", "removed", "type" (the same value in another type) or "changed"
+    # a, b: type and value as short text; of two lists, from the first item that differs
     a: str | None
     b: str | None
 
@@ -99,22 +91,14 @@ def _text(value: Any) -> str:
 
 @dataclass
 class Tally:
-    """What differs in one tensor, added up over its slabs.
+    """What differs in one tensor, added up over its slabs."""
 
-    Attributes
-    ----------
-    n_blocks, differing : int
-        Blocks, and those of them with different bytes; weights, for types without blocks; 0 where the types differ.
-    noise : float
-        Sum of the squared differences of the values.
-    largest : float
-        The largest difference.
-    """
-
+    # n_blocks, differing: blocks, and those of them with different bytes; weights, for types without blocks; 0 where
+    # the types differ
     n_blocks: int = 0
     differing: int = 0
-    noise: float = 0.0
-    largest: float = 0.0
+    noise: float = 0.0  # sum of the squared differences of the values
+    largest: float = 0.0  # the largest difference
 
     def add(self, a: np.ndarray, b: np.ndarray, qtypes: tuple[str, str], n_per_row: int) -> np.ndarray | None:
         """Add rows of two tensors as they are stored; return which blocks differ.

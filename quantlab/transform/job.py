@@ -155,30 +155,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is known before the first weight is read.
-
-    Attributes
-    ----------
-    source : Path
-    files : tuple[Path, ...]
-        Those that hold the source's weights.
-    ftype : Ftype
-    options : Options
-    outputs : tuple[Output, ...]
-        One, or one per shard.
-    refusals : tuple[str, ...]
-        Why it cannot be done; empty where it can.
-    notes : tuple[str, ...]
-        What a user should know.
-    """
+    """Everything that is known before the first weight is read."""
 
     source: Path
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # those that hold the source's weights
     ftype: Ftype
     options: Options
-    outputs: tuple[Output, ...]
-    refusals: tuple[str, ...]
-    notes: tuple[str, ...]
+    outputs: tuple[Output, ...]  # one, or one per shard
+    refusals: tuple[str, ...]  # why it cannot be done; empty where it can
+    notes: tuple[str, ...]  # what a user should know
 
     @property
     def steps(self) -> list[Step]:

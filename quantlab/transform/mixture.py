@@ -40,21 +40,13 @@ _PER_LAYER = "per_layer_token_embd.weight"
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of one tensor, and the reason for it.
+    """The type of one tensor, and the reason for it."""
 
-    Attributes
-    ----------
-    qtype : str
-        The type that the tensor gets.
-    wanted : str
-        The type that the rules or the user asked for; differs from `qtype` where the row length forced a fallback.
-    why : str
-        "kept" (never quantized), "base" (the ftype's own type), "mixture" (a rule of the mixture), "asked" (an
-        override); " + fallback" is added where the row length did not fit.
-    """
-
-    qtype: str
+    qtype: str  # the type that the tensor gets
+    # the type that the rules or the user asked for; differs from `qtype` where the row length forced a fallback
     wanted: str
+    # "kept" (never quantized), "base" (the ftype's own type), "mixture" (a rule of the mixture), "asked" (an
+    # override); " + fallback" is added where the row length did not fit
     why: str
 
 
