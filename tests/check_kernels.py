@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as st_numpy
 from quantlab import quants
 from quantlab.lab import speed
 from quantlab.quants.arrays import encode
+from quantlab.quants.ggml_types import GGML_TYPES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "kernels.json").read_text())
 ANY_ROW = st_numpy.arrays(
@@ -79,10 +80,10 @@ def threads_do_not_change_bytes(qtype, n_per_row, nrows):
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("numba was started with one thread")
     x, weights = rows.bell((nrows, n_per_row), 6).astype(np.float32), rows.importances(n_per_row)["squares"]
+    matrices = [None, weights] if GGML_TYPES[qtype].encoder else [weights]
     results = []
     for n in (1, 2):
         with speed.threads(n):
-            data = quants.quantize(x, qtype)
-            decoded = quants.dequantize(data, qtype, x.shape)
-            results.append([data.tobytes(), quants.quantize(x, qtype, weights).tobytes(), decoded.tobytes()])
+            data = [quants.quantize(x, qtype, imatrix) for imatrix in matrices]
+            results.append([array.tobytes() for array in (*data, quants.dequantize(data[0], qtype, x.shape))])
     assert results[0] == results[1]

@@ -8,7 +8,7 @@ from numba import njit
 
 from quantlab import quants
 from quantlab.evaluate.engine.ggml_activations import half, round_bf16, round_f16
-from quantlab.evaluate.engine.ggml_products import _SCALES, ORDERS, Order
+from quantlab.evaluate.engine.ggml_products import ORDERS, Order, scale_places
 from quantlab.evaluate.engine.ggml_steps import fma
 
 _ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
@@ -140,7 +140,7 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int]) -> Packed:
         floats = quants.dequantize(stored, qtype, shape) if stored.dtype == np.uint8 else stored.astype(np.float32)
         return Packed(qtype, n_out, floats.T, _NONE, _NONE, _NONE)
     blocks = stored.reshape(n_out, -1, quants.block_bytes(qtype))
-    at, at_min = _SCALES[qtype]
+    at, at_min = scale_places(qtype)
     panelled, with_mins = order.lanes > 1, at_min is not None and order.activations == "Q8_K"
     codes = np.zeros((-(-n_out // PANEL), n_in, PANEL) if panelled else (n_in, n_out), np.float32)
     mins = np.empty((n_in // 16, n_out), np.float32) if with_mins else _NONE
@@ -166,7 +166,7 @@ def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
 def _with_scales(blocks: np.ndarray, qtype: str, n_in: int, d: float, dmin: float) -> np.ndarray:
     """Decode blocks as if their scales were these, which leaves integers; float32 [n_out, n_in]."""
     blocks = blocks.copy()
-    for at, scale in zip(_SCALES[qtype], (d, dmin), strict=True):
+    for at, scale in zip(scale_places(qtype), (d, dmin), strict=True):
         if at is not None:
             blocks[:, :, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
     return quants.dequantize(blocks.reshape(-1), qtype, (len(blocks), n_in))

@@ -24,7 +24,7 @@ def fma(a, b, c) -> np.float32:
 
 def integers(data: bytes, qtype: str) -> tuple[np.ndarray, np.ndarray, float, float]:
     """One block of a type: the weights' integers, their integer minima, d and dmin."""
-    at, at_min = ggml_products._SCALES[qtype]
+    at, at_min = ggml_products.scale_places(qtype)
     block = np.frombuffer(data, np.uint8)
     read = [0.0 if i is None else float(block[i : i + 2].copy().view(np.float16)[0]) for i in (at, at_min)]
 
@@ -77,7 +77,7 @@ def product(x: np.ndarray, tensors: list[Stored]) -> np.ndarray:
 def random_blocks(rng, qtype: str, n_out: int, n_in: int) -> np.ndarray:
     """Rows of random bytes, but for scales that are finite."""
     data = rng.integers(0, 256, (n_out, n_in // quants.block_size(qtype), quants.block_bytes(qtype)), np.uint8)
-    for at in ggml_products._SCALES[qtype]:
+    for at in ggml_products.scale_places(qtype):
         if at is not None:
             data[:, :, at : at + 2] = rng.normal(0, 0.01, (*data.shape[:2], 1)).astype(np.float16).view(np.uint8)
     return data.reshape(n_out, -1)

@@ -2,7 +2,6 @@
 
 import check_kernels
 import naive_newer
-import numba
 import numpy as np
 import pytest
 import rows
@@ -93,12 +92,7 @@ def test_decoder_of_types_that_gguf_does_not_know(qtype, size, width, rng):
 
 @pytest.mark.parametrize("qtype", rows.NEWER)
 def test_threads_do_not_change_bytes(qtype):
-    x, weights = rows.bell((20, 4096), 6).astype(np.float32), rows.importances(4096)["squares"]
-    results = []
-    for threads in {1, min(2, numba.config.NUMBA_NUM_THREADS)}:
-        numba.set_num_threads(threads)
-        results.append(quants.quantize(x, qtype, weights).tobytes())
-    assert len(set(results)) == 1
+    check_kernels.threads_do_not_change_bytes(qtype, 4096, 20)
 
 
 @pytest.mark.parametrize("qtype", grids.DISTANCES)

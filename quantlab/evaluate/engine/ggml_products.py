@@ -29,6 +29,7 @@ from quantlab.evaluate.engine.ggml_activations import Blocks
 from quantlab.evaluate.engine.ggml_steps import fma
 from quantlab.evaluate.engine.tiles import LANES, ROWS, WIDTH, add_pairs, tile
 from quantlab.evaluate.engine.workers import blocks
+from quantlab.quants.ggml_types import GGML_TYPES
 from quantlab.quants.lanes import INTS, lanes, load, store, to_float
 
 _PACKED_AT_ONCE = 1024  # rows of weights
@@ -71,14 +72,12 @@ ORDERS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), Order("Q8_K")),
     **dict.fromkeys(("TQ1_0", "TQ2_0"), Order("Q8_K")),
 }
-# type -> byte offset in its block of the scale and of the minimum's scale (Q4_1, Q5_1: of the minimum), as float16
-_SCALES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0, None)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q2_K": (80, 82),
-    "Q3_K": (108, None),
-    "Q6_K": (208, None),
-}
+
+
+def scale_places(qtype: str) -> tuple[int, int | None]:
+    """Byte offsets in a block of its scale and of the minimum's scale (Q4_1, Q5_1: of the minimum), as float16."""
+    at, *at_min = GGML_TYPES[qtype].halves
+    return at, at_min[0] if at_min else None
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int], workers) -> Pac
     """
     (n_out, n_in), order = shape, ORDERS[qtype]
     data, n_panels = stored.reshape(n_out, -1, quants.block_bytes(qtype)), -(-n_out // WIDTH)
-    at, at_min = _SCALES[qtype]
+    at, at_min = scale_places(qtype)
     codes = np.empty((n_panels, n_in // 2, WIDTH), np.int32)
     with_mins = at_min is not None and order.activations == "Q8_K"
     mins = np.empty((n_panels, n_in // 32, WIDTH), np.int32) if with_mins else _NO_INTS
@@ -138,7 +137,7 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int], workers) -> Pac
 def _with_scales(data: np.ndarray, qtype: str, n_in: int, d: float, dmin: float) -> np.ndarray:
     """Decode blocks as if their scales were these, which leaves integers; float32 [n_out, n_in]."""
     data = data.copy()
-    for at, scale in zip(_SCALES[qtype], (d, dmin), strict=True):
+    for at, scale in zip(scale_places(qtype), (d, dmin), strict=True):
         if at is not None:
             data[:, :, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
     return quants.dequantize(data.reshape(-1), qtype, (len(data), n_in))
