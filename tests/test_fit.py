@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +23,7 @@ LOGGED = {"model": r"model buffer size = +([\d.]+)", "kv": r"KV buffer size = +(
     "output": r"output buffer size = +([\d.]+)",
 }
 LOAD = """
-import json, os, sys, xllamacpp
+import json, os, sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.verbosity, params.warmup, params.fit_params = sys.argv[1], 5, False, sys.argv[3] == "dry"
 for name, value in json.loads(sys.argv[2]).items():
@@ -34,6 +33,7 @@ for name, value in json.loads(sys.argv[2]).items():
         value = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{value}")
     setattr(params, name, value)
 server = xllamacpp.Server(params)  # kept: one that goes before it runs waits for ever
+time.sleep(60)  # the log is written by a thread: who reads it ends the process
 os._exit(0)
 """
 
@@ -52,11 +52,21 @@ SHAPES = {
 }
 
 
+def log_of(path, mode: str, last: str, **options) -> str:
+    """Let llama.cpp load a model until its log says `last`."""
+    pytest.importorskip("xllamacpp")
+    log, command = "", [sys.executable, "-c", LOAD, str(path), json.dumps(options), mode]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            log += line
+            if last in line:
+                process.kill()
+    return log
+
+
 def logged(path, **options) -> dict[str, float]:
     """Load a model with llama.cpp and add up the buffers of each kind in its log, in MiB."""
-    pytest.importorskip("xllamacpp")
-    command = [sys.executable, "-c", LOAD, str(path), json.dumps(options), "load"]
-    log = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    log = log_of(path, "load", "splits = ", **options)
     found = {kind: [float(size) for size in re.findall(pattern, log)] for kind, pattern in LOGGED.items()}
     assert found["compute"], log[-2000:]
     return {kind: sum(sizes) for kind, sizes in found.items()}
@@ -118,14 +128,8 @@ def test_a_quantized_cache(tmp_path, kind):
 @pytest.mark.parametrize("n_ctx", [2048, 4096])
 def test_yi_34b_takes_what_llama_cpp_projects(tmp_path, n_ctx):
     """llama.cpp works out what it would need without loading; the file is a hole, and the process is then ended."""
-    pytest.importorskip("xllamacpp")
     path = sparse_models.sparse_gguf(tmp_path / "yi.gguf", YI, "Q8_0")
-    command = [sys.executable, "-c", LOAD, str(path), json.dumps({"n_ctx": n_ctx}), "dry"]
-    log, end = "", time.monotonic() + 60
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while "projected to use" not in log and time.monotonic() < end:
-            log += process.stderr.readline()
-        process.kill()
+    log = log_of(path, "dry", "projected to use", n_ctx=n_ctx)
     row = fit("yi-34b", ftype="Q8_0", n_ctx=n_ctx).rows[0]
     assert close(row.compute_bytes, float(re.search(LOGGED["compute"], log)[1]))
     total = row.bytes + row.kv_bytes + row.compute_bytes
