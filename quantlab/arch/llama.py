@@ -3,17 +3,17 @@
 from quantlab.arch.record import Architecture, Layer, Tensor
 
 
-def matrix(name: str, shape: str, hugging_face: str, meta: str, heads: str = "") -> Tensor:
+def matrix(name: str, shape: str, hugging_face: str, meta: str = "", heads: str = "") -> Tensor:
     """Return a matrix of each layer; `heads` is the field with the number of heads of one whose rows are permuted."""
     change = ("permute", heads) if heads else ()
-    names = (f"model.layers.{{}}.{hugging_face}.weight",)
-    return Tensor(f"blk.{{}}.{name}.weight", shape, "matrix", names, change, meta=f"layers.{{}}.{meta}.weight")
+    names, meta = (f"model.layers.{{}}.{hugging_face}.weight",), meta and f"layers.{{}}.{meta}.weight"
+    return Tensor(f"blk.{{}}.{name}.weight", shape, "matrix", names, change, meta=meta)
 
 
-def norm(name: str, shape: str, hugging_face: str, meta: str = "") -> Tensor:
+def norm(name: str, shape: str, hugging_face: str, meta: str = "", change: tuple[str, ...] = ()) -> Tensor:
     """Return a norm of each layer."""
     names, meta = (f"model.layers.{{}}.{hugging_face}.weight",), meta and f"layers.{{}}.{meta}.weight"
-    return Tensor(f"blk.{{}}.{name}.weight", shape, "norm", names, meta=meta)
+    return Tensor(f"blk.{{}}.{name}.weight", shape, "norm", names, change, meta=meta)
 
 
 def bias(name: str, size: str, hugging_face: str, heads: str = "", *, optional: bool = False) -> Tensor:
@@ -64,4 +64,5 @@ ARCH = Architecture(
         "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "head_dim": 0},
     },
     metadata={"vocab_size": "n_vocab", "rope.dimension_count": "n_rot"},
+    has_llama_vocab=True,
 )

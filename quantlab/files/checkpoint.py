@@ -19,10 +19,10 @@ import numpy as np
 from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
 from quantlab.files.changes import Joined, Source, change
-from quantlab.files.checkpoint_metadata import Config, check_activation, hparams_metadata, read_config, rope_factors
+from quantlab.files.checkpoint_metadata import Config, check_computed, hparams_metadata, read_config, rope_factors
 from quantlab.files.general_metadata import general_metadata
 from quantlab.files.model import WEIGHTS, LazyTensor, Model
-from quantlab.files.tensor_names import plain_names
+from quantlab.files.tensor_names import plain_names, text_names
 from quantlab.files.tokenizer_files import vocab_metadata
 from quantlab.files.weights import index_weights, meta_parts, read_json, read_weights
 from quantlab.quants.ggml_types import block_size
@@ -86,7 +86,7 @@ def open_checkpoint(
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
     if not as_llama_cpp:
-        check_activation(folder, config.record)
+        check_computed(folder, config)
     stored = _read_sources(path, config)
     config = _with_sizes(folder, config, stored)
     sources = dict(_gguf_sources(folder, stored, config))
@@ -123,7 +123,8 @@ def _read_sources(path: Path, config: Config) -> dict[str, Source]:
         return plain_names(path, read_weights(path))
     parts = meta_parts(path) if config.is_meta else []
     if not parts:
-        return plain_names(path, index_weights(path))
+        names = plain_names(path, index_weights(path))
+        return text_names(path, names) if "text_config" in read_json(path / "config.json") else names
     n_vocab = sum(part["output.weight"].shape[0] for part in parts) if "output.weight" in parts[0] else 0
     return {name: _join(path, name, [part[name] for part in parts], n_vocab) for name in parts[0]}
 

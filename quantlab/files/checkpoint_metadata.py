@@ -3,23 +3,35 @@
 Source: `conversion/base.py` and `conversion/llama.py` of llama.cpp; the defaults of transformers' configurations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf.constants import LlamaFileType
 
-from quantlab.arch import MAX_LAYERS, Architecture, Hparams, architectures, find, find_class
+from quantlab.arch import MAX_LAYERS, Architecture, Hparams, architectures, complete, find, find_class
 from quantlab.files.checkpoint_kinds import check_no_adapter, check_not_packed
 from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 
-__all__ = ["Config", "check_activation", "hparams_metadata", "read_config", "rope_factors"]
+__all__ = ["Config", "check_computed", "hparams_metadata", "read_config", "rope_factors"]
 
 MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
 DEFAULT_BASE = 10000.0  # rope_theta of transformers
-_ACTIVATIONS = {"silu": ("silu", "swish")}  # of a record's layers → their names in transformers
+_ACTIVATIONS = {
+    "silu": ("silu", "swish"),
+    "gelu": ("gelu_pytorch_tanh", "gelu_new"),
+}  # of a record's layers → their names in transformers
+# fields that only some architectures have → their names in transformers
+_FIELDS = {
+    "attn_scale": "attention_multiplier",
+    "embd_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+    "attn_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
+}
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 _YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
@@ -37,6 +49,11 @@ class Config(Hparams):
     def record(self) -> Architecture:
         """The record of the architecture."""
         return find(self.arch)
+
+    @property
+    def yarn_log_mul(self) -> float | None:
+        """How much of YaRN's magnitude is taken back, where the configuration says so."""
+        return self.rope.get("mscale_all_dim")
 
 
 def read_config(folder: Path) -> Config:
@@ -73,24 +90,34 @@ def _number(
 
 
 def _hugging_face(path: Path) -> Config:
-    table = read_json(path)
-    classes = table.get("architectures")
+    whole = read_json(path)
+    classes = whole.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
     record = find_class(name) if isinstance(name, str) else None
     if record is None:
         known = " ".join(known for record in architectures().values() for known in record.classes)
         raise ValueError(f"{path}: architectures={short(classes)}, need one of {known}. Use llama.cpp's converter.")
-    check_not_packed(path, (), table)
+    check_not_packed(path, (), whole)
+    text = whole.get("text_config")
+    table = whole | text if isinstance(text, dict) else whole
     model_type = table.get("model_type")
+    if isinstance(text, dict) and model_type not in record.defaults:
+        known = ", ".join(record.defaults)
+        raise ValueError(
+            f"{path}: model_type={short(model_type)} of the text model, need one of {known}. Use llama.cpp's converter."
+        )
     defaults = record.defaults.get(model_type, {}) if isinstance(model_type, str) else {}
+    table = {**defaults, **{key: value for key, value in table.items() if value is not None}}
     n_embd, n_head = _number(path, table, "hidden_size"), _number(path, table, "num_attention_heads")
-    head_dim = table.get("head_dim") or defaults.get("head_dim") or None
+    head_dim = table.get("head_dim") or None
     if n_embd % n_head and not head_dim:
         raise ValueError(
             f"{path}: hidden_size={n_embd} is no multiple of num_attention_heads={n_head}. Check the configuration."
         )
-    n_ctx = _number(path, table, "max_position_embeddings", defaults.get("max_position_embeddings"))
-    return Config(
+    n_ctx, n_layer = (_number(path, table, key) for key in ("max_position_embeddings", "num_hidden_layers"))
+    head_dim = _number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head)
+    fields = {name for name in record.metadata.values() if table.get(_FIELDS.get(name))}
+    config = Config(
         arch=record.name,
         is_meta=False,
         n_vocab=_number(path, table, "vocab_size"),
@@ -99,15 +126,51 @@ def _hugging_face(path: Path) -> Config:
         n_ff=_number(path, table, "intermediate_size"),
         n_layer=_number(path, table, "num_hidden_layers", most=MAX_LAYERS),
         n_head=n_head,
-        n_head_kv=_number(path, table, "num_key_value_heads", defaults.get("num_key_value_heads", n_head)),
-        head_dim=_number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head),
-        writes_head_dim=bool(head_dim) or "head_dim" in defaults,
+        n_head_kv=_number(path, table, "num_key_value_heads", n_head),
+        head_dim=head_dim,
+        writes_head_dim="head_dim" in table,
         rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),
-        **_rope(path, table, n_ctx),
+        window=_windows(path, table, record, n_layer),
+        **{name: _number(path, table, _FIELDS[name], whole=False) for name in fields},
+        **_rope(path, *_rope_of_windows(path, table, record), n_ctx),
     )
+    return replace(config, attn_temp_scale=config.rope.get("llama_4_scaling_beta") or 0.0)
 
 
-def _rope(path: Path, table: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+def _windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: int) -> tuple[int, ...] | int:
+    """Return the window of each layer; only architectures that llama.cpp gives windows have any."""
+    if not record.window_period or not table.get("sliding_window"):
+        return 0
+    size, kinds = _number(path, table, "sliding_window"), table.get("layer_types")
+    step = table.get("sliding_window_pattern", table.get("_sliding_window_pattern", record.window_period))
+    if isinstance(kinds, list):
+        given = tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
+    else:
+        given = tuple(size if type(step) is int and step and (i + 1) % step else 0 for i in range(n_layer))
+    usual = tuple(size if (i + 1) % record.window_period else 0 for i in range(n_layer))
+    if len(given) != n_layer or given != usual and "windowed" not in record.metadata.values():
+        raise ValueError(
+            f"{path}: layer_types={short(kinds or step)}, need every {record.window_period}th layer without a window. "
+            f"llama.cpp computes no other {record.name}."
+        )
+    return given
+
+
+def _rope_of_windows(path: Path, table: dict[str, Any], record: Architecture) -> tuple[dict[str, Any], float]:
+    """Return the table with the rotary positions of layers without a window, and the base of those with one."""
+    base = table.get("rope_local_base_freq")
+    if record.window_rope is None:
+        return table, 0.0
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = table.get(key)
+        if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+            sliding = rope.get("sliding_attention")
+            base = sliding.get("rope_theta", base) if isinstance(sliding, dict) else base
+            table = table | {key: rope["full_attention"]}
+    return table, _number(path, {"rope_theta": base}, "rope_theta", whole=False) if base else 0.0
+
+
+def _rope(path: Path, table: dict[str, Any], base_window: float, n_ctx: int) -> dict[str, Any]:
     """Gather what old (`rope_scaling`, `rope_theta`) and new (`rope_parameters`) files say of rotary positions."""
     rope = _rope_table(path, table)
     kind = rope["rope_type"]
@@ -132,7 +195,7 @@ def _rope(path: Path, table: dict[str, Any], n_ctx: int) -> dict[str, Any]:
             f"Take the configuration of this checkpoint."
         )
     base = _number(path, rope, "rope_theta", table.get("rope_theta") or DEFAULT_BASE, whole=False)
-    return {"rope_base": base, "rope": rope}
+    return {"rope_base": base, "rope_base_window": base_window, "rope": rope}
 
 
 def _rope_table(path: Path, table: dict[str, Any]) -> dict[str, Any]:
@@ -174,21 +237,31 @@ def _of_one_layer_type(path: Path, key: str, rope: Any, layer_types: Any) -> dic
     return {name: value for name, value in rope.items() if name not in names} | tables[0]
 
 
-def check_activation(folder: Path, record: Architecture) -> None:
-    """Refuse an activation other than the one that llama.cpp computes for every model of an architecture.
+def check_computed(folder: Path, config: Config) -> None:
+    """Refuse what llama.cpp computes otherwise for every model of an architecture.
 
     Raises
     ------
     ValueError
-        If `hidden_act` in config.json is another one.
+        If config.json asks for another activation, other layers without positions, or another scale of attention.
     """
-    path = folder / "config.json"
-    names, given = _ACTIVATIONS.get(record.layer.activation, ()), read_json(path).get("hidden_act")
-    if names and given is not None and given not in names:
-        raise ValueError(
-            f"{path}: hidden_act={short(given)}, must be {names[0]}, which llama.cpp computes for every {record.name} "
-            "model. A converted file would give other results; as_llama_cpp=True writes it all the same."
-        )
+    path, record = folder / "config.json", config.record
+    table = read_json(path)
+    table |= table["text_config"] if isinstance(table.get("text_config"), dict) else {}
+    names = _ACTIVATIONS.get(record.layer.activation, ())
+    key = "hidden_activation" if table.get("hidden_activation") else "hidden_act"
+    wanted = [(key, names)] if names else []
+    if step := record.unrotated_period:
+        wanted.append(("no_rope_layers", ([int((i + 1) % step > 0) for i in range(config.n_layer)],)))
+    if "query_pre_attn_scalar" in table:
+        wanted.append(("query_pre_attn_scalar", (round(complete(config).score_scale ** -2),)))
+    for key, allowed in wanted:
+        given = table.get(key)
+        if given is not None and given not in allowed:
+            raise ValueError(
+                f"{path}: {key}={short(given)}, must be {allowed[0]}, which llama.cpp computes for every {record.name} "
+                "model. A converted file would give other results; as_llama_cpp=True writes it all the same."
+            )
 
 
 def _meta(folder: Path) -> Config:
@@ -257,14 +330,18 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
     }
     keys |= _scaling_metadata(config.rope)
     keys["rope.freq_base"] = np.float32(config.rope_base)
+    if config.rope_base_window:
+        keys["rope.freq_base_swa"] = np.float32(config.rope_base_window)
     keys["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_eps)
     if config.writes_head_dim:
         keys["attention.key_length"] = keys["attention.value_length"] = np.uint32(config.head_dim)
     metadata = {f"{config.arch}.{key}": value for key, value in keys.items()}
     metadata["general.file_type"] = np.uint32(_FILE_TYPES[qtype])
-    metadata |= {
-        f"{config.arch}.{key}": np.uint32(getattr(config, size)) for key, size in config.record.metadata.items()
-    }
+    for key, name in config.record.metadata.items():
+        value = getattr(config, name)
+        if value and (name != "windowed" or config.window):
+            kind = {float: np.float32, int: np.uint32}.get(type(value), list)
+            metadata[f"{config.arch}.{key}"] = kind(value)
     return metadata | {"general.quantization_version": np.uint32(2)}
 
 

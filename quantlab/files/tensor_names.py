@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["plain_names"]
+__all__ = ["plain_names", "text_names"]
 
 Source = TypeVar("Source")
 # torch.compile, FSDP and activation checkpointing anywhere in a name; data parallel training in front
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 _IN_FRONT = re.compile(r"^(\.?module\.)+|^\.")
+# parts of a name that belong to what sees and hears, as llama.cpp's converter tells them
+_OTHER = re.compile(
+    r"^(mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.|sound_\w+\.|speech_embeddings\.)"
+    r"|visual\.|vision[._]|audio[._]|talker\.|token2wav\.|code2wav\.|projector\.|image_newline|view_seperator"
+    r"|pre_mm_projector_norm|patch_embed|patch_merger\.|patch_merge_mlp\.|model\.connector\."
+)
 _INNER = re.compile(r"(layers\.\d+|embed_tokens|norm)\.")  # how the names of a model without its head begin
 
 
@@ -52,6 +58,26 @@ def plain_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]
         twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
         raise ValueError(f"{folder}: {twice}: two tensors have this name without prefixes. Save the checkpoint again.")
     return plain
+
+
+def text_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the tensors of the text model of a checkpoint that also sees or hears, by its own names.
+
+    Warns
+    -----
+    UserWarning
+        If others are left out.
+    """
+    kept = {name: source for name, source in stored.items() if not _OTHER.search(name)}
+    left = [name for name in stored if name not in kept]
+    if left:
+        parts = sorted({name.removeprefix("model.").partition(".")[0] for name in left})
+        warnings.warn(
+            f"{folder}: the text model is converted; {len(left)} tensors of {', '.join(parts)} are left out. "
+            f"llama.cpp's converter makes a file of them with --mmproj.",
+            stacklevel=4,
+        )
+    return {name.replace("language_model.", ""): source for name, source in kept.items()}
 
 
 def _say(folder: Path, name: str, plain: str, count: int, why: str) -> None:

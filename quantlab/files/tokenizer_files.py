@@ -109,14 +109,15 @@ def vocab_metadata(folder: Path, config: Config, *, as_llama_cpp: bool = False) 
     files = _Files(folder, tokenizer, tokenizer_config, config.n_vocab, as_llama_cpp)
     keys: dict[str, Any] = {}
     prefix = tokenizer_config.get("add_prefix_space")
-    if config.arch == "llama" and isinstance(prefix, bool):
+    is_llama = config.record.has_llama_vocab
+    if is_llama and isinstance(prefix, bool):
         keys["tokenizer.ggml.add_space_prefix"] = prefix
     keys |= _vocabulary(files, config)
     _check_texts_differ(folder, keys["tokenizer.ggml.tokens"])
-    if config.arch == "llama" and config.n_vocab == 32016:  # Code Llama's tokens for filling in the middle
+    if is_llama and config.n_vocab == 32016:  # Code Llama's tokens for filling in the middle
         infill = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
         keys |= _special(files, fixed=infill)
-    if config.arch == "llama" and config.n_vocab == 49152:  # the converter's rule for small Granite models
+    if is_llama and config.n_vocab == 49152:  # the converter's rule for small Granite models
         keys["tokenizer.ggml.add_bos_token"] = False
     if template_metadata(folder, tokenizer_config) != template_metadata(folder, tokenizer_config, as_llama_cpp=True):
         files.differences.append("the chat template is the one that transformers takes")
@@ -133,12 +134,13 @@ def _vocabulary(files: _Files, config: Config) -> dict[str, Any]:
     """Read the tokenizer of whatever kind it is."""
     raw = _read_model(files.folder / "tokenizer.model")
     if raw is not None and not is_tiktoken(raw):
-        return _sentencepiece(files, raw)
+        added = {f"tokenizer.ggml.{key}": value for key, value in config.record.tokenizer.items()}
+        return _sentencepiece(files, raw) | added
     if isinstance(files.tokenizer.get("model"), dict):
         if is_byte_level(files.folder, files.tokenizer):
             return _with_merges(files)
         # llama.cpp's converter gives Llama a vocabulary with scores; other architectures keep the merges (Gemma)
-        pre = None if config.arch == "llama" else known_pre_tokenizer(files.folder, files.tokenizer)
+        pre = None if config.record.has_llama_vocab else known_pre_tokenizer(files.folder, files.tokenizer)
         return _without_scores(files) if pre is None else _with_merges(files, pre)
     if raw is not None:
         return _tiktoken(files.folder, raw, config)

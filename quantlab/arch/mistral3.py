@@ -1,0 +1,18 @@
+"""Ministral 3: a Llama with YaRN, whose queries grow beyond the context length of the first training."""
+
+from dataclasses import replace
+
+from quantlab.arch.llama import ARCH as LLAMA
+
+ARCH = replace(
+    LLAMA,
+    name="mistral3",
+    classes=("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
+    defaults={
+        "ministral3": {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128},
+        "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "head_dim": 0},
+    },
+    metadata=LLAMA.metadata
+    | {"rope.scaling.yarn_log_multiplier": "yarn_log_mul", "attention.temperature_scale": "attn_temp_scale"},
+    yarn=("beta_fast", "beta_slow", "log_mul"),
+)
