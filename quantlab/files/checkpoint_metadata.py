@@ -95,8 +95,10 @@ def _hugging_face(path: Path) -> Config:
     name = classes[0] if isinstance(classes, list) and classes else None
     record = find_class(name) if isinstance(name, str) else None
     if record is None:
-        known = " ".join(known for record in architectures().values() for known in record.classes)
-        raise ValueError(f"{path}: architectures={short(classes)}, need one of {known}. Use llama.cpp's converter.")
+        raise ValueError(
+            f"{path}: architectures={short(classes)}, need a class of {', '.join(architectures())}. Convert it with "
+            "llama.cpp's convert_hf_to_gguf.py; quantize, inspect and compare take the file."
+        )
     check_not_packed(path, (), whole)
     text = whole.get("text_config")
     table = whole | text if isinstance(text, dict) else whole
