@@ -13,7 +13,7 @@ import pytest
 import quantlab as ql
 from quantlab.files.gguf_file import write_gguf
 from quantlab.run.chat import HELP, Conversation, Sampling, talk
-from quantlab.run.llama_cpp import Engine, Options, as_gguf
+from quantlab.run.llama_cpp import Engine, Options, _only_continues, as_gguf
 from quantlab.transform.quantize import quantize
 
 GREEDY = Sampling(temp=0, n_predict=12)
@@ -56,6 +56,19 @@ def test_the_history_is_what_the_model_sees(engine):
     with_history, without = Conversation(engine, "", GREEDY), Conversation(engine, "", GREEDY)
     answer(with_history, "one two three " * 8)
     assert answer(with_history, "x") != answer(without, "x")
+
+
+def test_a_model_without_a_chat_template_continues_the_text(engine, path, tmp_path):
+    def continued(text):
+        return engine.complete({"prompt": text, "temperature": 0, "max_tokens": 12})["choices"][0]["text"]
+
+    conversation = Conversation(engine, "", GREEDY)
+    first = answer(conversation, "What is a weight?")
+    assert first == continued("What is a weight?")
+    assert answer(conversation, "And a scale?") == continued(f"What is a weight?{first}\n\nAnd a scale?")
+    for added in ({"tokenizer.chat_template": "{{ messages }}"}, {"tokenizer.ggml.tokens": ["<|im_start|>"]}):
+        write_gguf(tmp_path / "a.gguf", ql.open(path).metadata | added, [], [])
+        assert not _only_continues(tmp_path / "a.gguf")
 
 
 def test_the_same_seed_gives_the_same_answer(engine):

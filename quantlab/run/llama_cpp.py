@@ -31,6 +31,11 @@ LOOPBACK = "127.0.0.1"
 USUAL = 2048  # tokens of context when none are asked for
 MAX_THREADS = 512  # of ggml; llama.cpp aborts this process with more, and with none
 MAX_INT = 2**31 - 1
+# a chat template for models that have none: each answer continues the text so far
+CONTINUED = (
+    r"{% for message in messages %}{% if message.role == 'user' and not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{{ message.content }}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -248,9 +253,17 @@ def _params(xllamacpp, path: Path, n_ctx: int, options: Options):
     params.api_keys = [options.api_key] if options.api_key else [] if options.ui else [secrets.token_hex()]
     params.ui, params.model_alias = options.ui, {path.stem}
     params.cors_origins = "localhost"  # pages of other sites get no answer from a browser on this machine
+    if _only_continues(path):
+        params.chat_template = CONTINUED
     params.warmup = False
     params.verbosity = 1  # errors; the log would show the end of the key
     return params
+
+
+def _only_continues(path: Path) -> bool:
+    """Whether a model has neither a chat template nor the marks of ChatML, which llama.cpp takes in its stead."""
+    metadata = open_model(path).metadata
+    return "tokenizer.chat_template" not in metadata and "<|im_start|>" not in metadata["tokenizer.ggml.tokens"]
 
 
 @contextmanager
