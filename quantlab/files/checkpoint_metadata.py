@@ -32,6 +32,8 @@ _FIELDS = {
     "attn_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
 }
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 _YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
@@ -134,9 +136,26 @@ def _hugging_face(path: Path) -> Config:
         rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),
         window=_windows(path, table, record, n_layer),
         **{name: _number(path, table, _FIELDS[name], whole=False) for name in fields},
+        **_experts(path, table),
+        **{field: _number(path, table, key) for field, key in record.sizes.items() if table.get(key) is not None},
         **_rope(path, *_rope_of_windows(path, table, record), n_ctx),
     )
     return replace(config, attn_temp_scale=config.rope.get("llama_4_scaling_beta") or 0.0)
+
+
+def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
+    """Return how many experts there are and how many a token sees, where a configuration knows experts."""
+    found = {}
+    for field, names in (("n_expert", _EXPERTS), ("n_expert_used", _EXPERTS_USED)):
+        key = next((key for key in names if table.get(key) is not None), None)
+        if key:
+            found[field] = _number(path, table, key)
+    if found.get("n_expert_used", 0) > found.get("n_expert", 0):
+        raise ValueError(
+            f"{path}: num_experts_per_tok={found['n_expert_used']}, must be at most {found.get('n_expert', 0)}, the "
+            f"number of experts. Use the config.json that came with this checkpoint."
+        )
+    return found
 
 
 def _windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: int) -> tuple[int, ...] | int:
@@ -335,6 +354,8 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
     if config.rope_base_window:
         keys["rope.freq_base_swa"] = np.float32(config.rope_base_window)
     keys["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_eps)
+    if config.n_expert:
+        keys |= {"expert_count": np.uint32(config.n_expert), "expert_used_count": np.uint32(config.n_expert_used)}
     if config.writes_head_dim:
         keys["attention.key_length"] = keys["attention.value_length"] = np.uint32(config.head_dim)
     metadata = {f"{config.arch}.{key}": value for key, value in keys.items()}
