@@ -172,13 +172,16 @@ class Architecture:
         GGUF key without the architecture's name → field of `Hparams`: written after those that every file has, and
         read from a file.
     order : tuple of str
-        All keys in the order in which the converter writes them, where that is another one.
+        All keys in the order in which the converter writes them, where that is another one; `file_type` stands for
+        that of the file.
     skipped : tuple of str
         Ends of the names of a checkpoint's tensors that no file needs.
     has_llama_vocab : bool
         Whether the converter writes vocabularies as Llama's: scores for SentencePiece in a tokenizer.json.
     tokenizer : mapping
         What it adds to those of a tokenizer.model: name of a `tokenizer.ggml` key → value.
+    special : mapping
+        Roles of special tokens whose text the converter knows, for tokenizers that do not say.
     window_period : int
         Of so many layers the last sees all tokens, the others a window, where the metadata does not say which; 0: the
         architecture knows no windows.
@@ -207,6 +210,7 @@ class Architecture:
     skipped: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
     has_llama_vocab: bool = False
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    special: Mapping[str, str] = field(default_factory=dict)
     window_period: int = 0
     window: int = 0
     window_rope: float | None = None

@@ -19,7 +19,14 @@ import numpy as np
 from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
 from quantlab.files.changes import Joined, Source, change
-from quantlab.files.checkpoint_metadata import Config, check_computed, hparams_metadata, read_config, rope_factors
+from quantlab.files.checkpoint_metadata import (
+    Config,
+    check_computed,
+    early_metadata,
+    hparams_metadata,
+    read_config,
+    rope_factors,
+)
 from quantlab.files.general_metadata import general_metadata
 from quantlab.files.model import WEIGHTS, LazyTensor, Model
 from quantlab.files.stacks import STACK_CHANGES, Mxfp4, Stacked, stack_change
@@ -97,10 +104,13 @@ def open_checkpoint(
     tensors = [
         _lazy(name, source, "F32" if roles[name] in FLOAT_ROLES else qtype, loss) for name, source in sources.items()
     ]
-    factors = rope_factors(config)
-    if factors is not None:
-        tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
-    metadata = general_metadata(folder, config.arch, tensors, model_name) | hparams_metadata(config, qtype)
+    factors = [
+        LazyTensor(name, values.shape, "F32", partial(_constant_rows, values))
+        for name, values in rope_factors(config).items()
+    ]
+    tensors = factors + tensors
+    metadata = {"general.architecture": config.arch} | early_metadata(config)
+    metadata |= general_metadata(folder, config.arch, tensors, model_name) | hparams_metadata(config, qtype)
     metadata |= vocab_metadata(folder, config, as_llama_cpp=as_llama_cpp)
     _check_texts(folder, metadata)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
