@@ -36,8 +36,8 @@ from quantlab.files.progress import announce
 from quantlab.transform.job import Options, make_job
 from quantlab.transform.mixture import Recipe, choose_types, find_ftype
 from quantlab.transform.quantize import quantize
+from quantlab.transform.refined import PREFIX
 
-PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
 SHARE_OF_PEAK = 0.5  # of the speed of one large product that the pass reaches
 
 
@@ -191,7 +191,10 @@ def refine(
         engine = stack.enter_context(CpuEngine(opened, n_ctx))
         needed, seconds = _plan(variant, tokens, sweeps, engine, memory)
         if progress:
-            announce(f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes")
+            announce(
+                f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes"
+                + _ordinary(variant)
+            )
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
         with _workspace(path, scratch) as (draft, states):
             how = {"sweeps": sweeps, "damping": damping, "bar": bar, "scratch": states, "key": _key(variant, settings)}
@@ -298,6 +301,13 @@ def _variant(model: Model, path: Path, options: Options) -> Variant:
     if not any(can_refine(variant, name) for name in types):
         raise ValueError(f"ftype={job.ftype.name}: no tensor of {model.path} can be refined. Choose a smaller type.")
     return variant
+
+
+def _ordinary(variant: Variant) -> str:
+    """Say which tensors get a type's ordinary bytes though they are no embeddings; empty where there are none."""
+    names = [t.name for t in variant.model if len(t.shape) > 1 and t.name != "token_embd.weight"]
+    left = [name for name in names if variant.types[name] != "F32" and not can_refine(variant, name)]
+    return f"; {len(left)} matrices get ordinary bytes: {', '.join(left[:2])}{', …' * (len(left) > 2)}" if left else ""
 
 
 def _key(variant: Variant, settings: "Settings") -> str:
