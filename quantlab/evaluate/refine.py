@@ -171,7 +171,7 @@ def refine(
     check_model(opened)
     if sweeps < 0:
         raise ValueError(f"sweeps={sweeps}, must be 0 or more. 2 is customary.")
-    tokens, names = _tokens(opened, text, n_ctx, chunks)
+    tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
     damping = auto_damping(len(tokens)) if damping == "auto" else float(damping)
     if not 0 < damping <= 10:
         raise ValueError(f"damping={damping}, must be above 0 and at most 10. Try auto.")
@@ -189,7 +189,7 @@ def refine(
     variant = _variant(opened, path, Options(**options))
     with ExitStack() as stack:
         engine = stack.enter_context(CpuEngine(opened, n_ctx))
-        needed, seconds = _plan(variant, tokens, sweeps, engine, memory)
+        needed, seconds = check_plan(variant, tokens, sweeps, engine, memory)
         if progress:
             announce(
                 f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes"
@@ -248,7 +248,7 @@ def cpu_kind() -> str:
     return cpu_target.target_context.codegen().magic_tuple()[1]
 
 
-def _tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def calibration_tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """The chunks of all texts [shape=(n_chunks, n_ctx), dtype=int32], as many of each, and the texts' names."""
     texts = [read_text(item) for item in (text if isinstance(text, list | tuple) else [text])]
     if chunks is not None and chunks < len(texts):
@@ -317,7 +317,7 @@ def _key(variant: Variant, settings: "Settings") -> str:
     return hashlib.sha256(json.dumps([stats, variant.types, weights, asdict(settings)]).encode()).hexdigest()
 
 
-def _plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEngine, memory) -> tuple[int, float]:
+def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEngine, memory) -> tuple[int, float]:
     """Return bytes of memory and seconds that the pass takes.
 
     Raises

@@ -192,10 +192,15 @@ class Refinement:
         names = [name for name in names if can_refine(self.variant, name)]
         if not names:
             return {}
+        found = self._moments(names[0], inputs, original, wanted)
+        return {name: self._refine(name, *found) for name in names}
+
+    def _moments(self, name: str, inputs: np.ndarray, original, wanted) -> tuple[np.ndarray, Factor, Callable]:
+        """Return the second moments of a field's inputs, their factor, and what weights' outputs lack."""
         n_tokens, n = inputs.shape
         h = damped_moments(inputs, self.damping, self.workers)
         if not np.isfinite(h.diagonal()).all():
-            raise ValueError(f"{names[0]}: its inputs are not all finite. Check the model with inspect.")
+            raise ValueError(f"{name}: its inputs are not all finite. Check the model with inspect.")
         factor = Factor(h, self.workers)
         cross = np.zeros((n, n) if original is not None else 0, np.float32)  # E[x̂ (x - x̂)ᵀ]
         if original is not None:
@@ -212,7 +217,7 @@ class Refinement:
                 found /= n_tokens
             return found
 
-        return {name: self._refine(name, h, factor, change) for name in names}
+        return h, factor, change
 
     def _refine(self, name: str, h: np.ndarray, factor: Factor, change: Callable) -> Stored:
         """Choose the bytes of one matrix, some rows at a time."""

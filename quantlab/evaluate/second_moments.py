@@ -112,7 +112,8 @@ def damped_moments(inputs: np.ndarray, damping: float, workers: Workers) -> np.n
     mirror(h)
     h /= len(inputs)
     diagonal = h.diagonal().copy()
-    h[np.diag_indices(n)] += damping * diagonal + RIDGE * (diagonal.mean() or 1)
+    with np.errstate(over="ignore", invalid="ignore"):  # who calls looks for infinite inputs
+        h[np.diag_indices(n)] += damping * diagonal + RIDGE * (diagonal.mean() or 1)
     return h
 
 

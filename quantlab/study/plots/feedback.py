@@ -50,6 +50,6 @@ def rounding_plane(
         ax.add_patch(Ellipse(wanted, width, height, angle=angle, fill=False, color=colour, lw=1))
         ax.plot(*point, "o", color=colour, ms=8, label=f"{name}: error {error:.3f}")
     ax.set(xlabel="first weight (steps)", ylabel="second weight (steps)", title=title, aspect="equal")
-    ax.set(xlim=(-1.2, levels - 0.3), ylim=(-1.2, levels - 0.3))
+    ax.set(xlim=(-1.7, levels - 0.3), ylim=(-1.7, levels - 0.3))
     ax.legend(frameon=False, loc="lower left", fontsize=8)
     return ax
