@@ -160,7 +160,7 @@ def test_reduction_is_paired():
 def test_gains_on_the_bundled_model(model):
     # calibrated on what the model writes, judged on the primer
     found = sensitivity(model, "sampled", chunks=4, types=["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"], progress=False)
-    wanted = {"Q4_K_M": 0.15, "Q3_K_M": 0.20, "Q2_K": 0.20}
+    wanted = {"Q4_K_M": 0.30, "Q3_K_M": 0.25, "Q2_K": 0.40}  # measured on 2 chunks: 0.39, 0.32, 0.47
     judged = judge([recipe(found, model, like=ftype) for ftype in wanted], model, "primer", progress=False)
     for row in judged.rows[1 + len(wanted) :]:
         assert row["less"] - 2 * row["less_se"] > wanted[row["against"]]
