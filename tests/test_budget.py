@@ -49,7 +49,7 @@ def test_a_pass_in_pieces_on_disk_gives_the_same(tmp_path, monkeypatch):
     folder = llama_models.write_model(tmp_path / "llama2", "llama2")
     options = {"n_ctx": 64, "chunks": 6, "progress": False}
     whole = ql.compare(folder, ["Q8_0", "Q4_0"], "primer", **options)
-    monkeypatch.setattr(find("float"), "plan", lambda *args, **kwargs: budget.Budget(2, 1, False, 0, 0, 0.0))
+    monkeypatch.setattr(find("float").engine, "plan", lambda *args, **kwargs: budget.Budget(2, 1, False, 0, 0, 0.0))
     pieces = ql.compare(folder, ["Q8_0", "Q4_0"], "primer", **options)
     for a, b in zip(whole.rows, pieces.rows, strict=True):
         assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-6)  # products of other sizes may add up in another order

@@ -136,8 +136,8 @@ def test_bad_input(tmp_path):
     narrow = ImportanceMatrix(
         {"blk.0.attn_q.weight": np.ones((1, 8), np.float32)}, {"blk.0.attn_q.weight": one}, 1, 128
     )
-    with pytest.raises(ValueError, match="mode=half, must be one of float, ggml-cpu"):
-        imatrix("tiny", mode="half")
+    with pytest.raises(ValueError, match="mode=exact, must be one of float, ggml-cpu, half"):
+        imatrix("tiny", mode="exact")
     with pytest.raises(ValueError, match="must be at least 2"):
         imatrix("tiny", Text.from_bytes("short", b"Too short."), progress=False)
     with pytest.raises(FileNotFoundError, match="no such importance matrix"):

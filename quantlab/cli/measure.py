@@ -5,34 +5,25 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import JsonPath, Overwrite, Rules, app, prints_to, report, written
-
-TextName = Annotated[
-    str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled, wikitext-2-raw or a text file.")
-]
-ContextSize = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk; 0: the model's own context.")]
-Chunks = Annotated[
-    int | None,
-    typer.Option(
-        "--chunks",
-        callback=lambda value: None if value == -1 else value,
-        help="Stop after N chunks; -1: none (default: whole text).",
-    ),
-]
-ProtocolName = Annotated[str, typer.Option("--protocol", metavar="llama.cpp|full", help="Which tokens are scored.")]
-Mode = Annotated[
-    str,
-    typer.Option(
-        "--mode", metavar="float|ggml-cpu", help="Activations as they are, or all as ggml's CPU code does it."
-    ),
-]
-Memory = Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")]
-CalibrateOn = Annotated[
-    str, typer.Option("--calibrate-on", metavar="TEXT", help="Refine with this text what is marked +refined.")
-]
-Scratch = Annotated[
-    Path | None, typer.Option("--scratch", metavar="FOLDER", help="Keeps what is needed to resume a stopped run.")
-]
+from quantlab.cli.options import (
+    CalibrateOn,
+    Chunks,
+    ContextSize,
+    Device,
+    DeviceMemory,
+    JsonPath,
+    Memory,
+    Mode,
+    Overwrite,
+    ProtocolName,
+    Rules,
+    Scratch,
+    TextName,
+    app,
+    prints_to,
+    report,
+    written,
+)
 
 
 def _context(model: str, n_ctx: int | None) -> int | None:
@@ -61,6 +52,8 @@ def perplexity(
     chunks: Chunks = None,
     protocol: ProtocolName = "llama.cpp",
     mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
     memory: Memory = None,
     scratch: Scratch = None,
     kl_divergence_base: Annotated[
@@ -81,7 +74,8 @@ def perplexity(
     """Measure the perplexity of a model on a text; compare it with a base's predictions in a file."""
     from quantlab.evaluate import perplexity as measure
 
-    options = {"chunks": chunks, "mode": mode, "memory": memory, "scratch": scratch, "n_ctx": _context(model, n_ctx)}
+    options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
+    options |= {"chunks": chunks, "scratch": scratch, "n_ctx": _context(model, n_ctx)}
     if kl_divergence:
         if kl_divergence_base is None or protocol != "llama.cpp":
             raise typer.BadParameter(
@@ -110,6 +104,8 @@ def compare(
     chunks: Chunks = None,
     protocol: ProtocolName = "llama.cpp",
     mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
     memory: Memory = None,
     scratch: Scratch = None,
     overwrite: Overwrite = False,
@@ -118,8 +114,8 @@ def compare(
     """Measure variants of a model side by side with it: perplexity, KL divergence, agreement."""
     from quantlab.evaluate.perplexity import compare
 
-    options = {"protocol": protocol, "mode": mode, "memory": memory, "scratch": scratch}
-    options |= {"n_ctx": _context(base, n_ctx), "chunks": chunks}
+    options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
+    options |= {"protocol": protocol, "scratch": scratch, "n_ctx": _context(base, n_ctx), "chunks": chunks}
     options |= {"imatrix": imatrix, "rules": rules, "calibrate_on": calibrate_on}
     report(compare(base, variants, text, **options), json, overwrite)
 
@@ -140,13 +136,12 @@ def sensitivity(
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="N", help="Measure N layers only, predict the rest.")
     ] = None,
-    refined: Annotated[
-        bool, typer.Option("--refined", help="Measure refined bytes, for a recipe to refine with.")
-    ] = False,
     rules: Rules = "current",
     n_ctx: ContextSize = 512,
     chunks: Chunks = None,
     mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
     memory: Memory = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="FOLDER", help="Keeps what was measured; the user's cache folder.")
@@ -160,14 +155,8 @@ def sensitivity(
 
     names = [name for name in types.split(",") if name] or CANDIDATES
     options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
-    options["refined"] = refined
-    options |= {
-        "n_ctx": _context(model, n_ctx),
-        "chunks": chunks,
-        "mode": mode,
-        "memory": memory,
-        "cache": cache or True,
-    }
+    options |= {"n_ctx": _context(model, n_ctx), "chunks": chunks, "cache": cache or True}
+    options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
     report(sensitivity(model, text, types=names, **options), json, overwrite)
 
 
@@ -185,7 +174,10 @@ def table(
     rules: Rules = "current",
     n_ctx: ContextSize = 512,
     chunks: Chunks = None,
-    memory: Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")] = None,
+    mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
@@ -193,12 +185,13 @@ def table(
     from quantlab.study import tables
 
     names = [name for name in ftypes.split(",") if name]
+    where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
     options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": _context(model, n_ctx), "chunks": chunks}
-    result = tables.size_ppl(model, text, ftypes=names, memory=memory, **options)
+    result = tables.size_ppl(model, text, ftypes=names, **where, **options)
     if today:
         from quantlab.study.today import with_today
 
-        result = with_today(result, model, text, memory=memory)
+        result = with_today(result, model, text, **where)
     report(result, json, overwrite)
 
 
@@ -226,6 +219,8 @@ def imatrix(
         bool, typer.Option("--show-statistics", help="Print a table of every tensor's inputs.")
     ] = False,
     mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
     memory: Memory = None,
     overwrite: Overwrite = False,
     json: JsonPath = None,
@@ -250,7 +245,8 @@ def imatrix(
         if model is None:
             matrix = merge(map(read_imatrix, files), chunk_size=n_ctx)
         else:
-            options = {"process_output": process_output, "in_files": files, "mode": mode, "memory": memory}
+            options = {"process_output": process_output, "in_files": files}
+            options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
             matrix = imatrix(model, text or "sampled", n_ctx=_context(model, n_ctx), chunks=chunks, **options)
         matrix.save(part, legacy=legacy, overwrite=True)
     typer.echo(str(outfile), err=prints_to(json, outfile))
@@ -323,6 +319,9 @@ def recipe(
     outfile: RecipeOut = Path("recipe.txt"),
     gguf: RecipeGguf = None,
     rules: Rules = "current",
+    mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
     memory: Memory = None,
     overwrite: Overwrite = False,
     json: JsonPath = None,
@@ -336,6 +335,7 @@ def recipe(
     from quantlab.transform.mixture import parse_tensor_type
     from quantlab.transform.quantize import quantize
 
+    where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
     base, sizes = open_model(model), {"target_size": target_size, "target_bpw": target_bpw, "like": like}
     limit = size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)
     constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
@@ -345,7 +345,7 @@ def recipe(
         given = {"types": names or None, "n_ctx": _context(model, n_ctx), "chunks": chunks, "sample": sample}
         options = {"types": CANDIDATES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
         options["chunks"] = None if chunks == -1 else options["chunks"]
-        sensitivity = measure(base, text or "sampled", imatrix=imatrix, memory=memory, **options)
+        sensitivity = measure(base, text or "sampled", imatrix=imatrix, **where, **options)
     elif (types, sample, text, n_ctx, chunks) != (None,) * 5:
         raise typer.BadParameter(
             "has been measured: no --types, --sample, -f, -c, --chunks", param_hint="--sensitivity"
@@ -356,7 +356,7 @@ def recipe(
         options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
         quantize(base, gguf, ftype=best.ftype, **options)
     typer.echo(f"{best}\n{best.command(outfile, imatrix=imatrix)}", err=prints_to(json, outfile, gguf))
-    verdict = best if judged_on == "none" else front.judge(best, base, judged_on, imatrix=imatrix, memory=memory)
+    verdict = best if judged_on == "none" else front.judge(best, base, judged_on, imatrix=imatrix, **where)
     report(verdict, json, overwrite, outfile, gguf)
 
 

@@ -138,6 +138,46 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace outputs that exist (an older report is replaced anyway).")
 ]
 
+TextName = Annotated[
+    str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled, wikitext-2-raw or a text file.")
+]
+ContextSize = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk; 0: the model's own context.")]
+Chunks = Annotated[
+    int | None,
+    typer.Option(
+        "--chunks",
+        callback=lambda value: None if value == -1 else value,
+        help="Stop after N chunks; -1: none (default: whole text).",
+    ),
+]
+ProtocolName = Annotated[str, typer.Option("--protocol", metavar="llama.cpp|full", help="Which tokens are scored.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        "--mode",
+        metavar="float|half|ggml-cpu",
+        help="Activations as they are, in halves on a card, or all as ggml's CPU code does it.",
+    ),
+]
+Memory = Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda|mps|cpu-torch",
+        help="What computes: auto is a card with the extra gpu where both are there, else the CPU.",
+    ),
+]
+DeviceMemory = Annotated[
+    str | None, typer.Option("--device-memory", metavar="22GiB", help="Memory of the card to stay within.")
+]
+CalibrateOn = Annotated[
+    str, typer.Option("--calibrate-on", metavar="TEXT", help="Refine with this text what is marked +refined.")
+]
+Scratch = Annotated[
+    Path | None, typer.Option("--scratch", metavar="FOLDER", help="Keeps what is needed to resume a stopped run.")
+]
+
 
 def as_options(text: str) -> str:
     """Spell arguments that a message asks for as the command line takes them: overwrite=True is --overwrite."""

@@ -205,5 +205,5 @@ def _logits(p: ForwardPass):
         states = p.last_states(0, slice(chunk, chunk + 1))[0]
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            yield (chunk, rows), p.engine.logits(output, np.ascontiguousarray(states[rows]))
+            yield (chunk, rows), p.engine.logits(output, states[rows])
         p.bar.update(p.windows.tokens.shape[1])

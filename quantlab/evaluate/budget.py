@@ -20,15 +20,19 @@ class Budget:
 
     chunks_at_once: int  # chunks that a layer is applied to at a time
     outputs_at_once: int  # variants whose logits are computed beside the base's at a time
-    in_memory: bool  # whether the hidden states stay in memory; else they are in files
+    in_memory: bool  # whether the hidden states stay in memory or on the card; else they are in files
     # memory, disk: bytes needed at most
     memory: int
     disk: int
     seconds: float  # estimated time
+    states_on_device: bool = False  # whether the hidden states stay on the card
+    device_memory: int = 0  # bytes of the card needed at most
+    said: tuple[str, str] = ("", "")  # what else is said of the plan: before the memory, and after it
 
     def __str__(self) -> str:
-        disk = "" if self.in_memory else f", {self.disk / 2**30:.2f} GiB on disk"
-        return f"memory {self.memory / 2**30:.2f} GiB{disk}; about {self.seconds / 60:.1f} minutes"
+        before, after = self.said
+        disk = "" if self.in_memory or after else f", {self.disk / 2**30:.2f} GiB on disk"
+        return f"{before}memory {self.memory / 2**30:.2f} GiB{disk}{after}; about {self.seconds / 60:.1f} minutes"
 
 
 def fit(
@@ -82,7 +86,8 @@ def fit(
         least = f"must be at least {needed() / 2**30:.2f} GiB for this model"
         raise ValueError(f"memory={memory or allowed}, {least}. Give more, or a smaller n_ctx.")
     disk = 0 if in_memory else 2 * states
-    return Budget(chunks, outputs, in_memory, needed(), disk, _seconds(variants, windows, speed))
+    operations, encoded = work_of(variants, windows)
+    return Budget(chunks, outputs, in_memory, needed(), disk, operations / speed + encoded / ENCODE_SPEED)
 
 
 def layer_shapes(model: Model, index: int) -> dict[str, tuple[int, ...]]:
@@ -100,8 +105,8 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _seconds(variants: Sequence[Variant], windows: Windows, speed: float) -> float:
-    """Estimate the time of a pass that does `speed` operations per second."""
+def work_of(variants: Sequence[Variant], windows: Windows) -> tuple[float, int]:
+    """Return the operations of a pass, and the weights that are quantized for it."""
     base = variants[0].model
     n_output = base.hparams.n_vocab * base.hparams.n_embd
     n_layers = sum(tensor.n_weights for tensor in base if tensor.name.startswith("blk."))
@@ -112,4 +117,4 @@ def _seconds(variants: Sequence[Variant], windows: Windows, speed: float) -> flo
         for name, q in v.types.items()
         if v.model is base and q != base.tensor(name).qtype
     }
-    return operations / speed + sum(base.tensor(name).n_weights for name, _ in encoded) / ENCODE_SPEED
+    return operations, sum(base.tensor(name).n_weights for name, _ in encoded)

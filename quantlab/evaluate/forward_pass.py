@@ -7,10 +7,13 @@ of the pass is a consumer: token scores (`scores`), an importance matrix (`imatr
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numba
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -68,7 +71,8 @@ class ForwardPass:
         self.bar = tqdm(disable=True) if bar is None else bar
         self.weights = Weights(self.base, variants)
         self.shared = shared_layers(variants)
-        self.states = HiddenStates(len(variants), *windows.tokens.shape, self.hparams.n_embd, scratch, key)
+        shape = (len(variants), *windows.tokens.shape, self.hparams.n_embd)
+        self.states = HiddenStates(*shape, scratch, key, engine.empty_states)
 
     def run(self, consumer: Consumer) -> Any:
         """Do the whole pass, from where the hidden states on disk leave off, and return the consumer's result."""
@@ -76,8 +80,10 @@ class ForwardPass:
             self._embed()
         done = self.states.layer - np.array([max(0, layer) for _, layer in self.shared])
         self.bar.update(self.windows.tokens.size * int(done.clip(0).sum()))
-        for index in range(self.states.layer, self.hparams.n_layer):
-            self._layer(index, consumer.observe)
+        with closing(_ahead(self._layers(self.states.layer), self.engine.ahead)) as layers:
+            for index in range(self.states.layer, self.hparams.n_layer):
+                self._layer(index, layers, consumer.observe)
+        self.weights.forget()
         result = consumer.output(self)
         self.states.close(delete=True)
         return result
@@ -100,22 +106,31 @@ class ForwardPass:
                 self.states.write(i, chunks, self.engine.embed(table, places[chunks]))
         self.states.advance()
 
-    def _layer(self, index: int, observe: Callable | None) -> None:
+    def _changed(self, index: int) -> list[int]:
+        """Return the variants that layer `index` is computed for; those that others take over come after them."""
+        return [i for i, (_, since) in enumerate(self.shared) if since <= index][::-1]
+
+    def _layers(self, start: int) -> Iterator[Any]:
+        """Load what `_layer` wants from layer `start` on, in its order."""
+        for index in range(start, self.hparams.n_layer):
+            self.weights.forget()
+            for i in self._changed(index):
+                variant = self.variants[i]
+                yield self.engine.load(lambda name, v=variant, k=index: self.weights.get(v, f"blk.{k}.{name}"), index)
+
+    def _layer(self, index: int, layers: Iterator[Any], observe: Callable | None) -> None:
         """Apply layer `index` of every variant to every chunk; the last one only where positions are scored."""
         first = self.windows.first if index == self.hparams.n_layer - 1 else 0
-        for i, variant in reversed(list(enumerate(self.variants))):  # in memory, `write` replaces what others take over
-            source, since = self.shared[i]
-            if since > index:
-                continue
-            layer = self.engine.load(lambda name, v=variant: self.weights.get(v, f"blk.{index}.{name}"), index)
+        for i in self._changed(index):
+            layer, (source, since) = next(layers), self.shared[i]
             see = None if observe is None else partial(observe, i, index)
             for chunks in self.batches():
-                x = self.states.read(i, chunks) if since < index else self.states.read(source, chunks).copy()
+                x = self.states.take(i, i if since < index else source, chunks)
                 self.engine.forward(layer, x, first, see)
                 self.states.write(i, chunks, x)
                 self.bar.update(x.shape[0] * x.shape[1])
             del layer
-        self.weights.forget()
+        self.engine.wait()
         self.states.advance()
 
     def last_states(self, i: int, chunks: slice) -> np.ndarray:
@@ -133,3 +148,25 @@ class ForwardPass:
             return False
         names = ["output_norm.weight", output_name(self.base)]
         return all(identity(self.variants[i], name) == identity(self.variants[0], name) for name in names)
+
+
+def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yield items, of which the next `count` are made by another thread meanwhile."""
+    if not count:
+        yield from items
+        return
+    threads, end = numba.get_num_threads(), object()
+
+    def one() -> Any:
+        numba.set_num_threads(threads)  # numba counts them for each thread that calls it
+        return next(items, end)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(one) for _ in range(count)]
+        try:
+            while (item := waiting.pop(0).result()) is not end:
+                waiting.append(pool.submit(one))
+                yield item
+                del item
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from quantlab import arch
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.engine import Engine, ExpertInputs, find
+from quantlab.evaluate.engine import Choice, Engine, ExpertInputs, find
 from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.variants import as_is
@@ -39,6 +39,8 @@ def imatrix(
     process_output: bool = False,
     in_files: Sequence[str | Path | ImportanceMatrix] = (),
     mode: str = "float",
+    device: str = "auto",
+    device_memory: str | int | None = None,
     memory: str | int | None = None,
     progress: bool = True,
 ) -> ImportanceMatrix:
@@ -59,7 +61,11 @@ def imatrix(
     in_files : sequence of str, Path or ImportanceMatrix
         Matrices of the same model to be added to the new one.
     mode : str
-        `float`: activations in float32. `ggml-cpu`: rounded before each product as ggml's CPU code does.
+        `float`: activations in float32. `half`: rounded to halves. `ggml-cpu`: rounded as ggml's CPU code does.
+    device : str
+        As for `perplexity`.
+    device_memory : str or int, optional
+        Memory of the card to stay within.
     memory : str or int, optional
         Memory to stay within, such as `8GiB`; default: three quarters of the machine's.
     progress : bool
@@ -84,7 +90,7 @@ def imatrix(
     >>> matrix.sums["blk.0.ffn_down.weight"].shape, matrix.counts["blk.0.ffn_down.weight"]
     ((1, 512), array([512.], dtype=float32))
     """
-    find(mode)
+    choice = find(mode, device, device_memory)
     opened = as_model(model)
     check_model(opened)
     text = read_text(text)
@@ -92,7 +98,7 @@ def imatrix(
     windows = Windows(windows.tokens, windows.tokens, 0)  # every position counts
     earlier = [as_matrix(item) for item in in_files]
     _check_same_model(earlier, opened)
-    found = _collect(opened, windows, mode, process_output, memory, progress)
+    found = _collect(opened, windows, choice, process_output, memory, progress)
     sums, counts = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     for name, values in sums.items():
         if not np.isfinite(values).all():
@@ -118,11 +124,11 @@ def _check_same_model(earlier: Sequence[ImportanceMatrix], model: Model) -> None
 
 
 def _collect(
-    model: Model, windows: Windows, mode: str, process_output: bool, memory, progress: bool
+    model: Model, windows: Windows, choice: Choice, process_output: bool, memory, progress: bool
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Do the pass; return sums [shape=(n_mat, n_per_row)] and counts [shape=(n_mat,)], float32, by tensor name."""
     n_layer = model.hparams.n_layer
-    with find(mode)(model, windows.tokens.shape[1]) as engine:
+    with choice(model, windows.tokens.shape[1]) as engine:
         budget = engine.plan([as_is(model)], windows, memory, keep_states=False, observed=True)
         if progress:
             announce(f"importance matrix over {windows.tokens.size} tokens: {budget}")

@@ -4,13 +4,17 @@ import numpy as np
 
 from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.engine import find
+from quantlab.evaluate.engine import Choice, find
+from quantlab.evaluate.engine.fused import score
 from quantlab.evaluate.forward_pass import ForwardPass
+from quantlab.evaluate.metrics import TokenScores
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.variants import as_is
 
+NOISE_TOKENS = 512  # enough for two digits of a mean divergence
 
-def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
+
+def logits(model, tokens, *, mode: str = "float", device: str = "auto") -> np.ndarray:
     """Run a model over a few tokens.
 
     Parameters
@@ -19,7 +23,7 @@ def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
         An opened model.
     tokens : array_like of int [shape=(n_tokens,) or (n_windows, n_tokens)]
         Token ids, BOS included where it is wanted; the windows know nothing of each other.
-    mode : str
+    mode, device : str
         As for `perplexity`.
 
     Returns
@@ -34,14 +38,44 @@ def logits(model, tokens, *, mode: str = "float") -> np.ndarray:
     """
     check_model(model)
     tokens, hparams = np.asarray(tokens, np.int64), model.hparams
-    engine = find(mode)
+    choice = find(mode, device)
     if tokens.ndim not in (1, 2) or not tokens.size or tokens.min() < 0 or tokens.max() >= hparams.n_vocab:
         raise ValueError(f"tokens: shape={tokens.shape}, must be a row or windows of ids within 0:{hparams.n_vocab}.")
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    variants, windows = [as_is(model)], Windows(rows, rows, 0)
-    with engine(model, rows.shape[1]) as running:
-        found = ForwardPass(variants, windows, running, Budget(len(rows), 1, True, 0, 0, 0.0)).run(_Logits())
+    found = _logits(model, tokens.reshape(-1, tokens.shape[-1]), choice)
     return found.reshape(*tokens.shape, hparams.n_vocab)
+
+
+def half_noise(model, windows: Windows, choice: Choice) -> dict[str, float]:
+    """Measure what mode `half` alone does to a KLD.
+
+    Parameters
+    ----------
+    model : Model
+    windows : Windows
+    choice : Choice
+
+    Returns
+    -------
+    dict of str to float
+        `kld_noise`, nats: the mean divergence of the model's distribution in halves from that in `float` on the same
+        device, over the first `NOISE_TOKENS` positions of the first chunk. A KLD of this size is not to be told from
+        none. Empty in other modes.
+    """
+    if choice.mode != "half":
+        return {}
+    tokens = windows.tokens[:1, :NOISE_TOKENS]
+    exact = _logits(model, tokens, find("float", choice.device))[0]
+    halves, scores = _logits(model, tokens, choice)[0], TokenScores.empty(*tokens.shape)
+    score(exact, halves, tokens[0], **scores.at(0))
+    return {"kld_noise": float(scores.kld.mean())}
+
+
+def _logits(model, rows: np.ndarray, choice: Choice) -> np.ndarray:
+    """Return the logits [n_rows, n_tokens, n_vocab] of rows of tokens."""
+    windows = Windows(rows, rows, 0)
+    with choice(model, rows.shape[1]) as running:
+        budget = Budget(len(rows), 1, True, 0, 0, 0.0)
+        return ForwardPass([as_is(model)], windows, running, budget).run(_Logits())
 
 
 class _Logits:

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from quantlab.evaluate import metrics
 from quantlab.evaluate.base_file import BaseFile, CompareWithFile, WriteBase, file_bytes
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.engine import find
+from quantlab.evaluate.engine import Choice, find
 from quantlab.evaluate.forward_pass import ForwardPass
+from quantlab.evaluate.logits import half_noise
 from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same, windows_of
 from quantlab.evaluate.refined_variants import refined_variants
 from quantlab.evaluate.scores import ScoreTokens
@@ -31,7 +32,8 @@ from quantlab.files.output import check_apart, check_output, follow, is_stream, 
 from quantlab.files.progress import announce
 from quantlab.result import Result
 
-_SHOWN = ["variant", "bpw", "ppl", "ppl_se", "ln_ratio", "ln_ratio_se", "kld_mean", "kld_se", "dp_rms", "same_top_p"]
+_SHOWN = ["variant", "bpw", "ppl", "ppl_se", "ln_ratio", "ln_ratio_se", "kld_mean", "kld_se", "kld_noise"]
+_SHOWN += ["dp_rms", "same_top_p"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,7 +69,10 @@ class _Measured(Result):
 
     def _lines(self) -> list[str]:
         p = self.protocol
-        return [f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}, BOS {p.bos}"]
+        where = "" if p.device == "cpu" else f", {p.device}, {p.precision}"
+        return [
+            f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}{where}, BOS {p.bos}"
+        ]
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,6 +121,8 @@ def perplexity(
     chunks: int | None = None,
     protocol: str = "llama.cpp",
     mode: str = "float",
+    device: str = "auto",
+    device_memory: str | int | None = None,
     memory: str | int | None = None,
     scratch: str | Path | None = None,
     kl_divergence_base: str | Path | None = None,
@@ -137,7 +144,14 @@ def perplexity(
     protocol : str
         `llama.cpp`: the second half of each window is scored. `full`: every token but the first of each window.
     mode : str
-        `float`: activations in float32. `ggml-cpu`: all in ggml's own order, for llama-perplexity's very numbers.
+        `float`: in float32, or as exact. `half`: the operands of products rounded to halves, on cards; a comparison
+        then says in `kld_noise` what that alone does to the KLD. `ggml-cpu`: all in ggml's own order, for
+        llama-perplexity's very numbers.
+    device : str
+        `cpu`, `cuda`, `mps`, or `cpu-torch`: the cards' code on the CPU. `auto` is a card where the extra `gpu` and a
+        card are there, else the CPU.
+    device_memory : str or int, optional
+        Memory of the card to stay within (default: what is free there).
     memory : str or int, optional
         Memory to stay within, such as `8GiB`; default: three quarters of the machine's.
     scratch : str or Path, optional
@@ -166,8 +180,9 @@ def perplexity(
     """
     opened = as_model(model)
     variants = [as_is(opened, _name(model, opened))]
-    windows, record = _cut(opened, text, n_ctx, chunks, protocol, mode, "none")
-    measure = partial(_measure, variants, windows, record, memory, scratch, progress)
+    choice = find(mode, device, device_memory)
+    windows, record = _cut(opened, text, n_ctx, chunks, protocol, choice, "none")
+    measure = partial(_measure, variants, windows, record, choice, memory, scratch, progress)
     if kl_divergence_base is None:
         scores = measure(ScoreTokens())
     else:
@@ -188,6 +203,8 @@ def kl_divergence(
     n_ctx: int | None = None,
     chunks: int | None = None,
     mode: str = "float",
+    device: str = "auto",
+    device_memory: str | int | None = None,
     memory: str | int | None = None,
     scratch: str | Path | None = None,
     progress: bool = True,
@@ -199,7 +216,7 @@ def kl_divergence(
 
     Parameters
     ----------
-    model, mode, memory, scratch, progress
+    model, mode, device, device_memory, memory, scratch, progress
         As for `perplexity`.
     base_file : str or Path
         The file.
@@ -224,8 +241,9 @@ def kl_divergence(
     """
     file, opened = BaseFile.open(base_file), as_model(model)
     variants = [as_is(opened, _name(model, opened))]
-    windows, record = _cut_alike(file, opened, text, n_ctx, chunks, mode)
-    base, scores = _measure(variants, windows, record, memory, scratch, progress, CompareWithFile(file))
+    choice = find(mode, device, device_memory)
+    windows, record = _cut_alike(file, opened, text, n_ctx, chunks, choice)
+    base, scores = _measure(variants, windows, record, choice, memory, scratch, progress, CompareWithFile(file))
     rows = (
         {"variant": file.path.name, "bytes": None, "bpw": float("nan")} | metrics.perplexity_row(base),
         _named(variants[0]) | metrics.comparison_row(scores, base),
@@ -234,10 +252,9 @@ def kl_divergence(
     return Comparison(record, rows, running)
 
 
-def _cut_alike(file: BaseFile, model: Model, text, n_ctx, chunks, mode: str) -> tuple[Windows, Protocol]:
+def _cut_alike(file: BaseFile, model: Model, text, n_ctx, chunks, choice: Choice) -> tuple[Windows, Protocol]:
     """Return windows and record of a file's tokens; refuse a file of something else."""
     check_model(model)
-    find(mode)
     if model.hparams.n_vocab != file.n_vocab:
         raise ValueError(
             f"{file.path}: n_vocab={file.n_vocab}, the model's is {model.hparams.n_vocab}. Compare models of one kind."
@@ -250,13 +267,13 @@ def _cut_alike(file: BaseFile, model: Model, text, n_ctx, chunks, mode: str) -> 
     tokens = file.tokens[:chunks]
     name, sha256 = file.path.name, ""
     if text is not None:
-        given, record = _cut(model, text, own, len(tokens), "llama.cpp", mode, "none")
+        given, record = _cut(model, text, own, len(tokens), "llama.cpp", choice, "none")
         name, sha256 = record.text, record.text_sha256
         if not np.array_equal(given.original, tokens):
             raise ValueError(f"{file.path}: was written on another text than {name}. Leave the text out.")
-    return windows_of(
-        tokens, model.vocab, name="llama.cpp", mode=mode, rules="none", text=name, sha256=sha256, n_tokens=tokens.size
-    )
+    made = {"mode": choice.mode, "rules": "none", "text": name, "sha256": sha256, "n_tokens": tokens.size}
+    windows, record = windows_of(tokens, model.vocab, name="llama.cpp", **made)
+    return windows, choice.recorded(record)
 
 
 def _check_base_file(path: Path, model: Model, text, record: Protocol, overwrite: bool) -> None:
@@ -282,6 +299,8 @@ def compare(
     chunks: int | None = None,
     protocol: str = "llama.cpp",
     mode: str = "float",
+    device: str = "auto",
+    device_memory: str | int | None = None,
     memory: str | int | None = None,
     scratch: str | Path | None = None,
     progress: bool = True,
@@ -302,7 +321,7 @@ def compare(
         What to refine with, another text than the one to judge on.
     rules : str
         Rule set of ftypes: `current` or `2023-12`.
-    text, n_ctx, chunks, protocol, mode, memory, scratch, progress
+    text, n_ctx, chunks, protocol, mode, device, device_memory, memory, scratch, progress
         As for `perplexity`.
 
     Returns
@@ -319,14 +338,16 @@ def compare(
         variants = [variants]
     opened = as_model(base)
     matrix = as_matrix(imatrix)
-    windows, record = _cut(opened, text, n_ctx, chunks, protocol, mode, rules)
+    choice = find(mode, device, device_memory)
+    windows, record = _cut(opened, text, n_ctx, chunks, protocol, choice, rules)
+    noise = half_noise(opened, windows, choice)
     how = {"n_ctx": n_ctx, "imatrix": matrix, "rules": rules, "memory": memory, "progress": progress}
     with refined_variants(opened, variants, text, calibrate_on, scratch=scratch, **how) as given:
         found = [as_is(opened, _name(base, opened)), *resolve(opened, given, rules=rules, imatrix=matrix)]
-        scores = _measure(found, windows, record, memory, scratch, progress, ScoreTokens())
+        scores = _measure(found, windows, record, choice, memory, scratch, progress, ScoreTokens())
     rows, running = [], []
     for variant, score in zip(found, scores, strict=True):
-        rows.append(_named(variant) | metrics.comparison_row(score, scores[0]))
+        rows.append(_named(variant) | metrics.comparison_row(score, scores[0]) | noise)
         running += [{"variant": variant.name} | row for row in metrics.running(score, scores[0])]
     return Comparison(record, tuple(rows), tuple(running))
 
@@ -340,20 +361,23 @@ def _named(variant: Variant) -> dict:
     return {"variant": variant.name, "bytes": variant.nbytes, "bpw": variant.bpw}
 
 
-def _cut(model: Model, text, n_ctx, chunks, protocol, mode, rules) -> tuple[Windows, Protocol]:
+def _cut(model: Model, text, n_ctx, chunks, protocol, choice: Choice, rules) -> tuple[Windows, Protocol]:
     """Cut a text into windows, once the options that need no text are found to be good."""
-    find(mode)
     check_model(model)
-    return cut(read_text(text), model.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules)
+    options = {"n_ctx": n_ctx, "chunks": chunks, "name": protocol, "mode": choice.mode, "rules": rules}
+    windows, record = cut(read_text(text), model.vocab, **options)
+    return windows, choice.recorded(record)
 
 
-def _measure(variants: list[Variant], windows: Windows, record: Protocol, memory, scratch, progress, consumer):
+def _measure(
+    variants: list[Variant], windows: Windows, record: Protocol, choice: Choice, memory, scratch, progress, consumer
+):
     """Run the windows through all variants and return what the consumer makes of them."""
     base = variants[0].model
     for variant in variants:
         check_model(variant.model)
     key = _key(variants, windows, record)
-    with find(record.mode)(base, windows.tokens.shape[1]) as running, ExitStack() as stack:
+    with choice(base, windows.tokens.shape[1]) as running, ExitStack() as stack:
         budget = running.plan(variants, windows, memory, keep_states=scratch is not None)
         if scratch is None and not budget.in_memory:
             scratch = stack.enter_context(TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True))

@@ -11,6 +11,8 @@ from quantlab.files.arguments import check_whole
 from quantlab.files.bundled import Text
 from quantlab.files.vocab import Vocab
 
+BESIDE = ("versions", "device", "precision")  # of a record: results of one mode agree to 1e-4 nats on every device
+
 # name -> what it scores
 PROTOCOLS = {
     "llama.cpp": "the second half of each window; BOS, where there is one, replaces the first token of each; "
@@ -21,7 +23,7 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """What was measured and how. Results are comparable only if all of it but `versions` is the same.
+    """What was measured and how. Results are comparable only if all of it but `BESIDE` is the same.
 
     Attributes
     ----------
@@ -40,6 +42,10 @@ class Protocol:
         `first of each chunk`, `first of the text` or `none`.
     versions : dict
         Package → version.
+    device : str
+        What computed: `cpu`, or a kind of card with its name.
+    precision : str
+        How products were computed.
     """
 
     name: str
@@ -54,6 +60,8 @@ class Protocol:
     chunks: int
     bos: str
     versions: dict[str, str]
+    device: str = "cpu"
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ def require_same(protocols: list[Protocol]) -> None:
     ValueError
         Naming the first field that differs.
     """
-    first, *others = ({**asdict(protocol), "versions": None} for protocol in protocols)
+    first, *others = (asdict(protocol) | dict.fromkeys(BESIDE) for protocol in protocols)
     for other in others:
         for field, value in first.items():
             if other[field] != value:

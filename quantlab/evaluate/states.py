@@ -2,17 +2,22 @@
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+_EMPTY = partial(np.empty, dtype=np.float32)
 
 
 class HiddenStates:
     """One array [n_chunks, n_ctx, n_embd] of float32 per variant, read and written chunk by chunk.
 
-    Without a folder the arrays are in memory and `write` replaces what `read` gave. With one they are in two files: a
-    layer reads from one and writes to the other, and `advance` makes the written one current, so that a process that
-    is killed within a layer finds the layer's input whole.
+    Without a folder the arrays are in memory, and what `take` gives is changed in place. With one they are in two
+    files: a layer reads from one and writes to the other, and `advance` makes the written one current, so that a
+    process that is killed within a layer finds the layer's input whole.
 
     Parameters
     ----------
@@ -21,6 +26,8 @@ class HiddenStates:
         Created if missing.
     key : str
         What the states belong to; a folder with the states of another key is refused.
+    empty : callable
+        `empty(shape)` returns an array for what stays in memory (default: NumPy's).
 
     Raises
     ------
@@ -29,13 +36,20 @@ class HiddenStates:
     """
 
     def __init__(
-        self, n_variants: int, n_chunks: int, n_ctx: int, n_embd: int, folder: Path | None = None, key: str = ""
+        self,
+        n_variants: int,
+        n_chunks: int,
+        n_ctx: int,
+        n_embd: int,
+        folder: Path | None = None,
+        key: str = "",
+        empty: Callable[[tuple[int, ...]], Any] = _EMPTY,
     ):
         self.shape = (n_variants, n_chunks, n_ctx, n_embd)
         self.layer, self._files = -1, []  # -1: not even the embeddings are there
-        self._folder, self._key, self._array = folder, key, None
+        self._folder, self._key, self._array, self._lent = folder, key, None, None
         if folder is None:
-            self._array = np.empty(self.shape, np.float32)
+            self._array = empty(self.shape)
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._progress.exists():
@@ -82,10 +96,19 @@ class HiddenStates:
             read += count
         return x
 
+    def take(self, variant: int, source: int, chunks: slice) -> np.ndarray:
+        """Return [chunks, n_ctx, n_embd] after the current layer to be changed: `source`'s, as `variant`'s own."""
+        if self._array is None:
+            return self.read(source, chunks)
+        self._lent = self._array[variant, chunks]
+        if source != variant:
+            self._lent[:] = self._array[source, chunks]
+        return self._lent
+
     def write(self, variant: int, chunks: slice, x: np.ndarray) -> None:
         """Put down [chunks, n_ctx, n_embd] as the next layer's input."""
         if self._array is not None:
-            if not np.shares_memory(self._array, x):
+            if x is not self._lent:
                 self._array[variant, chunks] = x
             return
         offset, written = self._place(variant, chunks)[0], 0

@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
-from quantlab.evaluate.engine import find
+from quantlab.evaluate.engine import Choice
 from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.metrics import TokenScores, mean_and_error
 from quantlab.evaluate.protocol import Windows
@@ -36,11 +36,10 @@ class Bundle:
 
     model: Path  # the base
     windows: Windows
-    mode: str  # as for `quantlab.perplexity`
+    choice: Choice  # what it is computed with
     memory: str | int | None
     start: dict[str, str]  # tensor → type of the starting point that each change is a change of
     imatrix: Mapping[str, np.ndarray]  # weights per column
-    refined: Path | None  # as for `Variant`
     changes: tuple[dict[str, str], ...]  # tensor → new type
     keys: tuple[dict, ...]  # what each change's damage is kept under
     cache: Path | None
@@ -50,15 +49,14 @@ class Bundle:
         """The base, the starting point where it is another, and one variant per change."""
         model = open_model(self.model)
         base = as_is(model)
-        how = {"imatrix": self.imatrix, "refined": self.refined}
-        starts = [Variant("start", model, self.start, **how)] if self.start != base.types else []
-        changed = [Variant(str(i), model, self.start | c, **how) for i, c in enumerate(self.changes)]
+        starts = [Variant("start", model, self.start, self.imatrix)] if self.start != base.types else []
+        changed = [Variant(str(i), model, self.start | c, self.imatrix) for i, c in enumerate(self.changes)]
         return [base, *starts, *changed]
 
     def measure(self, bar: tqdm | None = None) -> list[dict]:
         """Return the damage of each change; what was measured is in the cache by then."""
         variants, cache = self.variants(), DamageCache(self.cache)
-        with threads(self.threads), find(self.mode)(variants[0].model, self.windows.tokens.shape[1]) as engine:
+        with threads(self.threads), self.choice(variants[0].model, self.windows.tokens.shape[1]) as engine:
             budget = engine.plan(variants, self.windows, self.memory, keep_states=False)
             base, *others = ForwardPass(variants, self.windows, engine, budget, bar).run(ScoreTokens())
             arithmetic = engine.arithmetic()

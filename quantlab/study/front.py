@@ -114,7 +114,9 @@ class Judgement(Result):
 
     def _lines(self) -> list[str]:
         p = self.comparison.protocol
-        return [f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}"]
+        noise = self.comparison.rows[0].get("kld_noise")
+        noise = "" if noise is None else f", KLD of halves alone {noise:.2g}"
+        return [f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}{noise}"]
 
 
 def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, imatrix=None, **options) -> Judgement:
@@ -129,7 +131,7 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     imatrix : str, Path or ImportanceMatrix, optional
         The matrix that the recipes were made with; recipes and ftypes are quantized with it alike.
     **options
-        n_ctx, chunks, protocol, mode, memory, scratch, progress as for `quantlab.compare`.
+        n_ctx, chunks, protocol, mode, device, device_memory, memory, scratch, progress as for `quantlab.compare`.
 
     Returns
     -------

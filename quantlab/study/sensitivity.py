@@ -3,8 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import quantlab
 from quantlab import arch
 from quantlab.evaluate import protocol as protocols
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.engine import find
-from quantlab.evaluate.refined_alone import RefinedAlone, refined_alone
+from quantlab.evaluate.engine import Choice, find
+from quantlab.evaluate.logits import half_noise
 from quantlab.evaluate.variants import Variant, as_is, resolve
 from quantlab.files.arguments import check_whole
 from quantlab.files.bundled import cache_dir, read_text
@@ -149,11 +148,8 @@ class Sensitivity(Result):
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = tuple(found["rows"])
             whole = found["schema"] == 1 and rows and all(map(_is_row, rows))
-            if (
-                not whole
-                or not found["protocol"].keys() >= _NEEDED
-                or not isinstance(found["start"]["kld_mean"], float)
-            ):
+            is_known = found["protocol"].keys() >= _NEEDED and isinstance(found["start"]["kld_mean"], float)
+            if not (whole and is_known):
                 raise KeyError("schema")
             return cls(found["protocol"], found["start"], rows, found["calibration"])
         except FileNotFoundError:
@@ -164,7 +160,8 @@ class Sensitivity(Result):
     def _lines(self) -> list[str]:
         p = self.protocol
         around = "the base" if p["around"] is None else f"{p['around']}, KLD {self.start['kld_mean']:.6g}"
-        return [f"{p['model']} on {p['text']}: {p['chunks']} chunks of {p['n_ctx']} tokens, changes of {around}"]
+        noise = f", KLD of halves alone {p['kld_noise']:.2g}" if "kld_noise" in p else ""
+        return [f"{p['model']} on {p['text']}: {p['chunks']} chunks of {p['n_ctx']} tokens, changes of {around}{noise}"]
 
     def __str__(self) -> str:
         described = [proxy.describe(self.calibration)] if self.calibration else []
@@ -182,13 +179,14 @@ def sensitivity(
     groups: str | Mapping[str, Sequence[str]] | None = None,
     imatrix=None,
     around=None,
-    refined: bool = False,
     rules: str = "current",
     sample: int | None = None,
     n_ctx: int = 512,
     chunks: int | None = None,
     protocol: str = "llama.cpp",
     mode: str = "float",
+    device: str = "auto",
+    device_memory: str | int | None = None,
     memory: str | int | None = None,
     threads: int | None = None,
     executor: Executor | None = None,
@@ -212,14 +210,12 @@ def sensitivity(
         Importance matrix: it weights the quantization, and the proxy's errors.
     around : str, Path or Recipe, optional
         A ftype or recipe that is the starting point of each change, instead of the base.
-    refined : bool
-        Change to refined bytes, each tensor refined alone with 64 chunks of `text`: for a recipe to refine with.
     rules : str
         Rule set of a ftype.
     sample : int, optional
         Measure only so many layers of each kind, spread from first to last, and predict the others by the proxy.
         Only of single tensors, around the base.
-    n_ctx, chunks, protocol, mode, memory
+    n_ctx, chunks, protocol, mode, device, device_memory, memory
         As for `quantlab.perplexity`.
     threads : int, optional
         Threads of each task; default: numba's number, with an executor 1.
@@ -247,7 +243,7 @@ def sensitivity(
     """
     base = as_model(model)
     check_model(base)
-    find(mode)
+    choice = find(mode, device, device_memory)
     start = _start(base, around, rules, as_matrix(imatrix))
     changes = plan_changes(base, types, groups)
     check_whole(sample=sample)
@@ -260,15 +256,13 @@ def sensitivity(
     windows, record = protocols.cut(
         read_text(text), base.vocab, n_ctx=n_ctx, chunks=chunks, name=protocol, mode=mode, rules=rules
     )
+    record = choice.recorded(record)
     folder = cache_dir() / "damages" if cache is True else Path(cache) if cache else None
     if executor is not None and threads is None:
         threads = 1
-    study = _Study(base, start, windows, record, memory, threads, folder, model_digest(base))
+    study = _Study(base, start, windows, record, choice, memory, threads, folder, model_digest(base))
     wanted = changes if sample is None else proxy.sample(changes, base.hparams.n_layer, sample)
-    with ThreadpoolController().limit(limits=1, user_api="blas"), ExitStack() as stack:
-        if refined:
-            bytes_ = stack.enter_context(refined_alone(base, text, n_ctx=n_ctx, memory=memory, progress=progress))
-            study = replace(study, refined=bytes_)
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
         damages = study.measure(wanted, executor, progress)
         errors = study.errors(changes, executor, progress)
     return study.result(changes, damages, errors, around, groups, sample)
@@ -366,11 +360,11 @@ class _Study:
     start: Variant
     windows: protocols.Windows
     record: protocols.Protocol
+    choice: Choice
     memory: str | int | None
     threads: int | None
     folder: Path | None
     digest: str
-    refined: RefinedAlone | None = None
 
     def measure(self, changes: Sequence[Change], executor: Executor | None, progress: bool) -> dict[int, dict]:
         """Damage by id of the change, from the cache where it is known."""
@@ -379,8 +373,6 @@ class _Study:
         missing = [i for i, damage_ in enumerate(found) if damage_ is None]
         if missing:
             cache.prepare()
-        if missing and self.refined is not None:
-            self.refined.make([self.start.types, *(changes[i].types for i in missing)])
         n_layer = self.base.hparams.n_layer
         firsts = [changes[i].first_layer(n_layer) for i in missing]
         bundles = [[missing[j] for j in bundle] for bundle in damage.cut(n_layer, firsts)]
@@ -402,11 +394,10 @@ class _Study:
         return damage.Bundle(
             model=self.base.path.absolute(),
             windows=self.windows,
-            mode=self.record.mode,
+            choice=self.choice,
             memory=self.memory,
             start=self.start.types,
             imatrix=dict(self.start.imatrix),
-            refined=self.refined and self.refined.folder,
             changes=tuple(change.types for change in changes),
             keys=tuple(keys),
             cache=self.folder and self.folder.absolute(),
@@ -420,8 +411,7 @@ class _Study:
         record = asdict(self.record) | {"text": None, "rules": None}
         used = {name: w for name, w in self.start.imatrix.items() if name in altered}
         start = json_digest(self.start.types)
-        how = {} if self.refined is None else {"refined": self.refined.digest}
-        return how | {
+        return {
             "what": "damage, arithmetic", "quantlab": quantlab.__version__, "model": self.digest, "protocol": record,
             "start": start, "change": change.types, "imatrix": json_digest(matrix_digests(used)),
         }  # fmt: skip
@@ -461,19 +451,21 @@ class _Study:
         if sample is not None:
             rows, calibration = proxy.calibrated(rows, self.base.hparams.n_layer)
         start = next(iter(damages.values()))
-        document = asdict(self.record) | {
-            "model": self.base.path.stem if self.base.path.is_file() else self.base.path.name,
-            "model_sha256": self.digest,
-            "imatrix": json_digest(matrix_digests(self.start.imatrix)) if self.start.imatrix else None,
-            "around": None if around is None else self.start.name,
-            "around_sha256": None if around is None else json_digest(self.start.types),
-            "arithmetic": sorted({damage_["arithmetic"] for damage_ in damages.values()}),
-            "groups": groups if groups is None or isinstance(groups, str) else "given",
-            "refined": self.refined and self.refined.digest,
-        }
-        return Sensitivity(
-            document, {"kld_mean": start["start_kld_mean"], "kld_se": start["start_kld_se"]}, tuple(rows), calibration
+        document = (
+            asdict(self.record)
+            | half_noise(self.base, self.windows, self.choice)
+            | {
+                "model": self.base.path.stem if self.base.path.is_file() else self.base.path.name,
+                "model_sha256": self.digest,
+                "imatrix": json_digest(matrix_digests(self.start.imatrix)) if self.start.imatrix else None,
+                "around": None if around is None else self.start.name,
+                "around_sha256": None if around is None else json_digest(self.start.types),
+                "arithmetic": sorted({damage_["arithmetic"] for damage_ in damages.values()}),
+                "groups": groups if groups is None or isinstance(groups, str) else "given",
+            }
         )
+        figures = {"kld_mean": start["start_kld_mean"], "kld_se": start["start_kld_se"]}
+        return Sensitivity(document, figures, tuple(rows), calibration)
 
     def _row(self, change: Change, damage_: dict | None, errors: dict[tuple, float]) -> dict:
         tensors = [self.base.tensor(name) for name in change.types]

@@ -179,11 +179,12 @@ class SizePpl(Result):
                 "ppl": _with_error(row["ppl"], row["ppl_se"]),
                 "Δppl": _with_error(row["delta_ppl"], row["delta_ppl_se"], sign="+"),
                 "KLD": _with_error(row["kld_mean"], row["kld_se"], digits=5),
+                "halves alone": "" if row.get("kld_noise") is None else f"{row['kld_noise']:.1g}",
                 "published Δppl": _with_error(row["published_delta_ppl"], None, sign="+"),
             }
             for row in self.rows
         )
-        return frame if frame["published Δppl"].any() else frame.drop(columns="published Δppl")
+        return frame.drop(columns=[name for name in ("halves alone", "published Δppl") if not frame[name].any()])
 
     def __str__(self) -> str:
         return "\n".join([self._title(), "", self.shown().to_string(index=False), "", *self.notes])
@@ -198,7 +199,9 @@ class SizePpl(Result):
         if not self.measured:
             return f"{self.model}: sizes, rules {self.protocol['rules']}"
         said = self.protocol
-        return f"{self.model}: {said['text']}, {said['chunks']} chunks of {said['n_ctx']} tokens, rules {said['rules']}"
+        where = "" if said["device"] == "cpu" else f", {said['device']}, {said['precision']}"
+        size = f"{said['chunks']} chunks of {said['n_ctx']} tokens"
+        return f"{self.model}: {said['text']}, {size}, rules {said['rules']}{where}"
 
 
 def _with_error(value: float | None, error: float | None, sign: str = "", digits: int = 4) -> str:
@@ -217,6 +220,9 @@ def size_ppl(
     rules: str = "current",
     n_ctx: int = 512,
     chunks: int | None = None,
+    mode: str = "float",
+    device: str = "auto",
+    device_memory: str | int | None = None,
     memory: str | int | None = None,
 ) -> SizePpl:
     """Make the size/ppl table of a model: the size of every ftype, and what it costs in perplexity.
@@ -239,8 +245,8 @@ def size_ppl(
         Tokens per chunk.
     chunks : int, optional
         How many chunks are measured; by default the whole text, and 16 chunks of models of 10⁸ weights and more.
-    memory : str or int, optional
-        Memory to stay within, such as `8GiB`.
+    mode, device, device_memory, memory
+        As for `quantlab.compare`.
 
     Returns
     -------
@@ -262,8 +268,9 @@ def size_ppl(
     if chunks is None and opened.n_weights >= _LARGE:
         chunks = _LARGE_CHUNKS
     variants = [name for name in names if name != "COPY"]
-    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": n_ctx, "chunks": chunks, "memory": memory}
-    comparison = compare(opened, variants, text, **options)
+    where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
+    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": n_ctx, "chunks": chunks}
+    comparison = compare(opened, variants, text, **options, **where)
     return measured(opened, comparison, names, rules)
 
 
@@ -274,7 +281,7 @@ def _row_name(ftype: str) -> str:
     return find_ftype(ftype).name
 
 
-def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer") -> pd.DataFrame:
+def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer", **options) -> pd.DataFrame:
     """Put the rows of the other rule set below those of a size/ppl table, measuring what differs in size.
 
     Parameters
@@ -283,6 +290,8 @@ def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer") -
         What `size_ppl` returned for this model and text.
     model, text
         As for `size_ppl`.
+    **options
+        `mode`, `device`, `device_memory` and `memory` as for `size_ppl`.
 
     Returns
     -------
@@ -297,7 +306,7 @@ def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer") -
     parts = [frame.assign(rules=rules), same.assign(rules=other)]
     if changed:
         n_ctx, chunks = table.protocol.get("n_ctx", 512), table.protocol.get("chunks")
-        again = size_ppl(model, text, ftypes=changed, rules=other, n_ctx=n_ctx, chunks=chunks)
+        again = size_ppl(model, text, ftypes=changed, rules=other, n_ctx=n_ctx, chunks=chunks, **options)
         parts.append(again.to_frame().assign(rules=other))
     return pd.concat(parts, ignore_index=True)
 
@@ -340,6 +349,7 @@ def measured(model: Model, comparison: Comparison, names: Sequence[str], rules: 
 def _row(ftype: str, n_bytes: int, bpw: float, measured: Mapping[str, float], published_delta: float | None) -> dict:
     """One row of the table; what was not measured is None."""
     numbers = {"bpw": bpw, **{key: measured.get(key) for key in _MEASURED}, "published_delta_ppl": published_delta}
+    numbers |= {key: measured[key] for key in ("kld_noise",) if key in measured}
     return {"ftype": ftype, "bytes": int(n_bytes)} | {k: None if v is None else float(v) for k, v in numbers.items()}
 
 

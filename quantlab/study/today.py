@@ -22,7 +22,7 @@ def with_today(
     *,
     calibrate_on: str | Path = "sampled",
     ftypes: Sequence[str] = (),
-    memory: str | int | None = None,
+    **options,
 ) -> SizePpl:
     """Add today's ftypes to a size/ppl table, with an importance matrix collected on the spot.
 
@@ -36,8 +36,8 @@ def with_today(
         A bundled text's name or a file, another text than the one to judge on.
     ftypes : sequence of str
         Ftypes to add (default: the I-quants and Q2_K_S).
-    memory : str or int, optional
-        Memory to stay within, such as `8GiB`.
+    **options
+        `mode`, `device`, `device_memory` and `memory` as for `size_ppl`.
 
     Returns
     -------
@@ -64,8 +64,8 @@ def with_today(
         added = size_ppl(model, text, ftypes=names)
         return replace(table, rows=(*table.rows, *added.rows))
     opened, n_ctx, chunks = open_model(model), table.protocol["n_ctx"], table.protocol["chunks"]
-    matrix = imatrix(opened, calibrate_on, n_ctx=n_ctx, chunks=CHUNKS, memory=memory)
-    comparison = compare(opened, names, text, imatrix=matrix, n_ctx=n_ctx, chunks=chunks, memory=memory)
+    matrix = imatrix(opened, calibrate_on, n_ctx=n_ctx, chunks=CHUNKS, **options)
+    comparison = compare(opened, names, text, imatrix=matrix, n_ctx=n_ctx, chunks=chunks, **options)
     rows = [{**row, "ftype": f"{row['ftype']}+imatrix"} for row in measured(opened, comparison, names, "current").rows]
     note = f"+imatrix: an importance matrix of {matrix.chunk_count} chunks of the text {calibrate_on}."
     return replace(table, rows=(*table.rows, *rows), notes=(*table.notes, note))

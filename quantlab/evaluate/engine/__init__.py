@@ -5,9 +5,11 @@ names. It owns the form of its weights, its scratch memory, and its estimate of 
 (`forward_pass`) knows only what is written here.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -42,7 +44,7 @@ class Stored:
         shape = (len(data), *self.shape[1:]) if len(self.shape) > 1 else self.shape
         return quants.dequantize(data.view(np.uint8), self.qtype, shape)
 
-    def expert(self, index: int) -> "Stored":
+    def expert(self, index: int) -> Stored:
         """Return one matrix of a stack."""
         return Stored(self.data[index], self.qtype, self.shape[1:])
 
@@ -71,6 +73,28 @@ class ExpertInputs:
         return np.diff(self.ends)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """An engine and what it computes with: plain data, which another process understands. Call it to get the engine."""
+
+    engine: type[Engine]
+    mode: str
+    device: str  # one of the engine's devices
+    precision: str  # how products are computed
+    hardware: str = ""  # name of the card
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the engine is made with, beside model and `n_ctx`
+    versions: Mapping[str, str] = field(default_factory=dict)  # package → version, of what only this engine uses
+
+    def __call__(self, model, n_ctx: int) -> Engine:
+        return self.engine(model, n_ctx, **self.options)
+
+    def recorded(self, protocol):
+        """Return a protocol that says device, precision and versions."""
+        device = f"{self.device}{self.hardware and f' ({self.hardware})'}"
+        versions = {**protocol.versions, **self.versions}
+        return replace(protocol, device=device, precision=self.precision, versions=versions)
+
+
 # `read(name)` gives a tensor of one layer by its name there, such as `ffn_down.weight`; None where there is none
 Read = Callable[[str], Stored | None]
 # `observe(field, inputs)` sees the inputs of a product; it may return `read` for new weights of that product
@@ -93,6 +117,27 @@ class Engine(ABC):
 
     modes: ClassVar[tuple[str, ...]]
     devices: ClassVar[tuple[str, ...]]
+    ahead: int = 0  # layers that may be loaded, by another thread, while one is computed
+
+    @classmethod
+    def automatic(cls) -> str | None:
+        """Return the device that `auto` takes; None if this engine has none on this machine."""
+        return cls.devices[0]
+
+    @classmethod
+    def choose(cls, mode: str, device: str, device_memory: str | int | None) -> Choice:
+        """Return what computes in `mode` on `device`.
+
+        Raises
+        ------
+        ValueError, ImportError, OSError
+            If the device, or what drives it, is not there.
+        """
+        if device_memory is not None:
+            raise ValueError(
+                f"device_memory={device_memory}, is for graphics cards, the device is {device}. Give memory."
+            )
+        return Choice(cls, mode, device, "float32" if mode == "float" else mode)
 
     @abstractmethod
     def __enter__(self): ...
@@ -109,6 +154,14 @@ class Engine(ABC):
         ValueError
             If the pass does not fit.
         """
+
+    def empty_states(self, shape: tuple[int, ...]) -> Any:
+        """Return an array for hidden states that stay in memory, where and how this engine has them best."""
+        return np.empty(shape, np.float32)
+
+    def wait(self) -> None:
+        """Return once all that `forward` was given is done, where `forward` may return before."""
+        return None
 
     @abstractmethod
     def embed(self, table: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -197,26 +250,42 @@ def engines() -> tuple[type[Engine], ...]:
     )
 
 
-def find(mode: str, device: str = "cpu") -> type[Engine]:
+def find(mode: str, device: str = "cpu", device_memory: str | int | None = None) -> Choice:
     """Return the engine that computes in `mode` on `device`.
+
+    Parameters
+    ----------
+    mode : str
+    device : str
+        `auto` takes a graphics card where the extra `gpu` and a card are there, and the CPU elsewhere.
+    device_memory : str, int or None
+        Memory of the card to stay within.
 
     Raises
     ------
     ValueError
         If there is none.
+    ImportError, OSError
+        If the device lacks its package, its driver or itself.
 
     Examples
     --------
-    >>> find("float").__name__, find("ggml-cpu").__name__
+    >>> find("float").engine.__name__, find("ggml-cpu").engine.__name__
     ('CpuEngine', 'GgmlEngine')
     """
     here = [engine for engine in engines() if mode in engine.modes]
     if not here:
         raise ValueError(f"mode={mode}, must be one of {', '.join(_names(engines(), 'modes'))}.")
+    if device == "auto":
+        there = [name for engine in here if (name := engine.automatic())]
+        if not there:
+            raise ValueError(f"mode={mode}, needs a graphics card, none is usable here. Choose mode=float.")
+        device = min(there, key=lambda name: name == "cpu")
     for engine in here:
         if device in engine.devices:
-            return engine
-    raise ValueError(f"device={device}, must be one of {', '.join(_names(here, 'devices'))} in mode {mode}.")
+            return engine.choose(mode, device, device_memory)
+    others = "" if mode == "float" else " Or choose mode=float."
+    raise ValueError(f"device={device}, must be one of {', '.join(_names(here, 'devices'))} in mode {mode}.{others}")
 
 
 def _names(of: Sequence[type[Engine]], kind: str) -> list[str]:

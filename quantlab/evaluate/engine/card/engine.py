@@ -1,0 +1,294 @@
+"""The engine for graphics cards: whole layers in torch, see `layers`.
+
+Weights are quantized and decoded on the CPU, and made into operands on the card, one layer ahead of the computation.
+A layer is applied to a few chunks at a time; where the card's memory does not suffice, to fewer.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numba
+import numpy as np
+import torch
+
+from quantlab import arch
+from quantlab.evaluate.budget import Budget
+from quantlab.evaluate.engine import ExpertInputs, Observe, Read, Stored
+from quantlab.evaluate.engine.card import plan, scores
+from quantlab.evaluate.engine.card.layers import Layers, LayerWeights, check
+from quantlab.evaluate.engine.card.products import Operand, Products, measure, synchronize
+from quantlab.evaluate.engine.card.transfers import Transfers
+from quantlab.evaluate.engine.torch import TorchEngine
+from quantlab.evaluate.metrics import TokenScores
+
+COLUMNS_ROWS = 1024  # rows whose squares are added up in float32 where there is no float64
+
+
+@dataclass(frozen=True)
+class Output:
+    """Norm and matrix after the last layer."""
+
+    norm: torch.Tensor
+    matrix: Operand
+    is_safe: bool
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return both."""
+        return [self.norm, *self.matrix.tensors()]
+
+
+class CardEngine(TorchEngine):
+    """Layers in torch; see `Engine`.
+
+    Parameters
+    ----------
+    model : Model
+    n_ctx : int
+    device : str
+        One of `devices`.
+    precision : str
+        One of `products.PRECISIONS`.
+    device_memory : str, int or None
+    """
+
+    ahead = 1
+
+    def __init__(self, model, n_ctx: int, device: str, precision: str, device_memory: str | int | None = None):
+        self.hparams, self.n_ctx, self.name = model.hparams, n_ctx, device
+        self.device = torch.device(device.removesuffix("-torch"))
+        self.ahead = 0 if device == "mps" else 1  # a Mac's card has one queue for all threads
+        self.precision, self.device_memory = precision, device_memory
+        self.record = arch.find(self.hparams.arch)
+        check(model, device)
+        self.products, self.transfers = Products(precision, self.device), Transfers(self.device)
+        self.layers = Layers(model, n_ctx, self.products, self.device, self._observed)
+        self._chunks = plan.chunks_at_most(self.device, n_ctx)
+        self._on_device, self._lock = False, threading.Lock()
+
+    def __enter__(self) -> "CardEngine":
+        self._before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+        torch.set_num_threads(numba.get_num_threads())
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self._inference = torch.inference_mode()
+        self._inference.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._inference.__exit__(*exc)
+        self.transfers.close()
+        torch.set_num_threads(self._before[0])
+        torch.backends.cuda.matmul.allow_tf32 = self._before[1]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- weights
+
+    def load(self, read: Read, index: int) -> LayerWeights:
+        """Return the weights of layer `index`."""
+        return self._make(lambda: self._layer_weights(read, index))
+
+    def _layer_weights(self, read: Read, index: int) -> LayerWeights:
+        does = self.record.layer_at(self.hparams, index)
+        norms = {f: stored for f, name in does.norms.items() if (stored := read(f"{name}.weight")) is not None}
+        vectors = {f: read(f"{name}.weight") or read(f"{name}.bias") for f, name in does.vectors.items()}
+        biases = {f: [read(f"{name}.bias") for name in names] for f, names in does.products.items()}
+        return LayerWeights(
+            {f: [self._matrix(read(f"{name}.weight")) for name in names] for f, names in does.products.items()},
+            {f: [None if bias is None else self._vector(bias) for bias in of] for f, of in biases.items()},
+            {f: self._vector(stored) for f, stored in norms.items()},
+            {f: self._vector(stored) for f, stored in vectors.items() if stored is not None},
+            {f for f, stored in norms.items() if self._is_safe(stored)},
+            does,
+            self.hparams.at(index),
+        )
+
+    def _make(self, weights: Callable):
+        """Return what `weights()` makes on the device; where it does not fit, the computation takes fewer chunks."""
+        while True:
+            try:
+                with self._lock, torch.inference_mode(), self.transfers.loading():
+                    made = weights()
+                    self.transfers.loaded(made.tensors())
+                return made
+            except torch.OutOfMemoryError:
+                self._chunks = self._fewer(self._chunks, 1, f"chunk of {self.n_ctx} tokens beside the weights")
+
+    def _matrix(self, stored: Stored) -> Operand:
+        """Return a matrix as an operand, made piece by piece; stacked ones one below the other."""
+        shape = int(np.prod(stored.shape[:-1])), stored.shape[-1]
+        new = partial(torch.empty, shape, dtype=self.products.dtype, device=self.device)
+        parts, scale = tuple(new() for _ in range(self.products.n_parts)), None
+        for rows, x in self.transfers.floats(stored):
+            operand = self.products.operand(x, self.products.is_safe(x))
+            for whole, part in zip(parts, operand.parts, strict=True):
+                whole[rows] = part
+            if operand.scale is not None:
+                scale = torch.ones(len(parts[0]), 1, device=self.device) if scale is None else scale
+                scale[rows] = operand.scale
+        return Operand(parts, scale)
+
+    def _observed(self, parts: Sequence[Stored]) -> list[Operand]:
+        """Return matrices that an observer gave, for the product that comes next."""
+        with self._lock:
+            return [self._matrix(stored) for stored in parts]
+
+    def _vector(self, stored: Stored) -> torch.Tensor:
+        """Return a norm or a bias."""
+        return torch.from_numpy(np.array(stored.floats())).to(self.device)
+
+    def _is_safe(self, norm: Stored) -> bool:
+        """Whether halves hold what a norm makes of any row: no number of it is beyond √n times the greatest weight."""
+        weight = norm.floats()
+        return bool(np.sqrt(weight.size) * np.abs(weight).max() < 2**15)
+
+    # ---- layers
+
+    def empty_states(self, shape: tuple[int, ...]):
+        """Return an array for hidden states: on the device where the plan says so, else in memory that it reads."""
+        if self._on_device:
+            try:
+                return torch.empty(shape, dtype=torch.float32, device=self.device)
+            except torch.OutOfMemoryError:
+                self._on_device = False
+        return self.transfers.pinned(shape)
+
+    def wait(self) -> None:
+        """Return once all hidden states are where they belong."""
+        self.transfers.wait()
+
+    def embed(self, table: np.ndarray, places: np.ndarray):
+        """Return the hidden states before the first layer."""
+        if self.hparams.embd_scale != 1:
+            table = table * np.float32(self.hparams.embd_scale)
+        if not self._on_device:
+            return table[places]
+        return torch.from_numpy(table).to(self.device)[torch.from_numpy(places).to(self.device)]
+
+    def forward(self, layer: LayerWeights, states, first: int = 0, observe: Observe | None = None) -> None:
+        """Apply a layer in place; see `Engine.forward`."""
+        start = 0
+        while start < len(states):
+            piece = states[start : start + self._chunks]
+            try:
+                done = self.layers.apply(layer, self.transfers.fetch(piece), first, observe)
+                self.transfers.store(done, piece[:, first:])
+                del done
+            except torch.OutOfMemoryError:
+                least = len(piece) if observe else 1  # an observer has seen some inputs already
+                self._chunks = self._fewer(len(piece), least, f"chunks of {self.n_ctx} tokens")
+                continue
+            start += len(piece)
+
+    def _fewer(self, count: int, least: int, what: str) -> int:
+        """Return half as many as did not fit into the card's memory; raise MemoryError where that cannot be."""
+        if count <= least:
+            raise MemoryError(
+                f"device={self.name}: {count} {what} do not fit into its memory. "
+                "Give a smaller device_memory or n_ctx, or device=cpu."
+            ) from None
+        synchronize(self.device)  # so that what other work held is free
+        return count // 2
+
+    # ---- output
+
+    def load_output(self, norm: Stored, matrix: Stored) -> Output:
+        """Return the weights after the last layer."""
+        return self._make(lambda: Output(self._vector(norm), self._matrix(matrix), self._is_safe(norm)))
+
+    def output_inputs(self, norm: Stored, states) -> torch.Tensor:
+        """Return the inputs of the last product [shape=(-1, n_embd), dtype=float32]."""
+        x = self.transfers.fetch(states)
+        return self.layers.rms_norm(x.reshape(-1, x.shape[-1]), self._vector(norm))
+
+    def _logits(self, output: Output, states) -> torch.Tensor:
+        """Return the logits [rows, n_vocab] of hidden states [..., n_embd]."""
+        x = self.transfers.fetch(states)
+        normed = self.layers.rms_norm(x.reshape(-1, x.shape[-1]), output.norm)
+        found = self.products.multiply(self.products.operand(normed, output.is_safe), output.matrix)
+        if self.hparams.logit_scale != 1:
+            found.mul_(self.hparams.logit_scale)
+        if cap := self.hparams.logit_softcap:
+            found = found.div_(cap).tanh_().mul_(cap)
+        return found
+
+    def logits(self, output: Output, states) -> np.ndarray:
+        """Return the logits [*states.shape[:-1], n_vocab]."""
+        rows = states.reshape(-1, states.shape[-1])
+        out = np.empty((len(rows), len(output.matrix.parts[0])), np.float32)
+
+        def work(piece: slice) -> None:
+            out[piece] = self._logits(output, rows[piece]).cpu().numpy()
+
+        self._in_pieces(work, len(rows))
+        return out.reshape(*states.shape[:-1], -1)
+
+    def score(self, outputs: Sequence[Output], states: Sequence, targets: np.ndarray) -> list[TokenScores]:
+        """Score positions for the base and some variants; see `Engine.score`."""
+        found = [TokenScores.empty(*targets.shape) for _ in outputs]
+
+        def work(chunk: int, rows: slice) -> None:
+            wanted, base = torch.from_numpy(targets[chunk, rows]).long().to(self.device), None
+            for output, x, into in zip(outputs, states, found, strict=True):
+                prediction = scores.Prediction.of(self._logits(output, x[chunk, rows]))
+                base = prediction if base is None else base
+                compared = scores.compare(base, prediction, wanted)
+                for field, values in into.at((chunk, rows)).items():
+                    values[:] = compared[field].cpu().numpy()
+
+        for chunk in range(len(targets)):
+            self._in_pieces(lambda rows, chunk=chunk: work(chunk, rows), targets.shape[1])
+        return found
+
+    def _in_pieces(self, work: Callable[[slice], None], n_rows: int) -> None:
+        """Call `work` with slices of rows whose logits fit, fewer of them where the memory does not suffice."""
+        step, start = plan.rows_of_logits(self.hparams.n_vocab, self.device), 0
+        while start < n_rows:
+            rows = slice(start, min(start + step, n_rows))
+            try:
+                work(rows)
+            except torch.OutOfMemoryError:
+                step = self._fewer(rows.stop - start, 1, "tokens' logits")
+                continue
+            start = rows.stop
+
+    def arithmetic(self) -> str:
+        """Return device, precision and torch's version."""
+        return f"{hardware(self.name) or self.name}, {self.precision}, torch {torch.__version__}"
+
+    # ---- consumers
+
+    def column_squares(self, inputs) -> np.ndarray:
+        """Return the sums of squares of each column [shape=(1 or n_expert, n_in), dtype=float64]."""
+        if isinstance(inputs, ExpertInputs):
+            rows = torch.from_numpy(inputs.rows).to(self.device)
+            return np.concatenate([self.column_squares(inputs.x[rows[a:b]]) for a, b in pairwise(inputs.ends)])
+        wide = scores.wide(self.device)
+        blocks = [block.float().square().sum(0, dtype=wide) for block in inputs.split(COLUMNS_ROWS)]
+        return np.sum([block.cpu().numpy() for block in blocks], axis=0, dtype=np.float64)[None]
+
+    # ---- plan
+
+    def plan(
+        self, variants: Sequence, windows, memory: str | int | None, keep_states: bool, observed: bool = False
+    ) -> Budget:
+        """Return the `Budget` of a pass over `variants`; see `Engine.plan`."""
+        budget = plan.fit(self, variants, windows, memory, keep_states)
+        self._chunks, self._on_device = budget.chunks_at_once, budget.states_on_device
+        return budget
+
+
+def precision(mode: str, device: str) -> str:
+    """Return how products are computed in `mode`: on CUDA, `float` is what is faster there, measured."""
+    if mode == "half":
+        return "half"
+    if device != "cuda":
+        return "float32"
+    return max(("float32", "halves"), key=lambda name: measure(name, torch.device(device)))
+
+
+def hardware(device: str) -> str:
+    """Return the name of a card; empty for other devices."""
+    return torch.cuda.get_device_name() if device == "cuda" else ""

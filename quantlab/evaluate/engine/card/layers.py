@@ -1,0 +1,296 @@
+"""What a layer does, in torch: attention, a feed-forward part, experts, as the record of the architecture says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from quantlab import arch
+from quantlab.evaluate.engine import ExpertInputs, Observe
+from quantlab.evaluate.engine.card.products import Operand, Products
+from quantlab.evaluate.engine.rope import rope_angles
+
+SCORE_BYTES = 1 << 28  # of the scores of attention, where they are kept, at a time
+_LEAST_SUM = 6.103515625e-5  # what sums of weights of experts are at least, as in llama.cpp
+
+# what is computed here; a layer with anything else is refused, see `check`
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": lambda gate, up: functional.silu(gate).mul_(up),
+    "gelu": lambda gate, up: functional.gelu(gate, approximate="tanh").mul_(up),
+    "swiglu_oai": lambda gate, up: (x := gate.clamp(max=7)) * torch.sigmoid(1.702 * x) * (up.clamp(-7, 7) + 1),
+}
+GATINGS = ("softmax", "sigmoid", "softmax_chosen")
+_LAYER = """attn_norm attn_qkv q_norm k_norm attn_output attn_post_norm ffn_norm router experts_in experts_down
+shared_gate ffn_in ffn_down ffn_post_norm rope activation sinks gating choice_bias sums_to_one""".split()
+_HPARAMS = """arch n_embd n_ff n_layer n_head n_head_kv n_vocab n_ctx head_dim n_rot rms_eps rope_base rope_base_window
+rope_scaling window attn_scale attn_softcap attn_temp_scale embd_scale residual_scale logit_scale logit_softcap n_expert
+n_expert_used n_ff_exp n_ff_shexp expert_scale tied_embeddings""".split()
+
+
+def check(model, device: str) -> None:
+    """Refuse a model some part of which is not computed here.
+
+    Raises
+    ------
+    ValueError
+        If its record or its hyper-parameters say something that this module does not know.
+    """
+    hparams = model.hparams
+    record = arch.find(hparams.arch)
+    found = [(f.name, getattr(hparams, f.name), f.default) for f in fields(hparams) if f.name not in _HPARAMS]
+    for index in range(hparams.n_layer):
+        does = record.layer_at(hparams, index)
+        found += [(f.name, getattr(does, f.name), f.default) for f in fields(does) if f.name not in _LAYER]
+        known = {"rope": ("pairs", "halves"), "activation": ACTIVATIONS, "gating": GATINGS}
+        found += [(name, value, None) for name, of in known.items() if (value := getattr(does, name)) not in of]
+    for name, value, default in found:
+        if value != default:
+            raise ValueError(f"{model.path}: {name}={value} is not computed on device={device}. Use device=cpu.")
+
+
+@dataclass
+class LayerWeights:
+    """The weights of one layer on the device."""
+
+    matrices: dict[str, list[Operand]]  # by field of the layer's description; those of experts one below the other
+    biases: dict[str, list[torch.Tensor | None]]
+    norms: dict[str, torch.Tensor]  # by field, where there is one
+    vectors: dict[str, torch.Tensor]  # what else there is, by field
+    safe: set[str]  # norms whose results halves hold, however large the inputs are
+    does: arch.Layer
+    hparams: arch.Hparams  # this layer's
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return everything that lies on the device."""
+        biases = [bias for of in self.biases.values() for bias in of if bias is not None]
+        operands = [operand for of in self.matrices.values() for operand in of]
+        return [*self.norms.values(), *self.vectors.values(), *biases, *(t for o in operands for t in o.tensors())]
+
+
+class Layers:
+    """Applies layers to hidden states.
+
+    Parameters
+    ----------
+    model : Model
+    n_ctx : int
+    products : Products
+    device : torch.device
+    matrices : callable
+        `matrices(parts)` makes a field's operands of what an observer read.
+    """
+
+    def __init__(self, model, n_ctx: int, products: Products, device: torch.device, matrices: Callable):
+        self.hparams, self.n_ctx, self.products, self.device = model.hparams, n_ctx, products, device
+        self._matrices = matrices
+        self._factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
+        self._rotations, self._masks = {}, {}
+
+    def apply(self, layer: LayerWeights, x: torch.Tensor, first: int, observe: Observe | None) -> torch.Tensor:
+        """Return what a layer makes of hidden states [n_chunks, n_ctx, n_embd] from position `first` on."""
+        n_chunks, n_ctx, n_embd = x.shape
+        normed, is_safe = self._norm(layer, "attn_norm", x.reshape(-1, n_embd))
+        q, k, v = self._queries_keys_values(layer, self._products(layer, "attn_qkv", normed, is_safe, observe))
+        del normed
+        attended = self._attend(layer, q, k, v)[:, first:].reshape(n_chunks * (n_ctx - first), -1)
+        del q, k, v
+        (change,) = self._products(layer, "attn_output", attended, False, observe)
+        del attended
+        x = self._add(layer, "attn_post_norm", x[:, first:].reshape(-1, n_embd), change)
+        del change
+        return self._feed_forward(layer, x, observe).view(n_chunks, n_ctx - first, n_embd)
+
+    def _feed_forward(self, layer: LayerWeights, x: torch.Tensor, observe: Observe | None) -> torch.Tensor:
+        """Return rows after everything that follows attention."""
+        normed, is_safe = self._norm(layer, "ffn_norm", x)
+        routes = shared = None
+        if "router" in layer.matrices:
+            (scores,) = self._products(layer, "router", normed, is_safe, observe)
+            routes = choose(scores, layer)
+        if "shared_gate" in layer.matrices:
+            (shared,) = self._products(layer, "shared_gate", normed, is_safe, observe)
+        if "ffn_in" in layer.matrices:
+            inner = self._activate(layer, self._products(layer, "ffn_in", normed, is_safe, observe))
+            seen = normed if routes else None
+            del normed
+            (change,) = self._products(layer, "ffn_down", inner, False, observe)
+            del inner
+            gate = None if shared is None else shared.sigmoid()
+            x, normed = self._add(layer, "ffn_post_norm", x, change, gate), seen
+        return x if routes is None else self._add_experts(layer, x, normed, is_safe, routes, observe)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return rows divided by their root mean square, times a weight."""
+        return functional.rms_norm(x, weight.shape, weight, self.hparams.rms_eps)
+
+    def _norm(self, layer: LayerWeights, field: str, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Return rows normalized where the layer does, and whether halves hold them without a scale."""
+        if field not in layer.norms:
+            return x, False
+        return self.rms_norm(x, layer.norms[field]), field in layer.safe
+
+    def _add(self, layer: LayerWeights, field: str, x, change, gate=None) -> torch.Tensor:
+        """Return x + change, normalized, gated and scaled before where the layer does; takes the memory of `change`."""
+        if field in layer.norms:
+            change = self.rms_norm(change, layer.norms[field])
+        if gate is not None:
+            change.mul_(gate)
+        if self.hparams.residual_scale != 1:
+            change.mul_(self.hparams.residual_scale)
+        return change.add_(x)
+
+    def _products(self, layer: LayerWeights, field: str, x, is_safe: bool, observe: Observe | None) -> list:
+        """Return the products of a field with their biases, each [rows, n_out]."""
+        self._observe(layer, field, x, observe)
+        operand = self.products.operand(x, is_safe)
+        found = [self.products.multiply(operand, matrix) for matrix in layer.matrices[field]]
+        return [out if bias is None else out.add_(bias) for out, bias in zip(found, layer.biases[field], strict=True)]
+
+    def _observe(self, layer: LayerWeights, field: str, inputs, observe: Observe | None) -> None:
+        if observe is not None and (read := observe(field, inputs)) is not None:
+            layer.matrices[field] = self._matrices([read(f"{name}.weight") for name in layer.does.products[field]])
+
+    def _activate(self, layer: LayerWeights, gate_up: list[torch.Tensor]) -> torch.Tensor:
+        """Return what becomes of gate and up, two products or one beside the other."""
+        gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, 1)
+        return ACTIVATIONS[layer.does.activation](gate, up)
+
+    # ---- attention
+
+    def _queries_keys_values(self, layer: LayerWeights, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return q, k and v [n_chunks, heads, n_ctx, head_dim], normalized, rotated and scaled as the layer does."""
+        h = layer.hparams
+        parts = parts if len(parts) == 3 else parts[0].split([h.n_q, h.n_kv, h.n_kv], 1)
+        found = [part.unflatten(1, (-1, h.head_dim)).unflatten(0, (-1, self.n_ctx)) for part in parts]
+        for name, part, rows in zip(("q_norm", "k_norm"), found, parts, strict=False):
+            if name in layer.norms:
+                whole = part if layer.norms[name].numel() == h.head_dim else rows
+                whole.copy_(self.rms_norm(whole, layer.norms[name]))
+            if h.n_rot:
+                self._rotate(layer, part)
+        if h.attn_temp_scale:
+            step = h.rope_scaling.orig_ctx if h.rope_scaling and h.rope_scaling.orig_ctx else h.n_ctx
+            scale = (1 + h.attn_temp_scale * np.log(1 + np.arange(self.n_ctx) // step)).astype(np.float32)
+            found[0].mul_(torch.from_numpy(scale).to(self.device)[:, None, None])
+        return [part.transpose(1, 2) for part in found]
+
+    def _rotate(self, layer: LayerWeights, x: torch.Tensor) -> None:
+        """Rotate pairs of dimensions of [n_chunks, n_ctx, heads, head_dim] in place."""
+        h = layer.hparams
+        key = h.n_rot, h.rope_base, h.rope_scaling
+        if key not in self._rotations:
+            tables = rope_angles(h, self.n_ctx, self._factors)
+            self._rotations[key] = [torch.from_numpy(table).to(self.device)[:, None] for table in tables]
+        cos, sin = self._rotations[key]
+        pairs = layer.does.rope == "pairs"
+        a, b = (x[..., 0 : h.n_rot : 2], x[..., 1 : h.n_rot : 2]) if pairs else x[..., : h.n_rot].chunk(2, -1)
+        turned = a * cos - b * sin
+        b.mul_(cos).add_(a * sin)
+        a.copy_(turned)
+
+    def _attend(self, layer: LayerWeights, q, k, v) -> torch.Tensor:
+        """Return what causal attention makes of q, k and v: [n_chunks, n_ctx, heads, head_dim]."""
+        h, group = layer.hparams, q.shape[1] // k.shape[1]
+        if self.products.precision == "half":
+            q, k, v = q.half(), k.half(), v.half()
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        window = h.window if 0 < h.window < self.n_ctx else 0
+        if h.attn_softcap or "sinks" in layer.vectors:
+            return self._attend_in_steps(layer, q, k, v, window).transpose(1, 2)
+        seen = {"attn_mask": self._mask(window)} if window else {"is_causal": True}
+        return functional.scaled_dot_product_attention(q, k, v, scale=h.score_scale, **seen).transpose(1, 2)
+
+    def _attend_in_steps(self, layer: LayerWeights, q, k, v, window: int) -> torch.Tensor:
+        """Attention whose scores are capped, or share their softmax with a sink: a few chunks at a time."""
+        h, out, sinks = layer.hparams, torch.empty_like(q), layer.vectors.get("sinks")
+        step = max(1, SCORE_BYTES // (4 * q.shape[1] * self.n_ctx**2))
+        for start in range(0, len(q), step):
+            some = slice(start, start + step)
+            scores = (q[some] @ k[some].transpose(2, 3)).float().mul_(h.score_scale)
+            if h.attn_softcap:
+                scores = torch.tanh(scores / h.attn_softcap).mul_(h.attn_softcap)
+            scores.masked_fill_(~self._mask(window), -torch.inf)
+            if sinks is not None:
+                beside = sinks.view(-1, 1, 1).expand(*scores.shape[:3], 1)
+                scores = torch.cat([scores, beside], -1)
+            out[some] = scores.softmax(-1)[..., : self.n_ctx].to(v.dtype) @ v[some]
+        return out
+
+    def _mask(self, window: int) -> torch.Tensor:
+        """Return which keys each position sees [n_ctx, n_ctx, dtype=bool]: the last `window`, 0 for all before it."""
+        if window not in self._masks:
+            position = torch.arange(self.n_ctx, device=self.device)
+            distance = position[:, None] - position
+            self._masks[window] = (distance >= 0) & (distance < (window or self.n_ctx))
+        return self._masks[window]
+
+    # ---- experts
+
+    def _add_experts(self, layer: LayerWeights, x, normed, is_safe: bool, routes: "Routes", observe) -> torch.Tensor:
+        """Add to each token's row what its experts give: one expert after the other."""
+        self._observe(layer, "experts_in", routes.inputs(normed), observe)
+        operand, n_expert = self.products.operand(normed, is_safe), layer.hparams.n_expert
+        inner = None
+        for expert, mine in routes.each():
+            seen = operand.rows(routes.tokens[mine])
+            made = self._activate(layer, self._of_expert(layer, "experts_in", seen, expert, n_expert))
+            inner = made.new_empty(len(routes.tokens), made.shape[1]) if inner is None else inner
+            inner[mine] = made
+        self._observe(layer, "experts_down", routes.inputs(inner, sorted_already=True), observe)
+        for expert, mine in routes.each():
+            seen = self.products.operand(inner[mine])
+            (change,) = self._of_expert(layer, "experts_down", seen, expert, n_expert)
+            x.index_add_(0, routes.tokens[mine], change.mul_(routes.weights[mine, None]))
+        return x
+
+    def _of_expert(self, layer: LayerWeights, field: str, seen: Operand, expert: int, n_expert: int) -> list:
+        """Return the products of one expert, with its biases."""
+        found = []
+        for matrix, bias in zip(layer.matrices[field], layer.biases[field], strict=True):
+            height = len(matrix.parts[0]) // n_expert
+            out = self.products.multiply(seen, matrix.rows(slice(expert * height, (expert + 1) * height)))
+            found.append(out if bias is None else out.add_(bias[expert]))
+        return found
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Tokens sorted by the experts that they see, see `routing.Routes`; `ends` is in the machine's memory."""
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    ends: np.ndarray
+
+    def each(self):
+        """Yield the experts that any token sees, each with the place of its tokens."""
+        for expert in np.flatnonzero(np.diff(self.ends)).tolist():
+            yield expert, slice(int(self.ends[expert]), int(self.ends[expert + 1]))
+
+    def inputs(self, x: torch.Tensor, sorted_already: bool = False) -> ExpertInputs:
+        """Return what an observer sees of rows `x`, one for each token or for each entry."""
+        rows = np.arange(len(x)) if sorted_already else self.tokens.cpu().numpy()
+        return ExpertInputs(x, rows, self.ends)
+
+
+def choose(scores: torch.Tensor, layer: LayerWeights) -> Routes:
+    """Choose the experts of tokens by the scores [n_tokens, n_expert] of the router.
+
+    Source: build_moe_ffn in src/llama-graph.cpp of llama.cpp.
+    """
+    does, h = layer.does, layer.hparams
+    if does.gating != "softmax_chosen":
+        scores = scores.softmax(-1) if does.gating == "softmax" else scores.sigmoid()
+    bias = layer.vectors.get("choice_bias")
+    ids = (scores if bias is None else scores + bias).topk(h.n_expert_used, -1).indices
+    weights = scores.gather(1, ids)
+    if does.gating == "softmax_chosen":
+        weights = weights.softmax(-1)
+    if does.sums_to_one:
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
+    order = ids.flatten().argsort(stable=True)
+    counts = ids.flatten().bincount(minlength=h.n_expert).cpu().numpy()
+    weights = weights.flatten()[order] * h.expert_scale
+    return Routes(order // h.n_expert_used, weights, np.concatenate([[0], counts.cumsum()]))

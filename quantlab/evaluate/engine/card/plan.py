@@ -1,0 +1,184 @@
+"""How a pass is cut to fit a card's memory and the machine's, worked out before it starts.
+
+The card holds two layers (one is computed, one is on its way), what a layer makes of a few chunks, and the hidden
+states of all variants where there is room; else those are in the machine's memory, or on disk.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+
+import numba
+import torch
+
+from quantlab.evaluate import budget
+from quantlab.evaluate.budget import Budget, allowed_bytes
+from quantlab.evaluate.engine.card.products import measure
+from quantlab.evaluate.engine.card.scores import ARRAYS
+from quantlab.evaluate.engine.card.transfers import IN_FLIGHT, PIECE
+from quantlab.evaluate.variants import Variant, identity
+from quantlab.transform.plan import parse_bytes, tensor_bytes
+
+ROWS = {"cuda": 16384, "mps": 4096, "cpu": 4096}  # tokens that a layer is applied to at a time, where memory allows
+LEAST_ROWS = 2048  # fewer only where nothing else fits: products of fewer rows are slow
+LOGITS = {"cuda": 1 << 31, "mps": 1 << 29, "cpu": 1 << 28}  # bytes of logits and what is made of them, at a time
+SHARE_OF_FREE = 0.92  # of a card's free memory; the rest is lost between what is allocated
+SHARE_OF_PEAK = {"float32": 0.8, "halves": 0.75, "half": 0.6}  # of the speed of a large product that a pass reaches
+ENCODE_SPEED = 80e6  # weights per second and thread, k-quants
+PACKAGE = {"cuda": 2 << 30, "mps": 1 << 30, "cpu": 200 << 20}  # bytes of the machine that torch and its driver take
+
+
+def chunks_at_most(device: torch.device, n_ctx: int) -> int:
+    """Return the chunks that a layer is applied to at a time where memory allows."""
+    return max(1, ROWS[device.type] // n_ctx)
+
+
+def rows_of_logits(n_vocab: int, device: torch.device) -> int:
+    """Return the positions that are scored at a time."""
+    return max(1, LOGITS[device.type] // (4 * ARRAYS * n_vocab))
+
+
+def fit(engine, variants: Sequence[Variant], windows, memory: str | int | None, keep_states: bool) -> Budget:
+    """Cut a pass of a `CardEngine`; see `Engine.plan`.
+
+    Raises
+    ------
+    ValueError
+        If it does not fit however it is cut.
+    """
+    needs, n_chunks = _Needs(engine, variants, windows), len(windows.tokens)
+    host, card = allowed_bytes(memory), _card_bytes(engine)
+    most = min(n_chunks, chunks_at_most(engine.device, engine.n_ctx))
+    places = ["disk"] if keep_states else ["card", "memory", "disk"]
+    if engine.device.type == "cpu" and not keep_states:
+        places = ["memory", "disk"]
+    found = None
+    for least in (min(most, -(-LEAST_ROWS // engine.n_ctx)), 1):
+        for place in places:
+            chunks, outputs = most, max(1, len(variants) - 1)
+            while not (fits := needs.fit(place, chunks, outputs, host, card)) and (chunks > least or outputs > 1):
+                chunks, outputs = max(least, chunks // 2), max(1, outputs // 2)
+            if fits and found is None:
+                found = place, chunks, outputs
+    if found is None:
+        raise ValueError(needs.refusal(places[-1], memory, host, card))
+    place, chunks, outputs = found
+    on_host, on_card = needs.bytes(place, chunks, outputs)
+    where = {"card": "on the card", "memory": "in memory", "disk": f"on disk ({2 * needs.states / 2**30:.2f} GiB)"}
+    said = f"{engine.name}, {engine.precision}: " + (f"{on_card / 2**30:.2f} GiB on the card, " if card else "")
+    return Budget(
+        chunks, outputs, place != "disk", on_host, 2 * needs.states * (place == "disk"), needs.seconds(),
+        states_on_device=place == "card", device_memory=on_card,
+        said=(said, f"; hidden states {where[place]}, 1 pass over the weights"),
+    )  # fmt: skip
+
+
+def _card_bytes(engine) -> int:
+    """Return the bytes of the card that may be used; 0 where it has no memory of its own to be counted."""
+    if engine.device.type == "cpu":
+        return 0
+    if engine.device_memory is not None:
+        return parse_bytes(engine.device_memory)
+    if engine.device.type == "mps":
+        return int(torch.mps.recommended_max_memory() * SHARE_OF_FREE)
+    return int(torch.cuda.mem_get_info()[0] * SHARE_OF_FREE)
+
+
+class _Needs:
+    """What a pass needs of the machine and of the card."""
+
+    def __init__(self, engine, variants: Sequence[Variant], windows):
+        self.engine, self.variants, self.windows, self.hparams = engine, variants, windows, engine.hparams
+        self.states = 4 * windows.tokens.size * self.hparams.n_embd * len(variants)
+        self.is_cpu = engine.device.type == "cpu"
+        by_layer = Counter()
+        for tensor in variants[0].model:
+            if tensor.name.startswith("blk."):
+                by_layer[int(tensor.name.split(".")[1])] += tensor.n_weights
+        (self.widest, self.weights), *_ = by_layer.most_common(1)
+        self.shapes = budget.layer_shapes(variants[0].model, self.widest)
+        self.has_experts = any(len(shape) > 2 for shape in self.shapes.values())
+
+    def bytes(self, place: str, chunks: int, outputs: int) -> tuple[int, int]:
+        """Return the bytes of the machine and of the card."""
+        held = {"card": (0, self.states), "memory": (self.states, 0), "disk": (0, 0)}[place]
+        layer, output = self._layer(place, chunks), self._output(outputs)
+        stored, matrices = self._stored(), self._stored_output(outputs)
+        if self.is_cpu:
+            return budget.PROCESS + PACKAGE["cpu"] + held[0] + max(layer + stored, output + matrices), 0
+        host = budget.PROCESS + PACKAGE[self.engine.device.type] + held[0] + max(stored, matrices) + 2 * 4 * PIECE
+        return host, held[1] + max(layer, output)
+
+    def fit(self, place: str, chunks: int, outputs: int, host: int, card: int) -> bool:
+        """Whether both suffice."""
+        on_host, on_card = self.bytes(place, chunks, outputs)
+        return on_host <= host and on_card <= card
+
+    def refusal(self, place: str, memory, host: int, card: int) -> str:
+        """Say what the pass needs at least."""
+        on_host, on_card = self.bytes(place, 1, 1)
+        name, given, needed = "memory", memory or host, on_host
+        if on_card > card:
+            name, given, needed = "device_memory", self.engine.device_memory or card, on_card
+        return (
+            f"{name}={given}, must be at least {needed / 2**30:.2f} GiB for this model. "
+            f"Give more, or a smaller n_ctx{'' if self.is_cpu else ', or device=cpu'}."
+        )
+
+    def _layer(self, place: str, chunks: int) -> int:
+        """Bytes on the device while layers are computed, hidden states of other chunks aside."""
+        h, products = self.hparams, self.engine.products
+        n_embd, q, kv, n_ff = h.n_embd, h.n_head * h.head_dim, h.n_head_kv * h.head_dim, h.n_ff
+        operand, making, adding = {"float32": (0, 0, 0), "half": (2, 2, 0), "halves": (4, 8, 4)}[products.precision]
+        width = 2 if products.precision == "half" else 4  # of what attention sees
+        repeated = 2 * q if kv < q else 0  # k and v for every head
+        routed = h.n_expert_used * (h.n_ff_exp * 4 + 12) + (4 + operand) * n_embd if self.has_experts else 0
+        peaks = [
+            (8 + operand) * n_embd + 4 * (q + 2 * kv) + adding * q,
+            4 * n_embd + 4 * (q + 2 * kv) + (4 - width) * (q + 2 * kv) + width * (repeated + q),
+            routed + (8 + operand) * n_embd + (8 + adding) * n_ff,
+            routed + 8 * n_embd + 12 * n_ff,
+            routed + 4 * n_embd + (4 + making) * n_ff,
+        ]
+        moving = 4 * n_embd * (2 * IN_FLIGHT if place == "memory" and not self.is_cpu else 0)
+        layers = (1 + self.engine.ahead) * products.weight_bytes * self.weights
+        return layers + chunks * self.engine.n_ctx * (max(peaks) + moving) + self._making()
+
+    def _making(self) -> int:
+        """Bytes that a piece of a matrix takes on its way, and where halves are widened again a whole one."""
+        products = self.engine.products
+        piece = min(PIECE, max(prod(shape) for shape in self.shapes.values()))
+        widened = 0 if products.is_native or products.precision == "float32" else max(map(prod, self.shapes.values()))
+        return 4 * (piece * (1 + 2 * (products.n_parts - 1)) + widened)
+
+    def _output(self, outputs: int) -> int:
+        """Bytes on the device while tokens are scored."""
+        h, products = self.hparams, self.engine.products
+        matrix = h.n_vocab * h.n_embd
+        rows = min(rows_of_logits(h.n_vocab, self.engine.device), self.windows.targets.shape[1])
+        logits = 4 * rows * (ARRAYS * h.n_vocab + 3 * h.n_embd)
+        return (1 + outputs) * products.weight_bytes * matrix + logits + 4 * min(PIECE, matrix) * products.n_parts
+
+    def _stored(self) -> int:
+        """Bytes that the widest layer's tensors take as they are stored: read, and quantized for several variants."""
+        base, wanted = self.variants[0].model, Counter()
+        for variant in self.variants:
+            for name in self.shapes:
+                wanted[identity(variant, name), variant.types[name]] += 1
+        shared, single = 0, 0
+        for ((_, name, qtype, _), _), count in wanted.items():
+            size = tensor_bytes(self.shapes[name], qtype)
+            shared += size if count > 1 and qtype != base.tensor(name).qtype else 0
+            single = max(single, size)
+        return shared + single + sum(tensor_bytes(shape, base.tensor(n).qtype) for n, shape in self.shapes.items())
+
+    def _stored_output(self, outputs: int) -> int:
+        """Bytes that output matrices take as they are stored."""
+        return (1 + outputs) * 2 * self.hparams.n_vocab * self.hparams.n_embd
+
+    def seconds(self) -> float:
+        """Estimate the time: what takes longer, computing or quantizing ahead of it."""
+        speed = SHARE_OF_PEAK[self.engine.precision] * measure(self.engine.precision, self.engine.device)
+        computing, weights = budget.work_of(self.variants, self.windows)
+        times = computing / speed, weights / (ENCODE_SPEED * numba.get_num_threads())
+        return sum(times) if self.is_cpu else max(times)

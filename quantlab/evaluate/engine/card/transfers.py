@@ -1,0 +1,124 @@
+"""Copies between the machine's memory and the card's, beside the computation where the card is CUDA's.
+
+There, three streams of work run at once: weights and hidden states on their way in, the computation, hidden states on
+their way out. Elsewhere everything happens in turn.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from quantlab import quants
+from quantlab.evaluate.engine import Stored
+
+PIECE = 1 << 24  # weights that travel at a time: 64 MiB of float32
+IN_FLIGHT = 2  # pieces of hidden states that may be on their way at a time
+
+
+class Transfers:
+    """Brings weights and hidden states to a device and back.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.is_cuda = device, device.type == "cuda"
+        self._running: deque = deque()
+        self._pinned: list[np.ndarray] = []
+        if self.is_cuda:
+            self._loading, self._incoming, self._outgoing = (torch.cuda.Stream(device) for _ in range(3))
+            self._staging = [torch.empty(PIECE, dtype=torch.float32, pin_memory=True) for _ in range(2)]
+            self._free = [torch.cuda.Event() for _ in self._staging]
+
+    def close(self) -> None:
+        """Give back what was pinned."""
+        self.wait()
+        for array in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
+        self._pinned.clear()
+
+    # ---- weights, by the thread that loads
+
+    def loading(self):
+        """Return the context in which weights are made."""
+        return torch.cuda.stream(self._loading) if self.is_cuda else nullcontext()
+
+    def loaded(self, tensors: Iterator[torch.Tensor]) -> None:
+        """Wait until weights are made, and let the computation use them."""
+        if self.is_cuda:
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.default_stream(self.device))
+            self._loading.synchronize()
+
+    def floats(self, stored: Stored) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield slices of rows and their float32 values on the device, good until the next one."""
+        n, inner = stored.shape[0], int(np.prod(stored.shape[1:-1], dtype=np.int64))
+        step = max(1, PIECE // (inner * stored.shape[-1]))
+        for i, start in enumerate(range(0, n, step)):
+            some = slice(start, min(start + step, n))
+            x = self._bring(stored, some, (some.stop - start, *stored.shape[1:]), i % 2)
+            yield slice(some.start * inner, some.stop * inner), x.view(-1, stored.shape[-1])
+
+    def _bring(self, stored: Stored, some: slice, shape: tuple[int, ...], turn: int) -> torch.Tensor:
+        """Return a part along the first axis on the device."""
+        size = int(np.prod(shape, dtype=np.int64))
+        if not self.is_cuda or size > PIECE:  # more than is pinned
+            return torch.from_numpy(np.array(stored.floats(some))).to(self.device)
+        self._free[turn].synchronize()
+        staging, data = self._staging[turn][:size].view(shape), stored.data[some]
+        if data.dtype == np.float32:
+            np.copyto(staging.numpy(), data)
+        else:
+            quants.dequantize(data.view(np.uint8), stored.qtype, shape, out=staging.numpy())
+        found = staging.to(self.device, non_blocking=True)
+        self._free[turn].record()
+        return found
+
+    # ---- hidden states
+
+    def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array in the machine's memory that a card copies from and to by itself."""
+        array = np.empty(shape, np.float32)
+        if self.is_cuda and int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:
+            self._pinned.append(array)  # where it may not be pinned, copies wait for each other
+        return array
+
+    def fetch(self, states) -> torch.Tensor:
+        """Return hidden states on the device; what is there already is not copied."""
+        if isinstance(states, torch.Tensor):
+            return states
+        host = torch.from_numpy(states)
+        if not self.is_cuda:
+            return host.to(self.device)
+        while len(self._running) >= IN_FLIGHT:
+            self._running.popleft().synchronize()
+        with torch.cuda.stream(self._incoming):
+            x = host.to(self.device, non_blocking=bool(self._pinned))
+        torch.cuda.current_stream().wait_stream(self._incoming)
+        x.record_stream(torch.cuda.current_stream())
+        return x
+
+    def store(self, x: torch.Tensor, states) -> None:
+        """Put hidden states where they belong; at once, unless their memory is pinned."""
+        if isinstance(states, torch.Tensor):
+            states.copy_(x)
+            return
+        host = torch.from_numpy(states)
+        if not self.is_cuda or not self._pinned:
+            host.copy_(x)
+            return
+        self._outgoing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._outgoing):
+            host.copy_(x, non_blocking=host.is_contiguous())
+            x.record_stream(self._outgoing)
+            self._running.append(self._outgoing.record_event())
+
+    def wait(self) -> None:
+        """Return once everything that was stored is there."""
+        while self._running:
+            self._running.popleft().synchronize()
