@@ -21,10 +21,8 @@ from quantlab.files.imatrix_file import read_imatrix
 from quantlab.files.model import open as open_model
 from quantlab.transform.convert import convert
 from quantlab.transform.mixture import FTYPES
-from quantlab.transform.plan import plan, sizes
+from quantlab.transform.plan import plan
 from quantlab.transform.quantize import quantize
-from quantlab.transform.split import split
-from quantlab.transform.verify import verify
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "quantize.json").read_text())["digests"]
 
@@ -392,13 +390,6 @@ def test_the_second_shard_of_the_input_is_not_replaced(work):
     assert sha256(shards[1]) == before
 
 
-def test_one_file_of_weights_may_be_called_a_shard(tmp_path):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(model_path("tiny"), folder)
-    only = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    assert quantize(only, tmp_path / "out.gguf", ftype="Q4_0").stat().st_size < only.stat().st_size
-
-
 def test_what_has_no_effect_is_told(work):
     lines = []
     quantize(
@@ -504,27 +495,3 @@ def test_two_runs_do_not_write_the_same_file(work):
 
     with pytest.raises(OSError, match=r"out\.gguf: another run is writing it"):
         quantize("wide.gguf", "out.gguf", ftype="Q4_0", report=second)
-
-
-def test_a_vocabulary_alone_has_metadata_and_no_tensors(tmp_path):
-    """As llama-quantize writes it; a first shard that holds only metadata is one too."""
-    metadata = open_model("tiny").metadata
-    write_gguf(tmp_path / "vocab.gguf", metadata, [], [])
-    out = quantize(tmp_path / "vocab.gguf", tmp_path / "out.gguf", ftype="Q8_0")
-    found = open_model(out)
-    tokens = list(found.metadata["tokenizer.ggml.tokens"])
-    assert len(found) == 0 and found.ftype == 7 and tokens == list(metadata["tokenizer.ggml.tokens"])
-    buffer = io.BytesIO()
-    quantize(tmp_path / "vocab.gguf", buffer, ftype="Q8_0")
-    assert buffer.getvalue() == out.read_bytes()
-    table = sizes(tmp_path / "vocab.gguf").to_frame()
-    assert (table["bytes"] == 0).all() and (table["bpw"] == 0).all()
-    assert verify(out, tmp_path / "vocab.gguf").verdict == "identical"
-
-
-def test_a_first_shard_without_tensors_is_kept(tmp_path):
-    whole = quantize("tiny", tmp_path / "whole.gguf", ftype="F16")
-    shards = split(whole, tmp_path / "part", max_tensors=20, no_tensor_first_split=True).shards
-    first = quantize(shards[0].path, tmp_path / "q.gguf", ftype="Q8_0", keep_split=True)
-    assert first.name == f"q-00001-of-{len(shards):05d}.gguf" and len(read_header(first).tensors) == 0
-    assert open_model(first).names == open_model(shards[0].path).names

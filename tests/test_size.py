@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for room in ("quantlab", "tools") for path in (ROOT / room).rglob("*.py"))
+FILES = sorted(path for room in ("quantlab", "tools", "tests") for path in (ROOT / room).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,6 +1,7 @@
 """transform/split.py: shards byte for byte as llama-gguf-split writes them; merged, the bytes that were split."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import quantlab as ql
+from quantlab.files.bundled import model_path
 from quantlab.files.gguf_file import TensorSpec, read_header, write_gguf
 from quantlab.transform import split as module
 
@@ -165,3 +167,37 @@ def test_the_words_split_and_merge(whole):
     assert done.stdout == "y.gguf\n" and sha256(whole.with_name("y.gguf")) == sha256(whole)
     done = quantlab("merge", "wide.gguf")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "must be one of several shards" in done.stderr
+
+
+# ---- shards, and files without tensors, are quantized
+
+
+def test_one_file_of_weights_may_be_called_a_shard(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(model_path("tiny"), folder)
+    only = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert ql.quantize(only, tmp_path / "out.gguf", ftype="Q4_0").stat().st_size < only.stat().st_size
+
+
+def test_a_vocabulary_alone_has_metadata_and_no_tensors(tmp_path):
+    """As llama-quantize writes it; a first shard that holds only metadata is one too."""
+    metadata = ql.open("tiny").metadata
+    write_gguf(tmp_path / "vocab.gguf", metadata, [], [])
+    out = ql.quantize(tmp_path / "vocab.gguf", tmp_path / "out.gguf", ftype="Q8_0")
+    found = ql.open(out)
+    tokens = list(found.metadata["tokenizer.ggml.tokens"])
+    assert len(found) == 0 and found.ftype == 7 and tokens == list(metadata["tokenizer.ggml.tokens"])
+    buffer = io.BytesIO()
+    ql.quantize(tmp_path / "vocab.gguf", buffer, ftype="Q8_0")
+    assert buffer.getvalue() == out.read_bytes()
+    table = ql.sizes(tmp_path / "vocab.gguf").to_frame()
+    assert (table["bytes"] == 0).all() and (table["bpw"] == 0).all()
+    assert ql.verify(out, tmp_path / "vocab.gguf").verdict == "identical"
+
+
+def test_a_first_shard_without_tensors_is_kept(tmp_path):
+    whole = ql.quantize("tiny", tmp_path / "whole.gguf", ftype="F16")
+    shards = ql.split(whole, tmp_path / "part", max_tensors=20, no_tensor_first_split=True).shards
+    first = ql.quantize(shards[0].path, tmp_path / "q.gguf", ftype="Q8_0", keep_split=True)
+    assert first.name == f"q-00001-of-{len(shards):05d}.gguf" and len(read_header(first).tensors) == 0
+    assert ql.open(first).names == ql.open(shards[0].path).names
