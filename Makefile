@@ -37,7 +37,7 @@ bench: $(VENV)/.test  ## the start, the kernels beside ggml's, quantizing a file
 scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b [LAYERS=n] through the real convert and quantize paths
 	$(BIN)/python tests/scale.py $(SHAPE) $(if $(LAYERS),--layers $(LAYERS))
 
-pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(wildcard notebooks/*.ipynb))  ## the notebooks' pictures for readers on the web
+pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(filter-out %/index.ipynb,$(wildcard notebooks/*.ipynb)))  ## the notebooks' pictures for readers on the web
 
 notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
 	$(BIN)/quantlab notebook $* --picture $@ --overwrite
