@@ -8,7 +8,7 @@ from numba import njit
 
 from quantlab import quants
 from quantlab.evaluate.engine.ggml_activations import half, round_bf16, round_f16
-from quantlab.evaluate.engine.ggml_products import ORDERS, Order, scale_places
+from quantlab.evaluate.engine.ggml_products import ORDERS, Order, read_scales, with_scales
 from quantlab.evaluate.engine.ggml_steps import fma
 
 _ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
@@ -140,13 +140,13 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int]) -> Packed:
         floats = quants.dequantize(stored, qtype, shape) if stored.dtype == np.uint8 else stored.astype(np.float32)
         return Packed(qtype, n_out, floats.T, _NONE, _NONE, _NONE)
     blocks = stored.reshape(n_out, -1, quants.block_bytes(qtype))
-    at, at_min = scale_places(qtype)
-    panelled, with_mins = order.lanes > 1, at_min is not None and order.activations == "Q8_K"
+    d, *dmin = (scales.T.copy() for scales in read_scales(blocks, qtype))
+    panelled, with_mins = order.lanes > 1, bool(dmin) and order.activations == "Q8_K"
     codes = np.zeros((-(-n_out // PANEL), n_in, PANEL) if panelled else (n_in, n_out), np.float32)
     mins = np.empty((n_in // 16, n_out), np.float32) if with_mins else _NONE
     for start in range(0, n_out, _PACKED_AT_ONCE):
         rows = slice(start, start + _PACKED_AT_ONCE)
-        integers = _with_scales(blocks[rows], qtype, n_in, 1, 0)
+        integers = with_scales(blocks[rows], qtype, n_in, 1)
         if panelled:
             for first in range(0, len(integers), PANEL):
                 panel = integers[first : first + PANEL]
@@ -154,22 +154,8 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int]) -> Packed:
         else:
             codes[:, rows] = integers.T
         if with_mins:
-            mins[:, rows] = _with_scales(blocks[rows], qtype, n_in, 0, -1)[:, ::16].T
-    return Packed(qtype, n_out, codes, _halves(blocks, at), _NONE if at_min is None else _halves(blocks, at_min), mins)
-
-
-def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
-    """Read a float16 of each block [n_out, blocks, bytes]: float32 [blocks, n_out]."""
-    return np.ascontiguousarray(blocks[:, :, at : at + 2]).view(np.float16)[..., 0].T.astype(np.float32, order="C")
-
-
-def _with_scales(blocks: np.ndarray, qtype: str, n_in: int, d: float, dmin: float) -> np.ndarray:
-    """Decode blocks as if their scales were these, which leaves integers; float32 [n_out, n_in]."""
-    blocks = blocks.copy()
-    for at, scale in zip(scale_places(qtype), (d, dmin), strict=True):
-        if at is not None:
-            blocks[:, :, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
-    return quants.dequantize(blocks.reshape(-1), qtype, (len(blocks), n_in))
+            mins[:, rows] = with_scales(blocks[rows], qtype, n_in, 0, -1)[:, ::16].T
+    return Packed(qtype, n_out, codes, d, dmin[0] if dmin else _NONE, mins)
 
 
 def product(x: np.ndarray, parts: Sequence[Packed], out: np.ndarray, workers) -> None:

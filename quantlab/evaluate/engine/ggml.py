@@ -1,14 +1,18 @@
 """llama.cpp's CPU arithmetic, to the last bit: the layers of the CPU engine with ggml's order of every operation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from quantlab import arch
+from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.engine import Stored, ggml_steps
 from quantlab.evaluate.engine.cpu import CpuEngine, Matrix
 from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
 from quantlab.evaluate.engine.ggml_products import ORDERS, Packed, pack, product
 from quantlab.evaluate.engine.rope import rope_angles_as_ggml
 from quantlab.evaluate.engine.tiles import WIDTH, multiply
+from quantlab.evaluate.variants import output_name
 
 
 class GgmlEngine(CpuEngine):
@@ -28,6 +32,18 @@ class GgmlEngine(CpuEngine):
                 f"Evaluate it in mode float, or in llama.cpp."
             )
         super().__init__(model, n_ctx)
+
+    def plan(self, variants: Sequence, windows, memory, keep_states: bool, observed: bool = False) -> Budget:
+        """Return the `Budget` of a pass over `variants`; refuse weights whose products have no order here."""
+        for variant in variants:
+            for name, qtype in variant.types.items():
+                is_product = name != "token_embd.weight" or name == output_name(variant.model)
+                if is_product and qtype not in ORDERS:
+                    raise ValueError(
+                        f"{variant.name}: {name}: {qtype} in mode ggml-cpu, must be one of {', '.join(ORDERS)}. "
+                        "Evaluate it in mode float, or in llama.cpp."
+                    )
+        return super().plan(variants, windows, memory, keep_states, observed)
 
     def packed_size(self, stored: Stored) -> int:
         """Return how many float32 numbers of memory `pack` is given: none for a type with an order."""

@@ -51,12 +51,15 @@ class Order:
         Partial sums that the groups go to in turn.
     tiled : bool
         The two scales are applied one after the other, instead of multiplied with each other first.
+    unit : int
+        Power of two that makes the weights whole numbers, once they are divided by the scale of their block.
     """
 
     activations: str
     group: int = 0
     lanes: int = 1
     tiled: bool = False
+    unit: int = 1
 
 
 # type of the weights -> what is done to the activations, and how the product is summed
@@ -64,20 +67,43 @@ ORDERS = {
     **{qtype: Order(qtype) for qtype in ("F32", "F16", "BF16")},
     **dict.fromkeys(("Q5_0", "Q8_0"), Order("Q8_0", 4, lanes=8)),  # tinyBLAS_Q0_AVX
     **dict.fromkeys(("Q4_1", "Q5_1"), Order("Q8_1", 4, lanes=8)),  # ggml_vec_dot_q4_1_q8_1, ggml_vec_dot_q5_1_q8_1
-    **dict.fromkeys(("Q4_0", "IQ4_NL"), Order("Q8_0", 32)),  # gemm_q4_b32_8x8_q8_0_lut_avx
+    **dict.fromkeys(("Q4_0", "IQ4_NL", "MXFP4"), Order("Q8_0", 32)),  # gemm_q4_b32_8x8_q8_0_lut_avx
     "Q4_K": Order("Q8_K", 64),  # ggml_gemm_q4_K_8x8_q8_K
     "Q2_K": Order("Q8_K", 128),  # ggml_gemm_q2_K_8x8_q8_K
-    **dict.fromkeys(("Q3_K", "Q5_K", "Q6_K", "IQ4_XS"), Order("Q8_K", 256, tiled=True)),  # tiled_run_micro_vnni_8x16
-    "MXFP4": Order("Q8_0"),
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), Order("Q8_K")),
-    **dict.fromkeys(("TQ1_0", "TQ2_0"), Order("Q8_K")),
+    # tiled_run_micro_vnni_8x16
+    **dict.fromkeys(("Q3_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S"), Order("Q8_K", 256, tiled=True)),
+    "IQ3_XXS": Order("Q8_K", 256, tiled=True, unit=4),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S"), Order("Q8_K", 256, tiled=True, unit=8)),
 }
 
 
-def scale_places(qtype: str) -> tuple[int, int | None]:
-    """Byte offsets in a block of its scale and of the minimum's scale (Q4_1, Q5_1: of the minimum), as float16."""
-    at, *at_min = GGML_TYPES[qtype].halves
-    return at, at_min[0] if at_min else None
+def read_scales(data: np.ndarray, qtype: str) -> list[np.ndarray]:
+    """Read the scale of each block and the scale of its minima, where there is one (Q4_1, Q5_1: the minimum).
+
+    Parameters
+    ----------
+    data : np.ndarray [shape=(n_out, blocks, bytes), dtype=uint8]
+    qtype : str
+
+    Returns
+    -------
+    list of np.ndarray [shape=(n_out, blocks), dtype=float32]
+        The first divided by `unit`.
+    """
+    if not GGML_TYPES[qtype].halves:  # MXFP4: a power of two
+        return [np.ldexp(np.float32(1), data[:, :, 0].astype(np.int32) - 128)]
+    d, *dmin = (_halves(data, at) for at in GGML_TYPES[qtype].halves)
+    return [d / np.float32(ORDERS[qtype].unit), *dmin]
+
+
+def with_scales(data: np.ndarray, qtype: str, n_in: int, d: float, dmin: float = 0) -> np.ndarray:
+    """Decode blocks [n_out, blocks, bytes] as if their scales were these; float32 [n_out, n_in], whole numbers."""
+    data = data.copy()
+    if not GGML_TYPES[qtype].halves:
+        data[:, :, 0] = 128
+    for at, scale in zip(GGML_TYPES[qtype].halves, (d * ORDERS[qtype].unit, dmin), strict=False):
+        data[:, :, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
+    return quants.dequantize(data.reshape(-1), qtype, (len(data), n_in))
 
 
 @dataclass(frozen=True)
@@ -121,26 +147,16 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int], workers) -> Pac
     """
     (n_out, n_in), order = shape, ORDERS[qtype]
     data, n_panels = stored.reshape(n_out, -1, quants.block_bytes(qtype)), -(-n_out // WIDTH)
-    at, at_min = scale_places(qtype)
+    d, *dmin = read_scales(data, qtype)
     codes = np.empty((n_panels, n_in // 2, WIDTH), np.int32)
-    with_mins = at_min is not None and order.activations == "Q8_K"
+    with_mins = bool(dmin) and order.activations == "Q8_K"
     mins = np.empty((n_panels, n_in // 32, WIDTH), np.int32) if with_mins else _NO_INTS
     for rows in blocks(n_out, _PACKED_AT_ONCE):
         panels = slice(rows.start // WIDTH, -(-rows.stop // WIDTH))
-        _fill(codes[panels], _with_scales(data[rows], qtype, n_in, 1, 0), workers)
+        _fill(codes[panels], with_scales(data[rows], qtype, n_in, 1), workers)
         if with_mins:
-            _fill(mins[panels], _with_scales(data[rows], qtype, n_in, 0, -1)[:, ::16], workers)
-    dmin = _NO_FLOATS if at_min is None else _halves(data, at_min)
-    return Packed(qtype, n_out, codes, _halves(data, at), mins, dmin)
-
-
-def _with_scales(data: np.ndarray, qtype: str, n_in: int, d: float, dmin: float) -> np.ndarray:
-    """Decode blocks as if their scales were these, which leaves integers; float32 [n_out, n_in]."""
-    data = data.copy()
-    for at, scale in zip(scale_places(qtype), (d, dmin), strict=True):
-        if at is not None:
-            data[:, :, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
-    return quants.dequantize(data.reshape(-1), qtype, (len(data), n_in))
+            _fill(mins[panels], with_scales(data[rows], qtype, n_in, 0, -1)[:, ::16], workers)
+    return Packed(qtype, n_out, codes, _panels(d), mins, _panels(*dmin) if dmin else _NO_FLOATS)
 
 
 def _fill(panels: np.ndarray, integers: np.ndarray, workers) -> None:
@@ -161,11 +177,16 @@ def _fill_panel(integers, pairs):
 
 
 def _halves(data: np.ndarray, at: int) -> np.ndarray:
-    """Read a float16 of each block [n_out, blocks, bytes]: panels [panels, blocks, WIDTH] of float32."""
-    n_out, n_blocks, _ = data.shape
-    halves = np.zeros((-(-n_out // WIDTH) * WIDTH, n_blocks), np.float32)
-    halves[:n_out] = np.ascontiguousarray(data[:, :, at : at + 2]).view(np.float16)[..., 0]
-    return np.ascontiguousarray(halves.reshape(-1, WIDTH, n_blocks).transpose(0, 2, 1))
+    """Read a float16 of each block as float32."""
+    return np.ascontiguousarray(data[:, :, at : at + 2]).view(np.float16)[..., 0].astype(np.float32)
+
+
+def _panels(scales: np.ndarray) -> np.ndarray:
+    """Put scales [n_out, blocks] into panels [panels, blocks, WIDTH]."""
+    n_out, n_blocks = scales.shape
+    padded = np.zeros((-(-n_out // WIDTH) * WIDTH, n_blocks), np.float32)
+    padded[:n_out] = scales
+    return np.ascontiguousarray(padded.reshape(-1, WIDTH, n_blocks).transpose(0, 2, 1))
 
 
 def product(x: Blocks, part: Packed, out: np.ndarray) -> None:
