@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +13,25 @@ from types import SimpleNamespace
 import llama_models
 import numpy as np
 import pytest
+from sparse_models import sparse_gguf
 
 import quantlab as ql
 from quantlab import arch
 from quantlab.arch.hparams import RopeScaling
 from quantlab.evaluate.engine import ExpertInputs, Stored, find
+from quantlab.evaluate.engine import torch as seam
 from quantlab.evaluate.imatrix import imatrix
 from quantlab.evaluate.logits import logits
 from quantlab.evaluate.perplexity import _measure
-from quantlab.evaluate.protocol import cut
+from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Weights, as_is, resolve
 from quantlab.files.bundled import read_text
+from quantlab.files.bundled import shape as bundled_shape
+from quantlab.study.tables import FTYPES
 
 torch = pytest.importorskip("torch", reason="the extra gpu is not installed", exc_type=ImportError)
+from quantlab.evaluate.engine.card import engine as engine_module  # noqa: E402
 from quantlab.evaluate.engine.card import layers, plan, products  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -347,3 +353,99 @@ def test_a_layer_takes_the_memory_that_was_planned(precision, monkeypatch):
             layer = engine.load(lambda name: weights.get(as_is(model), f"blk.0.{name}"), 0)
             engine.forward(layer, states)
     assert counting.peak == pytest.approx(planned, rel=0.1)
+
+
+def needs_of(tmp_path, shape, precision, card, chunks=655):
+    """The plan of a size/ppl table with 14 ftypes on a card of `card` GiB, of which the driver leaves 95 %."""
+    names = ("n_vocab", "n_embd", "n_ff", "n_layer", "n_head", "n_head_kv")
+    hparams = arch.Hparams(arch="llama", **{name: bundled_shape(shape)[name] for name in names})
+    model = ql.open(sparse_gguf(tmp_path / "sparse.gguf", hparams, "F16"))
+    ftypes = [name for name in FTYPES if name not in ("F16", "F32")]
+    variants = [as_is(model), *resolve(model, ftypes, rules="2023-12")]
+    tokens = np.zeros((chunks, 512), np.int32)
+    device = torch.device("cuda")
+    engine = SimpleNamespace(
+        device=device, name="cuda", precision=precision, products=products.Products(precision, device), n_ctx=512,
+        hparams=model.hparams, ahead=1, device_memory=int(card * 0.95 * 2**30),
+    )  # fmt: skip
+    return engine, variants, Windows(tokens, tokens[:, :255], 256)
+
+
+@pytest.mark.parametrize(
+    ("shape", "precision", "card", "host", "where", "chunks"),
+    [
+        ("llama-7b", "halves", 24, "128GiB", "in memory", 32),
+        ("llama-7b", "half", 24, "32GiB", "on disk", 32),
+        ("llama-7b", "halves", 139, "32GiB", "on the card", 32),
+        ("yi-34b", "halves", 24, "32GiB", "on disk", 16),
+        ("yi-34b", "half", 80, "200GiB", "in memory", 32),
+    ],
+)
+def test_large_models_fit_by_layers(tmp_path, monkeypatch, shape, precision, card, host, where, chunks):
+    monkeypatch.setattr(plan, "measure", lambda *args: 1e14)
+    budget = plan.fit(*needs_of(tmp_path, shape, precision, card), host, False)
+    assert budget.chunks_at_once == chunks and f"hidden states {where}" in str(budget)
+    assert budget.device_memory < card * 2**30 and str(budget).startswith(f"cuda, {precision}: ")
+
+
+def test_a_card_that_is_too_small_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"device_memory=\d+, must be at least .* GiB for this model. Give more"):
+        plan.fit(*needs_of(tmp_path, "llama-7b", "halves", 0.5, 4), "64GiB", False)
+    with pytest.raises(ValueError, match=r"memory=1GiB, must be at least .* GiB for this model. .* or device=cpu"):
+        plan.fit(*needs_of(tmp_path, "llama-7b", "halves", 24, 4), "1GiB", True)
+
+
+def test_what_does_not_fit_is_done_in_smaller_pieces(monkeypatch, tmp_path):
+    folder, options = llama_models.write_model(tmp_path / "llama2", "llama2"), dict(n_ctx=64, chunks=6, **TORCH)
+    whole, taken = ql.compare(folder, ["Q4_0"], "primer", **options), []
+
+    def limited(of, most):
+        def call(*args, **kwargs):
+            taken.append(len(args[0]))
+            if len(args[0]) > most:
+                raise torch.OutOfMemoryError
+            return of(*args, **kwargs)
+
+        return call
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 2))
+    monkeypatch.setattr(engine_module.scores.Prediction, "of", limited(engine_module.scores.Prediction.of, 10))
+    pieces = ql.compare(folder, ["Q4_0"], "primer", **options)
+    assert {6, 3, 1} < set(taken) and 10 > min(size for size in taken if size > 6) - 3
+    for a, b in zip(whole.rows, pieces.rows, strict=True):
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-6)
+    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 0))
+    with pytest.raises(MemoryError, match="device=cpu-torch: 1 chunks of 64 tokens do not fit into its memory. Give"):
+        ql.compare(folder, ["Q4_0"], "primer", **options)
+
+
+# ── what is missing ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_old_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(seam, "version", lambda name: "2.4.1+cu121")
+    with pytest.raises(ImportError, match=r"device=cuda: torch=2.4.1\+cu121, must be at least 2.9"):
+        find("float", "cuda")
+
+
+def test_a_card_that_cannot_be_used_is_named(monkeypatch):
+    if not torch.backends.mps.is_available():
+        with pytest.raises(OSError, match="device=mps: torch finds no Apple GPU. Use device=cpu"):
+            find("float", "mps")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(OSError, match="device=cuda: torch=.* is built for the CPU alone. Install torch for your card"):
+        find("float", "cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: warnings.warn("The driver is too old.", stacklevel=1))
+    with pytest.raises(OSError, match="device=cuda: The driver is too old.. Check with nvidia-smi, or use device=cpu"):
+        find("float", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OSError, match="device=cuda: no card with a working driver. Check with nvidia-smi"):
+        find("float", "cuda")
+
+
+def test_memory_of_a_card_is_for_cards():
+    with pytest.raises(ValueError, match="device_memory=8GiB, is for graphics cards, the device is cpu-torch"):
+        find("float", "cpu-torch", "8GiB")

@@ -12,6 +12,7 @@ import pytest
 import quantlab as ql
 from quantlab import quants
 from quantlab.evaluate.engine import Stored, engines, find
+from quantlab.evaluate.engine import torch as seam
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.files.bundled import data_dir
 
@@ -135,3 +136,19 @@ def test_an_unknown_mode_or_device_is_refused():
         find("exact")
     with pytest.raises(ValueError, match="device=abacus, must be one of cpu, cuda, mps, cpu-torch in mode float"):
         find("float", "abacus")
+
+
+def test_without_torch_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(seam, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"device=cuda: needs the package torch. .* 'gguf-quantlab\[gpu\]'"):
+        find("float", "cuda")
+    assert find("float", "auto").device == "cpu"
+    with pytest.raises(ValueError, match="mode=half, needs a graphics card, none is usable here. Choose mode=float"):
+        find("half", "auto")
+
+
+def test_options_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match="device=cpu, must be one of cuda, mps, cpu-torch in mode half. Or choose"):
+        find("half", "cpu")
+    with pytest.raises(ValueError, match="device_memory=8GiB, is for graphics cards, the device is cpu. Give memory"):
+        find("float", "cpu", "8GiB")

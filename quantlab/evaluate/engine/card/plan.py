@@ -25,6 +25,7 @@ LOGITS = {"cuda": 1 << 31, "mps": 1 << 29, "cpu": 1 << 28}  # bytes of logits an
 SHARE_OF_FREE = 0.92  # of a card's free memory; the rest is lost between what is allocated
 SHARE_OF_PEAK = {"float32": 0.8, "halves": 0.75, "half": 0.6}  # of the speed of a large product that a pass reaches
 ENCODE_SPEED = 80e6  # weights per second and thread, k-quants
+DISK_SPEED = 1.5e9  # bytes per second of an SSD, taken for hidden states that are on disk
 PACKAGE = {"cuda": 2 << 30, "mps": 1 << 30, "cpu": 200 << 20}  # bytes of the machine that torch and its driver take
 
 
@@ -64,12 +65,14 @@ def fit(engine, variants: Sequence[Variant], windows, memory: str | int | None, 
         raise ValueError(needs.refusal(places[-1], memory, host, card))
     place, chunks, outputs = found
     on_host, on_card = needs.bytes(place, chunks, outputs)
-    where = {"card": "on the card", "memory": "in memory", "disk": f"on disk ({2 * needs.states / 2**30:.2f} GiB)"}
+    disk, n_layer = 2 * needs.states * (place == "disk"), engine.hparams.n_layer
+    on_disk = f"on disk ({disk / 2**30:.2f} GiB, read and written {n_layer} times)"
+    where = {"card": "on the card", "memory": "in memory", "disk": on_disk}
     said = f"{engine.name}, {engine.precision}: " + (f"{on_card / 2**30:.2f} GiB on the card, " if card else "")
     return Budget(
-        chunks, outputs, place != "disk", on_host, 2 * needs.states * (place == "disk"), needs.seconds(),
+        chunks, outputs, place != "disk", on_host, disk, needs.seconds() + n_layer * disk / DISK_SPEED,
         states_on_device=place == "card", device_memory=on_card,
-        said=(said, f"; hidden states {where[place]}, 1 pass over the weights"),
+        said=(said, f"; hidden states {where[place]}, weights read once"),
     )  # fmt: skip
 
 
