@@ -18,7 +18,8 @@ from quantlab.files.bundled import data_dir, model_path
 
 TOOLS = Path(sys.argv[1]).absolute()
 GOLDEN = Path(__file__).with_name("llama_perplexity_tiny.json")
-FTYPES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ3_S IQ4_XS IQ4_NL".split()
+FTYPES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K".split()
+FTYPES += ["IQ3_S", "IQ4_XS", "IQ4_NL"]
 CHUNKS = "8"
 TEXT = data_dir() / "text" / "primer.md"
 NAMES = {  # label -> key of the value, key of what follows ±
