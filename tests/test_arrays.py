@@ -274,7 +274,7 @@ def test_bytes_to_decode_are_checked():
 
 @pytest.mark.slow
 @needs_libggml
-@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("smollm2", marks=pytest.mark.long)])
 def test_every_tensor_of_a_model_same_as_libggml(name):
     try:
         path = bundled.model_path(name)

@@ -156,7 +156,7 @@ def test_reduction_is_paired():
     assert np.isnan(reduction(theirs, 0 * theirs)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gains_on_the_bundled_model(model):
     # calibrated on what the model writes, judged on the primer
     found = sensitivity(model, "sampled", chunks=4, types=["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"], progress=False)
