@@ -34,11 +34,12 @@ test: $(VENV)/.test  ## the tests, without the slow ones, and the examples in do
 lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-bench: $(VENV)/.test  ## the start, the kernels beside ggml's, quantizing a file, the evaluator beside the machine's peak
+bench: $(VENV)/.test  ## the start, the kernels beside ggml's, quantizing a file, the evaluator and refining beside the machine's peak
 	$(BIN)/python tests/bench_start.py
 	$(BIN)/python tests/bench_kernels.py --start
 	$(BIN)/python tests/bench_quantize.py
 	$(BIN)/python tests/bench_evaluator.py
+	$(BIN)/python tests/bench_refine.py
 
 scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b [LAYERS=n] through the real convert and quantize paths
 	$(BIN)/python tests/scale.py $(SHAPE) $(if $(LAYERS),--layers $(LAYERS))

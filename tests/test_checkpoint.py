@@ -163,7 +163,7 @@ LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_f
 CONFIGS = [
     (
         {"architectures": ["FalconForCausalLM"]},
-        r"architectures=\['FalconForCausalLM'\], need a class of gemma3, .*llama",
+        r"architectures=\['FalconForCausalLM'\], need a class of .*llama",
     ),
     ({"architectures": None}, "architectures=None, need a class of"),
     ({"hidden_size": None}, "hidden_size=None, need a positive number"),

@@ -14,13 +14,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-KILLS = 50
+KILLS, REFINEMENT_KILLS = 50, 20
 LARGER = made_models.WIDE | dict(n_embd=1024, n_ff=2816, n_layer=8)
 
 QUANTIZE = """
 import sys
 from quantlab.transform.quantize import quantize
 quantize("in.gguf", "out.gguf", ftype="Q4_K_M", report=lambda line: print(line, flush=True))
+"""
+
+REFINE = """
+from quantlab.evaluate.refine import refine
+print(flush=True)
+refine("tiny", "out.gguf", ftype="Q2_K", chunks=2, sweeps=1, scratch="scratch", progress=False)
 """
 
 FULL_DISK = """
@@ -53,9 +59,9 @@ os.write(1, (disk / "out.gguf").read_bytes())
 """
 
 
-def start(folder):
-    """Start a run and wait until it is past its plan."""
-    run = subprocess.Popen([sys.executable, "-c", QUANTIZE], cwd=folder, env=ENV, stdout=subprocess.PIPE, text=True)
+def start(folder, program=QUANTIZE):
+    """Start a run and wait until it says something: it is past its plan."""
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=folder, env=ENV, stdout=subprocess.PIPE, text=True)
     run.stdout.readline()
     return run
 
@@ -109,3 +115,25 @@ def test_a_full_disk_keeps_the_state_and_nothing_under_the_final_name(tmp_path):
     from quantlab.transform.quantize import quantize
 
     assert written == quantize(source, tmp_path / "out.gguf", ftype="Q4_K_M").read_bytes()
+
+
+@pytest.mark.long
+def test_killed_refinements_go_on_to_the_same_bytes(tmp_path):
+    begin = time.perf_counter()
+    assert start(tmp_path, REFINE).wait() == 0
+    duration = time.perf_counter() - begin
+    out = tmp_path / "out.gguf"
+    expected, moments, killed, went_on = out.read_bytes(), random.Random(20261128), 0, 0
+    out.unlink()
+    while killed < REFINEMENT_KILLS:
+        went_on += (tmp_path / "scratch" / "states" / "progress.json").exists()
+        run = start(tmp_path, REFINE)
+        time.sleep(moments.uniform(0, duration / 2))
+        run.kill()
+        killed += run.wait() < 0
+        if out.exists():
+            assert out.read_bytes() == expected
+            shutil.rmtree(tmp_path / "scratch", ignore_errors=True)
+            out.unlink()
+    assert start(tmp_path, REFINE).wait() == 0
+    assert out.read_bytes() == expected and went_on > REFINEMENT_KILLS // 4

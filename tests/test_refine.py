@@ -1,8 +1,14 @@
 """Refined files: less damage in the same bytes, the same on any number of threads and after an interruption."""
 
+import resource
+import subprocess
+import sys
+
+import made_models
 import numpy as np
 import pytest
 from numba import get_num_threads, set_num_threads
+from test_verify import rewritten
 
 import quantlab as ql
 from quantlab.evaluate import refine as module
@@ -97,7 +103,46 @@ def test_a_refined_ftype_is_a_row_of_the_table(tmp_path):
     assert refined["kld_mean"] < 0.8 * ordinary["kld_mean"]
 
 
+def test_sensitivity_measures_refined_bytes(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(read_text("sampled").text[:6000])
+    options = {"groups": {"down": ["blk.1.ffn_down.weight"]}, "chunks": 2, "cache": tmp_path, "progress": False}
+    ordinary, refined = (
+        ql.sensitivity("tiny", text, types=["Q2_K", "Q8_0"], refined=refined, **options) for refined in (False, True)
+    )
+    (two, eight), (two_refined, eight_refined) = ordinary.rows, refined.rows
+    assert two_refined["delta_kld"] < 0.8 * two["delta_kld"]
+    assert eight_refined["delta_kld"] == eight["delta_kld"]  # no grid: ordinary bytes
+    again = ql.sensitivity("tiny", text, types=["Q2_K", "Q8_0"], refined=True, **options)
+    assert again.rows == refined.rows and again.protocol["refined"] == refined.protocol["refined"]
+
+
 # ---- bad input
+
+
+def test_inputs_that_are_not_finite_are_named(tmp_path):
+    norm = np.full(256, 3e38, np.float32)
+    path = rewritten("tiny", tmp_path / "a.gguf", blk_2_attn_norm_weight=norm)
+    with pytest.raises(ValueError, match=r"blk.2.attn_q.weight: its inputs are not all finite. Check the model"):
+        ql.refine(path, tmp_path / "b.gguf", **OPTIONS)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_a_matrix_of_another_model_is_refused(tmp_path):
+    matrix = made_models.made_imatrix(tmp_path / "a.imatrix", made_models.WIDE | {"n_embd": 512})
+    with pytest.raises(ValueError, match=r"a.imatrix: .*"):
+        ql.refine("tiny", tmp_path / "b.gguf", imatrix=matrix, **OPTIONS)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.imatrix"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    program = "from quantlab.cli import main; main()"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # noqa: E731
+    command = [sys.executable, "-c", program, "refine", "tiny", "a.gguf", "Q2_K", "--chunks", "2", "--judge", "none"]
+    run = subprocess.run(command, cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("quantlab: ") and "File too large" in run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_refined_for_a_comparison_is_said(tmp_path):

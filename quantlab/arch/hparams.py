@@ -151,6 +151,16 @@ class Hparams:
         return self.n_head_kv * self.head_dim
 
     @property
+    def n_qkv(self) -> int:
+        """Columns of a layer's queries, keys and values."""
+        return self.n_q + 2 * self.n_kv
+
+    @property
+    def n_ff_twice(self) -> int:
+        """Columns of gate and up."""
+        return 2 * self.n_ff
+
+    @property
     def n_pairs(self) -> int:
         """Pairs of dimensions of a head that are turned together."""
         return self.n_rot // 2

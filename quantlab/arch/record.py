@@ -29,7 +29,11 @@ class Tensor:
         Its names in Hugging Face checkpoints, `{}` for the number of the layer; empty where the converter computes it.
     change : tuple of str
         What the converter does with the rows. `("permute", "n_head")` turns the halves of each of `n_head` heads into
-        pairs, `("add", "1")` adds a number.
+        pairs, `("add", "1")` adds a number. `("stack",)` stacks the matrices of a layer's experts, whose names have a
+        second `{}`. Of a tensor that holds two projections of all experts, `("half", "0")` takes the first half of each
+        expert's rows, `("every", "0")` the even ones, `("columns", "0")` the even columns. `("transpose",)` turns each
+        expert's matrix around, perhaps with the number for `every` after it. `("mxfp4",)` joins blocks and scales;
+        with a number, the even rows of the blocks (0) or the odd ones (1).
     meta : str
         Its name in Meta's checkpoints, whose rows have GGUF's order already.
     optional : bool
@@ -162,17 +166,22 @@ class Architecture:
     defaults : mapping
         `model_type` → what a configuration of this type means where it says nothing. A `head_dim` of 0 follows from
         the other sizes, and is written all the same.
+    sizes : mapping
+        Field of `Hparams` → its key in a configuration, where only some architectures have it.
     metadata : mapping
         GGUF key without the architecture's name → field of `Hparams`: written after those that every file has, and
         read from a file.
     order : tuple of str
-        All keys in the order in which the converter writes them, where that is another one.
+        All keys in the order in which the converter writes them, where that is another one; `file_type` stands for
+        that of the file.
     skipped : tuple of str
         Ends of the names of a checkpoint's tensors that no file needs.
     has_llama_vocab : bool
         Whether the converter writes vocabularies as Llama's: scores for SentencePiece in a tokenizer.json.
     tokenizer : mapping
         What it adds to those of a tokenizer.model: name of a `tokenizer.ggml` key → value.
+    special : mapping
+        Roles of special tokens whose text the converter knows, for tokenizers that do not say.
     window_period : int
         Of so many layers the last sees all tokens, the others a window, where the metadata does not say which; 0: the
         architecture knows no windows.
@@ -195,11 +204,13 @@ class Architecture:
     layer: Layer = Layer()
     kinds: tuple[tuple[str, Layer], ...] = ()
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     skipped: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
     has_llama_vocab: bool = False
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    special: Mapping[str, str] = field(default_factory=dict)
     window_period: int = 0
     window: int = 0
     window_rope: float | None = None
@@ -255,13 +266,19 @@ class Architecture:
             if not tensor.is_layered:
                 yield tensor.name, tensor, tensor.shape_in(hparams)
 
-    def checkpoint_names(self, n_layer: int) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Return, for every name that a checkpoint may use, the tensor's GGUF name and the change of its rows."""
-        return {
-            name.format(i): (tensor.name.format(i), change)
-            for tensor in self.tensors
-            for name, change in (*((name, tensor.change) for name in tensor.checkpoint), (tensor.meta, ()))
-            if tensor.change != ("stack",)
-            for i in range(n_layer if tensor.is_layered else 1)
-            if name
-        }
+    def checkpoint_names(self, hparams: Hparams) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+        """Return, for every name that a checkpoint may use, GGUF names and the change of the rows for each.
+
+        The change of one of many experts is `("stack", number)`.
+        """
+        found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        layers = [hparams.at(i) for i in range(hparams.n_layer)]
+        for tensor in self.tensors:
+            forms = [(name, tensor.change) for name in tensor.checkpoint] + [(tensor.meta, ())] * bool(tensor.meta)
+            forms += [(name, tuple(change)) for name, *change in tensor.forms]
+            for i, layer in enumerate(layers if tensor.is_layered else layers[:1]):
+                for name, change in forms if tensor.is_in(layer) else ():
+                    stacked = [("stack", str(e)) for e in range(layer.n_expert)] if change == ("stack",) else [change]
+                    for e, how in enumerate(stacked):
+                        found.setdefault(name.format(i, e), []).append((tensor.name.format(i), how))
+        return found

@@ -105,8 +105,8 @@ def verify(
 ) -> None:
     """Quantize BASE again in memory and say whether QUANT comes from it.
 
-    Verdicts: identical; same type, rules and matrix, another compiler's rounding; other, with what does not fit.
-    Exit status: 0 for the first two, 1 for the third.
+    Verdicts: identical; same type, rules and matrix, another compiler's rounding; refined, as the file says of itself;
+    other, with what does not fit. Exit status: 1 for the last, 0 for the others.
     """
     from quantlab.transform.verify import verify
 

@@ -136,6 +136,9 @@ def sensitivity(
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="N", help="Measure N layers only, predict the rest.")
     ] = None,
+    refined: Annotated[
+        bool, typer.Option("--refined", help="Measure refined bytes, for a recipe to refine with.")
+    ] = False,
     rules: Rules = "current",
     n_ctx: ContextSize = 512,
     chunks: Chunks = None,
@@ -155,6 +158,7 @@ def sensitivity(
 
     names = [name for name in types.split(",") if name] or CANDIDATES
     options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
+    options["refined"] = refined
     options |= {"n_ctx": _context(model, n_ctx), "chunks": chunks, "cache": cache or True}
     options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
     report(sensitivity(model, text, types=names, **options), json, overwrite)

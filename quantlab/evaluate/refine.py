@@ -36,8 +36,8 @@ from quantlab.files.progress import announce
 from quantlab.transform.job import Options, make_job
 from quantlab.transform.mixture import Recipe, choose_types, find_ftype
 from quantlab.transform.quantize import quantize
+from quantlab.transform.refined import PREFIX
 
-PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
 SHARE_OF_PEAK = 0.5  # of the speed of one large product that the pass reaches
 
 
@@ -171,7 +171,7 @@ def refine(
     check_model(opened)
     if sweeps < 0:
         raise ValueError(f"sweeps={sweeps}, must be 0 or more. 2 is customary.")
-    tokens, names = _tokens(opened, text, n_ctx, chunks)
+    tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
     damping = auto_damping(len(tokens)) if damping == "auto" else float(damping)
     if not 0 < damping <= 10:
         raise ValueError(f"damping={damping}, must be above 0 and at most 10. Try auto.")
@@ -189,9 +189,12 @@ def refine(
     variant = _variant(opened, path, Options(**options))
     with ExitStack() as stack:
         engine = stack.enter_context(CpuEngine(opened, n_ctx))
-        needed, seconds = _plan(variant, tokens, sweeps, engine, memory)
+        needed, seconds = check_plan(variant, tokens, sweeps, engine, memory)
         if progress:
-            announce(f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes")
+            announce(
+                f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes"
+                + _ordinary(variant)
+            )
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
         with _workspace(path, scratch) as (draft, states):
             how = {"sweeps": sweeps, "damping": damping, "bar": bar, "scratch": states, "key": _key(variant, settings)}
@@ -245,7 +248,7 @@ def cpu_kind() -> str:
     return cpu_target.target_context.codegen().magic_tuple()[1]
 
 
-def _tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def calibration_tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """The chunks of all texts [shape=(n_chunks, n_ctx), dtype=int32], as many of each, and the texts' names."""
     texts = [read_text(item) for item in (text if isinstance(text, list | tuple) else [text])]
     if chunks is not None and chunks < len(texts):
@@ -300,6 +303,13 @@ def _variant(model: Model, path: Path, options: Options) -> Variant:
     return variant
 
 
+def _ordinary(variant: Variant) -> str:
+    """Say which tensors get a type's ordinary bytes though they are no embeddings; empty where there are none."""
+    names = [t.name for t in variant.model if len(t.shape) > 1 and t.name != "token_embd.weight"]
+    left = [name for name in names if variant.types[name] != "F32" and not can_refine(variant, name)]
+    return f"; {len(left)} matrices get ordinary bytes: {', '.join(left[:2])}{', …' * (len(left) > 2)}" if left else ""
+
+
 def _key(variant: Variant, settings: "Settings") -> str:
     """What hidden states in a scratch folder belong to."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in variant.model.files]
@@ -307,7 +317,7 @@ def _key(variant: Variant, settings: "Settings") -> str:
     return hashlib.sha256(json.dumps([stats, variant.types, weights, asdict(settings)]).encode()).hexdigest()
 
 
-def _plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEngine, memory) -> tuple[int, float]:
+def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEngine, memory) -> tuple[int, float]:
     """Return bytes of memory and seconds that the pass takes.
 
     Raises

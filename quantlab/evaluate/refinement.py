@@ -21,24 +21,22 @@ from quantlab.evaluate.engine import Stored
 from quantlab.evaluate.engine.cpu import CpuEngine
 from quantlab.evaluate.engine.workers import blocks
 from quantlab.evaluate.refine_rows import refine_rows
-from quantlab.evaluate.second_moments import Factor, accumulate, mirror, product
+from quantlab.evaluate.second_moments import Factor, accumulate, damped_moments, product
 from quantlab.evaluate.states import HiddenStates
 from quantlab.evaluate.variants import Variant, Weights, as_is, output_name
-from quantlab.quants.block_numbers import GRIDS
 from quantlab.quants.validate import check_encoded
+from quantlab.transform.refined import has_refined_bytes
 
 AT_ONCE = 1024  # rows of a matrix that are refined together
 TOKENS_AT_ONCE = 4096  # tokens of the original stream that a layer is applied to together
 FIELDS = ("attn_qkv", "attn_output", "ffn_in", "ffn_down")  # whose weights are chosen
 # of the fields whose outputs are added to the residual stream the norm that may come before
 RESIDUAL = {"attn_output": "attn_post_norm", "ffn_down": "ffn_post_norm"}
-RIDGE = 1e-4  # least damping, of the mean of the diagonal
 
 
 def can_refine(variant: Variant, name: str) -> bool:
-    """Whether a tensor of a variant can get refined bytes: a matrix of a layer or the output, on a grid of scales."""
-    is_matrix = name.startswith("blk.") or name == "output.weight"
-    return is_matrix and variant.types[name] in GRIDS and variant.types[name] != variant.model.tensor(name).qtype
+    """Whether a tensor of a variant can get refined bytes."""
+    return has_refined_bytes(variant.model.tensor(name), variant.types[name])
 
 
 class Refinement:
@@ -194,15 +192,15 @@ class Refinement:
         names = [name for name in names if can_refine(self.variant, name)]
         if not names:
             return {}
+        found = self._moments(names[0], inputs, original, wanted)
+        return {name: self._refine(name, *found) for name in names}
+
+    def _moments(self, name: str, inputs: np.ndarray, original, wanted) -> tuple[np.ndarray, Factor, Callable]:
+        """Return the second moments of a field's inputs, their factor, and what weights' outputs lack."""
         n_tokens, n = inputs.shape
-        h = np.zeros((n, n), np.float32)
-        accumulate(h, inputs, inputs, self.workers)
-        mirror(h)
-        h /= n_tokens
-        diagonal = h.diagonal()
-        if not np.isfinite(diagonal).all():
-            raise ValueError(f"{names[0]}: its inputs are not all finite. Check the model with inspect.")
-        h[np.diag_indices(n)] += self.damping * diagonal + RIDGE * (diagonal.mean() or 1)
+        h = damped_moments(inputs, self.damping, self.workers)
+        if not np.isfinite(h.diagonal()).all():
+            raise ValueError(f"{name}: its inputs are not all finite. Check the model with inspect.")
         factor = Factor(h, self.workers)
         cross = np.zeros((n, n) if original is not None else 0, np.float32)  # E[x̂ (x - x̂)ᵀ]
         if original is not None:
@@ -219,7 +217,7 @@ class Refinement:
                 found /= n_tokens
             return found
 
-        return {name: self._refine(name, h, factor, change) for name in names}
+        return h, factor, change
 
     def _refine(self, name: str, h: np.ndarray, factor: Factor, change: Callable) -> Stored:
         """Choose the bytes of one matrix, some rows at a time."""

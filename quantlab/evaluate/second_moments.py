@@ -15,6 +15,7 @@ from quantlab.quants.feedback import SPAN
 
 ROWS = 192  # rows of a product that a thread takes at a time
 STRIP = 1024  # rows of the moments that are copied at a time
+RIDGE = 1e-4  # least damping, of the mean of the diagonal
 
 
 def product(x: np.ndarray, weight: np.ndarray, workers: Workers) -> np.ndarray:
@@ -89,6 +90,31 @@ def mirror(total: np.ndarray) -> None:
         total[rows, : rows.start] = total[: rows.start, rows].T
         corner = total[rows, rows]
         corner[:] = np.triu(corner) + np.triu(corner, 1).T
+
+
+def damped_moments(inputs: np.ndarray, damping: float, workers: Workers) -> np.ndarray:
+    """Return the second moments of inputs, a share of their diagonal added to it.
+
+    Parameters
+    ----------
+    inputs : np.ndarray [shape=(n_tokens, n), dtype=float32]
+    damping : float
+        The share.
+    workers : Workers
+
+    Returns
+    -------
+    np.ndarray [shape=(n, n), dtype=float32, symmetric]
+    """
+    n = inputs.shape[1]
+    h = np.zeros((n, n), np.float32)
+    accumulate(h, inputs, inputs, workers)
+    mirror(h)
+    h /= len(inputs)
+    diagonal = h.diagonal().copy()
+    with np.errstate(over="ignore", invalid="ignore"):  # who calls looks for infinite inputs
+        h[np.diag_indices(n)] += damping * diagonal + RIDGE * (diagonal.mean() or 1)
+    return h
 
 
 class Factor:

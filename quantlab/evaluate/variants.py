@@ -30,6 +30,7 @@ class Variant:
     model: Model  # the file that holds its tensors; for a variant made in memory, the base
     types: dict[str, str]  # tensor name → ggml type
     imatrix: Mapping[str, np.ndarray]  # tensor name → weights per column; empty without an importance matrix
+    refined: Path | None = None  # folder of bytes that are taken for the base's, see evaluate/refined_alone.py
 
     @property
     def nbytes(self) -> int:
@@ -208,12 +209,30 @@ class Weights:
         key = identity(variant, name)
         if key in self._encoded:
             return self._encoded[key]
+        if (
+            variant.refined is not None
+            and (data := refined_bytes(variant.refined, name, variant.types[name])) is not None
+        ):
+            return data
         tensor = self._base.tensor(name)
         stored = Stored(self._load(name), tensor.qtype, tensor.shape)
         data = _requantize(stored, variant.types[name], variant.imatrix.get(name), name)
         if self._wanted[key] > 1:
             self._encoded[key] = data
         return data
+
+
+def refined_path(folder: Path, name: str, qtype: str) -> Path:
+    """Return the file of a tensor's refined bytes at a type."""
+    return folder / f"{name}.{qtype}.npy"
+
+
+def refined_bytes(folder: Path, name: str, qtype: str) -> np.ndarray | None:
+    """Return a tensor's refined bytes; None where it has ordinary ones at this type."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: refined bytes are not there. Share this folder with the workers.")
+    path = refined_path(folder, name, qtype)
+    return np.load(path) if path.exists() else None
 
 
 def output_name(model: Model) -> str:
@@ -267,7 +286,7 @@ def identity(variant: Variant, name: str) -> tuple:
     """Return what is equal for two variants exactly if their tensors of this name have the same bytes."""
     qtype = variant.types[name]
     kept = qtype == variant.model.tensor(name).qtype
-    return id(variant.model), name, qtype, None if kept else id(variant.imatrix.get(name))
+    return id(variant.model), name, qtype, None if kept else (id(variant.imatrix.get(name)), variant.refined)
 
 
 def shared_layers(variants: Sequence[Variant]) -> list[tuple[int, int]]:

@@ -19,9 +19,17 @@ import numpy as np
 from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
 from quantlab.files.changes import Joined, Source, change
-from quantlab.files.checkpoint_metadata import Config, check_computed, hparams_metadata, read_config, rope_factors
+from quantlab.files.checkpoint_metadata import (
+    Config,
+    check_computed,
+    early_metadata,
+    hparams_metadata,
+    read_config,
+    rope_factors,
+)
 from quantlab.files.general_metadata import general_metadata
 from quantlab.files.model import WEIGHTS, LazyTensor, Model
+from quantlab.files.stacks import STACK_CHANGES, Mxfp4, Stacked, stack_change
 from quantlab.files.tensor_names import plain_names, text_names
 from quantlab.files.tokenizer_files import vocab_metadata
 from quantlab.files.weights import index_weights, meta_parts, read_json, read_weights
@@ -96,11 +104,13 @@ def open_checkpoint(
     tensors = [
         _lazy(name, source, "F32" if roles[name] in FLOAT_ROLES else qtype, loss) for name, source in sources.items()
     ]
-    factors = rope_factors(config)
-    if factors is not None:
-        tensors.insert(0, LazyTensor("rope_freqs.weight", factors.shape, "F32", partial(_constant_rows, factors)))
-    n_weights = sum(tensor.n_weights for tensor in tensors)
-    metadata = general_metadata(folder, config.arch, n_weights, model_name) | hparams_metadata(config, qtype)
+    factors = [
+        LazyTensor(name, values.shape, "F32", partial(_constant_rows, values))
+        for name, values in rope_factors(config).items()
+    ]
+    tensors = factors + tensors
+    metadata = {"general.architecture": config.arch} | early_metadata(config)
+    metadata |= general_metadata(folder, config.arch, tensors, model_name) | hparams_metadata(config, qtype)
     metadata |= vocab_metadata(folder, config, as_llama_cpp=as_llama_cpp)
     _check_texts(folder, metadata)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
@@ -155,7 +165,9 @@ def _with_sizes(folder: Path, config: Config, stored: Mapping[str, Source]) -> C
 
 def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) -> Iterator[tuple[str, Source]]:
     """Give tensors their GGUF names and row order."""
-    names = config.record.checkpoint_names(config.n_layer)
+    names = config.record.checkpoint_names(config)
+    yield from _packed(folder, stored, names)
+    waiting: dict[str, dict[str, dict[int, Source]]] = {}  # layer → GGUF name → expert → its matrix
     for name, source in stored.items():
         if name.endswith(config.record.skipped):
             continue
@@ -164,8 +176,45 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
                 f"{folder}: {name}: no tensor of a {config.arch} model with {config.n_layer} layers has this name. "
                 f"Check num_hidden_layers and architectures in its configuration."
             )
-        gguf_name, how = names[name]
-        yield gguf_name, change(source, how, config, f"{folder}: {name}")
+        for gguf_name, how in names[name]:
+            if how[:1] == ("stack",):
+                layer = waiting.setdefault(gguf_name.rpartition(".ffn")[0], {})
+                layer.setdefault(gguf_name, {})[int(how[1])] = source
+                yield from _stacked(folder, layer, config)
+            elif how[:1] != ("mxfp4",):
+                is_stack = bool(how) and how[0] in STACK_CHANGES
+                where = f"{folder}: {name}"
+                yield gguf_name, stack_change(source, how) if is_stack else change(source, how, config, where)
+    for layer in waiting.values():
+        for gguf_name, parts in layer.items():
+            number = next(e for e in range(len(parts) + 1) if e not in parts)
+            raise ValueError(f"{folder}: {gguf_name}: expert {number} is missing. Download the whole checkpoint.")
+
+
+def _stacked(folder: Path, layer: dict[str, dict[int, Source]], config: Config) -> Iterator[tuple[str, Source]]:
+    """Stack a layer's experts once the last of them has come; `layer` is empty then."""
+    kinds = [tensor.name.rpartition("{}")[2] for tensor in config.record.tensors if tensor.change == ("stack",)]
+    n_expert = max(config.n_expert) if isinstance(config.n_expert, tuple) else config.n_expert
+    if len(layer) < len(kinds) or any(len(parts) < n_expert for parts in layer.values()):
+        return
+    for name in sorted(layer, key=lambda name: next(i for i, kind in enumerate(kinds) if name.endswith(kind))):
+        parts = [layer[name][e] for e in range(n_expert)]
+        if any((part.shape, part.dtype) != (parts[0].shape, parts[0].dtype) for part in parts):
+            raise ValueError(f"{folder}: {name}: experts differ in shape or type. Download the checkpoint again.")
+        yield name, Stacked(parts[0], tuple(parts))
+    layer.clear()
+
+
+def _packed(folder: Path, stored: Mapping[str, Source], names: Mapping[str, list]) -> Iterator[tuple[str, Source]]:
+    """Give what is stored as MXFP4, blocks and scales; a converter writes it before all else."""
+    for name, source in stored.items():
+        for gguf_name, how in names.get(name, ()):
+            if how[:1] == ("mxfp4",):
+                scales = stored.get(name.removesuffix("_blocks") + "_scales")
+                shapes = source.shape[:-1], source.shape[-1:], source.dtype
+                if scales is None or shapes != (scales.shape, (16,), scales.dtype) or scales.dtype != "U8":
+                    raise ValueError(f"{folder}: {name}: needs its scales, one byte for 16. Download it again.")
+                yield gguf_name, Mxfp4(source, scales, *map(int, how[1:]))
 
 
 def _check_shapes(folder: Path, sources: Mapping[str, Source], config: Config) -> dict[str, str]:
@@ -214,7 +263,7 @@ def _own_type(sources: Mapping[str, Source]) -> str:
 
 
 def _lazy(name: str, source: Source, qtype: str, loss: RangeLoss | None) -> LazyTensor:
-    shape = source.shape
+    shape, qtype = source.shape, "MXFP4" if source.dtype == "MXFP4" else qtype
     if shape[-1] % block_size(qtype):
         qtype = "F16"  # a row that Q8_0's blocks do not divide
     return LazyTensor(name, shape, qtype, partial(_read_as, source, name, qtype, loss))
@@ -227,6 +276,8 @@ def _constant_rows(values: np.ndarray, start: int, stop: int) -> np.ndarray:
 def _read_as(source: Source, name: str, qtype: str, loss: RangeLoss | None, start: int, stop: int) -> np.ndarray:
     """Read rows, check that they are finite and convert them to `qtype`."""
     rows = source.rows(start, stop)
+    if source.dtype == "MXFP4":
+        return rows
     are_halves = source.dtype in ("F16", "BF16")  # which are checked while they are decoded
     if not are_halves or qtype in (source.dtype, "F32"):
         _check_finite(rows, name, start)

@@ -3,6 +3,7 @@
 Source: `conversion/base.py` and `conversion/llama.py` of llama.cpp; the defaults of transformers' configurations.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from quantlab.files.checkpoint_kinds import check_no_adapter, check_not_packed
 from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 
-__all__ = ["Config", "check_computed", "hparams_metadata", "read_config", "rope_factors"]
+__all__ = ["Config", "check_computed", "early_metadata", "hparams_metadata", "read_config", "rope_factors"]
 
 MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
 DEFAULT_BASE = 10000.0  # rope_theta of transformers
@@ -32,6 +33,8 @@ _FIELDS = {
     "attn_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
 }
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 _YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
@@ -43,12 +46,18 @@ class Config(Hparams):
 
     is_meta: bool
     writes_head_dim: bool
+    declared_window: int = 0  # that llama.cpp does not compute
     rope: dict[str, Any]
 
     @property
     def record(self) -> Architecture:
         """The record of the architecture."""
         return find(self.arch)
+
+    @property
+    def orig_ctx(self) -> int:
+        """Context length before rotary positions were stretched."""
+        return self.rope.get("original_max_position_embeddings", self.n_ctx)
 
     @property
     def yarn_log_mul(self) -> float | None:
@@ -118,6 +127,11 @@ def _hugging_face(path: Path) -> Config:
         )
     n_ctx, n_layer = (_number(path, table, key) for key in ("max_position_embeddings", "num_hidden_layers"))
     head_dim = _number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head)
+    whole_rope = _rope_of_windows(path, table, record)
+    share = _rope_table(path, whole_rope[0]).get("partial_rotary_factor") or table.get("partial_rotary_factor", 1)
+    n_rot = int(
+        head_dim * _number(path, {"partial_rotary_factor": share}, "partial_rotary_factor", whole=False, most=1)
+    )
     fields = {name for name in record.metadata.values() if table.get(_FIELDS.get(name))}
     config = Config(
         arch=record.name,
@@ -130,13 +144,32 @@ def _hugging_face(path: Path) -> Config:
         n_head=n_head,
         n_head_kv=_number(path, table, "num_key_value_heads", n_head),
         head_dim=head_dim,
+        n_rot=n_rot,
+        declared_window=table.get("sliding_window", 0),
         writes_head_dim="head_dim" in table,
         rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),
         window=_windows(path, table, record, n_layer),
         **{name: _number(path, table, _FIELDS[name], whole=False) for name in fields},
-        **_rope(path, *_rope_of_windows(path, table, record), n_ctx),
+        **_experts(path, table),
+        **{field: _number(path, table, key) for field, key in record.sizes.items() if table.get(key) is not None},
+        **_rope(path, *whole_rope, n_ctx),
     )
     return replace(config, attn_temp_scale=config.rope.get("llama_4_scaling_beta") or 0.0)
+
+
+def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
+    """Return how many experts there are and how many a token sees, where a configuration knows experts."""
+    found = {}
+    for field, names in (("n_expert", _EXPERTS), ("n_expert_used", _EXPERTS_USED)):
+        key = next((key for key in names if table.get(key) is not None), None)
+        if key:
+            found[field] = _number(path, table, key)
+    if found.get("n_expert_used", 0) > found.get("n_expert", 0):
+        raise ValueError(
+            f"{path}: num_experts_per_tok={found['n_expert_used']}, must be at most {found.get('n_expert', 0)}, the "
+            f"number of experts. Use the config.json that came with this checkpoint."
+        )
+    return found
 
 
 def _windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: int) -> tuple[int, ...] | int:
@@ -296,16 +329,47 @@ def _meta(folder: Path) -> Config:
     )
 
 
-def rope_factors(config: Config) -> np.ndarray | None:
-    """Return Llama 3's divisors of the rotary frequencies, the tensor `rope_freqs.weight`; None for other models.
+def rope_factors(config: Config) -> dict[str, np.ndarray]:
+    """Return what rotary frequencies are divided by, as tensors by name: Llama 3's, and Phi's for long contexts.
 
     Returns
     -------
-    np.ndarray [shape=(head_dim // 2,), dtype=float32] or None
+    dict of np.ndarray [shape=(n_rot // 2,), dtype=float32]
+
+    Raises
+    ------
+    ValueError
+        If there are not as many as pairs of dimensions.
     """
-    has_factors = any(tensor.name == "rope_freqs.weight" for tensor in config.record.tensors)
-    if not has_factors or config.rope["rope_type"] != "llama3":
-        return None
+    names = {tensor.name for tensor in config.record.tensors}
+    if "rope_freqs.weight" in names and config.rope["rope_type"] == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(config)}
+    if "rope_factors_long.weight" not in names or not config.rope.get("long_factor"):
+        return {}
+    found = {}
+    for kind in ("long", "short"):
+        factors = config.rope.get(f"{kind}_factor")
+        numbers = isinstance(factors, list) and all(type(x) in (int, float) and 0 < x < 1e9 for x in factors)
+        if not numbers or len(factors) != config.n_pairs:
+            raise ValueError(
+                f"{kind}_factor={short(factors)}, need {config.n_pairs} positive numbers. "
+                f"Use the config.json that came with this checkpoint."
+            )
+        found[f"rope_factors_{kind}.weight"] = np.array(factors, np.float32)
+    return found
+
+
+def early_metadata(config: Config) -> dict[str, Any]:
+    """Return the keys that the converter writes before all others: the magnitude that goes with `long_factor`."""
+    if not any("long" in name for name in rope_factors(config)):
+        return {}
+    scale = config.n_ctx / config.orig_ctx
+    factor = math.sqrt(1 + math.log(scale) / math.log(config.orig_ctx)) if scale > 1 else 1.0
+    return {f"{config.arch}.rope.scaling.attn_factor": np.float32(factor)}
+
+
+def _llama3_factors(config: Config) -> np.ndarray:
+    """Return Llama 3's divisors of the rotary frequencies [shape=(head_dim // 2,), dtype=float32]."""
     factor = config.rope.get("factor", 8.0)
     low, high = config.rope.get("low_freq_factor", 1.0), config.rope.get("high_freq_factor", 4.0)
     n_ctx = config.rope["original_max_position_embeddings"]
@@ -335,15 +399,18 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
     if config.rope_base_window:
         keys["rope.freq_base_swa"] = np.float32(config.rope_base_window)
     keys["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_eps)
+    if config.n_expert:
+        keys |= {"expert_count": np.uint32(config.n_expert), "expert_used_count": np.uint32(config.n_expert_used)}
     if config.writes_head_dim:
         keys["attention.key_length"] = keys["attention.value_length"] = np.uint32(config.head_dim)
-    metadata = {f"{config.arch}.{key}": value for key, value in keys.items()}
-    metadata["general.file_type"] = np.uint32(_FILE_TYPES[qtype])
+    keys["file_type"] = np.uint32(_FILE_TYPES[qtype])
     for key, name in config.record.metadata.items():
         value = getattr(config, name)
-        if value and (name != "windowed" or config.window):
-            kind = {float: np.float32, int: np.uint32}.get(type(value), list)
-            metadata[f"{config.arch}.{key}"] = kind(value)
+        if value and (name != "windowed" or config.window) or name == "declared_window":
+            keys[key] = {float: np.float32, int: np.uint32}.get(type(value), np.array)(value)
+    if config.record.order:
+        keys = {key: keys[key] for key in config.record.order if key in keys}
+    metadata = {"general.file_type" if key == "file_type" else f"{config.arch}.{key}": keys[key] for key in keys}
     return metadata | {"general.quantization_version": np.uint32(2)}
 
 

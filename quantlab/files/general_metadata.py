@@ -8,7 +8,7 @@ Source: `gguf.Metadata` and `conversion/base.py` of llama.cpp.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 
 from quantlab.files.hub import repository_of
+from quantlab.files.model import LazyTensor
 from quantlab.files.recognize import reason
 from quantlab.files.weights import read_json
 
@@ -34,7 +35,7 @@ _SCALARS = {
 }
 
 
-def general_metadata(folder: Path, arch: str, n_weights: int, name: str | None = None) -> dict[str, Any]:
+def general_metadata(folder: Path, arch: str, tensors: Sequence[LazyTensor], name: str | None = None) -> dict[str, Any]:
     """Return the `general.*` keys.
 
     Parameters
@@ -43,8 +44,8 @@ def general_metadata(folder: Path, arch: str, n_weights: int, name: str | None =
         The checkpoint's; in the hub's cache, the repository's name stands for it.
     arch : str
         `general.architecture`.
-    n_weights : int
-        Of all tensors.
+    tensors : sequence of LazyTensor
+        What the file will hold, for its size class.
     name : str, optional
         `general.name`. Default: that of the model card, or one made from the folder's name.
 
@@ -56,7 +57,7 @@ def general_metadata(folder: Path, arch: str, n_weights: int, name: str | None =
     folder = folder.resolve()
     card, sampling = folder / "README.md", folder / "generation_config.json"
     of_card, of_sampling = _read(card, _front_matter), _read(sampling, read_json)
-    collect = partial(_collect, folder, arch, n_weights, name)
+    collect = partial(_collect, folder, arch, tensors, name)
     failed: list[Path] = []
     for parts, bad in (
         ((of_card, of_sampling), []),
@@ -90,8 +91,14 @@ def _leave_out(path: Path, why: str, stacklevel: int = 5) -> None:
 
 
 def _collect(
-    folder: Path, arch: str, n_weights: int, name: str | None, card: Mapping[str, Any], sampling: Mapping[str, Any]
+    folder: Path,
+    arch: str,
+    tensors: Sequence[LazyTensor],
+    name: str | None,
+    card: Mapping[str, Any],
+    sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
+    n_weights = sum(tensor.n_weights for tensor in tensors)
     repository = repository_of(folder)
     named = folder.with_name(repository.rpartition("/")[2]) if repository else folder
     found = Metadata.apply_metadata_heuristic(
@@ -104,11 +111,19 @@ def _collect(
     if found.sampling_penalty_repeat is None:
         found.sampling_penalty_repeat = sampling.get("repetition_penalty")
     found.name = name or found.name or named.name
-    found.size_label = found.size_label or size_label(n_weights, n_weights, 0, 0)
+    found.size_label = found.size_label or size_label(n_weights, *_shares(tensors))
     writer = GGUFWriter(path=None, arch=arch)
     writer.add_type("model")
     found.set_gguf_meta_model(writer)
     return {key: _typed(value.value, value.type) for key, value in writer.kv_data[0].items()}
+
+
+def _shares(tensors: Sequence[LazyTensor]) -> tuple[int, int, int]:
+    """Return weights that all tokens see, those of one expert, and the number of experts."""
+    stacks = [tensor for tensor in tensors if "_exps." in tensor.name and len(tensor.shape) > 2]
+    shared = sum(tensor.n_weights for tensor in tensors) - sum(tensor.n_weights for tensor in stacks)
+    each = sum(tensor.n_weights // tensor.shape[0] for tensor in stacks)
+    return shared, each, sum(tensor.shape[0] for tensor in stacks) // max(1, len(stacks))
 
 
 def _front_matter(path: Path) -> dict[str, Any]:

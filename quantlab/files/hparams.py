@@ -168,7 +168,8 @@ class _Keys:
 
 
 def _rope_scaling(keys: _Keys) -> RopeScaling | None:
-    kind = keys.get("rope.scaling.type", "none" if keys.get("rope.scale_linear") is None else "linear")
+    given = any(keys.get(key) is not None for key in ("rope.scale_linear", "rope.scaling.attn_factor"))
+    kind = keys.get("rope.scaling.type", "linear" if given else "none")
     if not isinstance(kind, str) or kind == "none":
         return None
     key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"

@@ -6,6 +6,7 @@ Keys, order and precedence are those of llama.cpp's converter.
 Source: class SpecialVocab in gguf-py of llama.cpp.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def special_metadata(
     *,
     n_vocab: int | None = None,
     fixed: dict[str, int] | None = None,
+    known: Mapping[str, str] | None = None,
     as_llama_cpp: bool = False,
 ) -> dict[str, Any]:
     """Return the keys of the special tokens.
@@ -43,6 +45,8 @@ def special_metadata(
         Ids from here on are left out.
     fixed : dict, optional
         Ids by role that are known without asking; then these roles alone are looked for.
+    known : mapping, optional
+        Texts of added tokens by role, for roles that the files leave open.
     as_llama_cpp : bool
         Take the chat template that llama.cpp's converter takes.
     """
@@ -54,11 +58,16 @@ def special_metadata(
     if has_config:
         _from_tokenizer_config(tokenizer, config, roles, ids, adds)
     table = read_json(folder / "config.json")
+    text = table.get("text_config")
     for role in roles:
         value = table.get(f"{role}_token_id")
+        if value is None and isinstance(text, dict):
+            value = text.get(f"{role}_token_id")
         if type(value) is int and 0 <= value < 1 << 31:
             ids.setdefault(role, value)
-    ids |= {role: token_id for role, token_id in (fixed or {}).items() if role not in ids}
+    by_text = _added_ids(tokenizer) if known else {}
+    fixed = {role: by_text[text] for role, text in (known or {}).items() if text in by_text} | (fixed or {})
+    ids |= {role: token_id for role, token_id in fixed.items() if role not in ids}
     keys: dict[str, Any] = {}
     for role, token_id in ids.items():
         if role in _KEYS and (n_vocab is None or token_id < n_vocab):
@@ -77,10 +86,7 @@ def _from_tokenizer_config(
     tokenizer: dict, config: dict, roles: list[str], ids: dict[str, int], adds: dict[str, bool]
 ) -> None:
     """Look the roles' texts up among the added tokens; what the template said of adding them stands."""
-    added: dict[str, Any] = {}
-    for entry in tokenizer.get("added_tokens") or []:
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
-            added.setdefault(entry["content"], entry.get("id"))
+    added = _added_ids(tokenizer)
     for role in roles:
         adds_role = config.get(f"add_{role}_token")
         if isinstance(adds_role, bool):
@@ -89,6 +95,15 @@ def _from_tokenizer_config(
         token_id = added.get(text) if isinstance(text, str) else None
         if type(token_id) is int and 0 <= token_id < 1 << 31:
             ids.setdefault(role, token_id)
+
+
+def _added_ids(tokenizer: dict) -> dict[str, Any]:
+    """Return what tokenizer.json gives as the ids of its added tokens, by text."""
+    added: dict[str, Any] = {}
+    for entry in tokenizer.get("added_tokens") or []:
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            added.setdefault(entry["content"], entry.get("id"))
+    return added
 
 
 def _added_by_template(tokenizer: dict, config: dict, roles: list[str]) -> dict[str, bool]:

@@ -14,6 +14,7 @@ Source: `conversion/base.py` of llama.cpp (_set_vocab_sentencepiece, _set_vocab_
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class _Files:
     tokenizer_config: dict[str, Any]
     n_vocab: int
     as_llama_cpp: bool
+    known: Mapping[str, str]  # texts of special tokens by role
     differences: list[str] = field(default_factory=list)  # from llama.cpp's converter, filled while reading
 
 
@@ -106,7 +108,7 @@ def vocab_metadata(folder: Path, config: Config, *, as_llama_cpp: bool = False) 
     if config.n_vocab > MAX_TOKENS:
         raise ValueError(f"{folder}: vocab_size={config.n_vocab}, need at most {MAX_TOKENS}. Check its configuration.")
     tokenizer, tokenizer_config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
-    files = _Files(folder, tokenizer, tokenizer_config, config.n_vocab, as_llama_cpp)
+    files = _Files(folder, tokenizer, tokenizer_config, config.n_vocab, as_llama_cpp, config.record.special)
     keys: dict[str, Any] = {}
     prefix = tokenizer_config.get("add_prefix_space")
     is_llama = config.record.has_llama_vocab
@@ -315,4 +317,4 @@ def _with_merges(files: _Files, pre: str | None = None) -> dict[str, Any]:
 def _special(files: _Files, *, n_vocab: int | None = None, fixed: dict[str, int] | None = None) -> dict[str, Any]:
     """Return the keys of the special tokens and the chat templates."""
     tables = files.folder, files.tokenizer, files.tokenizer_config
-    return special_metadata(*tables, n_vocab=n_vocab, fixed=fixed, as_llama_cpp=files.as_llama_cpp)
+    return special_metadata(*tables, n_vocab=n_vocab, fixed=fixed, known=files.known, as_llama_cpp=files.as_llama_cpp)

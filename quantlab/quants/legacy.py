@@ -39,8 +39,8 @@ from quantlab.quants.lanes import (
 from quantlab.quants.search import FOUND, LOW, SCALE, make_qkx_quants, make_qx_quants
 
 QK = 32  # weights per block
-CHUNK = 128  # blocks that one thread takes at a time
-BATCH = 256  # weights of a row that a search takes at a time: 8 blocks, which wait for each other's divisions
+SPAN = 128  # blocks that one task of a parallel loop takes
+COLUMNS = 256  # weights of a row that a search takes at a time: 8 blocks, which wait for each other's divisions
 HALF = np.float32(0.5)
 BELOW_HALF = np.float32(0.49999997)
 ONE_BIT = np.left_shift(1, np.arange(16), dtype=np.int32)  # bit i in lane i
@@ -164,7 +164,7 @@ def _load_codes(data, o, fifth):
 @kernel
 def _store_halves(values, n, out, o, step):
     """Write `n` floats as float16, `step` bytes apart; `values` has room for whole lanes."""
-    halves = np.empty(CHUNK, np.int32)
+    halves = np.empty(SPAN, np.int32)
     for b in range(0, n, 16):
         store(halves, b, to_half(load(values, b)))
     for b in range(n):
@@ -175,7 +175,7 @@ def _store_halves(values, n, out, o, step):
 @kernel
 def _load_halves(data, o, step, n, values):
     """Read `n` float16 that lie `step` bytes apart."""
-    halves = np.zeros(CHUNK, np.int32)
+    halves = np.zeros(SPAN, np.int32)
     for b in range(n):
         halves[b] = np.int32(data[o + b * step]) | np.int32(data[o + b * step + 1]) << 8
     for b in range(0, n, 16):
@@ -183,8 +183,8 @@ def _load_halves(data, o, step, n, values):
 
 
 @kernel
-def _chunks(n_weights):
-    return (n_weights // QK + CHUNK - 1) // CHUNK
+def _spans(n_weights):
+    return (n_weights // QK + SPAN - 1) // SPAN
 
 
 # ---- Q4_0, 18 bytes: d float16 @0, qs 16 bytes @2 (two codes per byte).          weight = (code - 8) * d
@@ -196,10 +196,10 @@ def _chunks(n_weights):
 def _encode_around_zero(x, fifth, out):
     x, out = x.reshape(-1), out.reshape(-1)
     size, nmax = (22, 16) if fifth else (18, 8)
-    for chunk in prange(_chunks(x.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, x.size // QK - first)
-        d = np.zeros(CHUNK, np.float32)
+    for span in prange(_spans(x.size)):
+        first = span * SPAN
+        n = min(SPAN, x.size // QK - first)
+        d = np.zeros(SPAN, np.float32)
         for b in range(n):
             d[b], low, high = _around_zero(x, (first + b) * QK, nmax)
             _store_codes(out, (first + b) * size + 2, low, high, fifth)
@@ -210,10 +210,10 @@ def _encode_around_zero(x, fifth, out):
 def _decode_around_zero(data, fifth, out):
     data, out = data.reshape(-1), out.reshape(-1)
     size, nmax = (22, 16) if fifth else (18, 8)
-    for chunk in prange(_chunks(out.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, out.size // QK - first)
-        d = np.empty(CHUNK, np.float32)
+    for span in prange(_spans(out.size)):
+        first = span * SPAN
+        n = min(SPAN, out.size // QK - first)
+        d = np.empty(SPAN, np.float32)
         _load_halves(data, first * size, size, n, d)
         for b in range(n):
             low, high = _load_codes(data, (first + b) * size + 2, fifth)
@@ -235,10 +235,10 @@ decode_q5_0 = _with(_decode_around_zero, True)
 def _encode_above_minimum(x, fifth, out):
     x, out = x.reshape(-1), out.reshape(-1)
     size, nmax = (24, 31) if fifth else (20, 15)
-    for chunk in prange(_chunks(x.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, x.size // QK - first)
-        d, m = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
+    for span in prange(_spans(x.size)):
+        first = span * SPAN
+        n = min(SPAN, x.size // QK - first)
+        d, m = np.zeros(SPAN, np.float32), np.zeros(SPAN, np.float32)
         for b in range(n):
             d[b], m[b], low, high = _above_minimum(x, (first + b) * QK, nmax)
             _store_codes(out, (first + b) * size + 4, low, high, fifth)
@@ -250,10 +250,10 @@ def _encode_above_minimum(x, fifth, out):
 def _decode_above_minimum(data, fifth, out):
     data, out = data.reshape(-1), out.reshape(-1)
     size = 24 if fifth else 20
-    for chunk in prange(_chunks(out.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, out.size // QK - first)
-        d, m = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for span in prange(_spans(out.size)):
+        first = span * SPAN
+        n = min(SPAN, out.size // QK - first)
+        d, m = np.empty(SPAN, np.float32), np.empty(SPAN, np.float32)
         _load_halves(data, first * size, size, n, d)
         _load_halves(data, first * size + 2, size, n, m)
         for b in range(n):
@@ -276,10 +276,10 @@ decode_q5_1 = _with(_decode_above_minimum, True)
 def _encode_bytes(x, sums, out):
     x, out = x.reshape(-1), out.reshape(-1)
     size = 36 if sums else 34
-    for chunk in prange(_chunks(x.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, x.size // QK - first)
-        d, s = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
+    for span in prange(_spans(x.size)):
+        first = span * SPAN
+        n = min(SPAN, x.size // QK - first)
+        d, s = np.zeros(SPAN, np.float32), np.zeros(SPAN, np.float32)
         for b in range(n):
             d[b], low, high = _bytes_around_zero(x, (first + b) * QK)
             s[b] = np.float32(total(low + high)) * d[b]
@@ -294,10 +294,10 @@ def _encode_bytes(x, sums, out):
 def _decode_bytes(data, size, out):
     data, out = data.reshape(-1), out.reshape(-1)
     codes = data.view(np.int8)
-    for chunk in prange(_chunks(out.size)):
-        first = chunk * CHUNK
-        n = min(CHUNK, out.size // QK - first)
-        d = np.empty(CHUNK, np.float32)
+    for span in prange(_spans(out.size)):
+        first = span * SPAN
+        n = min(SPAN, out.size // QK - first)
+        d = np.empty(SPAN, np.float32)
         _load_halves(data, first * size, size, n, d)
         for b in range(n):
             store(out, (first + b) * QK, to_float(load(codes, (first + b + 1) * size - 32)) * d[b])
@@ -314,18 +314,18 @@ decode_q8_1 = _with(_decode_bytes, 36)
 
 
 class Workspace(NamedTuple):
-    """Arrays of one task, in columns of 16 lanes, a row in each lane; up to `BATCH` weights of it at once."""
+    """Arrays of one task, in columns of 16 lanes, a row in each lane; up to `COLUMNS` weights of it at once."""
 
     starts: np.ndarray  # int64 (16,): where each row starts in x
-    x: np.ndarray  # float32 (BATCH * 16,): the weights
-    w: np.ndarray  # float32 (BATCH * 16,): importance of their errors
-    codes: np.ndarray  # uint8 (BATCH * 16,)
+    x: np.ndarray  # float32 (COLUMNS * 16,): the weights
+    w: np.ndarray  # float32 (COLUMNS * 16,): importance of their errors
+    codes: np.ndarray  # uint8 (COLUMNS * 16,)
     found: np.ndarray  # float32 (FOUND,): what the search found
 
 
 @kernel
 def _workspace():
-    columns = BATCH * 16
+    columns = COLUMNS * 16
     return Workspace(
         np.empty(16, np.int64),
         np.zeros(columns, np.float32),
@@ -385,14 +385,14 @@ def _encode_16_rows(x, first, n_per_row, importance, fifth, offset, out, o, row_
         ws.starts[row] = first + row * n_per_row
     sigma2 = _mean_squares(x, n_per_row, ws)
     nmax = 31 if fifth else 15
-    for i in range(0, n_per_row, BATCH):
-        n = min(BATCH, n_per_row - i)
+    for i in range(0, n_per_row, COLUMNS):
+        n = min(COLUMNS, n_per_row - i)
         _read_columns(x, i, n, ws)
         for column in range(n):
             v = load(ws.x, 16 * column)
             store(ws.w, 16 * column, importance[i + column] * sqrt(sigma2 + v * v))
         if offset:
-            ws.x[16 * n :] = 0  # the search takes whole batches
+            ws.x[16 * n :] = 0  # the search takes all columns
             steps = np.float32(-0.9), np.float32(0.05), 36
             make_qkx_quants(ws.x, ws.w, ws.codes, ws.found, QK, nmax, *steps, False)
         for at in range(0, 16 * n, 16 * QK):

@@ -40,6 +40,7 @@ class Bundle:
     memory: str | int | None
     start: dict[str, str]  # tensor → type of the starting point that each change is a change of
     imatrix: Mapping[str, np.ndarray]  # weights per column
+    refined: Path | None  # as for `Variant`
     changes: tuple[dict[str, str], ...]  # tensor → new type
     keys: tuple[dict, ...]  # what each change's damage is kept under
     cache: Path | None
@@ -49,8 +50,9 @@ class Bundle:
         """The base, the starting point where it is another, and one variant per change."""
         model = open_model(self.model)
         base = as_is(model)
-        starts = [Variant("start", model, self.start, self.imatrix)] if self.start != base.types else []
-        changed = [Variant(str(i), model, self.start | c, self.imatrix) for i, c in enumerate(self.changes)]
+        how = {"imatrix": self.imatrix, "refined": self.refined}
+        starts = [Variant("start", model, self.start, **how)] if self.start != base.types else []
+        changed = [Variant(str(i), model, self.start | c, **how) for i, c in enumerate(self.changes)]
         return [base, *starts, *changed]
 
     def measure(self, bar: tqdm | None = None) -> list[dict]:

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from quantlab.evaluate import protocol as protocols
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import Choice, find
 from quantlab.evaluate.logits import half_noise
+from quantlab.evaluate.refined_alone import RefinedAlone, refined_alone
 from quantlab.evaluate.variants import Variant, as_is, resolve
 from quantlab.files.arguments import check_whole
 from quantlab.files.bundled import cache_dir, read_text
@@ -179,6 +181,7 @@ def sensitivity(
     groups: str | Mapping[str, Sequence[str]] | None = None,
     imatrix=None,
     around=None,
+    refined: bool = False,
     rules: str = "current",
     sample: int | None = None,
     n_ctx: int = 512,
@@ -210,6 +213,8 @@ def sensitivity(
         Importance matrix: it weights the quantization, and the proxy's errors.
     around : str, Path or Recipe, optional
         A ftype or recipe that is the starting point of each change, instead of the base.
+    refined : bool
+        Change to refined bytes, each tensor refined alone with 64 chunks of `text`: for a recipe to refine with.
     rules : str
         Rule set of a ftype.
     sample : int, optional
@@ -262,7 +267,10 @@ def sensitivity(
         threads = 1
     study = _Study(base, start, windows, record, choice, memory, threads, folder, model_digest(base))
     wanted = changes if sample is None else proxy.sample(changes, base.hparams.n_layer, sample)
-    with ThreadpoolController().limit(limits=1, user_api="blas"):
+    with ThreadpoolController().limit(limits=1, user_api="blas"), ExitStack() as stack:
+        if refined:
+            bytes_ = stack.enter_context(refined_alone(base, text, n_ctx=n_ctx, memory=memory, progress=progress))
+            study = replace(study, refined=bytes_)
         damages = study.measure(wanted, executor, progress)
         errors = study.errors(changes, executor, progress)
     return study.result(changes, damages, errors, around, groups, sample)
@@ -365,6 +373,7 @@ class _Study:
     threads: int | None
     folder: Path | None
     digest: str
+    refined: RefinedAlone | None = None
 
     def measure(self, changes: Sequence[Change], executor: Executor | None, progress: bool) -> dict[int, dict]:
         """Damage by id of the change, from the cache where it is known."""
@@ -373,6 +382,8 @@ class _Study:
         missing = [i for i, damage_ in enumerate(found) if damage_ is None]
         if missing:
             cache.prepare()
+        if missing and self.refined is not None:
+            self.refined.make([self.start.types, *(changes[i].types for i in missing)])
         n_layer = self.base.hparams.n_layer
         firsts = [changes[i].first_layer(n_layer) for i in missing]
         bundles = [[missing[j] for j in bundle] for bundle in damage.cut(n_layer, firsts)]
@@ -398,6 +409,7 @@ class _Study:
             memory=self.memory,
             start=self.start.types,
             imatrix=dict(self.start.imatrix),
+            refined=self.refined and self.refined.folder,
             changes=tuple(change.types for change in changes),
             keys=tuple(keys),
             cache=self.folder and self.folder.absolute(),
@@ -411,7 +423,8 @@ class _Study:
         record = asdict(self.record) | {"text": None, "rules": None}
         used = {name: w for name, w in self.start.imatrix.items() if name in altered}
         start = json_digest(self.start.types)
-        return {
+        how = {} if self.refined is None else {"refined": self.refined.digest}
+        return how | {
             "what": "damage, arithmetic", "quantlab": quantlab.__version__, "model": self.digest, "protocol": record,
             "start": start, "change": change.types, "imatrix": json_digest(matrix_digests(used)),
         }  # fmt: skip
@@ -462,6 +475,7 @@ class _Study:
                 "around_sha256": None if around is None else json_digest(self.start.types),
                 "arithmetic": sorted({damage_["arithmetic"] for damage_ in damages.values()}),
                 "groups": groups if groups is None or isinstance(groups, str) else "given",
+                "refined": self.refined and self.refined.digest,
             }
         )
         figures = {"kld_mean": start["start_kld_mean"], "kld_se": start["start_kld_se"]}

@@ -145,7 +145,7 @@ def _from_config(folder: Path) -> tuple[Hparams, dict[str, tuple[int, ...]]]:
     config = read_config(folder)
     is_tied = not config.is_meta and read_json(folder / "config.json").get("tie_word_embeddings") is True
     config, factors = replace(config, tied_embeddings=is_tied), rope_factors(config)
-    return complete(config), tensor_shapes(config) | ({} if factors is None else {"rope_freqs.weight": factors.shape})
+    return complete(config), tensor_shapes(config) | {name: values.shape for name, values in factors.items()}
 
 
 def _of_config_alone(path: Path) -> Path | None:

@@ -119,6 +119,8 @@ def quantize(
     plan.check()
     if report is not None:
         report(plan)
+        if old is not None and old.is_outdated:
+            report(f"{reuse}: its digests are of an older kind, nothing can be reused")
     path = job.outputs[0].path
     if path is None:
         _run(job, Sink(outfile, job.outputs[0]), old, histogram, report)
@@ -319,7 +321,8 @@ class _Reusable:
                 raise TypeError
             if stored["schema"] not in (2, SCHEMA):
                 raise ValueError
-            if stored["schema"] == 2:  # its digests are of another kind, so no source is known to be the same
+            self.is_outdated = stored["schema"] != SCHEMA
+            if self.is_outdated:  # its digests are of another kind, so no source is known to be the same
                 self._digests = {}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(

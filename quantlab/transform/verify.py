@@ -22,6 +22,7 @@ from quantlab.files.recognize import short
 from quantlab.quants.ggml_types import WEIGHTED, WRITABLE, ggml_type
 from quantlab.quants.validate import first_invalid, invalid_blocks, is_valid
 from quantlab.result import Result
+from quantlab.transform import refined
 from quantlab.transform.compare import (
     Change,
     Cut,
@@ -43,14 +44,17 @@ from quantlab.transform.rounding import COMPARED as ROUNDED
 from quantlab.transform.rounding import allowed, is_other_rounding
 from quantlab.transform.slabs import kernels_in_order
 
-IDENTICAL, ROUNDING, OTHER = VERDICTS = ("identical", "rounding", "other")
+IDENTICAL, ROUNDING, REFINED, OTHER = VERDICTS = ("identical", "rounding", "refined", "other")
 MEANING = {
     IDENTICAL: "identical",
     ROUNDING: "same type, rules and matrix, another compiler's rounding",
+    REFINED: "same type and rules, refined: no block farther from its weights than refining leaves it",
     OTHER: "other",
 }
 COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "relative"]
-OWN_KEYS = re.compile(r"general\.(file_type|quantization_version)|quantize\.imatrix\..*")  # a quantizer sets these
+OWN_KEYS = re.compile(  # a quantizer sets these
+    rf"general\.(file_type|quantization_version)|quantize\.imatrix\..*|{re.escape(refined.PREFIX)}.*"
+)
 CLOSE = 0.01  # of the blocks of a probe: precisions that differ in fewer are told apart by all blocks
 PROBE = 1 << 16  # weights of a tensor by which one of several precisions of a source is chosen
 SHOWN = 20  # tensors and keys that do not fit, on a terminal
@@ -64,7 +68,8 @@ class Verification(Result):
     ----------
     quant, source : Path
     verdict : str
-        "identical", "rounding" (same type, rules and matrix, another compiler's rounding) or "other".
+        "identical", "rounding" (same type, rules and matrix, another compiler's rounding), "refined" (the file says so,
+        and all its blocks are within what refining can do; see `transform/refined.py`) or "other".
     mixture : str
         Ftype and rule set as the tensors' types tell them.
     notes : tuple[str, ...]
@@ -158,6 +163,7 @@ def verify(
     bases = list(_bases(model_path(source)))
     base, rows = _nearest(model, bases, matrix)
     notes = [] if len(bases) == 1 else [f"weights of the source as {_precision(base)}"]
+    notes += [f"refined: {said}"] if (said := refined.declaration(model)) else []
     mixture, misfits = _mixture(model, base)
     misfits += _metadata_misfits(model, base, matrix_keys) + _table_misfits(model, base)
     notes += _matrix_notes(model, matrix, rows)
@@ -318,8 +324,9 @@ def _table_misfits(model: Model, base: Model) -> list[str]:
 class _Case:
     """One tensor on trial."""
 
-    def __init__(self, tensor: LazyTensor, step: Step):
+    def __init__(self, tensor: LazyTensor, step: Step, is_refined: bool):
         self.tensor, self.step, self.tally = tensor, step, Tally()
+        self.distance = refined.Distance(tensor, step.tensor.qtype) if is_refined else None
         self.fused = self.good = self.left = 0
         self.signal = 0.0  # sum of the squared weights of the rows that differ
         self.first: tuple[int, int] | None = None  # row and block of the first one left over
@@ -330,6 +337,10 @@ class _Case:
         """Compare a slab of the file with what quantizing the source's rows by `step` gave; None: it is invalid."""
         if ours is None:
             self._add_invalid(theirs)
+            return
+        if self.distance is not None:
+            self.signal += self.distance.add(x, ours, theirs)
+            self.tally.add(ours, theirs, (self.tensor.qtype,) * 2, self.tensor.shape[-1])
             return
         if step is not self.step:  # it was under way when the matrix was dropped
             ours = encode(self.step, x)
@@ -385,12 +396,18 @@ class _Case:
             return ours_bare
         return ours
 
-    def row(self, other_build: bool) -> dict:
-        """The tensor's verdict; `other_build`: whether the file is one of a compiler that fuses."""
+    def row(self, other_build: bool, farthest: float) -> dict:
+        """The tensor's verdict.
+
+        `other_build`: whether the file is one of a compiler that fuses. `farthest`: bound of refined blocks' distance.
+        """
         tally = self.tally
+        if self.distance is not None and self.distance.largest > farthest:
+            self.left += 1
         excused = other_build and allowed(self.good, tally.n_blocks)
         left = self.left + (0 if excused else self.good)
-        verdict = IDENTICAL if not tally.differing else OTHER if left else ROUNDING
+        same = ROUNDING if self.distance is None else REFINED
+        verdict = IDENTICAL if not tally.differing else OTHER if left else same
         row = {"name": self.tensor.name, "qtype": self.tensor.qtype, "verdict": verdict, "is_bare": self.is_bare}
         row |= {"imatrix": self.step.weights is not None, "blocks": tally.n_blocks, "differing": tally.differing}
         with np.errstate(divide="ignore", invalid="ignore"):  # infinite where the source's rows are all zero
@@ -404,6 +421,8 @@ class _Case:
         unit = f"{self.tensor.qtype} {'blocks' if size > 1 else 'values'}"
         if self.invalid:
             return f"{self.tensor.name}: {self.invalid}; llama.cpp refuses it"
+        if self.distance is not None:
+            return self.distance.misfit
         text = f"{self.tensor.name}: {left} of {of} {unit} are not what the source gives"
         if self.first is None:
             text += ", though their codes fit their scales, as with another importance matrix"
@@ -416,12 +435,15 @@ class _Case:
 def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[dict]:
     """Return the row of every tensor that both have in one shape; slabs are quantized in all threads at once."""
     cases, rows = [], []
+    declared = bool(refined.declaration(model))
     for tensor in model:
         if tensor.name not in base or squeezed(base.tensor(tensor.name).shape) != squeezed(tensor.shape):
             continue
         step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
-        if step.is_kept or _can_encode(step):
-            cases.append(_Case(tensor, step))
+        if declared and refined.has_refined_bytes(step.tensor, tensor.qtype):
+            cases.append(_Case(tensor, replace(step, weights=None), True))
+        elif step.is_kept or _can_encode(step):
+            cases.append(_Case(tensor, step, False))
         else:
             rows.append(_unknown(tensor))
     total = sum(case.step.tensor.nbytes for case in cases)
@@ -431,7 +453,8 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
             case.add(*slab)
             bar.update(slab[0].nbytes)
     other_build = sum(case.fused for case in cases) >= sum(case.good for case in cases)
-    return [case.row(other_build) for case in cases] + rows
+    farthest = refined.bound([case.distance for case in cases if case.distance is not None])
+    return [case.row(other_build, farthest) for case in cases] + rows
 
 
 def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray | None, Step]:

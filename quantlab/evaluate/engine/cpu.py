@@ -23,7 +23,7 @@ from quantlab.evaluate import budget
 from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, fused
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention
 from quantlab.evaluate.engine.experts import Experts, route
-from quantlab.evaluate.engine.rope import rope_angles
+from quantlab.evaluate.engine.rope import rope_angles, rope_factors
 from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, fill_panels, multiply, n_panels, panels_size
 from quantlab.evaluate.engine.workers import Workers, blocks
 from quantlab.evaluate.metrics import TokenScores
@@ -110,7 +110,7 @@ class CpuEngine(Engine):
     def __init__(self, model, n_ctx: int):
         self.hparams, self.n_ctx, self.workers = model.hparams, n_ctx, Workers()
         self.record = arch.find(self.hparams.arch)
-        self._factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
+        self._factors = rope_factors(model, n_ctx)
         self._rotations = {}  # cosines and sines by what they follow from
         self.eps = np.float32(self.hparams.rms_eps)
         self.logit_rows = max(16, min(128, LOGITS // self.hparams.n_vocab))

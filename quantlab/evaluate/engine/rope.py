@@ -8,6 +8,19 @@ from numba import njit
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
+def rope_factors(model, n_ctx: int) -> np.ndarray | None:
+    """Return what a model's rotary frequencies are divided by [shape=(n_rot // 2,)], None for nothing.
+
+    Of two tables that of long contexts counts where `n_ctx` is beyond the context length of the first training.
+    """
+    scaling = model.hparams.at(0).rope_scaling
+    kind = "long" if n_ctx > (scaling and scaling.orig_ctx or model.hparams.n_ctx) else "short"
+    for name in ("rope_freqs.weight", f"rope_factors_{kind}.weight"):
+        if name in model:
+            return model.tensor(name).floats()
+    return None
+
+
 def rope_angles(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Compute the rotation of each position.
 
@@ -17,7 +30,7 @@ def rope_angles(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.nda
     n_ctx : int
         Positions 0 … n_ctx - 1.
     factors : np.ndarray [shape=(n_rot // 2,), dtype=float32] or None
-        `rope_freqs.weight`: what Llama 3's scaling divides each frequency by.
+        What each frequency is divided by.
 
     Returns
     -------

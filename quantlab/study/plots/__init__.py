@@ -3,6 +3,7 @@
 from quantlab.study.plots.bits import block_search, importance, matrix_gain, recipe_front, type_map
 from quantlab.study.plots.damage import bpw_against_ppl, size_against_kld
 from quantlab.study.plots.errors import against_tails, by_layer, code_shares, error_map, histograms, percentile_bands
+from quantlab.study.plots.feedback import rounding_plane
 from quantlab.study.plots.protocol import effects, nll_by_position
 from quantlab.study.plots.running import memory
 from quantlab.study.plots.sensitivity import additivity, damage_map, error_against_damage, more_bits
@@ -35,6 +36,7 @@ __all__ = [
     "nll_by_position",
     "percentile_bands",
     "recipe_front",
+    "rounding_plane",
     "save",
     "scale_search",
     "scaling",

@@ -58,14 +58,16 @@ def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = N
     return ax
 
 
-def size_against_kld(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot the damage of each ftype over its size, with the Pareto front of each rule set.
+def size_against_kld(frame: pd.DataFrame, *, by: str = "rules", title: str = "", ax: Axes | None = None) -> Axes:
+    """Plot the damage of each ftype over its size, with the Pareto front of each rule set or other group.
 
     Parameters
     ----------
     frame : pd.DataFrame
         Columns `rules`, `ftype`, `bpw` (bits per weight), `kld_mean`, `kld_se` (nats). Rows that are no quantized type
         or have no divergence are left out; a ftype that is the same by both rule sets is drawn once.
+    by : str
+        The column to group by, in place of `rules`: of two values.
     title : str
         Model and text.
     ax : Axes, optional
@@ -85,11 +87,11 @@ def size_against_kld(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
         raise ValueError("size_against_kld: no quantized row has a KL divergence. Measure the model first.")
     points = shown.drop_duplicates(["ftype", "bpw"])
     ax = ax or new_axes((8, 5))
-    for (rules, rows), (colour, marker, line) in zip(shown.groupby("rules", sort=False), _RULE_SETS, strict=False):
-        front, new = pareto(rows, "bpw"), points[points["rules"] == rules]
+    for (group, rows), (colour, marker, line) in zip(shown.groupby(by, sort=False), _RULE_SETS, strict=False):
+        front, new = pareto(rows, "bpw"), points[points[by] == group]
         look = {"fmt": marker, "color": colour, "ms": 5, "lw": 1, "capsize": 3}
-        ax.errorbar(new["bpw"], new["kld_mean"], yerr=new["kld_se"], label=f"rules {rules}", **look)
-        ax.plot(front["bpw"], front["kld_mean"], color=colour, lw=1, ls=line, label=f"Pareto front, rules {rules}")
+        ax.errorbar(new["bpw"], new["kld_mean"], yerr=new["kld_se"], label=f"{by} {group}", **look)
+        ax.plot(front["bpw"], front["kld_mean"], color=colour, lw=1, ls=line, label=f"Pareto front, {by} {group}")
     ax.set(xlabel="size (bits per weight)", ylabel="KL divergence (nats per token)", title=title, yscale="log")
     ax.margins(x=0.09)
     ax.grid(alpha=0.3)

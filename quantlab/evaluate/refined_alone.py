@@ -1,0 +1,101 @@
+"""Refined bytes of single tensors: each as if it were the only one that is quantized.
+
+They tell what a tensor costs at a type in a refined file, one change at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from quantlab.evaluate.engine.cpu import CpuEngine
+from quantlab.evaluate.refine import auto_damping, calibration_tokens, check_plan, cpu_kind
+from quantlab.evaluate.refinement import FIELDS, Refinement, can_refine
+from quantlab.evaluate.variants import Variant, output_name, refined_path
+from quantlab.files.model import Model
+
+CHUNKS, SWEEPS = 64, 2  # as `quantlab.refine` has them
+
+
+@contextmanager
+def refined_alone(base: Model, text, *, n_ctx: int, memory=None, progress: bool = True) -> Iterator["RefinedAlone"]:
+    """Give a maker of refined bytes, whose folder lasts as long as the block."""
+    tokens, _ = calibration_tokens(base, text, n_ctx, CHUNKS)
+    with TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as folder:
+        yield RefinedAlone(base, tokens, Path(folder), memory, progress)
+
+
+class RefinedAlone:
+    """Makes refined bytes of single tensors.
+
+    Parameters
+    ----------
+    base : Model
+    tokens : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32]
+        To refine with.
+    folder : Path
+        Gets a file for each tensor and type.
+    memory : str, int or None
+    progress : bool
+
+    Attributes
+    ----------
+    digest : str
+        Everything that the bytes depend on, model and types aside.
+    """
+
+    def __init__(self, base: Model, tokens: np.ndarray, folder: Path, memory, progress: bool):
+        self.base, self.tokens, self.folder, self.memory, self.progress = base, tokens, folder, memory, progress
+        said = [hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), SWEEPS, cpu_kind()]
+        self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    def make(self, changes: Sequence[Mapping[str, str]]) -> None:
+        """Write the bytes that changes need, each a mapping of tensor to type; one pass for all."""
+        wanted = dict.fromkeys(pair for change in changes for pair in change.items())
+        as_it_is = {tensor.name: tensor.qtype for tensor in self.base}
+        types = dict.fromkeys(qtype for _, qtype in wanted)
+        variants = [
+            Variant(q, self.base, as_it_is | {name: qtype for name, qtype in wanted if qtype == q}, {}) for q in types
+        ]
+        with CpuEngine(self.base, self.tokens.shape[1]) as engine:
+            check_plan(variants[0], self.tokens, SWEEPS, engine, self.memory)
+            with tqdm(total=self.base.hparams.n_layer, unit="layer", desc="refining", disable=not self.progress) as bar:
+                how = {"sweeps": SWEEPS, "damping": auto_damping(len(self.tokens)), "bar": bar}
+                _Pass(variants, self.tokens, engine, self.folder, **how).run(None)
+
+
+class _Pass(Refinement):
+    """One pass of the original stream, in which the tensors of several variants are refined."""
+
+    def __init__(self, variants: Sequence[Variant], tokens: np.ndarray, engine: CpuEngine, folder: Path, **how):
+        super().__init__(variants[0], tokens, engine, **how)
+        self.variants, self.folder = variants, folder
+
+    def _layer(self, index: int) -> None:
+        layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"), index)
+
+        def choose(field: str, inputs) -> None:
+            if field in FIELDS:
+                self._choose_all([f"blk.{index}.{name}.weight" for name in layer.does.products[field]], inputs)
+
+        self.engine.forward(layer, self.states.read(0, slice(0, len(self.tokens))), observe=choose)
+        self.weights.forget()
+        self.states.advance()
+
+    def _output(self) -> None:
+        norm, _ = self.weights.output(self.base)
+        states = self.states.read(0, slice(0, len(self.tokens)))
+        self._choose_all([output_name(self.model)], self.engine.output_inputs(norm, states))
+
+    def _choose_all(self, names: Sequence[str], inputs: np.ndarray) -> None:
+        """Refine matrices of one field at every type that is wanted, by the second moments of their inputs alone."""
+        pairs = [(variant, name) for variant in self.variants for name in names if can_refine(variant, name)]
+        found = self._moments(names[0], inputs, None, None) if pairs else ()
+        for self.variant, name in pairs:
+            self.write = lambda name, data: np.save(refined_path(self.folder, name, self.variant.types[name]), data)
+            self._refine(name, *found)

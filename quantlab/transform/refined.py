@@ -1,0 +1,106 @@
+"""Refined files: what tells them, which of their tensors have refined bytes, and how far those may be from the source.
+
+`quantlab refine` chooses codes and scales for the outputs of a layer, on a text. Without that text nobody can say which
+codes it must choose, so blocks are held against the source by distance alone. Two things move a weight:
+
+- Its own rounding, which makes up for that of the columns before it. With H damped by δ of its diagonal, feedback alone
+  leaves e H eᵀ ≤ Σ H_ii step² / 4, and H ≥ δ / (1 + δ) · diag(H): errors of (1 + δ) / δ times the square of half a step
+  at most, 4.6 half steps for the least damping. Sweeps only lower that.
+- The drift of the layers before it, which it makes up for too. It is of the size of what their rounding did: of the
+  coarsest type in the file, whatever the tensor's own type.
+
+So a block may be a few times as far from its weights as ordinary encoding of the file's coarsest type is. Measured over
+all blocks of the bundled model at Q2_K, Q3_K_M, Q4_K_M and Q5_K_M: 1.9 times, so `FAR` is 3. In any case it must be
+nearer to them than nothing at all is. A block of other weights is 1.4 times as far as nothing; a single code off by a
+step stays unseen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantlab.files.model import LazyTensor, Model
+from quantlab.files.recognize import short
+from quantlab.quants.block_numbers import GRIDS
+from quantlab.quants.ggml_types import block_size
+from quantlab.transform.compare import as_floats, untyped
+
+PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
+FAR = 3.0  # a block's distance from its weights, over that of ordinary encoding to the file's coarsest type
+NOTHING = 0.9  # the same over the weights' own size, at most
+
+
+def has_refined_bytes(tensor: LazyTensor, qtype: str) -> bool:
+    """Whether a source's tensor gets refined bytes at a type: a matrix of a layer or the output, on a grid.
+
+    Experts do not: few tokens come to each.
+    """
+    is_matrix = len(tensor.shape) == 2 and (tensor.name.startswith("blk.") or tensor.name == "output.weight")
+    return is_matrix and qtype in GRIDS and qtype != tensor.qtype
+
+
+def declaration(model: Model) -> str:
+    """Return what a file says of its refinement; empty if nothing."""
+    said = {key.removeprefix(PREFIX): value for key, value in model.metadata.items() if key.startswith(PREFIX)}
+    return ", ".join(f"{key} {short(untyped(value))}" for key, value in said.items())
+
+
+class Distance:
+    """How far the blocks of a refined tensor are from their weights, beside ordinary encoding.
+
+    Parameters
+    ----------
+    tensor : LazyTensor
+        The refined one.
+    source : str
+        Type of the weights.
+
+    Attributes
+    ----------
+    largest : float
+        Over all blocks: the distance from the weights, over the size of these or of the row's blocks on average,
+        whichever is larger.
+    """
+
+    def __init__(self, tensor: LazyTensor, source: str):
+        self.largest, self._place, self._rows = 0.0, (0, 0), 0
+        self._tensor, self._source, self._size = tensor, source, block_size(tensor.qtype)
+        self._signal = self._noise = 0.0
+
+    def add(self, x: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> float:
+        """Take in rows as they are stored: the weights, ordinary encoding's, the file's; return the weights' square."""
+        qtype, n_per_row = self._tensor.qtype, self._tensor.shape[-1]
+        weights = as_floats(x, self._source, n_per_row)
+        own, far = (as_floats(rows, qtype, n_per_row) - weights for rows in (ours, theirs))
+        size, own, far = (
+            np.square(values, dtype=np.float64).reshape(len(x), -1, self._size).sum(axis=2)
+            for values in (weights, own, far)
+        )
+        self._signal, self._noise = self._signal + size.sum(), self._noise + own.sum()
+        square, size = float(size.sum()), np.maximum(size, size.mean(axis=1, keepdims=True))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = np.where(far == 0, 0, np.sqrt(far / size))
+        row, block = np.unravel_index(relative.argmax(), relative.shape)
+        if relative[row, block] > self.largest:
+            self.largest, self._place = float(relative[row, block]), (self._rows + int(row), int(block))
+        self._rows += len(x)
+        return square
+
+    @property
+    def misfit(self) -> str:
+        """What is wrong where the largest distance is too large."""
+        row, block = self._place
+        return (
+            f"{self._tensor.name}: the block in row {row}, weights {block * self._size}:{(block + 1) * self._size}, is "
+            f"{self.largest:.2f} of their size from the source's, refining leaves less"
+        )
+
+    @property
+    def ordinary(self) -> float:
+        """Distance of ordinary encoding, over the size of the weights, of the whole tensor."""
+        return float(np.sqrt(self._noise / self._signal)) if self._signal else 0.0
+
+
+def bound(distances: list[Distance]) -> float:
+    """Return how far a block of a file with these tensors may be."""
+    return min(NOTHING, FAR * max((distance.ordinary for distance in distances), default=0.0))
