@@ -327,11 +327,13 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
     """
     h, n_tokens = variant.model.hparams, tokens.size
     shapes = [t.shape for t in variant.model if len(t.shape) == 2 and t.name.startswith("blk.0.")]
-    widest = max(shape[1] for shape in shapes)
-    activations = n_tokens * (2 * (h.n_head + h.n_head_kv) * h.head_dim + 9 * h.n_embd + 2 * widest)
-    square = max((2 if shape[1] == widest else 3) * shape[1] ** 2 for shape in shapes)
-    weights = sum(rows * columns for rows, columns in shapes)
-    needed = budget.PROCESS + 4 * (activations + square + weights + 8 * AT_ONCE * widest)
+    widest, q_k_v = max(shape[1] for shape in shapes), (h.n_head + 2 * h.n_head_kv) * h.head_dim
+    attention = n_tokens * (q_k_v + h.n_head * h.head_dim + 7 * h.n_embd) + 3 * h.n_embd**2
+    inner = n_tokens * (0 if h.n_ff <= q_k_v else h.n_ff)
+    down = n_tokens * (q_k_v + h.n_head * h.head_dim + 5 * h.n_embd) + inner + 2 * widest**2
+    original = n_tokens * 6 * h.n_embd + sum(rows * n for rows, n in shapes)
+    chosen = 10 * AT_ONCE * widest + n_tokens * 3 * AT_ONCE  # rows that are refined together
+    needed = budget.PROCESS + 4 * max(original, chosen + max(attention, down))
     operations = sum(
         4 * n_tokens * rows * n + 2 * n_tokens * n * n + (2 * sweeps + 10) * rows * n * n for rows, n in shapes
     )

@@ -115,67 +115,66 @@ class Refinement:
     def _layer(self, index: int) -> None:
         """Apply a layer to the original stream, then choose its bytes while it is applied to the other."""
         layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"), index)
-        seen, ends = self._original(layer)
-        self.engine.release(layer)
+        seen, streams = self._original(layer)
         whole = slice(0, len(self.tokens))
         written = self.states.read(1, whole)
-        stream = written.reshape(ends["layer"].shape)  # a view, which the forward pass changes in place
+        written_stream = written.reshape(streams["after"].shape)  # a view, which the forward pass changes in place
 
         def choose(field: str, inputs: np.ndarray):
+            self.engine.release(layer)  # the products before this one are done
             names = [f"blk.{index}.{name}.weight" for name in layer.does.products[field]]
-            chosen = self._choose(names, inputs, *self._drift(field, layer, seen, ends, stream))
+            chosen = self._choose(names, inputs, *self._drift(field, layer, seen, streams, written_stream))
             others = {name: self.weights.get(self.variant, name) for name in names if name not in chosen}
             return lambda name: (chosen | others)[f"blk.{index}.{name}"]
 
+        self.engine.release(layer)
         self.engine.forward(layer, written, observe=choose)
         self.weights.forget()
-        self.states.write(0, whole, ends["layer"].reshape(written.shape))
+        self.states.write(0, whole, streams["after"].reshape(written.shape))
         self.states.write(1, whole, written)
         self.states.advance()
 
     def _original(self, layer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Apply a layer to the original stream.
+        """Apply a layer to the original stream, in place where that is in memory.
 
         Returns
         -------
         seen : dict
-            By field what it needs of the original stream: its inputs [n_tokens, n_in]; of the fields that are added
-            to the residual stream, that stream before the addition [n_tokens, n_embd].
-        ends : dict
-            The residual stream [n_tokens, n_embd] after attention, and after the layer.
+            Inputs [n_tokens, n_in] of the fields that are not added to the residual stream.
+        streams : dict
+            The residual stream [n_tokens, n_embd] `before` the layer, after `attention` and `after` the layer.
         """
-        products = list(layer.does.products)
-        seen, ends = {}, {"layer": np.empty((self.tokens.size, self.model.hparams.n_embd), np.float32)}
-        after_attention = products[products.index("attn_output") + 1]
+        states = self.states.read(0, slice(0, len(self.tokens)))
+        after = states.reshape(-1, states.shape[-1])  # once the layer has been applied
+        seen, streams = {}, {"before": after.copy(), "after": after}
         for chunks in self._chunks():
-            rows = slice(chunks.start * self.tokens.shape[1], chunks.stop * self.tokens.shape[1])
-            stream = ends["layer"][rows]
-            x = stream.reshape(-1, *self.tokens.shape[1:], stream.shape[1])
-            x[:] = self.states.read(0, chunks)
+            rows, done = slice(*(states.shape[1] * i for i in (chunks.start, chunks.stop))), set()
 
-            def keep(field: str, inputs: np.ndarray, stream=stream, rows=rows) -> None:
-                if field == after_attention:
-                    _put(ends, "attention", rows, stream, self.tokens.size)
-                if field in FIELDS:
-                    _put(seen, field, rows, stream if field in RESIDUAL else inputs, self.tokens.size)
+            def keep(field: str, inputs: np.ndarray, rows=rows, done=done) -> None:
+                if field not in ("attn_qkv", "attn_output") and "attention" not in done:
+                    done.add("attention")
+                    _put(streams, "attention", rows, after[rows], len(after))
+                if field in FIELDS and field not in RESIDUAL:
+                    _put(seen, field, rows, inputs, len(after))
 
-            self.engine.forward(layer, x, observe=keep)
-        return seen, ends
+            self.engine.forward(layer, states[chunks], observe=keep)
+        return seen, streams
 
-    def _drift(self, field: str, layer, seen: dict, ends: dict, stream: np.ndarray) -> tuple:
+    def _drift(self, field: str, layer, seen: dict, streams: dict, written: np.ndarray) -> tuple:
         """Return the original stream's inputs of a field, or `wanted(rows)`: what some of its outputs should be.
 
         The outputs that are wanted make up for half the drift of the residual stream. They are not known where outputs
-        are scaled before they are added.
+        are scaled before they are added, or experts add theirs.
         """
-        original = seen.pop(field, None)
         if field not in RESIDUAL:
-            return original, None
-        if RESIDUAL[field] in layer.norms or (field == "ffn_down" and "shared_gate" in layer.does.products):
+            return seen.pop(field, None), None
+        is_scaled = RESIDUAL[field] in layer.norms or self.model.hparams.residual_scale != 1
+        if is_scaled or (field == "ffn_down" and "router" in layer.does.products):
             return None, None
-        end = ends["attention" if field == "attn_output" else "layer"]
-        bias = layer.biases.get(field, np.zeros(end.shape[1], np.float32))
-        return None, lambda rows: end[:, rows] - (original[:, rows] + stream[:, rows]) / 2 - bias[rows]
+        before, after = ("before", "attention") if field == "attn_output" else ("attention", "after")
+        before, after = streams.pop(before), streams[after]
+        bias = layer.biases.get(field, np.zeros(after.shape[1], np.float32))
+        return None, lambda rows: after[:, rows] - (before[:, rows] + written[:, rows]) / 2 - bias[rows]
 
     def _output(self) -> None:
         """Choose the bytes of the output matrix, where it is no embedding's."""
