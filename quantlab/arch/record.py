@@ -94,6 +94,9 @@ class Layer:
     activation : str
         `silu`: silu(gate) · up, `ffn_in` being gate and up. `gelu`: gelu(gate) · up, by tanh. `swiglu_oai`:
         gate · sigmoid(1.702 · gate) · (up + 1), with gate at most 7, up within ±7.
+    query_width : int
+        2 where the rows of the first matrix of `attn_qkv` are for each head those of a query and those of a gate, whose
+        sigmoid multiplies what attention gives; else 1.
     sinks : str
         One number for each head, a score that takes part in the softmax of attention and belongs to no token.
     gating : str
@@ -122,6 +125,7 @@ class Layer:
     ffn_post_norm: str = ""
     rope: Literal["pairs", "halves"] = "halves"
     activation: Literal["silu", "gelu", "swiglu_oai"] = "silu"
+    query_width: int = 1
     sinks: str = ""
     gating: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"
     choice_bias: str = ""
@@ -182,6 +186,8 @@ class Architecture:
         What it adds to those of a tokenizer.model: name of a `tokenizer.ggml` key → value.
     special : mapping
         Roles of special tokens whose text the converter knows, for tokenizers that do not say.
+    packed : tuple of str
+        Quantizers, by the names of `packed_by`, whose weights the converter reads.
     window_period : int
         Of so many layers the last sees all tokens, the others a window, where the metadata does not say which; 0: the
         architecture knows no windows.
@@ -211,6 +217,7 @@ class Architecture:
     has_llama_vocab: bool = False
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     special: Mapping[str, str] = field(default_factory=dict)
+    packed: tuple[str, ...] = ()
     window_period: int = 0
     window: int = 0
     window_rope: float | None = None

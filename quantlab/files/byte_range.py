@@ -10,10 +10,11 @@ from numpy.lib.stride_tricks import as_strided
 
 from quantlab.quants.ggml_types import GGML_TYPES
 
-__all__ = ["PLAIN_DTYPES", "ByteRange", "StoredTensor", "StridedTensor"]
+__all__ = ["PLAIN_DTYPES", "STORED_DTYPES", "ByteRange", "StoredTensor", "StridedTensor"]
 
 # ggml types whose rows are plain numbers; rows of every other type are uint8 blocks
 PLAIN_DTYPES = {record.name: np.dtype(record.dtype).type for record in GGML_TYPES.values() if record.dtype}
+STORED_DTYPES = PLAIN_DTYPES | {"U8": np.uint8}  # of a checkpoint's tensors; bytes hold codes of a packed one
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ByteRange:
 class StoredTensor:
     """A tensor of plain numbers in a checkpoint's file, in C order.
 
-    `dtype` is a key of `PLAIN_DTYPES`; a scalar has shape `(1,)`.
+    `dtype` is a key of `STORED_DTYPES`; a scalar has shape `(1,)`.
     """
 
     name: str
@@ -69,7 +70,7 @@ class StoredTensor:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read rows `start:stop` of the tensor seen as (nrows, n_per_row)."""
-        number = np.dtype(PLAIN_DTYPES[self.dtype])
+        number = np.dtype(STORED_DTYPES[self.dtype])
         row_bytes = self.shape[-1] * number.itemsize
         return self.data.read(start * row_bytes, stop * row_bytes).view(number).reshape(stop - start, self.shape[-1])
 

@@ -12,7 +12,7 @@ import numpy as np
 from gguf.constants import LlamaFileType
 
 from quantlab.arch import MAX_LAYERS, Architecture, Hparams, architectures, complete, find, find_class
-from quantlab.files.checkpoint_kinds import check_no_adapter, check_not_packed
+from quantlab.files.checkpoint_kinds import check_no_adapter, check_not_packed, packed_by
 from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 
@@ -47,6 +47,7 @@ class Config(Hparams):
     is_meta: bool
     writes_head_dim: bool
     declared_window: int = 0  # that llama.cpp does not compute
+    packed: str = ""
     rope: dict[str, Any]
 
     @property
@@ -108,7 +109,9 @@ def _hugging_face(path: Path) -> Config:
             f"{path}: architectures={short(classes)}, need a class of {', '.join(architectures())}. Convert it with "
             "llama.cpp's convert_hf_to_gguf.py; quantize, inspect and compare take the file."
         )
-    check_not_packed(path, (), whole)
+    packed = packed_by((), whole) or ""
+    if packed not in record.packed:
+        check_not_packed(path, (), whole)
     text = whole.get("text_config")
     table = whole | text if isinstance(text, dict) else whole
     model_type = table.get("model_type")
@@ -147,6 +150,7 @@ def _hugging_face(path: Path) -> Config:
         n_rot=n_rot,
         declared_window=table.get("sliding_window", 0),
         writes_head_dim="head_dim" in table,
+        packed=packed,
         rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),
         window=_windows(path, table, record, n_layer),
         **{name: _number(path, table, _FIELDS[name], whole=False) for name in fields},
@@ -403,7 +407,8 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
         keys |= {"expert_count": np.uint32(config.n_expert), "expert_used_count": np.uint32(config.n_expert_used)}
     if config.writes_head_dim:
         keys["attention.key_length"] = keys["attention.value_length"] = np.uint32(config.head_dim)
-    keys["file_type"] = np.uint32(_FILE_TYPES[qtype])
+    is_mxfp4 = config.packed == "MXFP4" and qtype != "Q8_0"
+    keys["file_type"] = np.uint32(LlamaFileType.MOSTLY_MXFP4_MOE if is_mxfp4 else _FILE_TYPES[qtype])
     for key, name in config.record.metadata.items():
         value = getattr(config, name)
         if value and (name != "windowed" or config.window) or name == "declared_window":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlab.files.byte_range import PLAIN_DTYPES, ByteRange, StoredTensor
+from quantlab.files.byte_range import PLAIN_DTYPES, STORED_DTYPES, ByteRange, StoredTensor
 from quantlab.files.checkpoint_kinds import check_not_packed, empty_tensors
 from quantlab.files.recognize import looks_like, reason, short
 
@@ -101,7 +101,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> S
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{path}: {name}: entry needs dtype, shape and data_offsets. {_DAMAGED}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in PLAIN_DTYPES:
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise ValueError(
             f"{path}: {name}: dtype={short(dtype)}, need one of {' '.join(PLAIN_DTYPES)}. "
             f"Take an unquantized checkpoint."
@@ -110,7 +110,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> S
         what = f"shape={short(shape)}, data_offsets={short(offsets)}"
         raise ValueError(f"{path}: {name}: {what}, need whole numbers. {_DAMAGED}")
     begin, end = offsets
-    nbytes = prod(shape) * np.dtype(PLAIN_DTYPES[dtype]).itemsize
+    nbytes = prod(shape) * np.dtype(STORED_DTYPES[dtype]).itemsize
     if end - begin != nbytes:
         raise ValueError(f"{path}: {name}: data_offsets={offsets} span {end - begin} bytes, need {nbytes}. {_DAMAGED}")
     if data_offset + end > size:

@@ -12,7 +12,7 @@ QUERIES = 60  # positions at a time: whole tiles, and few keys that only the las
 
 
 @compiled
-def causal_attention(q, k, v, first, window, scale, cap, out, keys, values, scores):
+def causal_attention(q, k, v, first, window, scale, cap, sinks, out, keys, values, scores):
     """Attention of the query heads that share one k and one v head.
 
     Parameters
@@ -27,6 +27,8 @@ def causal_attention(q, k, v, first, window, scale, cap, out, keys, values, scor
         What scores are multiplied by.
     cap : float32
         c of c · tanh(score / c); 0: none.
+    sinks : np.ndarray [shape=(n_heads,), dtype=float32]
+        Of each head a score that belongs to no key; -inf: none.
     out : np.ndarray [shape=q.shape, dtype=float32]
     keys, values, scores : np.ndarray [dtype=float32]
         Scratch space: panels of k [n_ctx, head_dim], panels of vᵀ [head_dim, n_ctx], and [QUERIES * n_ctx].
@@ -46,7 +48,7 @@ def causal_attention(q, k, v, first, window, scale, cap, out, keys, values, scor
             if cap > 0:
                 seen *= scale
                 softcap(seen, cap)
-                causal_softmax(seen, start - low, window, np.float32(1))
+                causal_softmax(seen, start - low, window, np.float32(1), sinks[h])
             else:
-                causal_softmax(seen, start - low, window, scale)
+                causal_softmax(seen, start - low, window, scale, sinks[h])
             multiply(seen, values[:, low:stop], out[start:stop, h])

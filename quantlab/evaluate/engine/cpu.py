@@ -226,7 +226,7 @@ class CpuEngine(Engine):
         chunks, by_rows = blocks(len(x), self.n_ctx), blocks(len(x), ROWS)
         self._run(lambda rows, space: self._project(layer, x, q_k_v, rows, space), by_rows, layer, whole, observe)
         pieces = [(chunk, head) for chunk in chunks for head in range(h.n_head_kv)]
-        self.workers.map(lambda piece: self._attend(qkv, h, first, *piece), pieces)
+        self.workers.map(lambda piece: self._attend(qkv, layer, first, *piece), pieces)
         if first:
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
         if observe is not None and h.n_ff <= q_k_v.shape[1]:
@@ -310,22 +310,23 @@ class CpuEngine(Engine):
     def round_cache(self, k_v: np.ndarray) -> None:
         """Round k and v in place to what attention sees of them: here all."""
 
-    def _attend(self, qkv: np.ndarray, h: arch.Hparams, first: int, chunk: slice, head: int) -> None:
+    def _attend(self, qkv: np.ndarray, layer: LayerWeights, first: int, chunk: slice, head: int) -> None:
         """Attention of one chunk from position `first` on, for the query heads that share one k and v head."""
-        n_head, n_kv, group = h.n_head, h.n_head_kv, h.n_head // h.n_head_kv
+        h, n_q = layer.hparams, layer.does.query_width * layer.hparams.n_head
+        n_kv, group = h.n_head_kv, slice(head * h.n_head // h.n_head_kv, (head + 1) * h.n_head // h.n_head_kv)
         every = heads(qkv[chunk], h.head_dim)  # the heads of q, of k, of v, and of the result
-        k, v = every[:, n_head + head], every[:, n_head + n_kv + head]
-        q, out = (every[:, start + head * group :][:, :group] for start in (0, n_head + 2 * n_kv))
-        self.attention(q, k, v, h, first, out)
+        q, k, v = every[:, : n_q : layer.does.query_width][:, group], every[:, n_q + head], every[:, n_q + n_kv + head]
+        sinks = layer.vectors.get("sinks", np.full(h.n_head, -np.inf, np.float32))[group]
+        self.attention(q, k, v, h, first, sinks, every[:, n_q + 2 * n_kv :][:, group])
 
-    def attention(self, q, k, v, h: arch.Hparams, first: int, out: np.ndarray) -> None:
+    def attention(self, q, k, v, h: arch.Hparams, first: int, sinks: np.ndarray, out: np.ndarray) -> None:
         """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
         dim = q.shape[2]
         keys = self.workers.scratch("keys", n_panels(self.n_ctx), dim, COLUMNS)
         values = self.workers.scratch("values", n_panels(dim), self.n_ctx, COLUMNS)
         scores = self.workers.scratch("scores", QUERIES * self.n_ctx)
         window, cap = h.window or self.n_ctx, np.float32(h.attn_softcap)
-        causal_attention(q, k, v, first, window, np.float32(h.score_scale), cap, out, keys, values, scores)
+        causal_attention(q, k, v, first, window, np.float32(h.score_scale), cap, sinks, out, keys, values, scores)
 
     def _mix(self, layer: LayerWeights, x: np.ndarray, rows: slice, space) -> Iterator:
         """Everything after attention for a block of rows."""

@@ -125,8 +125,11 @@ def rope_halves(x, cos, sin):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def causal_softmax(scores, first, window, scale):
-    """Softmax of scores · scale, each row over the last `window` keys up to its own: row s belongs to key first + s."""
+def causal_softmax(scores, first, window, scale, sink):
+    """Softmax of scores · scale, each row over the last `window` keys up to its own: row s belongs to key first + s.
+
+    `sink` is one more score, whose weight is given to nothing; -inf for none.
+    """
     for s in range(scores.shape[0]):
         seen = first + s + 1
         row = scores[s]
@@ -134,7 +137,12 @@ def causal_softmax(scores, first, window, scale):
         top = row_max(row[low:seen])
         for i in range(low, seen):
             row[i] = exp32((row[i] - top) * scale)
-        inverse = _ONE / _sum(row[low:seen])
+        total = _sum(row[low:seen])
+        inverse = _ONE / total
+        if sink > -np.inf:
+            over = sink - top * scale
+            kept = exp32(min(-over, _ZERO))
+            inverse = kept / (kept * total + exp32(min(over, _ZERO)))
         for i in range(low, seen):
             row[i] *= inverse
         row[:low] = _ZERO

@@ -86,7 +86,7 @@ class GgmlEngine(CpuEngine):
         """Round k and v to float16."""
         round_f16(k_v, k_v)
 
-    def attention(self, q, k, v, h: arch.Hparams, first: int, out: np.ndarray) -> None:
+    def attention(self, q, k, v, h: arch.Hparams, first: int, sinks: np.ndarray, out: np.ndarray) -> None:
         """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
         dim, n_ctx = q.shape[2], self.n_ctx
         keys = self.workers.scratch("keys", -(-n_ctx // WIDTH), dim, WIDTH)
