@@ -7,10 +7,10 @@ All large products go through the evaluator's own, which gives the same bits on 
 """
 
 import numpy as np
-from numba import njit
 
 from quantlab.evaluate.engine.tiles import COLUMNS, DEPTH, multiply, n_panels, pack
 from quantlab.evaluate.engine.workers import Workers, blocks
+from quantlab.quants.compiled import njit
 from quantlab.quants.feedback import SPAN
 
 ROWS = 192  # rows of a product that a thread takes at a time

@@ -15,8 +15,8 @@ Source: feedback as in GPTQ (Frantar et al. 2022) in the form of LDLQ (Chee et a
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from quantlab.quants.compiled import njit
 from quantlab.quants.lanes import (
     any_lane,
     from_half,

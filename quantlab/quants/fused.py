@@ -13,9 +13,9 @@ from functools import cache
 from types import CellType, FunctionType
 
 import numpy as np
-from numba import njit
 from numba.core.dispatcher import Dispatcher
 
+from quantlab.quants.compiled import njit
 from quantlab.quants.ggml_types import ggml_type, load, row_bytes
 
 _KEPT = ("error_model", "forceinline", "parallel")  # options of a kernel that its fused twin has too

@@ -22,10 +22,11 @@ from importlib import import_module
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import signature
 
+from quantlab.quants.compiled import njit
 from quantlab.quants.lane_types import (
     ELEMENTS,
     FLOATS,

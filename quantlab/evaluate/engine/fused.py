@@ -6,8 +6,8 @@ called from another compiled one can have two orders, one in the process that co
 """
 
 import numpy as np
-from numba import njit
 
+from quantlab.quants.compiled import njit
 from quantlab.quants.lanes import WIDTH, lanes, load, ordered_sum
 
 _FAST = {"contract"}  # a multiplication and an addition may become one instruction

@@ -5,7 +5,8 @@ llama.cpp.
 """
 
 import numpy as np
-from numba import njit
+
+from quantlab.quants.compiled import njit
 
 _ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
 

@@ -21,7 +21,6 @@ Source: ggml/src/ggml-cpu of llama.cpp 0c1e57098; the functions are named in ORD
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numba.extending import intrinsic
 
 from quantlab import quants
@@ -29,6 +28,7 @@ from quantlab.evaluate.engine.ggml_activations import Blocks
 from quantlab.evaluate.engine.ggml_steps import fma
 from quantlab.evaluate.engine.tiles import LANES, ROWS, WIDTH, add_pairs, tile
 from quantlab.evaluate.engine.workers import blocks
+from quantlab.quants.compiled import njit
 from quantlab.quants.ggml_types import GGML_TYPES
 from quantlab.quants.lanes import INTS, lanes, load, store, to_float
 

@@ -3,7 +3,8 @@
 from math import ceil, cos, floor, log, pi, sin
 
 import numpy as np
-from numba import njit
+
+from quantlab.quants.compiled import njit
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 

@@ -6,9 +6,9 @@ scores [n_tokens, n_expert] ─ gating ─ the greatest n_used of each row ─ w
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from quantlab.evaluate.engine.fused import exp32
+from quantlab.quants.compiled import njit
 
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _LEAST_SUM = np.float32(6.103515625e-5)  # what sums of weights are at least, as in llama.cpp

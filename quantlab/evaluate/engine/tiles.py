@@ -18,10 +18,12 @@ import platform
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+from quantlab.quants.compiled import njit
 
 LANES = 16  # numbers in a vector; LLVM takes several registers for it where one is too small
 ROWS = 6

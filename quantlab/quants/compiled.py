@@ -1,0 +1,42 @@
+"""numba's njit, with a cache that no changed kernel meets again.
+
+To see whether a compiled kernel is still good, numba looks at the file that the kernel is in. But its machine code
+holds that of the kernels it calls, and its types are classes of this package: after an update that changed only those,
+numba would run what is out of date, or fail to read it. Here a kernel is good as long as no file with kernels changed.
+"""
+
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import numba
+from numba import config
+
+_WITH_KERNELS = ("quants", "evaluate")  # folders of the package
+
+
+@cache
+def sources_digest() -> str:
+    """Return a digest of all files that kernels may come from."""
+    package = Path(__file__).parents[1]
+    paths = sorted(path for folder in _WITH_KERNELS for path in (package / folder).rglob("*.py"))
+    return sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def njit(function=None, /, **options):
+    """Compile a function as `numba.njit` does; `cache` keeps it for later processes.
+
+    Examples
+    --------
+    >>> @njit(cache=True)
+    ... def twice(x):
+    ...     return x + x
+    >>> twice(2)
+    4
+    """
+    if function is None:
+        return lambda function: njit(function, **options)
+    kernel = numba.njit(**options)(function)
+    if options.get("cache") and not config.DISABLE_JIT:
+        kernel._cache._cache_file._source_stamp = sources_digest()
+    return kernel
