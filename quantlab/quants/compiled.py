@@ -38,5 +38,6 @@ def njit(function=None, /, **options):
         return lambda function: njit(function, **options)
     kernel = numba.njit(**options)(function)
     if options.get("cache") and not config.DISABLE_JIT:
-        kernel._cache._cache_file._source_stamp = sources_digest()
+        index = kernel._cache._cache_file
+        index._version = f"{index._version} {sources_digest()}"  # looked at before anything else in the file is read
     return kernel
