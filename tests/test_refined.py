@@ -1,10 +1,17 @@
 """transform/refined.py: refined files are told from files of other weights."""
 
+import made_models
 import numpy as np
 import pytest
 from test_verify import rewritten
+from tqdm.auto import tqdm
 
 import quantlab as ql
+from quantlab.arch import Hparams, tensor_shapes
+from quantlab.evaluate.engine.cpu import CpuEngine
+from quantlab.evaluate.refine import ordinary
+from quantlab.evaluate.refinement import Refinement
+from quantlab.evaluate.variants import resolve
 from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.quants.block_numbers import pack, unpack
 from quantlab.transform.refined import PREFIX
@@ -83,3 +90,29 @@ def test_a_refined_file_of_another_model_is_other(path, tmp_path):
     data = ql.open("tiny").tensor("blk.5.ffn_up.weight").load()[::-1].copy()
     found = ql.verify(path, rewritten("tiny", tmp_path / "b.gguf", blk_5_ffn_up_weight=data))
     assert found.verdict == "other" and found.misfits[0].startswith("blk.5.ffn_up.weight: the block in row ")
+
+
+def test_experts_get_ordinary_bytes_and_are_named(tmp_path):
+    """Attention is refined where a token's experts are not."""
+    shape = Hparams(
+        arch="qwen3moe", n_vocab=320, n_embd=256, n_ff=512, n_layer=2, n_head=4, n_head_kv=2, n_expert=4,
+        n_expert_used=2, n_ff_exp=256,
+    )  # fmt: skip
+    known = {key.replace("llama.", "qwen3moe."): value for key, value in made_models.metadata_of(shape).items()}
+    known |= {
+        "general.architecture": "qwen3moe",
+        "qwen3moe.expert_count": np.uint32(4),
+        "qwen3moe.expert_used_count": np.uint32(2),
+        "qwen3moe.expert_feed_forward_length": np.uint32(256),
+    }
+    specs = [TensorSpec(n, s, "F16" if len(s) > 1 else "F32") for n, s in tensor_shapes(shape).items()]
+    weights = (made_models.made_weights(s.name, s.shape).astype(made_models.DTYPES[s.qtype]) for s in specs)
+    write_gguf(tmp_path / "a.gguf", known, specs, weights)
+    (variant,) = resolve(ql.open(tmp_path / "a.gguf"), ["Q4_K_M"])
+    assert "6 matrices" in ordinary(variant) and "blk.0.ffn_down_exps.weight" in ordinary(variant)
+    tokens, written = np.random.default_rng(0).integers(0, 320, (4, 128)).astype(np.int32), {}
+    with CpuEngine(variant.model, 128) as engine, tqdm(disable=True) as bar:
+        how = {"sweeps": 1, "damping": 0.3, "bar": bar}
+        Refinement(variant, tokens, engine, **how).run(lambda name, data: written.update({name: data}))
+    kinds = ("attn_q", "attn_k", "attn_v", "attn_output")
+    assert sorted(written) == sorted([*(f"blk.{i}.{kind}.weight" for i in (0, 1) for kind in kinds), "output.weight"])

@@ -193,7 +193,7 @@ def refine(
         if progress:
             announce(
                 f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes"
-                + _ordinary(variant)
+                + ordinary(variant)
             )
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
         with _workspace(path, scratch) as (draft, states):
@@ -303,10 +303,10 @@ def _variant(model: Model, path: Path, options: Options) -> Variant:
     return variant
 
 
-def _ordinary(variant: Variant) -> str:
+def ordinary(variant: Variant) -> str:
     """Say which tensors get a type's ordinary bytes though they are no embeddings; empty where there are none."""
-    names = [t.name for t in variant.model if len(t.shape) > 1 and t.name != "token_embd.weight"]
-    left = [name for name in names if variant.types[name] != "F32" and not can_refine(variant, name)]
+    others = [t for t in variant.model if len(t.shape) > 1 and t.name != "token_embd.weight"]
+    left = [t.name for t in others if variant.types[t.name] != t.qtype and not can_refine(variant, t.name)]
     return f"; {len(left)} matrices get ordinary bytes: {', '.join(left[:2])}{', …' * (len(left) > 2)}" if left else ""
 
 
