@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401 - makes bfloat16 known to NumPy
+import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
@@ -14,7 +14,8 @@ __all__ = ["PLAIN_DTYPES", "STORED_DTYPES", "ByteRange", "StoredTensor", "Stride
 
 # ggml types whose rows are plain numbers; rows of every other type are uint8 blocks
 PLAIN_DTYPES = {record.name: np.dtype(record.dtype).type for record in GGML_TYPES.values() if record.dtype}
-STORED_DTYPES = PLAIN_DTYPES | {"U8": np.uint8}  # of a checkpoint's tensors; bytes hold codes of a packed one
+# of a checkpoint's tensors: bytes hold codes of a packed one, FP8 needs scales
+STORED_DTYPES = PLAIN_DTYPES | {"U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Added", "Joined", "Permuted", "Source", "change"]
+__all__ = ["Added", "Changed", "Joined", "Permuted", "Source", "change"]
 
 
 class Source(Protocol):
@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class _Changed:
+class Changed:
     """A source made from another one of the same shape and type."""
 
     source: Source
@@ -47,7 +47,7 @@ class _Changed:
 
 
 @dataclass(frozen=True)
-class Permuted(_Changed):
+class Permuted(Changed):
     """Rows or biases of q or k, in each head from halves (Hugging Face) to pairs (GGUF)."""
 
     n_head: int
@@ -77,7 +77,7 @@ class Permuted(_Changed):
 
 
 @dataclass(frozen=True)
-class Added(_Changed):
+class Added(Changed):
     """Values plus a number: in float16 for float16 values, as torch adds, else in float32."""
 
     number: float

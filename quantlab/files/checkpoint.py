@@ -27,6 +27,7 @@ from quantlab.files.checkpoint_metadata import (
     read_config,
     rope_factors,
 )
+from quantlab.files.fp8 import without_scales
 from quantlab.files.general_metadata import general_metadata
 from quantlab.files.model import WEIGHTS, LazyTensor, Model
 from quantlab.files.stacks import STACK_CHANGES, Mxfp4, Stacked, stack_change
@@ -133,8 +134,9 @@ def _read_sources(path: Path, config: Config) -> dict[str, Source]:
         return plain_names(path, read_weights(path))
     parts = meta_parts(path) if config.is_meta else []
     if not parts:
-        names = plain_names(path, index_weights(path))
-        return text_names(path, names) if "text_config" in read_json(path / "config.json") else names
+        names, table = plain_names(path, index_weights(path)), read_json(path / "config.json")
+        names = text_names(path, names) if "text_config" in table else names
+        return without_scales(path, names, table.get("quantization_config"))
     n_vocab = sum(part["output.weight"].shape[0] for part in parts) if "output.weight" in parts[0] else 0
     return {name: _join(path, name, [part[name] for part in parts], n_vocab) for name in parts[0]}
 

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantlab.files.fp8 import is_fp8
 from quantlab.files.recognize import short
 
 __all__ = ["check_no_adapter", "check_not_packed", "empty_tensors", "packed_by"]
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4", "hqq": "HQQ"}
+_METHODS = {"gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ"}
 # ends of names that only one quantizer gives; the first that fits
 _NAMES = {
     ".g_idx": "GPTQ",
@@ -18,8 +19,6 @@ _NAMES = {
     ".quant_map": "bitsandbytes",
     ".SCB": "bitsandbytes",
     ".weight_packed": "compressed-tensors",
-    ".weight_scale_inv": "FP8",
-    ".weight_scale": "FP8",
     ".scales": "MLX",
 }
 
@@ -81,7 +80,7 @@ def packed_by(names: Iterable[str], table: Mapping[str, Any]) -> str | None:
     """
     for key in ("quantization_config", "quantization"):
         given = table.get(key)
-        if not given:
+        if not given or isinstance(given, Mapping) and is_fp8(given):  # whose scales are applied
             continue
         method = given.get("quant_method") if isinstance(given, Mapping) else None
         if isinstance(method, str) and method.isprintable():

@@ -103,7 +103,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> S
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise ValueError(
-            f"{path}: {name}: dtype={short(dtype)}, need one of {' '.join(PLAIN_DTYPES)}. "
+            f"{path}: {name}: dtype={short(dtype)}, need one of {' '.join(STORED_DTYPES)}. "
             f"Take an unquantized checkpoint."
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or len(shape) > 8:
