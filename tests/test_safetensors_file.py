@@ -48,7 +48,7 @@ BAD = {
     "same name": (b'{"x": {}, "x": {}}', r"header is no JSON that counts \(a name occurs twice\)"),
     "broken name": ({"a\nb": 7}, r"tensor name 'a\\nb', need at most 256 printable characters"),
     "no entry": ({"x": 7}, "x: entry needs dtype, shape and data_offsets"),
-    "dtype": (lying(dtype="F8_E4M3"), "x: dtype='F8_E4M3', need one of F32 F16 BF16"),
+    "dtype": (lying(dtype="F8_E8M0"), "x: dtype='F8_E8M0', need one of F32 F16 BF16"),
     "negative": (lying(shape=[-2, -2]), r"x: shape=\[-2, -2\], .* need whole numbers"),
     "fractions": (lying(data_offsets=[0, 16.0]), "need whole numbers"),
     "sizes": (lying(shape=[2, 3]), r"x: data_offsets=\[0, 16\] span 16 bytes, need 24"),
