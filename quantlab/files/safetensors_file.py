@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlab.files.byte_range import PLAIN_DTYPES, STORED_DTYPES, ByteRange, StoredTensor
+from quantlab.files.byte_range import STORED_DTYPES, ByteRange, StoredTensor
 from quantlab.files.checkpoint_kinds import check_not_packed, empty_tensors
 from quantlab.files.recognize import looks_like, reason, short
 
