@@ -18,8 +18,9 @@ from quantlab.evaluate.variants import as_is, resolve, shared_layers, steps
 from quantlab.files.imatrix_file import ImportanceMatrix
 from quantlab.lab.more_bits import more_bits
 from quantlab.study import damage, proxy
+from quantlab.study.changes import kind_of
 from quantlab.study.damage_cache import DamageCache, model_digest
-from quantlab.study.sensitivity import Sensitivity, kind_of
+from quantlab.study.sensitivity import Sensitivity
 from quantlab.transform.mixture import Recipe, choose_types
 
 OPTIONS = {"n_ctx": 32, "chunks": 3, "progress": False, "types": ("Q8_0", "Q4_0")}

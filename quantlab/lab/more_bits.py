@@ -6,7 +6,8 @@ one between. The rule was found on one model; a sensitivity says what each such 
 
 import pandas as pd
 
-from quantlab.study.sensitivity import Sensitivity, fitting, kind_of
+from quantlab.study.changes import fitting, kind_of
+from quantlab.study.sensitivity import Sensitivity
 from quantlab.transform.mixture import choose_types, find_ftype, layer_of
 from quantlab.transform.plan import tensor_bytes
 

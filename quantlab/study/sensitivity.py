@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +12,6 @@ from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
 import quantlab
-from quantlab import arch
 from quantlab.evaluate import protocol as protocols
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import Choice, find
@@ -25,11 +23,11 @@ from quantlab.files.bundled import cache_dir, read_text
 from quantlab.files.imatrix_file import as_matrix
 from quantlab.files.model import Model, as_model
 from quantlab.files.output import is_report, replacing
-from quantlab.quants.ggml_types import CANDIDATES, FALLBACK, block_size
+from quantlab.quants.ggml_types import CANDIDATES
 from quantlab.result import Result
 from quantlab.study import damage, proxy
+from quantlab.study.changes import Change, plan_changes
 from quantlab.study.damage_cache import DamageCache, json_digest, matrix_digests, model_digest
-from quantlab.transform.mixture import find_qtype, is_quantizable, layer_of
 from quantlab.transform.plan import tensor_bytes
 
 _SHOWN = ["group", "qtype", "bytes", "delta_kld", "delta_kld_se", "ln_ratio", "ln_ratio_se", "error", "measured"]
@@ -42,31 +40,6 @@ def _is_row(row: Mapping) -> bool:
     """Whether a row that was read can be chosen from."""
     numbers = isinstance(row["bytes"], int) and isinstance(row["delta_kld"], float | None)
     return numbers and bool(row["types"].keys()) and {"group", "layer", "kind", "qtype", "n_weights"} <= row.keys()
-
-
-@dataclass(frozen=True)
-class Change:
-    """A group of tensors at another type."""
-
-    group: str  # name of the group; of a tensor that stands for itself, the tensor's
-    qtype: str  # the type that was asked for
-    types: dict[str, str]  # tensor → the type that it gets; another one where its rows do not fit the blocks of `qtype`
-
-    @property
-    def layer(self) -> int | None:
-        """Layer of its tensors, -1 for those of no layer; None if they are of several."""
-        layers = {layer_of(name) for name in self.types}
-        return layers.pop() if len(layers) == 1 else None
-
-    @property
-    def kind(self) -> str | None:
-        """Kind of its tensors; None if they are of several."""
-        kinds = {kind_of(name) for name in self.types}
-        return kinds.pop() if len(kinds) == 1 else None
-
-    def first_layer(self, n_layer: int) -> int:
-        """Return the first layer that is computed anew, `n_layer` for the output alone."""
-        return min(n_layer if name.startswith("output") else max(0, layer_of(name)) for name in self.types)
 
 
 @dataclass(frozen=True, repr=False)
@@ -288,76 +261,6 @@ def _start(base: Model, around, rules: str, matrix) -> Variant:
     if start.model is not base:
         raise ValueError(f"around={around}, must be a ftype or a recipe. Save the types of the file as a recipe.")
     return start
-
-
-def kind_of(name: str) -> str:
-    """Return what a tensor is called without layer and `.weight`: `ffn_down`, `output`."""
-    return name.removesuffix(".weight").split(".", 2)[-1]
-
-
-def _layer_or_kind(name: str) -> str:
-    return f"blk.{layer_of(name)}" if layer_of(name) >= 0 else kind_of(name)
-
-
-# what the tensors of a group have in common
-_GROUPS = {"layer": _layer_or_kind, "kind": kind_of, "model": lambda name: "model"}
-
-
-def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | None) -> list[Change]:
-    """List the changes of a model: groups in the order of the layers, types as given.
-
-    Raises
-    ------
-    ValueError
-        If a type or a group is not known.
-    """
-    names = [tensor.name for tensor in model if is_quantizable(tensor.name, tensor.shape)]
-    place = partial(_place, kinds=_kinds(model.hparams.arch))
-    names.sort(key=place)
-    if groups is None:
-        members = {name: [name] for name in names}
-    elif isinstance(groups, str) and groups in _GROUPS:
-        members = {}
-        for name in names:
-            members.setdefault(_GROUPS[groups](name), []).append(name)
-    elif isinstance(groups, Mapping):
-        members = {key: sorted(group, key=place) for key, group in groups.items()}
-    else:
-        raise ValueError(f"groups={groups}, must be None, layer, kind, model or a mapping from group to tensor names.")
-    if not types or not members or not all(members.values()):
-        raise ValueError("types and groups: must not be empty. Leave them out for the usual ones.")
-    unknown = [name for group in members.values() for name in group if name not in names]
-    if unknown:
-        raise ValueError(f"groups: {unknown[0]} is no tensor of {model.path} that can be quantized. See its .names.")
-    changes = {}  # two types may fall back to one
-    for key, group in members.items():
-        for qtype in map(find_qtype, types):
-            given = {name: fitting(qtype, model.tensor(name).shape[-1]) for name in group}
-            if None not in given.values():
-                changes.setdefault((key, *given.values()), Change(key, _asked(qtype, given), given))
-    return list(changes.values())
-
-
-def _kinds(name: str) -> list[str]:
-    """Kinds of matrices of an architecture, in the order in which a layer multiplies with them."""
-    return arch.find(name).matrices()
-
-
-def _place(name: str, kinds: Sequence[str]) -> tuple:
-    """Sort key: embeddings, layers in the order of the forward pass, output."""
-    layer, kind = layer_of(name), kind_of(name)
-    outer = {"token_embd": -1, "output": 1 << 30}.get(kind, layer)
-    return outer, kinds.index(kind) if kind in kinds else -1, name
-
-
-def fitting(qtype: str, n_per_row: int) -> str | None:
-    """Return `qtype` or what llama-quantize gives in its stead, None where neither's blocks fit a row."""
-    return next((q for q in (qtype, FALLBACK.get(qtype)) if q and n_per_row % block_size(q) == 0), None)
-
-
-def _asked(qtype: str, given: Mapping[str, str]) -> str:
-    """The type that a change is called by: the one that all its tensors get, else the one that was asked for."""
-    return next(iter(given.values())) if len(set(given.values())) == 1 else qtype
 
 
 @dataclass(frozen=True)
