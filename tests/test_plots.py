@@ -93,6 +93,8 @@ def test_size_against_kld_draws_a_front_per_rule_set_and_what_both_have_once():
     fronts = {line.get_label(): list(line.get_xdata()) for line in ax.lines if line.get_label().startswith("Pareto")}
     assert fronts == {"Pareto front, rules current": [3, 4.5, 8.5], "Pareto front, rules 2023-12": [3.4, 4.5, 8.5]}
     assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "KL divergence (nats per token)")
+    by_encoder = plots.size_against_kld(now.assign(encoder="refined"), by="encoder")
+    assert "Pareto front, encoder refined" in [line.get_label() for line in by_encoder.lines]
     with pytest.raises(ValueError, match="size_against_kld: no quantized row has a KL divergence"):
         plots.size_against_kld(now[:1])
 
