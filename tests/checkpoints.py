@@ -154,7 +154,8 @@ def write_weights(folder: Path, weights: dict[str, np.ndarray], n_shards: int, f
 
 def write_safetensors(path: Path, weights: dict[str, np.ndarray]) -> None:
     """Write a safetensors file."""
-    code = {np.dtype(number): key for key, number in (DTYPES | {"F8_E4M3": ml_dtypes.float8_e4m3fn}).items()}
+    packed = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "U8": np.uint8}
+    code = {np.dtype(number): key for key, number in (DTYPES | packed).items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, value in weights.items():
         offsets = [offset, offset + value.nbytes]

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,15 @@ def test_the_compute_buffer_of_many_shapes(tmp_path, name, flash_attn):
         assert close(ours, log["compute"])
 
 
+@pytest.mark.parametrize(("n_ff", "n_used"), [(4096, 2), (384, 8)])
+def test_the_compute_buffer_of_experts(tmp_path, n_ff, n_used):
+    counts = {"n_expert": 16, "n_expert_used": n_used}
+    experts = replace(shape(1000, 1024, n_ff, 3, 8, 2), **counts)
+    more = {"expert_count": np.uint32(16), "expert_used_count": np.uint32(n_used)}
+    path = sparse_models.sparse_gguf(tmp_path / "a.gguf", experts, "F16", **more)
+    assert close(fit(path, ftype="COPY", n_ctx=300).rows[0].compute_bytes, logged(path, n_ctx=300)["compute"])
+
+
 def test_the_compute_buffer_of_a_feed_forward_that_no_model_has(tmp_path):
     narrow = shape(1000, 1024, 1024, 3, 8, 8)
     path = sparse_models.sparse_gguf(tmp_path / "a.gguf", narrow, "F16")
@@ -208,12 +218,7 @@ def test_what_it_shows():
     assert fit("yi-34b", ftype="Q4_K_M", vram="12GiB", ram="32GiB").layers()["on_card"].is_monotonic_increasing
 
 
-def test_bad_input(tmp_path):
-    experts = sparse_models.sparse_gguf(
-        tmp_path / "a.gguf", SHAPES["wide feed-forward"], "F16", expert_count=np.uint32(8)
-    )
-    with pytest.raises(ValueError, match="n_expert=8, only dense models"):
-        fit(experts)
+def test_bad_input():
     for options, message in [
         ({"n_ctx": 4097}, "n_ctx=4097, must be 1 to 4096"),
         ({"n_ctx": -1}, "n_ctx=-1"),

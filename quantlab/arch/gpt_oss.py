@@ -55,7 +55,15 @@ ARCH = Architecture(
         sums_to_one=False,
         activation="swiglu_oai",
     ),
-    defaults={"gpt_oss": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64}},
+    defaults={
+        "gpt_oss": {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rope_theta": 150000.0,
+            "rms_norm_eps": 1e-5,
+        }
+    },
     sizes={"n_ff_exp": "intermediate_size"},
     metadata={"attention.sliding_window": "window_size", "expert_feed_forward_length": "n_ff_exp"},
     skipped=("_proj_scales", ".rotary_emb.inv_freq"),

@@ -92,7 +92,12 @@ ARCH = Architecture(
     defaults={
         "llama": {"max_position_embeddings": 2048, "head_dim": 0},
         "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "head_dim": 0},
-        "mixtral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8},
+        "mixtral": {
+            "max_position_embeddings": 4096 * 32,
+            "num_key_value_heads": 8,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+        },
     },
     metadata={"vocab_size": "n_vocab", "rope.dimension_count": "n_rot"},
     has_llama_vocab=True,

@@ -187,16 +187,23 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
                 is_stack = bool(how) and how[0] in STACK_CHANGES
                 where = f"{folder}: {name}"
                 yield gguf_name, stack_change(source, how) if is_stack else change(source, how, config, where)
+    n_expert = _most_experts(config)
     for layer in waiting.values():
         for gguf_name, parts in layer.items():
-            number = next(e for e in range(len(parts) + 1) if e not in parts)
-            raise ValueError(f"{folder}: {gguf_name}: expert {number} is missing. Download the whole checkpoint.")
+            if missing := set(range(n_expert)) - parts.keys():
+                number = min(missing)
+                raise ValueError(f"{folder}: {gguf_name}: expert {number} is missing. Download the whole checkpoint.")
+
+
+def _most_experts(config: Config) -> int:
+    """Experts of a layer that has some."""
+    return max(config.n_expert) if isinstance(config.n_expert, tuple) else config.n_expert
 
 
 def _stacked(folder: Path, layer: dict[str, dict[int, Source]], config: Config) -> Iterator[tuple[str, Source]]:
     """Stack a layer's experts once the last of them has come; `layer` is empty then."""
     kinds = [tensor.name.rpartition("{}")[2] for tensor in config.record.tensors if tensor.change == ("stack",)]
-    n_expert = max(config.n_expert) if isinstance(config.n_expert, tuple) else config.n_expert
+    n_expert = _most_experts(config)
     if len(layer) < len(kinds) or any(len(parts) < n_expert for parts in layer.values()):
         return
     for name in sorted(layer, key=lambda name: next(i for i, kind in enumerate(kinds) if name.endswith(kind))):

@@ -4,8 +4,9 @@ The bytes of a result that nothing reads any more are given to another one. The 
 feed-forward holds gate, up and their product, or while attention holds queries, keys and values (without flash
 attention: the scores). The residual stream lies beside them up to three times.
 
-For the published shapes this equals what llama.cpp logs, to the two decimals of the log. Where the feed-forward is at
-least 2.5 times as wide as the stream it is within 6 %; of narrower ones, which no published model has, within a third.
+For the published dense shapes, and for experts as Mixtral's and Qwen3's, this equals what llama.cpp logs, to the two
+decimals of the log. Where the feed-forward is at least 2.5 times as wide as the stream it is within 6 %; of narrower
+ones, which no published model has, within a third.
 
 Source: llama.cpp, `ggml/src/ggml-alloc.c` (the allocator), `src/models/llama.cpp` and `src/llama-graph.cpp` (the
 graph), and what `GGML_SCHED_DEBUG=2` prints of it.
@@ -23,7 +24,7 @@ def compute_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool 
     Parameters
     ----------
     hparams : Hparams
-        Needs ``n_embd n_ff n_head n_head_kv head_dim``.
+        Needs ``n_embd n_ff n_head n_head_kv head_dim``; with experts `n_expert`, `n_expert_used`, `n_ff_exp` too.
     n_ctx : int
         Tokens of context, as asked for.
     n_ubatch : int
@@ -45,10 +46,21 @@ def compute_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool 
     """
     n_tokens, n_embd = min(n_ctx, n_ubatch), hparams.n_embd
     q, kv = hparams.head_dim * hparams.n_head, hparams.head_dim * hparams.n_head_kv
-    most = 3 * n_embd + max(3 * hparams.n_ff, 2 * q, q + 3 * kv)
+    most = 3 * n_embd + max(_feed_forward(hparams), 2 * q, q + 3 * kv)
     if not flash_attn:
         most = max(most, 2 * max(n_embd, q) + 2 * q + cells(n_ctx) * hparams.n_head)
     return _inputs(hparams, n_ctx, n_tokens, flash_attn) + n_tokens * most * F32
+
+
+def _feed_forward(hparams) -> int:
+    """Count numbers of a token in gate, up and their product; of experts also what they give, where that is wider.
+
+    What experts give is put where gate and up lay, unless it does not fit there.
+    """
+    if not getattr(hparams, "n_expert", 0):
+        return 3 * hparams.n_ff
+    inner, outer = ((hparams.n_ff_exp or hparams.n_ff) * hparams.n_expert_used, hparams.n_embd * hparams.n_expert_used)
+    return 3 * inner + (outer if outer > 2 * inner else 0)
 
 
 def input_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool = True) -> int:

@@ -209,7 +209,7 @@ def fit(
     FileNotFoundError
         If there is no such model.
     ValueError
-        If an option is out of range, `n_ctx` is beyond the context of the model's training, or it is no dense model.
+        If an option is out of range, or `n_ctx` is beyond the context of the model's training.
 
     Notes
     -----
@@ -237,8 +237,6 @@ def fit(
     if find(hparams.arch) is None:
         known = ", ".join(architectures())
         raise ValueError(f"{name}: architecture={hparams.arch}, must be one of {known}. Ask llama.cpp itself.")
-    if hparams.n_expert:
-        raise ValueError(f"{name}: n_expert={hparams.n_expert}, only dense models are known. Ask llama.cpp itself.")
     check_whole(n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_ubatch=n_ubatch)
     n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx or hparams.n_ctx
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)

@@ -1,0 +1,59 @@
+"""Write experts.json and experts_logits.npz: `python tests/golden/write_experts.py CONVERT_HF_TO_GGUF`.
+
+The first holds SHA-256 digests of what llama.cpp's converter makes of the checkpoints of `expert_models.py`, the second
+logits that transformers computes of them in float32. Needs torch and transformers, which nothing else here does.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from expert_models import FAMILIES, WRITTEN, pack_experts, write_model  # noqa: E402
+from llama_models import SEEN, TOKENS  # noqa: E402
+from make_transformers_logits import logits  # noqa: E402
+
+# made vocabularies are not in the converter's list of pre-tokenizers: it is told their name
+RUN = """
+import runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def digest(model: Path, outtype: str) -> str:
+    """SHA-256 of the file that the converter writes."""
+    out = model.parent / "out.gguf"
+    run = [sys.executable, "-c", RUN, sys.argv[1], str(model)]
+    subprocess.run([*run, "--outtype", outtype, "--outfile", str(out)], check=True, capture_output=True)
+    return hashlib.sha256(out.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    digests, found = {}, {}
+    for name in FAMILIES:
+        for kind in WRITTEN:
+            dtype, n_shards = kind.split("-")
+            with tempfile.TemporaryDirectory() as folder:
+                model = write_model(Path(folder) / "made", name, dtype, int(n_shards))
+                digests[f"{name}-{kind}"] = digest(model, dtype.lower())
+                if kind == "F32-1":
+                    found[name] = logits(model, TOKENS)[SEEN]
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder) / "made", "gpt-oss")
+        pack_experts(model)
+        digests["gpt-oss-MXFP4"] = digest(model, "f16")
+    here = Path(__file__).parent
+    text = {"source": "convert_hf_to_gguf.py of llama.cpp 0c1e57098: SHA-256 of the file", "files": digests}
+    (here / "experts.json").write_text(json.dumps(text, indent=1) + "\n")
+    np.savez_compressed(here / "experts_logits.npz", **found)
