@@ -160,6 +160,7 @@ KINDS = {
     "no norm before": (dict(attn_norm="", ffn_norm="", attn_post_norm="apn", ffn_post_norm="fpn"), {}),
     "window": (dict(activation="gelu"), dict(window=7, attn_scale=0.1)),
     "softcap": ({}, dict(attn_softcap=5.0, window=9)),
+    "sinks": (dict(sinks="sink"), dict(window=11)),
     "one matrix": (dict(attn_qkv=("qkv",), ffn_in=("gate_up",)), dict(residual_scale=0.5)),
     "temperature": ({}, dict(attn_temp_scale=0.1, rope_scaling=RopeScaling("yarn", 2.0, 16, 1.0))),
     "biases": (dict(attn_qkv=("q_b", "k_b", "v_b"), attn_output=("o_b",)), {}),
@@ -194,7 +195,8 @@ def made_read(does, h):
     sizes = {"qn": h.head_dim, "kn": h.head_dim, "qn_row": h.n_q, "kn_row": h.n_kv}
     for name in does.norms.values():
         found[f"{name}.weight"] = 1 + 0.2 * rng.standard_normal(sizes.get(name, h.n_embd))
-    found |= {f"{name}.bias": rng.standard_normal(h.n_expert) for name in does.vectors.values()}
+    sizes = {"sink": h.n_head, "choice": h.n_expert}
+    found |= {f"{name}.bias": rng.standard_normal(sizes[name]) for name in does.vectors.values()}
     stored = {name: Stored(x.astype(np.float32), "F32", x.shape) for name, x in found.items()}
     return stored.get
 
@@ -252,20 +254,6 @@ def test_what_is_not_computed_here_is_refused(made, monkeypatch):
     monkeypatch.setattr(layers, "ACTIVATIONS", {})
     with pytest.raises(ValueError, match="activation=silu is not computed on device"):
         find("float", "cpu-torch")(model, 40)
-
-
-def test_a_sink_takes_part_in_the_softmax(rng):
-    q, k, v = (torch.from_numpy(rng.standard_normal((2, 4, 10, 8), np.float32)) for _ in range(3))
-    sinks = torch.from_numpy(rng.standard_normal(4, np.float32))
-    of = layers.Layers.__new__(layers.Layers)
-    of.n_ctx, of.device, of._masks = 10, CPU, {}
-    layer = SimpleNamespace(vectors={"sinks": sinks}, hparams=SimpleNamespace(score_scale=0.3, attn_softcap=0.0))
-    found = of._attend_in_steps(layer, q, k, v, 4).numpy()
-    for t in range(10):
-        keys = slice(max(0, t - 3), t + 1)
-        e = np.exp(0.3 * np.einsum("bhd,bhtd->bht", q[:, :, t], k[:, :, keys]))
-        weights = e / (e.sum(-1, keepdims=True) + np.exp(sinks.numpy())[:, None])
-        np.testing.assert_allclose(found[:, :, t], np.einsum("bht,bhtd->bhd", weights, v[:, :, keys]), atol=1e-5)
 
 
 # ── products of halves ──────────────────────────────────────────────────────────────────────────────────────────────

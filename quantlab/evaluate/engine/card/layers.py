@@ -10,7 +10,7 @@ from torch.nn import functional
 from quantlab import arch
 from quantlab.evaluate.engine import ExpertInputs, Observe
 from quantlab.evaluate.engine.card.products import Operand, Products
-from quantlab.evaluate.engine.rope import rope_angles
+from quantlab.evaluate.engine.rope import rope_angles, rope_factors
 
 SCORE_BYTES = 1 << 28  # of the scores of attention, where they are kept, at a time
 _LEAST_SUM = 6.103515625e-5  # what sums of weights of experts are at least, as in llama.cpp
@@ -85,7 +85,7 @@ class Layers:
     def __init__(self, model, n_ctx: int, products: Products, device: torch.device, matrices: Callable):
         self.hparams, self.n_ctx, self.products, self.device = model.hparams, n_ctx, products, device
         self._matrices = matrices
-        self._factors = model.tensor("rope_freqs.weight").floats() if "rope_freqs.weight" in model else None
+        self._factors = rope_factors(model, n_ctx)
         self._rotations, self._masks = {}, {}
 
     def apply(self, layer: LayerWeights, x: torch.Tensor, first: int, observe: Observe | None) -> torch.Tensor:
