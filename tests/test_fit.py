@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import sparse_models
 
-from quantlab.arch import Hparams
+from quantlab.arch import Hparams, complete
 from quantlab.files import bundled
 from quantlab.files.bundled import model_path
 from quantlab.run.compute_buffer import compute_bytes
-from quantlab.run.fit import GIB, VRAM_RESERVE, fit
+from quantlab.run.fit import GIB, VRAM_RESERVE, Setting, fit, kv_bytes
 from quantlab.transform.quantize import quantize
 
 MIB = 1024**2
@@ -197,6 +197,13 @@ def test_it_agrees_with_xllamacpp(tmp_path):
         theirs = xllamacpp.estimate_gpu_layers(card, str(path), [], 2048, 512, 1, "f16").layers
         ours = fit("llama-7b", ftype="Q4_K_M", vram=f"{gib}GiB", ram="64GiB", n_ctx=2048).rows[0].n_gpu_layers
         assert theirs <= ours <= theirs + 3  # they reserve the scores of attention, which is not stored any more
+
+
+def test_layers_with_a_window_keep_less():
+    """1.00 MiB for the layer without a window and 1.13 for six with one, by llama.cpp's log."""
+    sizes = {"n_layer": 7, "n_embd": 64, "n_head": 4, "n_head_kv": 2, "head_dim": 32, "n_ff": 128, "n_vocab": 640}
+    gemma = complete(Hparams(arch="gemma3", window=100, **sizes))
+    assert kv_bytes(gemma, Setting(4096, 512, "F16", "F16", True)) == 4096 * 256 + 6 * 768 * 256
 
 
 def test_every_shape_every_type():

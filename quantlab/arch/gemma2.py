@@ -14,6 +14,7 @@ ARCH = Architecture(
             "max_position_embeddings": 8192,
             "head_dim": 256,
             "sliding_window": 4096,
+            "tie_word_embeddings": True,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         }

@@ -62,6 +62,7 @@ ARCH = Architecture(
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "sliding_window": 4096,
+            "tie_word_embeddings": True,
         }
         for kind in ("gemma3", "gemma3_text")
     },

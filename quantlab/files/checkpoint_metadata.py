@@ -149,6 +149,7 @@ def _hugging_face(path: Path) -> Config:
         head_dim=head_dim,
         n_rot=n_rot,
         declared_window=table.get("sliding_window", 0),
+        tied_embeddings=table.get("tie_word_embeddings") is True,
         writes_head_dim="head_dim" in table,
         packed=packed,
         rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),

@@ -309,11 +309,15 @@ def _is_repacked(shape: tuple[int, ...], qtype: str) -> bool:
 def kv_bytes(hparams, setting: Setting) -> int:
     """Compute the bytes of the KV cache: one row of keys and one of values per cell and layer.
 
-    Yi-34B, context 4096, F16: 60 layers × 4096 cells × 2 × (8 heads × 128) × 2 bytes = 960 MiB.
+    Yi-34B, context 4096, F16: 60 layers × 4096 cells × 2 × (8 heads × 128) × 2 bytes = 960 MiB. A layer with a window
+    has cells for it and for the tokens of one batch.
     """
-    widths = [hparams.at(layer).n_kv for layer in range(hparams.n_layer)]
-    row = sum(row_bytes(qtype, n) for n in widths for qtype in (setting.cache_type_k, setting.cache_type_v))
-    return cells(setting.n_ctx) * row
+    total = 0
+    for layer in map(hparams.at, range(hparams.n_layer)):
+        n_cells = min(setting.n_ctx, layer.window + setting.n_ubatch) if layer.window else setting.n_ctx
+        row = sum(row_bytes(qtype, layer.n_kv) for qtype in (setting.cache_type_k, setting.cache_type_v))
+        total += cells(n_cells) * row
+    return total
 
 
 def needed(weights: Weights, setting: Setting, n_gpu_layers: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,7 +27,6 @@ from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, follow, is_stream
 from quantlab.files.recognize import short
-from quantlab.files.weights import read_json
 from quantlab.quants import block_bytes, block_size, row_bytes
 from quantlab.result import Result
 from quantlab.transform.job import FLOATS, Job, Options, make_job
@@ -143,8 +142,7 @@ def look_up(shape_or_file: str | Path):
 def _from_config(folder: Path) -> tuple[Hparams, dict[str, tuple[int, ...]]]:
     """Return hyper-parameters and shapes that a checkpoint's configuration promises."""
     config = read_config(folder)
-    is_tied = not config.is_meta and read_json(folder / "config.json").get("tie_word_embeddings") is True
-    config, factors = replace(config, tied_embeddings=is_tied), rope_factors(config)
+    factors = rope_factors(config)
     return complete(config), tensor_shapes(config) | {name: values.shape for name, values in factors.items()}
 
 
