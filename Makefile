@@ -29,7 +29,7 @@ table: $(VENV)/.lab  ## the size/ppl table of MODEL=tiny or smollm2: printed, an
 
 test: $(VENV)/.test  ## the tests, without the slow ones, and the examples in docstrings
 	$(BIN)/python -m pytest -m "not slow and not long"
-	$(BIN)/python -m pytest --doctest-modules quantlab
+	$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors quantlab
 
 lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
 	$(BIN)/jupyter lab notebooks
