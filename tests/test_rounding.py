@@ -115,7 +115,7 @@ def test_a_flipped_bit_of_a_scale_is_no_rounding(made, qtype, weighted):
 @pytest.mark.parametrize("scale", [1e-40, 1.0, 1e30])
 def test_any_bytes_are_judged_without_a_warning(rng, qtype, scale):
     x = (rng.standard_normal((8, 256)) * scale).astype(np.float32)
-    ours = np.empty((8, row_bytes(256, qtype)), np.uint8)
+    ours = np.empty((8, row_bytes(qtype, 256)), np.uint8)
     encode(x, qtype, None, ours)  # quantize() refuses what 1e30 becomes
     for theirs in (rng.integers(0, 256, ours.shape, np.uint8), np.full_like(ours, 255)):
         fused, good = is_other_rounding(x, ours, theirs, qtype, None)
