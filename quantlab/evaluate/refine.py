@@ -330,7 +330,7 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
     widest, q_k_v = max(shape[1] for shape in shapes), (h.n_head + 2 * h.n_head_kv) * h.head_dim
     attention = n_tokens * (q_k_v + h.n_head * h.head_dim + 7 * h.n_embd) + 3 * h.n_embd**2
     inner = n_tokens * (0 if h.n_ff <= q_k_v else h.n_ff)
-    down = n_tokens * (q_k_v + h.n_head * h.head_dim + 5 * h.n_embd) + inner + 2 * widest**2
+    down = n_tokens * (q_k_v + h.n_head * h.head_dim + 4 * h.n_embd) + inner + 2 * widest**2
     original = n_tokens * 6 * h.n_embd + sum(rows * n for rows, n in shapes)
     chosen = 10 * AT_ONCE * widest + n_tokens * 3 * AT_ONCE  # rows that are refined together
     needed = budget.PROCESS + 4 * max(original, chosen + max(attention, down))

@@ -27,7 +27,7 @@ from quantlab.evaluate.variants import Variant, Weights, as_is, output_name
 from quantlab.quants.validate import check_encoded
 from quantlab.transform.refined import has_refined_bytes
 
-AT_ONCE = 1024  # rows of a matrix that are refined together
+AT_ONCE = 512  # rows of a matrix that are refined together
 TOKENS_AT_ONCE = 4096  # tokens of the original stream that a layer is applied to together
 FIELDS = ("attn_qkv", "attn_output", "ffn_in", "ffn_down")  # whose weights are chosen
 # of the fields whose outputs are added to the residual stream the norm that may come before

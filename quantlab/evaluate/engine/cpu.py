@@ -231,6 +231,8 @@ class CpuEngine(Engine):
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
         if observe is not None and h.n_ff <= q_k_v.shape[1]:
             whole["inner"] = q_k_v[:, : h.n_ff]  # attention is done with it
+        if observe is not None and n_q == x.shape[1]:
+            whole["normed"] = whole["attended"]  # of a row the former come when the latter are done with
         if layer.experts:
             whole |= {"routed": np.empty_like(x), "scores": np.empty((len(x), layer.hparams.n_expert), np.float32)}
         self._run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
