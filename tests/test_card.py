@@ -239,6 +239,23 @@ def test_layers_of_every_kind_are_the_cpus(made, rng, kind, choice):
         np.testing.assert_allclose(seen["torch"][field], squares, rtol=1e-3, atol=1e-6 * squares.max())
 
 
+@pytest.mark.parametrize("kind", ["plain", "experts, sigmoid, all see one"])
+def test_weights_that_an_observer_returns_are_used_at_once(made, rng, kind):
+    model, read = made(kind)
+
+    def halved(name):
+        stored = read(name)
+        is_matrix = stored is not None and len(stored.shape) > 1
+        return replace(stored, data=stored.data / 2) if is_matrix else stored
+
+    states = rng.standard_normal((2, 40, 64), np.float32)
+    expected, found = states.copy(), states.copy()
+    with find("float", "cpu-torch")(model, 40) as engine:
+        engine.forward(engine.load(halved, 0), expected)
+        engine.forward(engine.load(read, 0), found, observe=lambda field, inputs: halved)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_what_is_not_computed_here_is_refused(made, monkeypatch):
     model, _ = made("plain")
     monkeypatch.setattr(layers, "_LAYER", [name for name in layers._LAYER if name != "sums_to_one"])
