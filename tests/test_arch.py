@@ -17,6 +17,7 @@ from quantlab.files import bundled
 
 PACKAGE = Path(ql.__file__).parent
 SMALL = Hparams(arch="llama", n_layer=2, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_vocab=320, n_ff_exp=32)
+SMALL = replace(SMALL, n_ff_shexp=48, ssm_conv=4, ssm_state=16, ssm_groups=2, ssm_heads=4, ssm_inner=64)
 
 # a llama whose tensors have other names, with a norm after attention
 MADE_UP = '''
@@ -116,14 +117,15 @@ def test_an_architecture_is_found_by_name_and_by_class():
 def test_a_record_is_whole(record):
     """Every part of a layer is a tensor, every matrix is used, every size is a hyper-parameter."""
     hparams = replace(SMALL, arch=record.name, n_expert=4 if any(t.role == "experts" for t in record.tensors) else 0)
+    hparams = record.complete(replace(hparams, n_layer=4))  # of all kinds
     layered = [tensor for tensor in record.tensors if tensor.is_layered and tensor.role != "bias"]
     kinds = {tensor.name.split(".")[2]: tensor for tensor in layered}
     assert all(kinds[kind].role == "norm" for kind in record.layer.norms.values())
     multiplied = ("matrix", "router", "experts")
     assert sorted(record.matrices()) == sorted(k for k, tensor in kinds.items() if tensor.role in multiplied)
-    dimensions = {"experts": 3, "router": 2} | dict.fromkeys(("embedding", "matrix", "output"), 2)
+    dimensions = {"experts": (3,)} | dict.fromkeys(("embedding", "matrix", "output", "router"), (2,))
     for name, tensor, shape in record.expand(hparams):
-        assert len(shape) == dimensions.get(tensor.role, 1) and all(shape)
+        assert len(shape) in dimensions.get(tensor.role, (1, 2)) and all(shape)
         assert record.tensor(name) is tensor
 
 

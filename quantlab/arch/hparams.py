@@ -63,6 +63,13 @@ class Hparams:
         Experts that a token sees.
     n_ff_exp, n_ff_shexp : int
         Inner size of an expert, and of the one that every token sees; 0 where there is none.
+    recurrent : int or tuple of int
+        1 in a layer that keeps a state instead of keys and values.
+    ssm_conv, ssm_state, ssm_groups, ssm_heads, ssm_inner : int
+        Of such a layer the size of the convolution and of a head of q and k, the numbers of heads of q and k and of
+        v, and the columns of v.
+    attention_interval : int
+        Of so many layers the last has attention, the others are recurrent; 0: not given.
     expert_scale : float
         What the weights of the chosen experts are multiplied by.
     rope_scaling : RopeScaling or None
@@ -103,6 +110,13 @@ class Hparams:
     n_ff_exp: int = 0
     n_ff_shexp: int = 0
     expert_scale: float = 1.0
+    recurrent: PerLayer = 0
+    ssm_conv: int = 0
+    ssm_state: int = 0
+    ssm_groups: int = 0
+    ssm_heads: int = 0
+    ssm_inner: int = 0
+    attention_interval: int = 0
     tied_embeddings: bool = False
 
     def __post_init__(self):
@@ -144,6 +158,31 @@ class Hparams:
     def n_q(self) -> int:
         """Columns of a layer's queries."""
         return self.n_head * self.head_dim
+
+    @property
+    def one(self) -> int:
+        """1: rows of a matrix that gives one number."""
+        return 1
+
+    @property
+    def recurrent_layers(self) -> list[bool]:
+        """Whether each layer is recurrent."""
+        return [self.at(i).recurrent > 0 for i in range(self.n_layer)]
+
+    @property
+    def n_q_gate(self) -> int:
+        """Columns of a layer's queries and, as many, of their gates."""
+        return 2 * self.n_q
+
+    @property
+    def ssm_value(self) -> int:
+        """Size of a head of v in a recurrent layer."""
+        return self.ssm_inner // max(1, self.ssm_heads)
+
+    @property
+    def conv_width(self) -> int:
+        """Columns of q, k and v in a recurrent layer."""
+        return 2 * self.ssm_groups * self.ssm_state + self.ssm_inner
 
     @property
     def n_kv(self) -> int:

@@ -33,7 +33,9 @@ class Tensor:
         second `{}`. Of a tensor that holds two projections of all experts, `("half", "0")` takes the first half of each
         expert's rows, `("every", "0")` the even ones, `("columns", "0")` the even columns. `("transpose",)` turns each
         expert's matrix around, perhaps with the number for `every` after it. `("mxfp4",)` joins blocks and scales;
-        with a number, the even rows of the blocks (0) or the odd ones (1).
+        with a number, the even rows of the blocks (0) or the odd ones (1). `("tile", "ssm_value")` puts the last rows,
+        heads of v of this size, into an order in which they take turns for the heads of k; `("tile_columns", …)` the
+        columns; `("tile_decay", "1")` also takes -e^x.
     meta : str
         Its name in Meta's checkpoints, whose rows have GGUF's order already.
     optional : bool
@@ -99,6 +101,9 @@ class Layer:
         sigmoid multiplies what attention gives; else 1.
     sinks : str
         One number for each head, a score that takes part in the softmax of attention and belongs to no token.
+    conv, time_step, decay, state_norm : str
+        Of a gated delta net, which takes the place of attention: `attn_qkv` are q, k and v in one, a gate, beta and
+        alpha, the heads of v in turns for those of k; `attn_output` has what `state_norm` and the gate leave.
     gating : str
         How scores of experts become weights: `softmax` of all, `sigmoid` of each, or `softmax_chosen`, of those chosen.
     choice_bias : str
@@ -127,6 +132,10 @@ class Layer:
     activation: Literal["silu", "gelu", "swiglu_oai"] = "silu"
     query_width: int = 1
     sinks: str = ""
+    conv: str = ""
+    time_step: str = ""
+    decay: str = ""
+    state_norm: str = ""
     gating: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"
     choice_bias: str = ""
     sums_to_one: bool = False
@@ -144,7 +153,7 @@ class Layer:
     @property
     def vectors(self) -> dict[str, str]:
         """What else a layer has beside products, their biases and norms, by field."""
-        return self._there("sinks", "choice_bias")
+        return self._there("sinks", "choice_bias", "conv", "time_step", "decay", "state_norm")
 
     def _there(self, *names: str) -> dict:
         """Some fields that are not empty."""
@@ -188,6 +197,8 @@ class Architecture:
         Roles of special tokens whose text the converter knows, for tokenizers that do not say.
     packed : tuple of str
         Quantizers, by the names of `packed_by`, whose weights the converter reads.
+    left_out : tuple of str
+        Starts of names of tensors that are no part of the model: layers that guess several tokens at once.
     window_period : int
         Of so many layers the last sees all tokens, the others a window, where the metadata does not say which; 0: the
         architecture knows no windows.
@@ -218,6 +229,7 @@ class Architecture:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     special: Mapping[str, str] = field(default_factory=dict)
     packed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     window_period: int = 0
     window: int = 0
     window_rope: float | None = None
@@ -256,6 +268,9 @@ class Architecture:
             found["rope_scaling"] = tuple(None if size else hparams.rope_scaling for size in window)
         if (step := self.unrotated_period) and not isinstance(hparams.n_rot, tuple):
             found["n_rot"] = tuple(hparams.n_rot if (i + 1) % step else 0 for i in range(n_layer))
+        if any(field == "recurrent" for field, _ in self.kinds) and not isinstance(hparams.recurrent, tuple):
+            step = hparams.attention_interval or 4
+            found["recurrent"] = tuple(int((i + 1) % step > 0) for i in range(n_layer))
         return replace(hparams, **found)
 
     def expand(self, hparams: Hparams) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:

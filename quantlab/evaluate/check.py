@@ -5,7 +5,13 @@ from dataclasses import replace
 from quantlab.arch import Architecture, architectures, find
 
 ROPE_SCALINGS = ("linear", "yarn")
-VARYING = ("window", "rope_base", "rope_scaling", "n_rot")  # hyper-parameters that may differ between layers
+VARYING = (
+    "recurrent",
+    "window",
+    "rope_base",
+    "rope_scaling",
+    "n_rot",
+)  # hyper-parameters that may differ between layers
 
 
 def check_model(model) -> None:

@@ -92,6 +92,35 @@ class Added(Changed):
 
 
 @dataclass(frozen=True)
+class Tiled(Changed):
+    """The last rows, columns or values in another order, so that heads of v take turns for the heads of k."""
+
+    order: tuple[int, ...]
+    is_columns: bool
+    is_decay: bool  # -e^x
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(
+            size for i, size in enumerate(self.source.shape) if size > 1 or i == 0
+        )  # a convolution's [n, 1, size]
+
+    @property
+    def dtype(self) -> str:
+        return "F32" if self.is_decay else self.source.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if len(self.shape) == 1 or self.is_columns:
+            rows = np.ascontiguousarray(self.source.rows(start, stop)[:, self.order])
+            return -np.exp(rows.astype(np.float64)).astype(np.float32) if self.is_decay else rows
+        first = self.shape[0] - len(self.order)  # rows before it keep their order
+        index = [row if row < first else first + self.order[row - first] for row in range(start, stop)]
+        cuts = [0, *(i for i in range(1, len(index)) if index[i] != index[i - 1] + 1), len(index)]
+        parts = [self.source.rows(index[a], index[b - 1] + 1) for a, b in pairwise(cuts) if a < b]
+        return np.concatenate(parts) if parts else self.source.rows(0, 0)
+
+
+@dataclass(frozen=True)
 class Joined:
     """Parts of one tensor put side by side: axis 0 stacks rows, axis 1 lengthens them."""
 
@@ -146,6 +175,10 @@ def change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
     kind, argument = how
     if kind == "add":
         return Added(source, float(argument))
+    if kind.startswith("tile"):
+        size = int(argument) if argument.isdecimal() else getattr(config, argument)
+        order = np.arange(config.ssm_heads * size).reshape(config.ssm_groups, -1, size).swapaxes(0, 1).reshape(-1)
+        return Tiled(source, tuple(order.tolist()), kind == "tile_columns", kind == "tile_decay")
     n_head = getattr(config, argument)
     if source.shape[0] % (2 * n_head):
         raise ValueError(f"{where}: {source.shape[0]} rows are no {n_head} heads. Check its configuration.")

@@ -170,8 +170,14 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
     names = config.record.checkpoint_names(config)
     yield from _packed(folder, stored, names)
     waiting: dict[str, dict[str, dict[int, Source]]] = {}  # layer → GGUF name → expert → its matrix
+    if left := [name for name in stored if config.record.left_out and name.startswith(config.record.left_out)]:
+        warnings.warn(
+            f"{folder}: {len(left)} tensors of layers that guess several tokens at once are left out, as llama.cpp's "
+            f"converter does with --no-mtp.",
+            stacklevel=4,
+        )
     for name, source in stored.items():
-        if name.endswith(config.record.skipped):
+        if name.endswith(config.record.skipped) or name in left:
             continue
         if name not in names:
             raise ValueError(

@@ -46,6 +46,7 @@ class Config(Hparams):
 
     is_meta: bool
     writes_head_dim: bool
+    rope_sections: list[int] | None = None  # of positions in pictures
     declared_window: int = 0  # that llama.cpp does not compute
     packed: str = ""
     rope: dict[str, Any]
@@ -135,6 +136,7 @@ def _hugging_face(path: Path) -> Config:
     n_rot = int(
         head_dim * _number(path, {"partial_rotary_factor": share}, "partial_rotary_factor", whole=False, most=1)
     )
+    needs_n_ff = "intermediate_size" in table or "n_ff_exp" not in record.sizes
     fields = {name for name in record.metadata.values() if table.get(_FIELDS.get(name))}
     config = Config(
         arch=record.name,
@@ -142,7 +144,7 @@ def _hugging_face(path: Path) -> Config:
         n_vocab=_number(path, table, "vocab_size"),
         n_ctx=n_ctx,
         n_embd=n_embd,
-        n_ff=_number(path, table, "intermediate_size"),
+        n_ff=_number(path, table, "intermediate_size") if needs_n_ff else 0,
         n_layer=_number(path, table, "num_hidden_layers", most=MAX_LAYERS),
         n_head=n_head,
         n_head_kv=_number(path, table, "num_key_value_heads", n_head),
@@ -159,7 +161,29 @@ def _hugging_face(path: Path) -> Config:
         **{field: _number(path, table, key) for field, key in record.sizes.items() if table.get(key) is not None},
         **_rope(path, *whole_rope, n_ctx),
     )
+    if config.ssm_heads:
+        config = _recurrent(path, table, config)
     return replace(config, attn_temp_scale=config.rope.get("llama_4_scaling_beta") or 0.0)
+
+
+def _recurrent(path: Path, table: dict[str, Any], config: Config) -> Config:
+    """Fill in which layers are recurrent, and the columns of their values."""
+    kinds, n_layer = table.get("layer_types"), config.n_layer
+    if not isinstance(kinds, list):
+        kinds = ["full_attention" if (i + 1) % config.attention_interval == 0 else "" for i in range(n_layer)]
+    if len(kinds) != n_layer or config.ssm_heads % config.ssm_groups:
+        raise ValueError(
+            f"{path}: layer_types={short(kinds)}, need one for each of {n_layer} layers; linear_num_value_heads="
+            f"{config.ssm_heads}, must be a multiple of linear_num_key_heads={config.ssm_groups}."
+        )
+    recurrent = tuple(int(kind != "full_attention") for kind in kinds)
+    inner = config.ssm_heads * _number(path, table, "linear_value_head_dim")
+    given = config.rope.get("mrope_section") or [11, 11, 10]
+    if not isinstance(given, list) or not all(type(size) is int for size in given):
+        raise ValueError(
+            f"{path}: mrope_section={short(given)}, need whole numbers. Use this checkpoint's config.json."
+        )
+    return replace(config, recurrent=recurrent, ssm_inner=inner, rope_sections=[*given, 0, 0, 0][:4])
 
 
 def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
@@ -395,11 +419,13 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
         "block_count": np.uint32(config.n_layer),
         "context_length": np.uint32(config.n_ctx),
         "embedding_length": np.uint32(config.n_embd),
-        "feed_forward_length": np.uint32(config.n_ff),
+        **({"feed_forward_length": np.uint32(config.n_ff)} if config.n_ff else {}),
         "attention.head_count": np.uint32(config.n_head),
         "attention.head_count_kv": np.uint32(config.n_head_kv),
     }
     keys |= _scaling_metadata(config.rope)
+    if config.rope.get("mrope_section") and config.rope_sections:
+        keys["rope.dimension_sections"] = np.array(config.rope_sections, np.int32)
     keys["rope.freq_base"] = np.float32(config.rope_base)
     if config.rope_base_window:
         keys["rope.freq_base_swa"] = np.float32(config.rope_base_window)
@@ -413,7 +439,8 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
     for key, name in config.record.metadata.items():
         value = getattr(config, name)
         if value and (name != "windowed" or config.window) or name == "declared_window":
-            keys[key] = {float: np.float32, int: np.uint32}.get(type(value), np.array)(value)
+            kind = np.int32 if type(value) is list and type(value[0]) is int else None
+            keys[key] = {float: np.float32, int: np.uint32}.get(type(value), lambda v, k=kind: np.array(v, k))(value)
     if config.record.order:
         keys = {key: keys[key] for key in config.record.order if key in keys}
     metadata = {"general.file_type" if key == "file_type" else f"{config.arch}.{key}": keys[key] for key in keys}

@@ -54,12 +54,13 @@ def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source
         "rope_base": keys.loosely(lambda: keys.positive("rope.freq_base", 10000.0), 0.0),
         "rope_scaling": keys.loosely(lambda: _rope_scaling(keys), None),
     }
+    is_dense = keys.get("expert_count") is None or keys.get("feed_forward_length") is not None
     hparams = Hparams(
         arch=keys.arch,
         n_layer=n_layer,
         n_head=n_head,
         n_head_kv=keys.per_layer("attention.head_count_kv", n_layer, n_head),
-        n_ff=keys.per_layer("feed_forward_length", n_layer, given),
+        n_ff=keys.per_layer("feed_forward_length", n_layer, given) if is_dense else 0,
         n_expert=keys.whole("expert_count", 0, least=0),
         n_expert_used=keys.whole("expert_used_count", 0, least=0),
         tied_embeddings="output.weight" not in tensors,
@@ -79,6 +80,14 @@ def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
         kind = type(defaults.get(name))
         if kind in (int, float) and keys.get(key) is not None:
             found[name] = keys.positive(key) if kind is float else keys.whole(key, least=0)
+    recurrent = keys.get("attention.recurrent_layers")
+    if "attention.recurrent_layers" in record.metadata and isinstance(recurrent, list | np.ndarray):
+        if len(recurrent) != n_layer:
+            raise ValueError(
+                f"{keys.source}: {keys.arch}.attention.recurrent_layers={short(recurrent)}, need one for each of "
+                f"{n_layer} layers. Convert the checkpoint again."
+            )
+        found["recurrent"] = tuple(int(bool(item)) for item in recurrent)
     if record.window_period:
         size = keys.whole("attention.sliding_window", record.window, least=0)
         pattern = keys.get("attention.sliding_window_pattern")

@@ -22,6 +22,7 @@ from quantlab import arch
 from quantlab.evaluate import budget
 from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, fused
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention
+from quantlab.evaluate.engine.delta_net import mix_tokens
 from quantlab.evaluate.engine.experts import Experts, route
 from quantlab.evaluate.engine.rope import rope_angles, rope_factors
 from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, fill_panels, multiply, n_panels, panels_size
@@ -148,7 +149,9 @@ class CpuEngine(Engine):
             else:
                 matrices[field], free = self.matrix(parts, free)
         norms = {field: read(f"{name}.weight") for field, name in does.norms.items()}
-        vectors = {field: read(f"{name}.weight") or read(f"{name}.bias") for field, name in does.vectors.items()}
+        vectors = {
+            field: read(f"{name}.weight") or read(f"{name}.bias") or read(name) for field, name in does.vectors.items()
+        }
         biases = {field: [read(f"{name}.bias") for name in names] for field, names in does.products.items()}
         return LayerWeights(
             matrices,
@@ -216,17 +219,20 @@ class CpuEngine(Engine):
     def forward(self, layer: LayerWeights, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:
         """Apply a layer in place; see `Engine.forward`."""
         x, h = states.reshape(-1, states.shape[-1]), layer.hparams
-        n_q, n_kv = h.n_q, h.n_kv
-        if self._qkv.size < len(x) * (2 * n_q + 2 * n_kv):
-            self._qkv = np.empty(len(x) * (2 * n_q + 2 * n_kv), np.float32)
-        qkv = self._qkv[: len(x) * (2 * n_q + 2 * n_kv)].reshape(
-            len(x), -1
-        )  # q, k, v, and what attention makes of them
-        q_k_v, whole = qkv[:, : n_q + 2 * n_kv], {"attended": qkv[:, n_q + 2 * n_kv :]}
+        width, is_delta = layer.matrices["attn_qkv"].n_out, "conv" in layer.vectors
+        size = len(x) * (width + (h.ssm_inner if is_delta else h.n_q))
+        if self._qkv.size < size:
+            self._qkv = np.empty(size, np.float32)
+        qkv = self._qkv[:size].reshape(len(x), -1)  # q, k, v, and what attention makes of them
+        q_k_v, whole = qkv[:, :width], {"attended": qkv[:, width:]}
         chunks, by_rows = blocks(len(x), self.n_ctx), blocks(len(x), ROWS)
         self._run(lambda rows, space: self._project(layer, x, q_k_v, rows, space), by_rows, layer, whole, observe)
-        pieces = [(chunk, head) for chunk in chunks for head in range(h.n_head_kv)]
-        self.workers.map(lambda piece: self._attend(qkv, layer, first, *piece), pieces)
+        pieces = [(chunk, head) for chunk in chunks for head in range(h.ssm_heads if is_delta else h.n_head_kv)]
+        if is_delta:
+            mixed = whole["attended"]
+            self.workers.map(lambda p: mix_tokens(self, layer, q_k_v[p[0]], mixed[p[0]], p[1]), pieces)
+        else:
+            self.workers.map(lambda piece: self._attend(qkv, layer, first, *piece), pieces)
         if first:
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
         if observe is not None and h.n_ff <= q_k_v.shape[1]:
@@ -270,25 +276,29 @@ class CpuEngine(Engine):
     def _project(self, layer: LayerWeights, x: np.ndarray, q_k_v: np.ndarray, rows: slice, space) -> Iterator:
         """Norm, q, k, v and their rotation for a block of rows."""
         h, out, normed = layer.hparams, q_k_v[rows], space("normed", rows, x.shape[1])
-        q, k = out[:, : h.n_q], out[:, h.n_q : h.n_q + h.n_kv]
+        n_q, wide = layer.does.query_width * h.n_q, layer.does.query_width
+        q, k = out[:, :n_q], out[:, n_q : n_q + h.n_kv]
         self._norm("attn_norm", layer, x[rows], normed)
         yield "attn_qkv", "normed"
         self._product("attn_qkv", layer, normed, out)
+        if "conv" in layer.vectors:
+            return
         for name, part in (("q_norm", q), ("k_norm", k)):
             if name in layer.norms and layer.norms[name].size == h.head_dim:
-                self.steps.head_norm(heads(part, h.head_dim), layer.norms[name], self.eps)
+                every = heads(part, h.head_dim)
+                self.steps.head_norm(every[:, :: wide if name == "q_norm" else 1], layer.norms[name], self.eps)
             elif name in layer.norms:
                 self.steps.rms_norm(part, layer.norms[name], self.eps, part)
         position = np.arange(rows.start, rows.stop) % self.n_ctx
         if h.n_rot:
             rotate = getattr(self.steps, f"rope_{layer.does.rope}")
             cos, sin = (table[position] for table in self.rotation(h))
-            rotate(heads(q, h.head_dim), cos, sin)
+            rotate(heads(q, h.head_dim)[:, ::wide], cos, sin)
             rotate(heads(k, h.head_dim), cos, sin)
         if h.attn_temp_scale:
             step = h.rope_scaling.orig_ctx if h.rope_scaling and h.rope_scaling.orig_ctx else h.n_ctx
             q *= (1 + h.attn_temp_scale * np.log(1 + position // step)).astype(np.float32)[:, None]
-        self.round_cache(out[:, h.n_q :])
+        self.round_cache(out[:, n_q:])
 
     def _product(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
         """Compute a field's product, with its bias."""
@@ -319,7 +329,10 @@ class CpuEngine(Engine):
         every = heads(qkv[chunk], h.head_dim)  # the heads of q, of k, of v, and of the result
         q, k, v = every[:, : n_q : layer.does.query_width][:, group], every[:, n_q + head], every[:, n_q + n_kv + head]
         sinks = layer.vectors.get("sinks", np.full(h.n_head, -np.inf, np.float32))[group]
-        self.attention(q, k, v, h, first, sinks, every[:, n_q + 2 * n_kv :][:, group])
+        out = every[:, n_q + 2 * n_kv :][:, group]
+        self.attention(q, k, v, h, first, sinks, out)
+        if layer.does.query_width > 1:
+            out[first:] /= 1 + np.exp(-every[first:, 1:n_q:2][:, group])
 
     def attention(self, q, k, v, h: arch.Hparams, first: int, sinks: np.ndarray, out: np.ndarray) -> None:
         """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
