@@ -235,9 +235,10 @@ class CpuEngine(Engine):
             self.workers.map(lambda piece: self._attend(qkv, layer, first, *piece), pieces)
         if first:
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
-        if observe is not None and h.n_ff <= q_k_v.shape[1]:
-            whole["inner"] = q_k_v[:, : h.n_ff]  # attention is done with it
-        if observe is not None and n_q == x.shape[1]:
+        n_ff = layer.matrices["ffn_in"].n_out // 2 if "ffn_in" in layer.matrices else 0
+        if observe is not None and 0 < n_ff <= q_k_v.shape[1]:
+            whole["inner"] = q_k_v[:, :n_ff]  # attention is done with it
+        if observe is not None and whole["attended"].shape[1] == x.shape[1]:
             whole["normed"] = whole["attended"]  # of a row the former come when the latter are done with
         if layer.experts:
             whole |= {"routed": np.empty_like(x), "scores": np.empty((len(x), layer.hparams.n_expert), np.float32)}
