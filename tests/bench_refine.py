@@ -67,7 +67,7 @@ def main() -> None:
         (variant,) = resolve(model, [options.ftype])
         with CpuEngine(model, N_CTX) as engine, tqdm(disable=True) as bar:
             best = peak(engine.workers)
-            how = {"sweeps": options.sweeps, "damping": auto_damping(options.chunks), "bar": bar}
+            how = {"sweeps": options.sweeps, "damping": auto_damping(model, tokens), "bar": bar}
             start, cpu = time.perf_counter(), time.process_time()
             Refinement(variant, tokens, engine, **how).run(lambda name, data: None)
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu

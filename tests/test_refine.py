@@ -12,7 +12,7 @@ from test_verify import rewritten
 
 import quantlab as ql
 from quantlab.evaluate import refine as module
-from quantlab.files.bundled import read_text
+from quantlab.files.bundled import bundled_path, read_text
 from quantlab.files.model import open as open_model
 from quantlab.study.front import judge_refined
 from quantlab.study.tables import size_ppl
@@ -85,6 +85,11 @@ def test_a_stopped_run_resumes_to_the_same_bytes(refined, tmp_path, monkeypatch,
     path = ql.refine("tiny", tmp_path / "a.gguf", scratch=tmp_path / "scratch", **OPTIONS)
     assert path.read_bytes() == refined.read_bytes()
     assert [item.name for item in tmp_path.iterdir()] == ["a.gguf"]
+
+
+@pytest.mark.parametrize("chunks, damping", [(2, 0.3), (16, 0.1), (64, 0.05)])
+def test_damping_falls_with_the_tokens_for_each_input(chunks, damping):
+    assert module.auto_damping(open_model(bundled_path("tiny")), np.zeros((chunks, 512))) == pytest.approx(damping)
 
 
 def test_a_recipe_gives_the_types(tmp_path):

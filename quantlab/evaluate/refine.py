@@ -126,7 +126,8 @@ def refine(
     sweeps : int
         How often codes and scales are gone through after the feedback.
     damping : float or "auto"
-        Share of each diagonal element of the second moments that is added to it (auto: by the number of chunks).
+        Share of each diagonal element of the second moments that is added to it (auto: by the number of
+        tokens for each input of the widest layer).
     imatrix : str, Path or ImportanceMatrix, optional
         For the tensors that are not refined.
     recipe : str, Path or Recipe, optional
@@ -172,7 +173,7 @@ def refine(
     if sweeps < 0:
         raise ValueError(f"sweeps={sweeps}, must be 0 or more. 2 is customary.")
     tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
-    damping = auto_damping(len(tokens)) if damping == "auto" else float(damping)
+    damping = auto_damping(opened, tokens) if damping == "auto" else float(damping)
     if not 0 < damping <= 10:
         raise ValueError(f"damping={damping}, must be above 0 and at most 10. Try auto.")
     digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
@@ -238,9 +239,14 @@ def _workspace(path: Path, scratch: str | Path | None) -> Iterator[tuple[Path, P
         folder.rmdir()
 
 
-def auto_damping(chunks: int) -> float:
-    """Return the damping for a text of this many chunks: few tokens say little about directions that seldom occur."""
-    return float(np.clip(0.1 * 16 / chunks, 0.05, 0.3))
+def auto_damping(model: Model, tokens: np.ndarray) -> float:
+    """Return the damping for these tokens: few for each input say little about directions that seldom occur."""
+    return float(np.clip(0.1 * 16 * _widest(model) / tokens.size, 0.05, 0.3))
+
+
+def _widest(model: Model) -> int:
+    """Most inputs of a matrix of a layer."""
+    return max(tensor.shape[-1] for tensor in model if tensor.name.startswith("blk."))
 
 
 def cpu_kind() -> str:
@@ -259,7 +265,7 @@ def calibration_tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tu
         for item in texts
     ]
     tokens = np.concatenate(found)
-    widest = max(tensor.shape[-1] for tensor in model if tensor.name.startswith("blk."))
+    widest = _widest(model)
     if tokens.size < widest:
         raise ValueError(
             f"text: {tokens.size} tokens are fewer than the {widest} inputs of the widest layer. "

@@ -65,7 +65,7 @@ class RefinedAlone:
         with CpuEngine(self.base, self.tokens.shape[1]) as engine:
             check_plan(variants[0], self.tokens, SWEEPS, engine, self.memory)
             with tqdm(total=self.base.hparams.n_layer, unit="layer", desc="refining", disable=not self.progress) as bar:
-                how = {"sweeps": SWEEPS, "damping": auto_damping(len(self.tokens)), "bar": bar}
+                how = {"sweeps": SWEEPS, "damping": auto_damping(self.base, self.tokens), "bar": bar}
                 _Pass(variants, self.tokens, engine, self.folder, **how).run(None)
 
 
