@@ -28,6 +28,7 @@ ARCH = Architecture(
             "num_key_value_heads": 2,
             "head_dim": 128,
             "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 0.00000015625,
         }
     },
     metadata={"rope.dimension_count": "n_rot"},

@@ -9,7 +9,12 @@ ARCH = replace(
     name="mistral3",
     classes=("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
     defaults={
-        "ministral3": {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128},
+        "ministral3": {
+            "max_position_embeddings": 262144,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+        },
         "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "head_dim": 0},
     },
     metadata=LLAMA.metadata

@@ -29,7 +29,16 @@ ARCH = Architecture(
         ffn_norm="",
         ffn_post_norm="post_ffw_norm",
     ),
-    defaults={"olmo2": {"max_position_embeddings": 2048}, "olmo3": {"max_position_embeddings": 2048}},
+    defaults={
+        "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        "olmo3": {
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 5e5,
+            "sliding_window": 4096,
+        },
+    },
     metadata={"attention.sliding_window": "window_size", "attention.sliding_window_pattern": "windowed"},
     window_period=4,
     window_rope=0.0,

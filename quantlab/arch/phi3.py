@@ -19,7 +19,9 @@ ARCH = Architecture(
         *ENDS,
     ),
     layer=Layer(attn_qkv=("attn_qkv",), ffn_in=("ffn_up",)),
-    defaults={"phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}},
+    defaults={
+        "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    },
     metadata={
         "rope.scaling.original_context_length": "orig_ctx",
         "rope.dimension_count": "n_rot",
