@@ -26,6 +26,7 @@ class GgmlEngine(CpuEngine):
         layer, h = arch.find(model.hparams.arch).layer, model.hparams
         beyond = {"activation": layer.activation != "silu", "window": h.window, "attn_softcap": h.attn_softcap}
         beyond |= {"logit_softcap": h.logit_softcap, "attn_temp_scale": h.attn_temp_scale, "experts": h.n_expert}
+        beyond |= {"delta nets": any(h.recurrent_layers), "gates of attention": layer.query_width > 1}
         if others := [name for name, value in beyond.items() if value]:
             raise ValueError(
                 f"{model.path}: mode=ggml-cpu does not compute {', '.join(others)} of {h.arch}. "
