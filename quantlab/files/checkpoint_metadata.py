@@ -100,7 +100,8 @@ def _number(
     return value
 
 
-def _hugging_face(path: Path) -> Config:
+def _tables(path: Path) -> tuple[Architecture, dict[str, Any], str]:
+    """Return the architecture of a configuration, what it says of the text model with defaults, and who packed it."""
     whole = read_json(path)
     classes = whole.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
@@ -122,20 +123,29 @@ def _hugging_face(path: Path) -> Config:
             f"{path}: model_type={short(model_type)} of the text model, need one of {known}. Use llama.cpp's converter."
         )
     defaults = record.defaults.get(model_type, {}) if isinstance(model_type, str) else {}
-    table = {**defaults, **{key: value for key, value in table.items() if value is not None}}
+    return record, {**defaults, **{key: value for key, value in table.items() if value is not None}}, packed
+
+
+def _heads(path: Path, table: dict[str, Any], rope: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes of a layer's heads; `rope` is the table that says which share of them is rotated."""
     n_embd, n_head = _number(path, table, "hidden_size"), _number(path, table, "num_attention_heads")
     head_dim = table.get("head_dim") or None
     if n_embd % n_head and not head_dim:
         raise ValueError(
             f"{path}: hidden_size={n_embd} is no multiple of num_attention_heads={n_head}. Check the configuration."
         )
-    n_ctx, n_layer = (_number(path, table, key) for key in ("max_position_embeddings", "num_hidden_layers"))
     head_dim = _number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head)
+    key = "partial_rotary_factor"
+    share = _number(path, {key: _rope_table(path, rope).get(key) or table.get(key, 1)}, key, whole=False, most=1)
+    n_head_kv = _number(path, table, "num_key_value_heads", n_head)
+    n_rot = int(head_dim * share)
+    return {"n_embd": n_embd, "n_head": n_head, "n_head_kv": n_head_kv, "head_dim": head_dim, "n_rot": n_rot}
+
+
+def _hugging_face(path: Path) -> Config:
+    record, table, packed = _tables(path)
+    n_ctx, n_layer = (_number(path, table, key) for key in ("max_position_embeddings", "num_hidden_layers"))
     whole_rope = _rope_of_windows(path, table, record)
-    share = _rope_table(path, whole_rope[0]).get("partial_rotary_factor") or table.get("partial_rotary_factor", 1)
-    n_rot = int(
-        head_dim * _number(path, {"partial_rotary_factor": share}, "partial_rotary_factor", whole=False, most=1)
-    )
     needs_n_ff = "intermediate_size" in table or "n_ff_exp" not in record.sizes
     fields = {name for name in record.metadata.values() if table.get(_FIELDS.get(name))}
     config = Config(
@@ -143,13 +153,9 @@ def _hugging_face(path: Path) -> Config:
         is_meta=False,
         n_vocab=_number(path, table, "vocab_size"),
         n_ctx=n_ctx,
-        n_embd=n_embd,
         n_ff=_number(path, table, "intermediate_size") if needs_n_ff else 0,
         n_layer=_number(path, table, "num_hidden_layers", most=MAX_LAYERS),
-        n_head=n_head,
-        n_head_kv=_number(path, table, "num_key_value_heads", n_head),
-        head_dim=head_dim,
-        n_rot=n_rot,
+        **_heads(path, table, whole_rope[0]),
         declared_window=table.get("sliding_window", 0),
         tied_embeddings=table.get("tie_word_embeddings") is True,
         writes_head_dim="head_dim" in table,
