@@ -119,11 +119,14 @@ def test_a_full_disk_keeps_the_state_and_nothing_under_the_final_name(tmp_path):
 
 @pytest.mark.long
 def test_killed_refinements_go_on_to_the_same_bytes(tmp_path):
+    assert start(tmp_path, REFINE).wait() == 0  # compiles
+    out = tmp_path / "out.gguf"
+    expected, moments, killed, went_on = out.read_bytes(), random.Random(20261128), 0, 0
+    out.unlink()
     begin = time.perf_counter()
     assert start(tmp_path, REFINE).wait() == 0
     duration = time.perf_counter() - begin
-    out = tmp_path / "out.gguf"
-    expected, moments, killed, went_on = out.read_bytes(), random.Random(20261128), 0, 0
+    assert out.read_bytes() == expected
     out.unlink()
     while killed < REFINEMENT_KILLS:
         went_on += (tmp_path / "scratch" / "states" / "progress.json").exists()
