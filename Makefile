@@ -11,10 +11,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
 
-# torch for the tests: on Linux the build for the CPU, a tenth of the size of the one for cards
+# torch for the tests: on Linux the build for the CPU, a tenth of the size of the one for cards, which PyPI has
 TORCH  := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 ifeq ($(shell uname -s),Linux)
-TORCH  := --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)+cpu
+TORCH_ON_CPU := --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)+cpu
 endif
 
 .PHONY: help table test lab bench scale pictures check-long fuzz lint format clean
@@ -104,6 +104,7 @@ $(VENV)/.test: $(VENV)/.lab
 	    $(PIP) install -c constraints.txt --only-binary $$judge $$judge 2> /dev/null \
 	        || echo "No wheel of $$judge for this platform: the tests against it will be skipped"; \
 	done
-	@$(PIP) install -c constraints.txt --only-binary :all: --retries 1 --timeout 15 $(TORCH) 2> /dev/null \
-	    || echo "torch for the CPU cannot be installed: the tests of the engine for graphics cards will be skipped"
+	@$(PIP) install -c constraints.txt --only-binary :all: --retries 1 --timeout 15 $(or $(TORCH_ON_CPU),$(TORCH)) 2> /dev/null \
+	    || $(PIP) install -c constraints.txt --only-binary :all: $(TORCH) 2> /dev/null \
+	    || echo "torch cannot be installed: the tests of the engine for graphics cards will be skipped"
 	@touch $@

@@ -200,7 +200,7 @@ def test_it_agrees_with_xllamacpp(tmp_path):
 
 
 def test_layers_with_a_window_keep_less():
-    """1.00 MiB for the layer without a window and 1.13 for six with one, by llama.cpp's log."""
+    """1.00 MiB for the layer without a window, by llama.cpp's log, and 1.13 for six with one, by its sources."""
     sizes = {"n_layer": 7, "n_embd": 64, "n_head": 4, "n_head_kv": 2, "head_dim": 32, "n_ff": 128, "n_vocab": 640}
     gemma = complete(Hparams(arch="gemma3", window=100, **sizes))
     assert kv_bytes(gemma, Setting(4096, 512, "F16", "F16", True)) == 4096 * 256 + 6 * 768 * 256

@@ -52,3 +52,12 @@ def causal_attention(q, k, v, first, window, scale, cap, sinks, out, keys, value
             else:
                 causal_softmax(seen, start - low, window, scale, sinks[h])
             multiply(seen, values[:, low:stop], out[start:stop, h])
+
+
+def heads(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """View rows [nrows, n_heads * head_dim] as [nrows, n_heads, head_dim]."""
+    return np.lib.stride_tricks.as_strided(
+        rows,
+        (len(rows), rows.shape[1] // head_dim, head_dim),
+        (rows.strides[0], head_dim * rows.itemsize, rows.itemsize),
+    )

@@ -21,7 +21,7 @@ from threadpoolctl import ThreadpoolController
 from quantlab import arch
 from quantlab.evaluate import budget
 from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, fused
-from quantlab.evaluate.engine.attention import QUERIES, causal_attention
+from quantlab.evaluate.engine.attention import QUERIES, causal_attention, heads
 from quantlab.evaluate.engine.delta_net import mix_tokens
 from quantlab.evaluate.engine.experts import Experts, route
 from quantlab.evaluate.engine.rope import rope_angles, rope_factors
@@ -498,12 +498,3 @@ def peak(workers: Workers) -> float:
         workers.map(lambda mine: [multiply(x, panels, mine) for _ in range(10)], out)
         best = min(best, time.perf_counter() - start)
     return 10 * len(out) * 2 * x.size * 1024 / best
-
-
-def heads(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """View rows [nrows, n_heads * head_dim] as [nrows, n_heads, head_dim]."""
-    return np.lib.stride_tricks.as_strided(
-        rows,
-        (len(rows), rows.shape[1] // head_dim, head_dim),
-        (rows.strides[0], head_dim * rows.itemsize, rows.itemsize),
-    )
