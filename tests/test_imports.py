@@ -91,6 +91,12 @@ def test_architectures_are_read_without_numba_and_files():
     assert done.stdout.strip() == "[]"
 
 
+def test_quantize_is_imported_without_numba():
+    code = "import sys, quantlab as ql; ql.quantize; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_public_names_resolve():
     import quantlab as ql
 

@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numba
 import numpy as np
 
 from quantlab import quants
@@ -340,6 +339,8 @@ def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, 
 
 def plan_of(job: Job) -> Plan:
     """Work out what a job that is known will read, write and need; see `plan`."""
+    import numba  # only here: sizes on paper need no kernels
+
     steps = job.steps
     written = sum(len(output.header) for output in job.outputs)
     written += sum(

@@ -31,7 +31,6 @@ from quantlab.files.output import (
     replacing,
 )
 from quantlab.quants.codebook import CODES
-from quantlab.quants.validate import check_encoded, check_stored
 from quantlab.transform.job import FLOATS, Job, Options, Step, make_job
 from quantlab.transform.plan import MIB, Plan, plan_of
 from quantlab.transform.slabs import kernels_in_order, row_ranges
@@ -240,6 +239,8 @@ def _take(slab: _Slab, histogram: bool) -> tuple[_Slab, np.ndarray, bytes, np.nd
 
 def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
     """Return rows in their new type, as valid as llama-quantize wants them; `start` is the number of the first one."""
+    from quantlab.quants.validate import check_encoded, check_stored  # numba, which a plan on paper does without
+
     tensor, qtype = step.tensor, step.choice.qtype
     if step.is_kept or tensor.qtype not in FLOATS:  # other floats are checked while they are encoded
         check_stored(rows.view(np.uint8), tensor.qtype, name=tensor.name, first_row=start)
