@@ -92,7 +92,7 @@ def test_architectures_are_read_without_numba_and_files():
 
 
 def test_quantize_is_imported_without_numba():
-    code = "import sys, quantlab as ql; ql.quantize; print('numba' in sys.modules)"
+    code = "import sys, quantlab.transform.quantize; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
 
