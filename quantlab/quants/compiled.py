@@ -28,7 +28,7 @@ def njit(function=None, /, **options):
 
     Examples
     --------
-    >>> @njit(cache=True)
+    >>> @njit(nogil=True)
     ... def twice(x):
     ...     return x + x
     >>> twice(2)
