@@ -151,7 +151,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match=r"in_files: blk.0.attn_q.weight: shape=\(1, 8\), must be \(1, 256\)"):
         imatrix("tiny", in_files=[narrow], **SHORT)
     larger = ImportanceMatrix({"blk.99.attn_q.weight": np.ones((1, 8), np.float32)}, narrow.counts, 1, 128)
-    with pytest.raises(ValueError, match="in_files: blk.99.attn_q.weight is no tensor of"):
+    with pytest.raises(ValueError, match="in_files: blk.99.attn_q.weight is not a tensor of"):
         imatrix("tiny", in_files=[larger], **SHORT)
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
+from quantlab.quants.ggml_types import FAMILIES
 from quantlab.study import plots
 
 
@@ -68,6 +69,7 @@ def test_colours_differ_in_grey_too(frame):
     ax = plots.bpw_against_ppl(frame)
     drawn = [bars.lines[0].get_color() for bars in ax.containers]
     greys = sorted(0.3 * r + 0.59 * g + 0.11 * b for r, g, b in map(to_rgb, drawn))
+    assert {to_rgb(colour) for colour in drawn} <= {to_rgb(family.colour) for family in FAMILIES.values()}
     assert len(greys) == 2
     assert greys[1] - greys[0] > 0.05
 

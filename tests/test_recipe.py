@@ -214,7 +214,7 @@ def test_bad_input(model, measured, tmp_path):
     with pytest.raises(ValueError, match="is in groups .* and again, must be in one"):
         recipe(twice, model, like="Q4_K_M")
     strange = replace(measured, rows=(*measured.rows, measured.rows[0] | {"types": {"x": "Q4_K"}}))
-    with pytest.raises(ValueError, match="x is no tensor of"):
+    with pytest.raises(ValueError, match="x is not a tensor of"):
         recipe(strange, model, like="Q4_K_M")
     with pytest.raises(ValueError, match="recipes: must be at least one"):
         judge([], model)

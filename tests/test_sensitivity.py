@@ -350,7 +350,7 @@ def test_a_result_is_kept_and_read(found, tmp_path):
         ({"types": ["Q9_K"]}, "type=Q9_K, must be one of .* Did you mean"),
         ({"types": []}, "types and groups: must not be empty"),
         ({"groups": "tensor"}, "groups=tensor, must be None, layer, kind, model or a mapping"),
-        ({"groups": {"a": ["blk.9.attn_q.weight"]}}, "groups: blk.9.attn_q.weight is no tensor of"),
+        ({"groups": {"a": ["blk.9.attn_q.weight"]}}, "groups: blk.9.attn_q.weight is not a tensor of"),
         ({"groups": {"a": []}}, "must not be empty"),
         ({"sample": 0}, "sample=0, must be at least 1"),
         ({"sample": 1, "groups": "kind"}, "sample=1, must be at least 1, and groups=None"),

@@ -114,7 +114,7 @@ def _check_same_model(earlier: Sequence[ImportanceMatrix], model: Model) -> None
     for matrix in earlier:
         for name, sums in matrix.sums.items():
             if name not in shapes:
-                raise ValueError(f"in_files: {name} is no tensor of {model.path}. Give matrices of this model.")
+                raise ValueError(f"in_files: {name} is not a tensor of {model.path}. Give matrices of this model.")
             n_mat = n_experts(shapes[name])
             if sums.shape != (n_mat, shapes[name][-1]):
                 raise ValueError(

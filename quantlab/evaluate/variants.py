@@ -10,7 +10,7 @@ import numpy as np
 from quantlab import quants
 from quantlab.evaluate.engine import Stored
 from quantlab.files.bundled import bundled_path, model_path
-from quantlab.files.model import LazyTensor, Model
+from quantlab.files.model import LazyTensor, Model, is_checkpoint
 from quantlab.files.model import open as open_model
 from quantlab.quants.validate import check_encoded, check_stored
 from quantlab.transform.mixture import Recipe, choose_types, layer_of
@@ -100,7 +100,7 @@ def _resolve_one(base: Model, spec, rules: str, imatrix: Mapping[str, np.ndarray
     if isinstance(spec, Recipe):
         return _from_recipe(base, "recipe" + mark, spec, imatrix)
     path = Path(spec) if bundled_path(str(spec)) is None else model_path(spec)
-    if path.is_dir() or path.suffix.lower() == ".gguf":
+    if is_checkpoint(path) or path.suffix.lower() == ".gguf":
         return _from_file(base, path)
     if path.is_file():
         return _from_recipe(base, path.stem + mark, Recipe.load(path), imatrix)
@@ -114,7 +114,7 @@ def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, n
     """A recipe's types; tensors that it does not name stay as they are in the base."""
     unknown = [tensor for tensor in recipe.types if tensor not in base]
     if unknown:
-        raise ValueError(f"{name}: {unknown[0]} is no tensor of {base.path}. Make the recipe for this model.")
+        raise ValueError(f"{name}: {unknown[0]} is not a tensor of {base.path}. Make the recipe for this model.")
     types = {tensor.name: recipe.types.get(tensor.name, tensor.qtype) for tensor in base}
     return _checked(Variant(name, base, types, imatrix))
 

@@ -73,7 +73,7 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
         raise ValueError("types and groups: must not be empty. Leave them out for the usual ones.")
     unknown = [name for group in members.values() for name in group if name not in names]
     if unknown:
-        raise ValueError(f"groups: {unknown[0]} is no tensor of {model.path} that can be quantized. See its .names.")
+        raise ValueError(f"groups: {unknown[0]} is not a tensor of {model.path} that can be quantized. See its .names.")
     changes = {}  # two types may fall back to one
     for key, group in members.items():
         for qtype in map(find_qtype, types):

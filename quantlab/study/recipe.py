@@ -257,7 +257,7 @@ def _apart(groups: Mapping[str, list[dict]], base: Model) -> list[str]:
     for group, rows in groups.items():
         for name in dict.fromkeys(name for row in rows for name in row["types"]):
             if name not in base:
-                raise ValueError(f"{group}: {name} is no tensor of {base.path}. Measure the sensitivity again.")
+                raise ValueError(f"{group}: {name} is not a tensor of {base.path}. Measure the sensitivity again.")
             if name in group_of:
                 raise ValueError(
                     f"{name}: is in groups {group_of[name]} and {group}, must be in one. Measure them apart."

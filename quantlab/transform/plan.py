@@ -22,7 +22,7 @@ from quantlab.arch import Hparams, complete, tensor_shapes
 from quantlab.files import bundled
 from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.checkpoint_metadata import read_config, rope_factors
-from quantlab.files.model import Model
+from quantlab.files.model import WEIGHTS, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, follow, is_stream
 from quantlab.files.recognize import short
@@ -150,8 +150,7 @@ def _of_config_alone(path: Path) -> Path | None:
     if path.name in ("config.json", "params.json") and path.is_file():
         return path.parent
     configured = path.is_dir() and any((path / name).is_file() for name in ("config.json", "params.json"))
-    weights = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-    return path if configured and not any(file.suffix in weights for file in path.iterdir()) else None
+    return path if configured and not any(file.suffix in (*WEIGHTS, ".gguf") for file in path.iterdir()) else None
 
 
 def fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...]]) -> pd.DataFrame:
