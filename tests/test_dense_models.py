@@ -35,6 +35,14 @@ def test_fp8_is_dequantized_as_the_converter_does(tmp_path, kind):
     assert hashlib.sha256(path.read_bytes()).hexdigest() == FP8[kind]
 
 
+def test_phi_says_above_its_rope_how_long_its_context_was(tmp_path):
+    folder = dense_models.write_model(tmp_path / "phi4", "phi4")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_parameters"].pop("original_max_position_embeddings") == 4096
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ql.open(folder).metadata["phi3.rope.scaling.original_context_length"] == 4096
+
+
 def test_fp8_that_does_not_fit_is_refused(tmp_path):
     src = dense_models.write_fp8(tmp_path / "made", "blocks")
     config = json.loads((src / "config.json").read_text())

@@ -195,8 +195,12 @@ def table(
     if today:
         from quantlab.study.today import with_today
 
-        result = with_today(result, model, text, **where)
-    report(result, json, overwrite)
+        try:
+            result = with_today(result, model, text, calibrate_on=calibrate_on, **where)
+        finally:  # what was measured already is shown whatever happens
+            report(result, json, overwrite)
+    else:
+        report(result, json, overwrite)
 
 
 @app.command()

@@ -199,14 +199,24 @@ def refine(
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
         with _workspace(path, scratch) as (draft, states):
             how = {"sweeps": sweeps, "damping": damping, "bar": bar, "scratch": states, "key": _key(variant, settings)}
-            refinement = Refinement(variant, tokens, engine, **how)
+            refinement = _begin(draft, variant, tokens, engine, **how)
             if refinement.is_new:
                 quantize(opened, draft, overwrite=True, report=lambda _: None, **options)
             with _patching(draft) as write:
                 refinement.run(write)
             with replacing(path, overwrite=overwrite) as part:
                 _deliver(draft, part, is_stream(path))
+            refinement.forget()
     return path
+
+
+def _begin(draft: Path, *parts, **how) -> Refinement:
+    """Return the pass, where the last run left off; from the start if that one had delivered its draft."""
+    refinement = Refinement(*parts, **how)
+    if refinement.is_new or draft.exists():
+        return refinement
+    refinement.forget()
+    return Refinement(*parts, **how)
 
 
 def _deliver(draft: Path, path: Path, is_stream: bool) -> None:

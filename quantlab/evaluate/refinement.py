@@ -98,6 +98,9 @@ class Refinement:
             self._layer(index)
             self.bar.update(1)
         self._output()
+
+    def forget(self) -> None:
+        """Delete the hidden states: what was refined is where it belongs, or is lost."""
         self.states.close(delete=True)
 
     def _embed(self) -> None:

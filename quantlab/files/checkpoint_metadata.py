@@ -248,12 +248,12 @@ def _rope(path: Path, table: dict[str, Any], base_window: float, n_ctx: int) -> 
         raise ValueError(
             f"{path}: rope_type={short(kind)}, need default, linear, yarn or llama3. Use llama.cpp's converter."
         )
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "su", "longrope"):
         rope.setdefault("original_max_position_embeddings", table.get("original_max_position_embeddings") or n_ctx)
     numbers = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
     for key in numbers.get(kind, []):
         _number(path, rope, key, whole=False)
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "su", "longrope"):
         _number(path, rope, "original_max_position_embeddings")
     for key in _YARN if kind == "yarn" else ():
         if rope.get(key) is not None:

@@ -9,9 +9,9 @@ Source: Yang et al. 2024, "Gated Delta Networks"; `build_layer_attn_linear` in s
 """
 
 import numpy as np
-from numba import njit
 
 from quantlab.evaluate.engine.fused import exp32
+from quantlab.quants.compiled import njit
 
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _L2_EPS = np.float32(1e-6)
