@@ -11,7 +11,7 @@ import pytest
 
 import quantlab as ql
 from quantlab import quants
-from quantlab.evaluate.engine import Stored, engines, find
+from quantlab.evaluate.engine import Stored, engines, find, joined
 from quantlab.evaluate.engine import torch as seam
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.files.bundled import data_dir
@@ -152,3 +152,9 @@ def test_options_that_do_not_go_together_are_refused():
         find("half", "cpu")
     with pytest.raises(ValueError, match="device_memory=8GiB, is for graphics cards, the device is cpu. Give memory"):
         find("float", "cpu", "8GiB")
+
+
+def test_a_matrix_without_a_bias_gets_zeros_beside_one_that_has():
+    matrices = [Stored(np.ones((n, 4), np.float32), "F32", (n, 4)) for n in (2, 3)]
+    bias = Stored(np.array([1, 2], np.float32), "F32", (2,))
+    np.testing.assert_array_equal(joined([bias, None], matrices), [1, 2, 0, 0, 0])

@@ -69,7 +69,7 @@ class Hparams:
         Of such a layer the size of the convolution and of a head of q and k, the numbers of heads of q and k and of
         v, and the columns of v.
     attention_interval : int
-        Of so many layers the last has attention, the others are recurrent; 0: not given.
+        Every how many layers one has attention, the others being recurrent; 0: not given.
     expert_scale : float
         What the weights of the chosen experts are multiplied by.
     rope_scaling : RopeScaling or None

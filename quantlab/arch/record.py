@@ -198,9 +198,9 @@ class Architecture:
     packed : tuple of str
         Quantizers, by the names of `packed_by`, whose weights the converter reads.
     left_out : tuple of str
-        Starts of names of tensors that are no part of the model: layers that guess several tokens at once.
+        Starts of names of tensors that do not belong to the model: layers that guess several tokens at once.
     window_period : int
-        Of so many layers the last sees all tokens, the others a window, where the metadata does not say which; 0: the
+        Every how many layers one sees all tokens, the others a window, where the metadata does not say which; 0: the
         architecture knows no windows.
     window : int
         Tokens of a window where the metadata does not say.
@@ -210,7 +210,7 @@ class Architecture:
     yarn : tuple of str
         Fields of `RopeScaling` for YaRN that llama.cpp reads from a file of this architecture.
     unrotated_period : int
-        Of so many layers the last has no positions; 0: all have.
+        Every how many layers one has no positions; 0: all have.
     derive : callable, optional
         `derive(hparams)` returns fields that llama.cpp takes from others, where the metadata has no key for them.
     """

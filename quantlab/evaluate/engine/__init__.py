@@ -95,6 +95,12 @@ class Choice:
         return replace(protocol, device=device, precision=self.precision, versions=versions)
 
 
+def joined(biases: Sequence[Stored | None], matrices: Sequence[Stored]) -> np.ndarray:
+    """Put the biases of matrices side by side, float32; zeros for a matrix that has none."""
+    pairs = zip(biases, matrices, strict=True)
+    return np.concatenate([np.zeros(m.shape[:-1], np.float32) if b is None else b.floats() for b, m in pairs], -1)
+
+
 # `read(name)` gives a tensor of one layer by its name there, such as `ffn_down.weight`; None where there is none
 Read = Callable[[str], Stored | None]
 # `observe(field, inputs)` sees the inputs of a product; it may return `read` for new weights of that product

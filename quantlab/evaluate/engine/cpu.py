@@ -20,7 +20,7 @@ from threadpoolctl import ThreadpoolController
 
 from quantlab import arch
 from quantlab.evaluate import budget
-from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, fused
+from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, fused, joined
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention, heads
 from quantlab.evaluate.engine.delta_net import mix_tokens
 from quantlab.evaluate.engine.experts import Experts, route
@@ -155,7 +155,7 @@ class CpuEngine(Engine):
         biases = {field: [read(f"{name}.bias") for name in names] for field, names in does.products.items()}
         return LayerWeights(
             matrices,
-            {f: np.concatenate([p.floats() for p in parts], -1) for f, parts in biases.items() if None not in parts},
+            {field: joined(parts, products[field]) for field, parts in biases.items() if any(parts)},
             {field: np.array(stored.floats()) for field, stored in norms.items() if stored is not None},
             {field: np.array(stored.floats()) for field, stored in vectors.items() if stored is not None},
             experts,

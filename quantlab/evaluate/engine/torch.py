@@ -50,7 +50,11 @@ class TorchEngine(Engine):
         if (reason := _missing(device)) is not None:
             raise OSError(f"device={device}: {reason}")
         engine = import_module("quantlab.evaluate.engine.card.engine")  # imports torch
-        precision = engine.precision(mode, device)
+        try:
+            precision = engine.precision(mode, device)
+        except RuntimeError as error:  # a card with too little memory left
+            reason = str(error).splitlines()[0]
+            raise OSError(f"device={device}: {reason} Check with nvidia-smi, or use device=cpu.") from None
         options = {"device": device, "precision": precision, "device_memory": device_memory}
         versions = {"torch": version("torch")}
         return Choice(engine.CardEngine, mode, device, precision, engine.hardware(device), options, versions)
