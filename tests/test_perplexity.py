@@ -199,7 +199,7 @@ def test_variants_of_another_model_are_refused(folder, text, tmp_path):
         ql.compare(folder, [other], text, **OPTIONS)
     with pytest.raises(ValueError, match="ftype=Q4_K_X, must be one of .* Did you mean Q4_K_"):
         ql.compare(folder, ["Q4_K_X"], text, **OPTIONS)
-    with pytest.raises(ValueError, match="recipe: blk.9.attn_q.weight is no tensor"):
+    with pytest.raises(ValueError, match="recipe: blk.9.attn_q.weight is not a tensor of"):
         ql.compare(folder, [Recipe({"blk.9.attn_q.weight": "Q4_0"})], text, **OPTIONS)
 
 
