@@ -164,6 +164,11 @@ KINDS = {
     "one matrix": (dict(attn_qkv=("qkv",), ffn_in=("gate_up",)), dict(residual_scale=0.5)),
     "temperature": ({}, dict(attn_temp_scale=0.1, rope_scaling=RopeScaling("yarn", 2.0, 16, 1.0))),
     "biases": (dict(attn_qkv=("q_b", "k_b", "v_b"), attn_output=("o_b",)), {}),
+    "gated attention": (dict(query_width=2, q_norm="qn", k_norm="kn", attn_qkv=("q_gate", "k", "v")), dict(n_rot=8)),
+    "delta net": (
+        dict(attn_qkv=("q_k_v", "z", "beta", "alpha"), conv="conv", time_step="dt", decay="a", state_norm="sn"),
+        dict(recurrent=1, ssm_conv=4, ssm_state=16, ssm_groups=2, ssm_heads=6, ssm_inner=72),
+    ),
     "experts": (EXPERTS | dict(ffn_in=(), ffn_down=(), sums_to_one=True), ROUTED),
     "experts, sigmoid, all see one": (
         EXPERTS | dict(gating="sigmoid", choice_bias="choice", shared_gate=("shared",)),
@@ -179,11 +184,12 @@ KINDS = {
 def made_read(does, h):
     """Random tensors for a layer, F32 by name."""
     rng, n_qkv = np.random.default_rng(3), h.n_q + 2 * h.n_kv
-    n_in = {"attn_output": h.n_q, "ffn_down": h.n_ff, "experts_down": h.n_ff_exp}
+    n_in = {"attn_output": h.ssm_inner or h.n_q, "ffn_down": h.n_ff, "experts_down": h.n_ff_exp}
     n_out = {"qkv": n_qkv, "gate_up": 2 * h.n_ff, "gate_inp": h.n_expert, "shared": 1}
     n_out |= {name: h.n_ff_exp for name in EXPERTS["experts_in"]}
     n_out |= {name: size for name, size in zip(does.attn_qkv, (h.n_q, h.n_kv, h.n_kv), strict=False) if name != "qkv"}
     n_out |= {name: h.n_ff for name in does.ffn_in if name != "gate_up"}
+    n_out |= {"q_gate": 2 * h.n_q, "q_k_v": h.conv_width, "z": h.ssm_inner, "beta": h.ssm_heads, "alpha": h.ssm_heads}
     found = {}
     for field, names in does.products.items():
         for name in names:
@@ -195,8 +201,12 @@ def made_read(does, h):
     sizes = {"qn": h.head_dim, "kn": h.head_dim, "qn_row": h.n_q, "kn_row": h.n_kv}
     for name in does.norms.values():
         found[f"{name}.weight"] = 1 + 0.2 * rng.standard_normal(sizes.get(name, h.n_embd))
-    sizes = {"sink": h.n_head, "choice": h.n_expert}
-    found |= {f"{name}.bias": rng.standard_normal(sizes[name]) for name in does.vectors.values()}
+    found |= {"sink.bias": rng.standard_normal(h.n_head), "choice.bias": rng.standard_normal(h.n_expert)}
+    found |= {
+        "conv.weight": rng.standard_normal((h.conv_width, h.ssm_conv)),
+        "dt.bias": rng.standard_normal(h.ssm_heads),
+    }
+    found |= {"a": -rng.random(h.ssm_heads), "sn.weight": 1 + 0.2 * rng.standard_normal(h.ssm_value)}
     stored = {name: Stored(x.astype(np.float32), "F32", x.shape) for name, x in found.items()}
     return stored.get
 
@@ -358,6 +368,19 @@ def test_a_layer_takes_the_memory_that_was_planned(precision, monkeypatch):
             layer = engine.load(lambda name: weights.get(as_is(model), f"blk.0.{name}"), 0)
             engine.forward(layer, states)
     assert counting.peak == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "one matrix", "softcap", "sinks", "gated attention", "delta net"])
+def test_layers_of_every_kind_take_what_was_planned(made, kind):
+    model, read = made(kind)
+    h = model.hparams = replace(model.hparams, n_ctx=256)
+    with replace(SPLIT, options={**SPLIT.options, "precision": "float32"})(model, 256) as engine:
+        with torch.inference_mode(), Counting() as counting:
+            layer = engine.load(read, 0)
+            engine.layers.apply(layer, torch.zeros(8, 256, h.n_embd), 0, None)
+        planned = 8 * plan.token_bytes(layer.does, h, engine.products, 256) + plan.score_bytes(layer.does, h, 256, 8)
+    weights = sum(tensor.nbytes for tensor in layer.tensors())
+    assert counting.peak - weights == pytest.approx(planned, rel=0.1)
 
 
 def needs_of(tmp_path, shape, precision, card, chunks=655):

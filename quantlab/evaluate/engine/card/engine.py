@@ -93,7 +93,7 @@ class CardEngine(TorchEngine):
     def _layer_weights(self, read: Read, index: int) -> LayerWeights:
         does = self.record.layer_at(self.hparams, index)
         norms = {f: stored for f, name in does.norms.items() if (stored := read(f"{name}.weight")) is not None}
-        vectors = {f: read(f"{name}.weight") or read(f"{name}.bias") for f, name in does.vectors.items()}
+        vectors = {f: read(f"{name}.weight") or read(f"{name}.bias") or read(name) for f, name in does.vectors.items()}
         biases = {f: [read(f"{name}.bias") for name in names] for f, names in does.products.items()}
         return LayerWeights(
             {f: [self._matrix(read(f"{name}.weight")) for name in names] for f, names in does.products.items()},

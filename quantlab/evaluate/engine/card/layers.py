@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from quantlab import arch
 from quantlab.evaluate.engine import ExpertInputs, Observe
+from quantlab.evaluate.engine.card.delta_net import mix_tokens
 from quantlab.evaluate.engine.card.products import Operand, Products
 from quantlab.evaluate.engine.rope import rope_angles, rope_factors
 
@@ -23,10 +24,12 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 GATINGS = ("softmax", "sigmoid", "softmax_chosen")
 _LAYER = """attn_norm attn_qkv q_norm k_norm attn_output attn_post_norm ffn_norm router experts_in experts_down
-shared_gate ffn_in ffn_down ffn_post_norm rope activation sinks gating choice_bias sums_to_one""".split()
+shared_gate ffn_in ffn_down ffn_post_norm rope activation query_width sinks
+conv time_step decay state_norm gating choice_bias sums_to_one""".split()
 _HPARAMS = """arch n_embd n_ff n_layer n_head n_head_kv n_vocab n_ctx head_dim n_rot rms_eps rope_base rope_base_window
 rope_scaling window attn_scale attn_softcap attn_temp_scale embd_scale residual_scale logit_scale logit_softcap n_expert
-n_expert_used n_ff_exp n_ff_shexp expert_scale tied_embeddings""".split()
+n_expert_used n_ff_exp n_ff_shexp expert_scale recurrent ssm_conv ssm_state ssm_groups ssm_heads ssm_inner
+attention_interval tied_embeddings""".split()
 
 
 def check(model, device: str) -> None:
@@ -92,10 +95,10 @@ class Layers:
         """Return what a layer makes of hidden states [n_chunks, n_ctx, n_embd] from position `first` on."""
         n_chunks, n_ctx, n_embd = x.shape
         normed, is_safe = self._norm(layer, "attn_norm", x.reshape(-1, n_embd))
-        q, k, v = self._queries_keys_values(layer, self._products(layer, "attn_qkv", normed, is_safe, observe))
+        parts = self._products(layer, "attn_qkv", normed, is_safe, observe)
         del normed
-        attended = self._attend(layer, q, k, v)[:, first:].reshape(n_chunks * (n_ctx - first), -1)
-        del q, k, v
+        attended = self._mix_tokens(layer, parts)[:, first:].reshape(n_chunks * (n_ctx - first), -1)
+        del parts
         (change,) = self._products(layer, "attn_output", attended, False, observe)
         del attended
         x = self._add(layer, "attn_post_norm", x[:, first:].reshape(-1, n_embd), change)
@@ -158,6 +161,19 @@ class Layers:
         return ACTIVATIONS[layer.does.activation](gate, up)
 
     # ---- attention
+
+    def _mix_tokens(self, layer: LayerWeights, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Return what tokens see of those before them [n_chunks, n_ctx, ...]: takes the products out of `parts`."""
+        if "conv" in layer.vectors:
+            return mix_tokens(layer.hparams, layer.vectors, parts, self.n_ctx)
+        gate = None
+        if layer.does.query_width > 1:
+            q, gate = parts[0].unflatten(1, (-1, 2, layer.hparams.head_dim)).unbind(2)
+            parts[0] = q.flatten(1)
+        q, k, v = self._queries_keys_values(layer, parts)
+        parts.clear()
+        attended = self._attend(layer, q, k, v)
+        return attended if gate is None else attended * gate.sigmoid().unflatten(0, (-1, self.n_ctx))
 
     def _queries_keys_values(self, layer: LayerWeights, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return q, k and v [n_chunks, heads, n_ctx, head_dim], normalized, rotated and scaled as the layer does."""

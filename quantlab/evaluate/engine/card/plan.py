@@ -11,9 +11,11 @@ from math import prod
 import numba
 import torch
 
+from quantlab import arch
 from quantlab.evaluate import budget
 from quantlab.evaluate.budget import Budget, allowed_bytes
-from quantlab.evaluate.engine.card.products import measure
+from quantlab.evaluate.engine.card.layers import SCORE_BYTES
+from quantlab.evaluate.engine.card.products import Products, measure
 from quantlab.evaluate.engine.card.scores import ARRAYS
 from quantlab.evaluate.engine.card.transfers import IN_FLIGHT, PIECE
 from quantlab.evaluate.variants import Variant, identity
@@ -87,6 +89,36 @@ def _card_bytes(engine) -> int:
     return int(torch.cuda.mem_get_info()[0] * SHARE_OF_FREE)
 
 
+def token_bytes(does: arch.Layer, h: arch.Hparams, products: Products, n_ctx: int) -> int:
+    """Return the bytes that the worst step of a layer takes for a chunk, weights and kept scores of attention aside."""
+    n_embd, q, kv, n_ff = h.n_embd, h.n_head * h.head_dim, h.n_head_kv * h.head_dim, h.n_ff
+    operand, making, adding = {"float32": (0, 0, 0), "half": (2, 2, 0), "halves": (4, 8, 4)}[products.precision]
+    width = 2 if products.precision == "half" else 4  # of what attention sees
+    repeated = 2 * q if kv < q else 0  # k and v for every head
+    gate = 8 * q * (does.query_width - 1)  # queries and their gates, until the latter are used
+    routed = h.n_expert_used * (h.n_ff_exp * 4 + 12) + (4 + operand) * n_embd if does.experts_in else 0
+    peaks = [
+        (8 + operand) * n_embd + 4 * (does.query_width * q + 2 * kv) + adding * q,
+        gate + 4 * n_embd + 4 * (q + 2 * kv) + (4 - width) * (q + 2 * kv) + width * (repeated + q),
+        routed + (8 + operand) * n_embd + (8 + adding) * n_ff,
+        routed + 8 * n_embd + 12 * n_ff,
+        routed + 4 * n_embd + (4 + making) * n_ff,
+    ]
+    if does.conv:
+        width_all, states = h.conv_width + h.ssm_inner + 2 * h.ssm_heads, h.ssm_heads * h.ssm_state * h.ssm_value
+        peaks[1] = 4 * (n_embd + width_all + h.conv_width + 2 * h.ssm_heads * h.ssm_state + h.ssm_inner)
+        peaks[1] += 4 * 2 * states // n_ctx  # a matrix for each head of a chunk, and what is added to it
+    return n_ctx * max(peaks)
+
+
+def score_bytes(does: arch.Layer, h: arch.Hparams, n_ctx: int, chunks: int) -> int:
+    """Return the bytes of scores of attention where they are kept: capped, or with a sink."""
+    if does.conv or not (h.attn_softcap or does.sinks):
+        return 0
+    one = 4 * h.n_head * n_ctx**2
+    return (3 if h.attn_softcap else 2) * one * min(chunks, max(1, SCORE_BYTES // one))
+
+
 class _Needs:
     """What a pass needs of the machine and of the card."""
 
@@ -100,7 +132,6 @@ class _Needs:
                 by_layer[int(tensor.name.split(".")[1])] += tensor.n_weights
         (self.widest, self.weights), *_ = by_layer.most_common(1)
         self.shapes = budget.layer_shapes(variants[0].model, self.widest)
-        self.has_experts = any(len(shape) > 2 for shape in self.shapes.values())
 
     def bytes(self, place: str, chunks: int, outputs: int) -> tuple[int, int]:
         """Return the bytes of the machine and of the card."""
@@ -130,22 +161,13 @@ class _Needs:
 
     def _layer(self, place: str, chunks: int) -> int:
         """Bytes on the device while layers are computed, hidden states of other chunks aside."""
-        h, products = self.hparams, self.engine.products
-        n_embd, q, kv, n_ff = h.n_embd, h.n_head * h.head_dim, h.n_head_kv * h.head_dim, h.n_ff
-        operand, making, adding = {"float32": (0, 0, 0), "half": (2, 2, 0), "halves": (4, 8, 4)}[products.precision]
-        width = 2 if products.precision == "half" else 4  # of what attention sees
-        repeated = 2 * q if kv < q else 0  # k and v for every head
-        routed = h.n_expert_used * (h.n_ff_exp * 4 + 12) + (4 + operand) * n_embd if self.has_experts else 0
-        peaks = [
-            (8 + operand) * n_embd + 4 * (q + 2 * kv) + adding * q,
-            4 * n_embd + 4 * (q + 2 * kv) + (4 - width) * (q + 2 * kv) + width * (repeated + q),
-            routed + (8 + operand) * n_embd + (8 + adding) * n_ff,
-            routed + 8 * n_embd + 12 * n_ff,
-            routed + 4 * n_embd + (4 + making) * n_ff,
-        ]
-        moving = 4 * n_embd * (2 * IN_FLIGHT if place == "memory" and not self.is_cpu else 0)
+        products, n_ctx = self.engine.products, self.engine.n_ctx
+        record = arch.find(self.hparams.arch)
+        kinds = {(record.layer_at(self.hparams, i), self.hparams.at(i)) for i in range(self.hparams.n_layer)}
+        rows = max(chunks * token_bytes(*kind, products, n_ctx) + score_bytes(*kind, n_ctx, chunks) for kind in kinds)
+        moving = 4 * self.hparams.n_embd * (2 * IN_FLIGHT if place == "memory" and not self.is_cpu else 0)
         layers = (1 + self.engine.ahead) * products.weight_bytes * self.weights
-        return layers + chunks * self.engine.n_ctx * (max(peaks) + moving) + self._making()
+        return layers + rows + chunks * n_ctx * moving + self._making()
 
     def _making(self) -> int:
         """Bytes that a piece of a matrix takes on its way, and where halves are widened again a whole one."""
