@@ -8,8 +8,9 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab.arch import Hparams, tensor_shapes
+from quantlab.evaluate import budget
 from quantlab.evaluate.engine.cpu import CpuEngine
-from quantlab.evaluate.refine import ordinary
+from quantlab.evaluate.refine import check_plan, ordinary
 from quantlab.evaluate.refinement import Refinement
 from quantlab.evaluate.variants import resolve
 from quantlab.files.gguf_file import TensorSpec, write_gguf
@@ -111,7 +112,9 @@ def test_experts_get_ordinary_bytes_and_are_named(tmp_path):
     (variant,) = resolve(ql.open(tmp_path / "a.gguf"), ["Q4_K_M"])
     assert "6 matrices" in ordinary(variant) and "blk.0.ffn_down_exps.weight" in ordinary(variant)
     tokens, written = np.random.default_rng(0).integers(0, 320, (4, 128)).astype(np.int32), {}
+    stored = sum(variant.model.tensor(f"blk.1.ffn_{part}_exps.weight").nbytes for part in ("gate", "up", "down"))
     with CpuEngine(variant.model, 128) as engine, tqdm(disable=True) as bar:
+        assert check_plan(variant, tokens, 1, engine, None)[0] > stored + budget.PROCESS
         how = {"sweeps": 1, "damping": 0.3, "bar": bar}
         Refinement(variant, tokens, engine, **how).run(lambda name, data: written.update({name: data}))
     kinds = ("attn_q", "attn_k", "attn_v", "attn_output")

@@ -20,6 +20,7 @@ from numba.core.registry import cpu_target
 from tqdm.auto import tqdm
 
 import quantlab
+from quantlab import arch
 from quantlab.evaluate import budget
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine.cpu import CpuEngine, peak
@@ -35,6 +36,7 @@ from quantlab.files.output import DIGESTS, beside, check_outputs, follow, is_str
 from quantlab.files.progress import announce
 from quantlab.transform.job import Options, make_job
 from quantlab.transform.mixture import Recipe, choose_types, find_ftype
+from quantlab.transform.plan import tensor_bytes
 from quantlab.transform.quantize import quantize
 from quantlab.transform.refined import PREFIX
 
@@ -341,19 +343,9 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
     ValueError
         If it does not fit into `memory`.
     """
-    h, n_tokens = variant.model.hparams, tokens.size
-    shapes = [t.shape for t in variant.model if len(t.shape) == 2 and t.name.startswith("blk.0.")]
-    widest, q_k_v = max(shape[1] for shape in shapes), (h.n_head + 2 * h.n_head_kv) * h.head_dim
-    attention = n_tokens * (q_k_v + h.n_head * h.head_dim + 7 * h.n_embd) + 3 * h.n_embd**2
-    inner = n_tokens * (0 if h.n_ff <= q_k_v else h.n_ff)
-    down = n_tokens * (q_k_v + h.n_head * h.head_dim + 4 * h.n_embd) + inner + 2 * widest**2
-    original = n_tokens * 6 * h.n_embd + sum(rows * n for rows, n in shapes)
-    chosen = 10 * AT_ONCE * widest + n_tokens * 3 * AT_ONCE  # rows that are refined together
-    needed = budget.PROCESS + 4 * max(original, chosen + max(attention, down))
-    operations = sum(
-        4 * n_tokens * rows * n + 2 * n_tokens * n * n + (2 * sweeps + 10) * rows * n * n for rows, n in shapes
-    )
-    seconds = h.n_layer * operations / (SHARE_OF_PEAK * peak(engine.workers))
+    layers = [_layer_cost(variant, index, tokens.size, sweeps) for index in range(variant.model.hparams.n_layer)]
+    needed = budget.PROCESS + max(needed for needed, _ in layers)
+    seconds = sum(operations for _, operations in layers) / (SHARE_OF_PEAK * peak(engine.workers))
     allowed = budget.allowed_bytes(memory)
     if needed > allowed:
         raise ValueError(
@@ -361,6 +353,33 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
             "Give more memory, or fewer chunks."
         )
     return needed, seconds
+
+
+def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tuple[int, float]:
+    """Return bytes of memory and operations that one layer takes."""
+    model, h = variant.model, variant.model.hparams.at(index)
+    does = arch.find(h.arch).layer_at(model.hparams, index)
+    tensors = [tensor for tensor in model if tensor.name.startswith(f"blk.{index}.") and len(tensor.shape) > 1]
+    shapes = {tensor.name: tensor.shape[-2:] for tensor in tensors}  # of a stack, one matrix
+    products = {f: [shapes[f"blk.{index}.{name}.weight"] for name in names] for f, names in does.products.items()}
+    mixing = sum(rows for rows, _ in products["attn_qkv"]) + products["attn_output"][0][1]
+    widest = max(n for _, n in shapes.values())
+    inner = 0 if h.n_ff <= mixing else h.n_ff
+    routed = h.n_embd + h.n_expert + h.n_expert_used * h.n_ff_exp if h.n_expert else 0
+    attention = n_tokens * (mixing + 7 * h.n_embd) + 3 * h.n_embd**2
+    down = n_tokens * (mixing + 4 * h.n_embd + inner + routed) + 2 * widest**2
+    original = n_tokens * (6 * h.n_embd + routed) + sum(rows * n for rows, n in shapes.values())
+    chosen = 10 * AT_ONCE * widest + n_tokens * 3 * AT_ONCE  # rows that are refined together
+    stacks = [tensor for tensor in tensors if len(tensor.shape) > 2]  # as they are stored, and quantized
+    stored = sum(t.nbytes + tensor_bytes(t.shape, variant.types[t.name]) for t in stacks)
+    operations = sum(4 * n_tokens * h.n_expert_used / h.n_expert * tensor.n_weights for tensor in stacks)
+    for tensor in tensors:
+        if len(tensor.shape) == 2:
+            rows, n = tensor.shape
+            operations += 4 * n_tokens * rows * n
+            if can_refine(variant, tensor.name):
+                operations += 2 * n_tokens * n * n + (2 * sweeps + 10) * rows * n * n
+    return stored + 4 * max(original, chosen + max(attention, down)), operations
 
 
 @contextmanager
