@@ -180,6 +180,11 @@ class Hparams:
         return self.ssm_inner // max(1, self.ssm_heads)
 
     @property
+    def ssm_heads_twice(self) -> int:
+        """Columns of beta and alpha in a recurrent layer."""
+        return 2 * self.ssm_heads
+
+    @property
     def conv_width(self) -> int:
         """Columns of q, k and v in a recurrent layer."""
         return 2 * self.ssm_groups * self.ssm_state + self.ssm_inner

@@ -14,22 +14,23 @@ def plus_one(name: str, shape: str, hugging_face: str, only: str = "") -> Tensor
     return Tensor(f"blk.{{}}.{name}.weight", shape, "norm", names, ADD_ONE, only=only)
 
 
-def _of_delta_net(name: str, shape: str, source: str, role: str = "matrix", *change: str) -> Tensor:
+def of_delta_net(name: str, shape: str, source: str, role: str = "matrix", *change: str) -> Tensor:
+    """Return a tensor of each recurrent layer."""
     return Tensor(
         f"blk.{{}}.{name}", shape, role, (f"model.layers.{{}}.linear_attn.{source}",), change, only="recurrent"
     )
 
 
 DELTA_NET = (
-    _of_delta_net("attn_qkv.weight", "conv_width n_embd", "in_proj_qkv.weight", "matrix", "tile", "ssm_value"),
-    _of_delta_net("attn_gate.weight", "ssm_inner n_embd", "in_proj_z.weight", "matrix", "tile", "ssm_value"),
-    _of_delta_net("ssm_alpha.weight", "ssm_heads n_embd", "in_proj_a.weight", "matrix", "tile", "1"),
-    _of_delta_net("ssm_beta.weight", "ssm_heads n_embd", "in_proj_b.weight", "matrix", "tile", "1"),
-    _of_delta_net("ssm_conv1d.weight", "conv_width ssm_conv", "conv1d.weight", "state", "tile", "ssm_value"),
-    _of_delta_net("ssm_a", "ssm_heads", "A_log", "state", "tile_decay", "1"),
-    _of_delta_net("ssm_dt.bias", "ssm_heads", "dt_bias", "bias", "tile", "1"),
-    _of_delta_net("ssm_norm.weight", "ssm_value", "norm.weight", "norm"),
-    _of_delta_net("ssm_out.weight", "n_embd ssm_inner", "out_proj.weight", "matrix", "tile_columns", "ssm_value"),
+    of_delta_net("attn_qkv.weight", "conv_width n_embd", "in_proj_qkv.weight", "matrix", "tile", "ssm_value"),
+    of_delta_net("attn_gate.weight", "ssm_inner n_embd", "in_proj_z.weight", "matrix", "tile", "ssm_value"),
+    of_delta_net("ssm_alpha.weight", "ssm_heads n_embd", "in_proj_a.weight", "matrix", "tile", "1"),
+    of_delta_net("ssm_beta.weight", "ssm_heads n_embd", "in_proj_b.weight", "matrix", "tile", "1"),
+    of_delta_net("ssm_conv1d.weight", "conv_width ssm_conv", "conv1d.weight", "state", "tile", "ssm_value"),
+    of_delta_net("ssm_a", "ssm_heads", "A_log", "state", "tile_decay", "1"),
+    of_delta_net("ssm_dt.bias", "ssm_heads", "dt_bias", "bias", "tile", "1"),
+    of_delta_net("ssm_norm.weight", "ssm_value", "norm.weight", "norm"),
+    of_delta_net("ssm_out.weight", "n_embd ssm_inner", "out_proj.weight", "matrix", "tile_columns", "ssm_value"),
 )
 ATTENTION = (
     *(

@@ -35,7 +35,9 @@ class Tensor:
         expert's matrix around, perhaps with the number for `every` after it. `("mxfp4",)` joins blocks and scales;
         with a number, the even rows of the blocks (0) or the odd ones (1). `("tile", "ssm_value")` puts the last rows,
         heads of v of this size, into an order in which they take turns for the heads of k; `("tile_columns", …)` the
-        columns; `("tile_decay", "1")` also takes -e^x.
+        columns; `("tile_decay", "1")` also takes -e^x, `("decay", "")` does only that. `("squeeze", "")` drops
+        dimensions of size 1. Of rows that lie head of k by head of k, `("part", "qkv")` takes all of q, all of k, all
+        of v, and `("part", "z")` all of the gate.
     meta : str
         Its name in Meta's checkpoints, whose rows have GGUF's order already.
     optional : bool
@@ -104,6 +106,8 @@ class Layer:
     conv, time_step, decay, state_norm : str
         Of a gated delta net, which takes the place of attention: `attn_qkv` are q, k and v in one, a gate, beta and
         alpha, the heads of v in turns for those of k; `attn_output` has what `state_norm` and the gate leave.
+    in_groups : bool
+        Whether the heads of v that share one of k lie together there, with beta and alpha of each group in one matrix.
     gating : str
         How scores of experts become weights: `softmax` of all, `sigmoid` of each, or `softmax_chosen`, of those chosen.
     choice_bias : str
@@ -136,6 +140,7 @@ class Layer:
     time_step: str = ""
     decay: str = ""
     state_norm: str = ""
+    in_groups: bool = False
     gating: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"
     choice_bias: str = ""
     sums_to_one: bool = False

@@ -3,8 +3,9 @@
 A source has `shape`, `dtype` (a key of `PLAIN_DTYPES`), `nrows` and `rows(start, stop)`, as a stored tensor has.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Protocol
 
@@ -107,17 +108,36 @@ class Tiled(Changed):
 
     @property
     def dtype(self) -> str:
-        return "F32" if self.is_decay else self.source.dtype
+        return "F32" if self.is_decay and self.source.dtype != "F16" else self.source.dtype
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         if len(self.shape) == 1 or self.is_columns:
             rows = np.ascontiguousarray(self.source.rows(start, stop)[:, self.order])
-            return -np.exp(rows.astype(np.float64)).astype(np.float32) if self.is_decay else rows
+            width = np.float16 if self.dtype == "F16" else np.float32  # as torch, see `Added`
+            return -np.exp(rows.astype(np.float64)).astype(width) if self.is_decay else rows
         first = self.shape[0] - len(self.order)  # rows before it keep their order
-        index = [row if row < first else first + self.order[row - first] for row in range(start, stop)]
-        cuts = [0, *(i for i in range(1, len(index)) if index[i] != index[i - 1] + 1), len(index)]
-        parts = [self.source.rows(index[a], index[b - 1] + 1) for a, b in pairwise(cuts) if a < b]
-        return np.concatenate(parts) if parts else self.source.rows(0, 0)
+        return _rows_at(self.source, [i if i < first else first + self.order[i - first] for i in range(start, stop)])
+
+
+@dataclass(frozen=True)
+class Picked(Changed):
+    """Some rows, in an order of their own."""
+
+    order: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.order), *self.source.shape[1:])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return _rows_at(self.source, self.order[start:stop])
+
+
+def _rows_at(source: Source, index: Sequence[int]) -> np.ndarray:
+    """Read rows by their numbers, neighbours together."""
+    cuts = [0, *(i for i in range(1, len(index)) if index[i] != index[i - 1] + 1), len(index)]
+    parts = [source.rows(index[a], index[b - 1] + 1) for a, b in pairwise(cuts) if a < b]
+    return np.concatenate(parts) if parts else source.rows(0, 0)
 
 
 @dataclass(frozen=True)
@@ -175,6 +195,15 @@ def change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
     kind, argument = how
     if kind == "add":
         return Added(source, float(argument))
+    if kind == "part":
+        height = config.conv_width + config.ssm_inner
+        if source.shape[0] != height:
+            raise ValueError(
+                f"{where}: {source.shape[0]} rows are not {height}, those of q, k, v and z. Check its configuration."
+            )
+        return Picked(source, _part_of_groups(config, argument))
+    if kind in ("decay", "squeeze"):
+        return Tiled(source, tuple(range(source.shape[0])), False, kind == "decay")
     if kind.startswith("tile"):
         size = int(argument) if argument.isdecimal() else getattr(config, argument)
         order = np.arange(config.ssm_heads * size).reshape(config.ssm_groups, -1, size).swapaxes(0, 1).reshape(-1)
@@ -183,3 +212,12 @@ def change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
     if source.shape[0] % (2 * n_head):
         raise ValueError(f"{where}: {source.shape[0]} rows are no {n_head} heads. Check its configuration.")
     return Permuted(source, n_head)
+
+
+def _part_of_groups(config, part: str) -> tuple[int, ...]:
+    """Return the rows of q, k and v, or of z, where they lie group by group: q, k, v and z of each head of k."""
+    values = config.ssm_heads // config.ssm_groups * config.ssm_value
+    sizes = {"q": config.ssm_state, "k": config.ssm_state, "v": values, "z": values}
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    firsts = range(0, config.ssm_groups * sum(sizes.values()), sum(sizes.values()))
+    return tuple(at + starts[name] + i for name in part for at in firsts for i in range(sizes[name]))

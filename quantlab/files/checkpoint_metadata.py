@@ -47,6 +47,7 @@ class Config(Hparams):
     is_meta: bool
     writes_head_dim: bool
     rope_sections: list[int] | None = None  # of positions in pictures
+    says_kinds: bool = False  # which layers are recurrent, one by one
     declared_window: int = 0  # that llama.cpp does not compute
     packed: str = ""
     rope: dict[str, Any]
@@ -175,7 +176,8 @@ def _hugging_face(path: Path) -> Config:
 def _recurrent(path: Path, table: dict[str, Any], config: Config) -> Config:
     """Fill in which layers are recurrent, and the columns of their values."""
     kinds, n_layer = table.get("layer_types"), config.n_layer
-    if not isinstance(kinds, list):
+    says_kinds = isinstance(kinds, list)
+    if not says_kinds:
         kinds = ["full_attention" if (i + 1) % config.attention_interval == 0 else "" for i in range(n_layer)]
     if len(kinds) != n_layer or config.ssm_heads % config.ssm_groups:
         raise ValueError(
@@ -189,7 +191,8 @@ def _recurrent(path: Path, table: dict[str, Any], config: Config) -> Config:
         raise ValueError(
             f"{path}: mrope_section={short(given)}, need whole numbers. Use this checkpoint's config.json."
         )
-    return replace(config, recurrent=recurrent, ssm_inner=inner, rope_sections=[*given, 0, 0, 0][:4])
+    sections = [*given, 0, 0, 0][:4]
+    return replace(config, recurrent=recurrent, ssm_inner=inner, rope_sections=sections, says_kinds=says_kinds)
 
 
 def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
@@ -444,7 +447,8 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
     keys["file_type"] = np.uint32(LlamaFileType.MOSTLY_MXFP4_MOE if is_mxfp4 else _FILE_TYPES[qtype])
     for key, name in config.record.metadata.items():
         value = getattr(config, name)
-        if value and (name != "windowed" or config.window) or name == "declared_window":
+        is_said = {"windowed": bool(config.window), "recurrent_layers": config.says_kinds}.get(name, True)
+        if value and is_said or name == "declared_window":
             kind = np.int32 if type(value) is list and type(value[0]) is int else None
             keys[key] = {float: np.float32, int: np.uint32}.get(type(value), lambda v, k=kind: np.array(v, k))(value)
     if config.record.order:

@@ -1,7 +1,7 @@
-"""Write experts.json and experts_logits.npz: `python tests/golden/write_experts.py CONVERT_HF_TO_GGUF`.
+"""Write experts.json, hybrid.json and their logits: `python tests/golden/write_experts.py CONVERT_HF_TO_GGUF [hybrid]`.
 
-The first holds SHA-256 digests of what llama.cpp's converter makes of the checkpoints of `expert_models.py`, the second
-logits that transformers computes of them in float32. Needs torch and transformers, which nothing else here does.
+The first two hold SHA-256 digests of what llama.cpp's converter makes of the checkpoints of `expert_models.py` and
+`hybrid_models.py`, the others logits that transformers computes of them in float32. Needs torch and transformers.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from expert_models import FAMILIES, WRITTEN, pack_experts, write_model  # noqa: E402
+import expert_models  # noqa: E402
+import hybrid_models  # noqa: E402
 from llama_models import SEEN, TOKENS  # noqa: E402
 from make_transformers_logits import logits  # noqa: E402
 
@@ -31,29 +32,35 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def digest(model: Path, outtype: str) -> str:
+def digest(model: Path, outtype: str, *options: str) -> str:
     """SHA-256 of the file that the converter writes."""
     out = model.parent / "out.gguf"
-    run = [sys.executable, "-c", RUN, sys.argv[1], str(model)]
+    run = [sys.executable, "-c", RUN, sys.argv[1], str(model), *options]
     subprocess.run([*run, "--outtype", outtype, "--outfile", str(out)], check=True, capture_output=True)
     return hashlib.sha256(out.read_bytes()).hexdigest()
 
 
-if __name__ == "__main__":
-    digests, found = {}, {}
-    for name in FAMILIES:
-        for kind in WRITTEN:
+def write(module, stem: str, digests: dict[str, str], *options: str) -> None:
+    """Write digests, with others that there are, and logits of the checkpoints of a module."""
+    found = {}
+    for name in module.FAMILIES:
+        for kind in module.WRITTEN:
             dtype, n_shards = kind.split("-")
             with tempfile.TemporaryDirectory() as folder:
-                model = write_model(Path(folder) / "made", name, dtype, int(n_shards))
-                digests[f"{name}-{kind}"] = digest(model, dtype.lower())
+                model = module.write_model(Path(folder) / "made", name, dtype, int(n_shards))
+                digests[f"{name}-{kind}"] = digest(model, dtype.lower(), *options)
                 if kind == "F32-1":
                     found[name] = logits(model, TOKENS)[SEEN]
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "made", "gpt-oss")
-        pack_experts(model)
-        digests["gpt-oss-MXFP4"] = digest(model, "f16")
     here = Path(__file__).parent
     text = {"source": "convert_hf_to_gguf.py of llama.cpp 0c1e57098: SHA-256 of the file", "files": digests}
-    (here / "experts.json").write_text(json.dumps(text, indent=1) + "\n")
-    np.savez_compressed(here / "experts_logits.npz", **found)
+    (here / f"{stem}.json").write_text(json.dumps(text, indent=1) + "\n")
+    np.savez_compressed(here / f"{stem}_logits.npz", **found)
+
+
+if __name__ == "__main__":
+    if "hybrid" not in sys.argv[2:]:
+        with tempfile.TemporaryDirectory() as folder:
+            model = expert_models.write_model(Path(folder) / "made", "gpt-oss")
+            expert_models.pack_experts(model)
+            write(expert_models, "experts", {"gpt-oss-MXFP4": digest(model, "f16")})
+    write(hybrid_models, "hybrid", {}, "--no-mtp")

@@ -99,12 +99,18 @@ def mix_tokens(engine, layer, projected: np.ndarray, out: np.ndarray, head: int)
     engine : CpuEngine
     layer : LayerWeights
     projected : np.ndarray [shape=(n_ctx, n), dtype=float32]
-        Side by side q and k of all groups, v and z of all heads, beta, alpha.
+        Side by side q and k of all groups, v and z of all heads, beta, alpha; with `in_groups` of each group its
+        beta and its alpha.
     out : np.ndarray [shape=(n_ctx, ssm_inner), dtype=float32]
     """
     h, vectors, scratch = layer.hparams, layer.vectors, engine.workers.scratch
     d_k, d_v, n = h.ssm_state, h.ssm_value, len(projected)
-    group, keys = head % h.ssm_groups, h.ssm_groups * h.ssm_state
+    per_group, keys = h.ssm_heads // h.ssm_groups, h.ssm_groups * h.ssm_state
+    if layer.does.in_groups:
+        group, place = divmod(head, per_group)
+        rates = 2 * group * per_group + place, (2 * group + 1) * per_group + place
+    else:
+        group, rates = head % h.ssm_groups, (head, h.ssm_heads + head)
     starts = {"q": group * d_k, "k": keys + group * d_k, "v": 2 * keys + head * d_v}
     parts = {}
     for name, start in starts.items():
@@ -112,7 +118,7 @@ def mix_tokens(engine, layer, projected: np.ndarray, out: np.ndarray, head: int)
         parts[name] = scratch(f"delta_{name}", n, columns.stop - columns.start)
         convolve(projected[:, columns], vectors["conv"][columns], parts[name])
     z = projected[:, h.conv_width + head * d_v :][:, :d_v]
-    beta, alpha = (projected[:, h.conv_width + h.ssm_inner + at + head].copy() for at in (0, h.ssm_heads))
+    beta, alpha = (projected[:, h.conv_width + h.ssm_inner + at].copy() for at in rates)
     alpha += vectors["time_step"][head]
     state = scratch("delta_state", d_k, d_v)
     own = out[:, head * d_v :][:, :d_v]
