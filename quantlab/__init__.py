@@ -22,6 +22,7 @@ _NAMES = {
     "refine": "quantlab.evaluate.refine",
     "sensitivity": "quantlab.study.sensitivity",
     "recipe": "quantlab.study.recipe",
+    "report": "quantlab.study.report",
     "fit": "quantlab.run.fit",
     "generate": "quantlab.run.generate",
 }

@@ -22,7 +22,7 @@ from quantlab.evaluate.engine import ExpertInputs, Stored, find
 from quantlab.evaluate.engine import torch as seam
 from quantlab.evaluate.imatrix import imatrix
 from quantlab.evaluate.logits import logits
-from quantlab.evaluate.perplexity import _measure
+from quantlab.evaluate.perplexity import measure
 from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Weights, as_is, resolve
@@ -57,7 +57,7 @@ def token_scores(choice, ftypes=("Q8_0", "Q4_K_M", "Q2_K"), chunks=3):
     options = dict(n_ctx=512, chunks=chunks, name="llama.cpp", mode=choice.mode, rules="current")
     windows, record = cut(read_text("primer"), model.vocab, **options)
     variants = [as_is(model), *resolve(model, ftypes)]
-    return _measure(variants, windows, record, choice, None, None, False, ScoreTokens())
+    return measure(variants, windows, record, choice, None, None, False, ScoreTokens())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def on_cpu():
 @pytest.mark.parametrize("choice", [find("float", "cpu-torch"), SPLIT], ids=["float32", "halves"])
 def test_every_token_of_the_bundled_model_scores_as_on_the_cpu(on_cpu, choice):
     for a, b in zip(on_cpu, token_scores(choice), strict=True):
-        for field in ("nll", "kld"):
+        for field in ("nll", "kld", "top_p"):
             difference = getattr(a, field) - getattr(b, field)
             assert np.abs(difference).max() < 1e-4 and abs(difference.mean()) < 1e-6
         for field in ("same_top", "correct", "top5", "top10"):  # near ties may fall either way

@@ -25,6 +25,7 @@ ALLOWED = {
     "lab": {"quants", "arch", "files", "transform", "evaluate", "study"},
     "run": {"quants", "arch", "files", "transform"},
 }
+LATE = {"study": {"run"}}  # what a room may import inside functions: a report lets llama.cpp continue a text
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -53,7 +54,8 @@ def test_rooms_import_one_way(path):
                 f"{path.name} imports {name} at the top, not inside a word"
             )
         elif room != "__init__" and parts[1:] and parts[1] in ALLOWED:
-            assert parts[1] == room or parts[1] in ALLOWED[room], f"{path.name}: {room} must not import {parts[1]}"
+            allowed = {room, *ALLOWED[room], *([] if at_top else LATE.get(room, ()))}
+            assert parts[1] in allowed, f"{path.name}: {room} must not import {parts[1]}"
 
 
 def test_every_room_is_in_the_table():

@@ -11,7 +11,7 @@ from quantlab.evaluate.metrics import TokenScores
 def score(base, other, targets):
     """Scores of rows of logits, as one chunk."""
     scores = TokenScores.empty(1, len(targets))
-    arrays = (scores.nll, scores.kld, scores.same_top, scores.top5, scores.top10, scores.correct)
+    arrays = (scores.nll, scores.kld, scores.same_top, scores.top5, scores.top10, scores.correct, scores.top_p)
     fused.score(base, other, targets, *(array[0] for array in arrays))
     return scores
 
@@ -55,6 +55,7 @@ def test_scores_agree_with_float64(logits):
     np.testing.assert_allclose(scores.kld[0], (np.exp(p) * (p - q)).sum(axis=1), rtol=1e-4, atol=1e-6)
     assert np.array_equal(scores.same_top[0], p.argmax(1) == q.argmax(1))
     assert np.array_equal(scores.correct[0], q.argmax(1) == targets)
+    np.testing.assert_allclose(scores.top_p[0], np.exp(q.max(1)), rtol=2e-6)
     for n, found in ((5, scores.top5), (10, scores.top10)):
         tops = [np.argsort(-x, axis=1, kind="stable")[:, :n] for x in (p, q)]
         assert found[0].tolist() == [len(np.intersect1d(a, b)) for a, b in zip(*tops, strict=True)]

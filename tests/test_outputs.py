@@ -45,6 +45,7 @@ CALLS = {
     "table": ["tiny", "--ftypes", "Q4_0", "-c", "64", "--chunks", "1"],
     "imatrix": ["tiny", "-c", "64", "--chunks", "1"],
     "refine": ["tiny", "r.gguf", "Q2_K", "--chunks", "1", "--sweeps", "0", "--judge", "none"],
+    "report": ["tiny", "Q4_0", "-c", "64", "--chunks", "1", "-p", ""],
     "recipe": ["tiny", "--sensitivity", "s.json", "--like", "Q4_K_M", "--judge", "none"],
     "notebook": ["type_zoo"],
     "fit": ["llama-7b"],

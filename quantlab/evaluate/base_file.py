@@ -193,6 +193,7 @@ class CompareWithFile:
             scores.kld[place] = stored_kld(stored, logits - log_z.astype(np.float32)[:, None])
             base.nll[place] = -stored[rows, targets]
             base.correct[place] = stored.argmax(axis=-1) == targets
+            base.top_p[place] = np.exp(stored.max(axis=-1))
         return [base, scores]
 
 

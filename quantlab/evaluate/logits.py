@@ -1,15 +1,18 @@
 """Logits of a few windows of tokens, for a look at what a model says next."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine import Choice, find
 from quantlab.evaluate.engine.fused import score
+from quantlab.evaluate.engine.rounded import RoundedEngine, activations_of
 from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.evaluate.protocol import Windows
-from quantlab.evaluate.variants import as_is
+from quantlab.evaluate.variants import Variant, as_is, output_name
 
 NOISE_TOKENS = 512  # enough for two digits of a mean divergence
 
@@ -65,9 +68,51 @@ def half_noise(model, windows: Windows, choice: Choice) -> dict[str, float]:
         return {}
     tokens = windows.tokens[:1, :NOISE_TOKENS]
     exact = _logits(model, tokens, find("float", choice.device))[0]
-    halves, scores = _logits(model, tokens, choice)[0], TokenScores.empty(*tokens.shape)
-    score(exact, halves, tokens[0], **scores.at(0))
-    return {"kld_noise": float(scores.kld.mean())}
+    return {"kld_noise": _mean_kld(exact, _logits(model, tokens, choice)[0])}
+
+
+def activation_noise(model, variants: Sequence[Variant], tokens: np.ndarray) -> list[float]:
+    """Measure what llama.cpp's rounding of activations alone does to the predictions of a model.
+
+    A file is measured with activations in float32. llama.cpp's CPU code rounds them before every product, to a type
+    that the weights' type asks for, and the keys and values of attention to float16.
+
+    Parameters
+    ----------
+    model : Model
+        The base, whose weights are used throughout.
+    variants : sequence of Variant
+        Their types alone count.
+    tokens : np.ndarray [shape=(n_tokens,), dtype=int32]
+
+    Returns
+    -------
+    list of float
+        For each variant the mean divergence, nats, of the base with activations rounded as the variant's are from the
+        base in float32. Weights that differ by less cannot be told apart when they are run there.
+    """
+    exact, found, output = _logits(model, tokens[None], find("float"))[0], {}, output_name(model)
+    rounded = [_roundings(model, variant, output) for variant in variants]
+    for key in dict.fromkeys(rounded):
+        options = {"activations": dict(key), "output": output}
+        choice = Choice(RoundedEngine, "float", "cpu", "float32", options=options)
+        found[key] = _mean_kld(exact, _logits(model, tokens[None], choice)[0])
+    return [found[key] for key in rounded]
+
+
+def _roundings(model, variant: Variant, output: str) -> tuple[tuple[str, str], ...]:
+    """Name of each matrix of a product, and the type of the product's inputs."""
+    types = variant.types
+    types = types | {output: types.get("output.weight", types["token_embd.weight"])}
+    names = [tensor.name for tensor in model if len(tensor.shape) > 1 and tensor.name in types]
+    return tuple((name, activations_of(types[name])) for name in names if name == output or name.startswith("blk."))
+
+
+def _mean_kld(exact: np.ndarray, other: np.ndarray) -> float:
+    """Return the mean divergence of logits [n_tokens, n_vocab] from exact ones, nats."""
+    scores = TokenScores.empty(1, len(exact))
+    score(exact, other, np.zeros(len(exact), np.int32), **scores.at(0))
+    return float(scores.kld.mean())
 
 
 def _logits(model, rows: np.ndarray, choice: Choice) -> np.ndarray:

@@ -34,11 +34,12 @@ class TokenScores:
     # top5, top10: uint8: how many of the base's 5 and 10 most probable tokens are among the variant's
     top5: np.ndarray
     top10: np.ndarray
+    top_p: np.ndarray  # float64: probability that the variant gave to its most probable token
 
     @classmethod
     def empty(cls, n_chunks: int, n_scored: int) -> "TokenScores":
         """Arrays to be filled."""
-        dtypes = (np.float64, np.float64, np.bool_, np.bool_, np.uint8, np.uint8)
+        dtypes = (np.float64, np.float64, np.bool_, np.bool_, np.uint8, np.uint8, np.float64)
         return cls(*(np.zeros((n_chunks, n_scored), dtype) for dtype in dtypes))
 
     def at(self, place) -> dict[str, np.ndarray]:

@@ -179,16 +179,16 @@ def perplexity(
         If the architecture is not known here, the text is too short, the memory too small, or an option out of range.
     """
     opened = as_model(model)
-    variants = [as_is(opened, _name(model, opened))]
+    variants = [as_is(opened, name_of(model, opened))]
     choice = find(mode, device, device_memory)
     windows, record = _cut(opened, text, n_ctx, chunks, protocol, choice, "none")
-    measure = partial(_measure, variants, windows, record, choice, memory, scratch, progress)
+    run = partial(measure, variants, windows, record, choice, memory, scratch, progress)
     if kl_divergence_base is None:
-        scores = measure(ScoreTokens())
+        scores = run(ScoreTokens())
     else:
         _check_base_file(Path(kl_divergence_base), opened, text, record, overwrite)
         with replacing(kl_divergence_base, overwrite=overwrite) as part, open(part, "wb") as file:
-            scores = measure(WriteBase(file))
+            scores = run(WriteBase(file))
     row = _named(variants[0]) | metrics.perplexity_row(scores[0])
     running = ({"variant": variants[0].name} | row for row in metrics.running(scores[0], scores[0]))
     kept = ("variant", "chunk", "ppl", "ppl_se")
@@ -240,10 +240,10 @@ def kl_divergence(
         If the file is not whole or belongs to another vocabulary, text or `n_ctx`; and as for `perplexity`.
     """
     file, opened = BaseFile.open(base_file), as_model(model)
-    variants = [as_is(opened, _name(model, opened))]
+    variants = [as_is(opened, name_of(model, opened))]
     choice = find(mode, device, device_memory)
     windows, record = _cut_alike(file, opened, text, n_ctx, chunks, choice)
-    base, scores = _measure(variants, windows, record, choice, memory, scratch, progress, CompareWithFile(file))
+    base, scores = measure(variants, windows, record, choice, memory, scratch, progress, CompareWithFile(file))
     rows = (
         {"variant": file.path.name, "bytes": None, "bpw": float("nan")} | metrics.perplexity_row(base),
         _named(variants[0]) | metrics.comparison_row(scores, base),
@@ -343,8 +343,8 @@ def compare(
     noise = half_noise(opened, windows, choice)
     how = {"n_ctx": n_ctx, "imatrix": matrix, "rules": rules, "memory": memory, "progress": progress}
     with refined_variants(opened, variants, text, calibrate_on, scratch=scratch, **how) as given:
-        found = [as_is(opened, _name(base, opened)), *resolve(opened, given, rules=rules, imatrix=matrix)]
-        scores = _measure(found, windows, record, choice, memory, scratch, progress, ScoreTokens())
+        found = [as_is(opened, name_of(base, opened)), *resolve(opened, given, rules=rules, imatrix=matrix)]
+        scores = measure(found, windows, record, choice, memory, scratch, progress, ScoreTokens())
     rows, running = [], []
     for variant, score in zip(found, scores, strict=True):
         rows.append(_named(variant) | metrics.comparison_row(score, scores[0]) | noise)
@@ -352,8 +352,8 @@ def compare(
     return Comparison(record, tuple(rows), tuple(running))
 
 
-def _name(model, opened: Model) -> str:
-    """What the user called the model, or the stem of its file."""
+def name_of(model, opened: Model) -> str:
+    """Return the stem of a model's file, or the name of its folder."""
     return opened.path.stem if opened.path.is_file() else opened.path.name
 
 
@@ -369,14 +369,14 @@ def _cut(model: Model, text, n_ctx, chunks, protocol, choice: Choice, rules) -> 
     return windows, choice.recorded(record)
 
 
-def _measure(
+def measure(
     variants: list[Variant], windows: Windows, record: Protocol, choice: Choice, memory, scratch, progress, consumer
 ):
     """Run the windows through all variants and return what the consumer makes of them."""
     base = variants[0].model
     for variant in variants:
         check_model(variant.model)
-    key = _key(variants, windows, record)
+    key = pass_key(variants, windows, record)
     with choice(base, windows.tokens.shape[1]) as running, ExitStack() as stack:
         budget = running.plan(variants, windows, memory, keep_states=scratch is not None)
         if scratch is None and not budget.in_memory:
@@ -402,8 +402,8 @@ def _check_disk(folder: Path, needed: int) -> None:
         raise OSError(f"{folder}: {free} bytes free, the hidden states need {needed}. Give another scratch folder.")
 
 
-def _key(variants: list[Variant], windows: Windows, record: Protocol) -> str:
-    """What hidden states on disk belong to."""
+def pass_key(variants: list[Variant], windows: Windows, record: Protocol) -> str:
+    """Return what hidden states on disk belong to."""
     parts = [asdict(record), windows.tokens.tolist()]
     for variant in variants:
         stat = variant.model.path.stat()

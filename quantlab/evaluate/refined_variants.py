@@ -28,7 +28,7 @@ def refined_variants(base: Model, specs: Sequence, text, calibrate_on, *, scratc
     specs : sequence of str, Path or Recipe
         As for `quantlab.compare`.
     text, calibrate_on : str, Path or Text
-        What to judge on; what to refine with.
+        What to judge on, or a list of that; what to refine with.
     scratch : str or Path, optional
         Refused: a comparison that resumes needs the same files again.
     **options
@@ -45,7 +45,8 @@ def refined_variants(base: Model, specs: Sequence, text, calibrate_on, *, scratc
         return
     if scratch is not None:
         raise ValueError(f"{marked[0]}: cannot resume from scratch={scratch}. Refine to a file first, or leave it out.")
-    if read_text(text).text == read_text(calibrate_on).text:
+    judged_on = text if isinstance(text, list) else [text]
+    if any(read_text(item).text == read_text(calibrate_on).text for item in judged_on):
         raise ValueError(f"{marked[0]}: calibrate_on={calibrate_on}, is the text to judge on. Name another.")
     found = []
     with TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as folder:

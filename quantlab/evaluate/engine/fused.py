@@ -253,7 +253,7 @@ def _divergence(base, base_max, other, other_max):
 
 
 @njit(nogil=True, cache=True)
-def score(base, other, targets, nll, kld, same_top, top5, top10, correct):
+def score(base, other, targets, nll, kld, same_top, top5, top10, correct, top_p):
     """Score rows of logits of a variant against those of its base (which may be the same array).
 
     base, other : float32 [rows, n_vocab]; targets : int32 [rows]; the rest are results [rows].
@@ -269,6 +269,7 @@ def score(base, other, targets, nll, kld, same_top, top5, top10, correct):
         kld[r] = weighted / base_sum + (log_z - base_log_z)
         same_top[r] = indices[0] == base_indices[0]
         correct[r] = indices[0] == targets[r]
+        top_p[r] = 1.0 / other_sum
         top5[r], top10[r] = 0, 0
         for i in range(TOP):
             for j in range(TOP):

@@ -39,6 +39,7 @@ def compare(base: Prediction, other: Prediction, targets: torch.Tensor) -> dict[
         "correct": other.top[:, 0] == targets,
         "top5": same[:, :5, :5].sum((1, 2)),
         "top10": same.sum((1, 2)),
+        "top_p": 1 / other.total,
     }
 
 
