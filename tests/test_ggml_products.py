@@ -10,7 +10,7 @@ from quantlab.evaluate.engine import Stored, ggml_products
 from quantlab.evaluate.engine.ggml import GgmlEngine
 from quantlab.evaluate.engine.ggml_activations import Blocks
 from quantlab.evaluate.engine.ggml_products import ORDERS
-from quantlab.evaluate.engine.tiles import ROWS, WIDTH
+from quantlab.evaluate.engine.integer_tiles import GROUP_ROWS, LANES
 from quantlab.evaluate.engine.workers import Workers
 from quantlab.quants.ggml_types import GGML_TYPES
 
@@ -90,8 +90,8 @@ def made(rng, qtype: str, n_out: int, n_in: int) -> Stored:
 
 @pytest.mark.parametrize("qtype", ORDERED)
 def test_random_blocks_give_the_oracles_bits(rng, qtype):
-    n_out, n_in = 2 * WIDTH + 5, 768
-    x = (rng.standard_normal((2 * ROWS + 1, n_in)) * np.exp(2 * rng.standard_normal((2 * ROWS + 1, n_in)))).astype(f32)
+    n_out, n_in, n_rows = 4 * LANES + 5, 768, 2 * GROUP_ROWS + 1
+    x = (rng.standard_normal((n_rows, n_in)) * np.exp(2 * rng.standard_normal((n_rows, n_in)))).astype(f32)
     x[3, :256] = 0
     data, expected = random_blocks(rng, qtype, n_out, n_in), np.full((len(x), n_out), np.nan, f32)
     ggml_oracle.product(x, [ggml_oracle.pack(data, qtype, (n_out, n_in))], expected, Workers())
@@ -103,7 +103,7 @@ def test_sums_keep_their_order(rng, qtype):
     tensor = made(rng, qtype, 70, 768)  # more rows than a panel, and not a multiple of it
     x = (rng.standard_normal((5, 768)) * np.exp(rng.standard_normal((5, 768)))).astype(f32)
     out = product(x, [tensor])
-    blocks = Blocks(x, ORDERS[qtype].activations, Workers())
+    blocks = Blocks(x, ORDERS[qtype].activations, ORDERS[qtype].run, Workers())
     for r in (0, 4):
         for c in (0, 1, 64, 69):
             assert out[r, c] == dot(tensor.data[c], qtype, blocks.codes[r], blocks.d[r], blocks.sums[r]), (r, c)

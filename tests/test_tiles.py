@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from numba import njit
 
-from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, DEPTH, ROWS, WIDTH, fill_panels, multiply, n_panels, tile
+from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, DEPTH, ROWS, fill_panels, multiply, n_panels
 
 
 def in_panels(weight):
@@ -52,17 +51,3 @@ def test_x_and_out_may_be_parts_of_wider_arrays(rng):
     multiply(x[:, 50:150], in_panels(weight), out[:, 30:100])
     np.testing.assert_allclose(out[:, 30:100], x[:, 50:150] @ weight.T, rtol=1e-4, atol=1e-4)
     assert not out[:, :30].any() and not out[:, 100:].any()
-
-
-@pytest.mark.parametrize("nrows", [1, ROWS - 1, ROWS])
-def test_integers_are_summed_in_pairs(rng, nrows):
-    x, weight = rng.integers(-4064, 4065, (nrows, 300), np.int16), rng.integers(-127, 128, (300, WIDTH), np.int16)
-    pairs = np.ascontiguousarray(weight.reshape(150, 2, WIDTH).swapaxes(1, 2)).view(np.int32)[..., 0]
-    out = np.ones((nrows, WIDTH), np.int32)
-    add_tile(x.view(np.int32), pairs, 20, 150, out)
-    np.testing.assert_array_equal(out, 1 + x[:, 40:].astype(np.int32) @ weight[40:].astype(np.int32))
-
-
-@njit
-def add_tile(x, panel, start, stop, out):
-    tile(x, panel, start, stop, out, True)

@@ -300,10 +300,11 @@ def from_half(h):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory: flat arrays of float32, int32, uint16, uint8 or int8; narrow ones are widened to ints and cut back to low bits
+# Memory: flat arrays of float32, int32, (u)int16 or (u)int8; narrow ones are widened to ints and cut back to low bits
 # ---------------------------------------------------------------------------------------------------------------------
 
-_LOADED = {types.float32: FLOATS, **dict.fromkeys((types.int32, types.uint16, types.uint8, types.int8), INTS)}
+_WHOLE = types.int32, types.uint16, types.int16, types.uint8, types.int8
+_LOADED = {types.float32: FLOATS, **dict.fromkeys(_WHOLE, INTS)}
 
 
 def load(array, i):
@@ -372,7 +373,7 @@ def _item(array_type):
 def _widen_bytes(builder, value, array_type):
     if array_type.dtype in (types.uint8, types.uint16):
         return builder.zext(value, vector(INTS))
-    return builder.sext(value, vector(INTS)) if array_type.dtype == types.int8 else value
+    return builder.sext(value, vector(INTS)) if array_type.dtype in (types.int8, types.int16) else value
 
 
 def _load_lower(context, builder, sig, args):

@@ -62,24 +62,22 @@ class GgmlEngine(CpuEngine):
         for part, width in zip(matrix.parts, matrix.widths, strict=True):
             target, is_ordered = out[:, start : start + width], isinstance(part, Packed)
             start += width
-            activations = ORDERS[part.qtype if is_ordered else part[0]].activations
-            if (activations, is_ordered) not in rounded:
+            order = ORDERS[part.qtype if is_ordered else part[0]]
+            if (order.activations, order.run) not in rounded:
                 rounded.clear()  # the blocks of another type take its memory
-                rounded[activations, is_ordered] = self._round(x, activations, is_ordered)
+                rounded[order.activations, order.run] = self._round(x, order.activations, order.run)
             if is_ordered:
-                product(rounded[activations, True], part, target)
+                product(rounded[order.activations, order.run], part, target)
             else:
-                multiply(rounded[activations, False], part[1], target)
+                multiply(rounded[order.activations, order.run], part[1], target)
 
-    def _round(self, x: np.ndarray, qtype: str, as_blocks: bool) -> Blocks | np.ndarray:
-        """Round activations to a type: blocks of integers, or the numbers that they hold."""
+    def _round(self, x: np.ndarray, qtype: str, run: int) -> Blocks | np.ndarray:
+        """Round activations to a type: blocks of integers for products in runs, else the numbers of a float type."""
         if qtype == "F32":
             return x
-        if as_blocks:
-            return Blocks(x, qtype, self.workers)
+        if run:
+            return Blocks(x, qtype, run, self.workers)
         out = self.workers.scratch("rounded", *x.shape)
-        if qtype.startswith("Q8"):
-            return Blocks(x, qtype, self.workers).floats(out)
         (round_f16 if qtype == "F16" else round_bf16)(x, out)
         return out
 

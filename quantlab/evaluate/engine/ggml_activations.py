@@ -6,7 +6,9 @@ llama.cpp.
 
 import numpy as np
 
+from quantlab.evaluate.engine.integer_tiles import VNNI
 from quantlab.quants.compiled import njit
+from quantlab.quants.lanes import absolute, any_lane, bits, highest, lanes, load, maximum, nearest_int, store, total
 
 _ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
 
@@ -19,34 +21,38 @@ class Blocks:
     x : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
     qtype : str
         `Q8_0`, `Q8_1` or `Q8_K`.
+    run : int
+        Columns whose products `integer_tiles` sums at a time.
     workers : Workers
         For scratch space.
 
     Attributes
     ----------
-    qtype : str
-    codes : np.ndarray [shape=(nrows, n_per_row), dtype=int16]
+    codes : np.ndarray [shape=(nrows, n_per_row), dtype=int8 or, without VNNI, int16]
         Integers -127 … 127.
     d : np.ndarray [shape=(nrows, blocks of a row), dtype=float32]
         Scale of each block.
-    sums : np.ndarray [shape=(nrows, n_per_row // 32), dtype=float32; of Q8_K (nrows, n_per_row // 16), int16]
-        Of Q8_1 scale times sum of a block's codes, in float16; of Q8_K the sums of every 16 codes.
+    sums : np.ndarray [shape=(nrows, n_per_row // 32), dtype=float32; of Q8_K (nrows, n_per_row // run), int16]
+        Of Q8_0 and Q8_1 scale times sum of a block's codes, in float16; of Q8_K the sums of runs.
+    starts : np.ndarray [shape=(nrows, n_per_row // run or, without VNNI, 0), dtype=int32]
+        Minus 128 times the sums of runs.
     """
 
-    def __init__(self, x: np.ndarray, qtype: str, workers):
-        self.qtype, is_super = qtype, qtype == "Q8_K"
-        self.codes = workers.scratch("codes", *x.shape, dtype=np.int16)
-        self.d = workers.scratch("d", len(x), x.shape[1] // (256 if is_super else 32))
-        if is_super:
-            self.sums = workers.scratch("sums_16", len(x), x.shape[1] // 16, dtype=np.int16)
+    def __init__(self, x: np.ndarray, qtype: str, run: int, workers):
+        n_rows, n_in = x.shape
+        self.codes = workers.scratch("codes", n_rows, n_in, dtype=np.int8 if VNNI else np.int16)
+        self.starts = workers.scratch("starts", n_rows, n_in // run if VNNI else 0, dtype=np.int32)
+        if qtype == "Q8_K":
+            self.d = workers.scratch("d", n_rows, n_in // 256)
+            self.sums = workers.scratch("sums_of_runs", n_rows, n_in // run, dtype=np.int16)
+            _round_q8_k(x, self.codes, self.d)
+            _sum_runs(self.codes, run, np.int16(1), self.sums)
         else:
-            self.sums = workers.scratch("sums_32", len(x), x.shape[1] // 32)
-        (_round_q8_k if is_super else _round_q8_0)(x, self.codes, self.d, self.sums)
-
-    def floats(self, out: np.ndarray) -> np.ndarray:
-        """Put the numbers that the blocks hold into `out` [shape=codes.shape, dtype=float32], and return it."""
-        np.multiply(self.codes.reshape(*self.d.shape, -1), self.d[..., None], out=out.reshape(*self.d.shape, -1))
-        return out
+            self.d = workers.scratch("d", n_rows, n_in // 32)
+            self.sums = workers.scratch("sums_of_blocks", n_rows, n_in // 32)
+            _round_q8_0(x, self.codes, self.d, self.sums)
+        if VNNI:
+            _sum_runs(self.codes, run, np.int32(-128), self.starts)
 
 
 @njit(inline="always")
@@ -84,50 +90,63 @@ def round_bf16(x, out):
 
 
 @njit(inline="always")
-def _largest(row):
-    """The greatest magnitude of a row, by way of integers, of which many are compared at once."""
-    top = np.int32(0)
-    for bits in row.view(np.int32):
-        top = max(top, bits & np.int32(0x7FFFFFFF))
-    return np.int32(top).view(np.float32)
+def _code_lanes(row, at, n, inverse, codes):
+    """Round n numbers times `inverse` to whole ones, at most 127; return the sum of them."""
+    whole = lanes(0)
+    for i in range(at, at + n, 16):
+        code = nearest_int(load(row, i) * inverse)
+        store(codes, i, code)
+        whole = whole + code
+    return total(whole)
+
+
+@njit(inline="always")
+def _largest(row, at, n):
+    """The greatest magnitude of n numbers, by way of integers, which compare as they do."""
+    top = lanes(0)
+    for i in range(at, at + n, 16):
+        top = maximum(top, bits(absolute(load(row, i))))
+    return np.int32(highest(top)).view(np.float32)
 
 
 @njit(nogil=True, cache=True)
 def _round_q8_0(x, codes, d, sums):
     """Blocks of 32 with a float16 scale; Q8_1's are the same, but for the sums."""
-    row = np.empty(32, np.float32)  # contiguous, whatever `x` is a part of
+    row = np.empty(x.shape[1], np.float32)  # contiguous, whatever `x` is a part of
     for r in range(x.shape[0]):
-        for b in range(x.shape[1] // 32):
-            row[:] = x[r, 32 * b : 32 * b + 32]
-            code, total = codes[r, 32 * b : 32 * b + 32], np.int32(0)
-            top = _largest(row)
+        row[:] = x[r]
+        code = codes[r]
+        for b in range(d.shape[1]):
+            top = _largest(row, 32 * b, 32)
             inverse = _127 / top if top > _ZERO else _ZERO
-            for i in range(32):
-                whole = np.int32(np.rint(row[i] * inverse))
-                code[i] = whole
-                total += whole
+            whole = _code_lanes(row, 32 * b, 32, inverse, code)
             d[r, b] = half(top / _127)
-            sums[r, b] = half(np.float32(top / _127) * np.float32(total))
+            sums[r, b] = half(np.float32(top / _127) * np.float32(whole))
 
 
 @njit(nogil=True, cache=True)
-def _round_q8_k(x, codes, d, sums):
+def _round_q8_k(x, codes, d):
     """Super-blocks of 256 with a float32 scale; the number of greatest magnitude becomes -127."""
-    row = np.empty(256, np.float32)
+    row = np.empty(x.shape[1], np.float32)
     for r in range(x.shape[0]):
-        for b in range(x.shape[1] // 256):
-            row[:] = x[r, 256 * b : 256 * b + 256]
-            code, top, is_positive = codes[r, 256 * b : 256 * b + 256], _largest(row), False
-            for i in range(256):
-                is_positive |= row[i] == top
-            inverse = _ZERO
+        row[:] = x[r]
+        code = codes[r]
+        for b in range(d.shape[1]):
+            top, is_positive, inverse = _largest(row, 256 * b, 256), False, _ZERO
+            for i in range(256 * b, 256 * b + 256, 16):
+                is_positive |= any_lane(load(row, i) == top)
             if top > _ZERO:
                 inverse = -_127 / top if is_positive else _127 / top
             d[r, b] = _ONE / inverse if top > _ZERO else _ZERO
-            for i in range(256):
-                code[i] = min(np.int32(127), np.int32(np.rint(row[i] * inverse)))
-            for j in range(16):
-                total = np.int32(0)
-                for i in range(16 * j, 16 * j + 16):
-                    total += np.int32(code[i])
-                sums[r, 16 * b + j] = total
+            _code_lanes(row, 256 * b, 256, inverse, code)
+
+
+@njit(nogil=True, cache=True)
+def _sum_runs(codes, run, factor, out):
+    """out[r, i] = factor · Σ codes over the i-th run of each row."""
+    for r in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            whole = np.int32(0)
+            for j in range(i * run, (i + 1) * run):
+                whole += np.int32(codes[r, j])
+            out[r, i] = np.int32(factor) * whole

@@ -10,8 +10,7 @@ of a panel and one number of each row of x:
                         x[1, i] ████████████████  += x[r, i] · panel[i]
                         x[2, i] ████████████████
 
-So every number of `out` is one sum in the order of i, whatever the blocks of rows and the number of threads. A tile of
-integers is the same with pairs of int16 in place of a number: LLVM makes one instruction of two products and their sum.
+So every number of `out` is one sum in the order of i, whatever the blocks of rows and the number of threads.
 """
 
 import platform
@@ -36,7 +35,7 @@ COLUMNS = 512 if BLAS else WIDTH
 DEPTH = 2048  # steps after which a tile is put down, so that the panel stays in the cache
 compiled = (lambda function: function) if BLAS else njit(nogil=True, cache=True)  # `multiply` and what calls it
 
-_FLOATS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
 def n_panels(n_out: int) -> int:
@@ -101,7 +100,7 @@ def multiply(x, panels, out):
 def tile(typing_context, x, panel, start, stop, out, more):
     """out[r, :] = Σ x[r, i] · panel[i, :] over start <= i < stop, for up to ROWS rows; with `more`, added to `out`.
 
-    x [rows, n], panel [n, WIDTH], out [rows, WIDTH]: float32; or int32, of which those of x and panel are two int16.
+    x [rows, n], panel [n, WIDTH], out [rows, WIDTH]: float32.
     """
     return types.void(x, panel, types.intp, types.intp, out, more), _build_tile
 
@@ -109,9 +108,8 @@ def tile(typing_context, x, panel, start, stop, out, more):
 def _build_tile(context, builder, signature, args):
     """Write the LLVM code of `tile`: the loop over i, all its sums in registers."""
     x, panel, out = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 1, 4))
-    vector, add_product = (_INTS, add_pairs) if signature.args[0].dtype == types.int32 else (_FLOATS, _add_floats)
     x_rows, out_rows = _row_pointers(context, builder, x), _row_pointers(context, builder, out)
-    sums = [[cgutils.alloca_once_value(builder, vector(None)) for _ in range(VECTORS)] for _ in range(ROWS)]
+    sums = [[cgutils.alloca_once_value(builder, _FLOATS(None)) for _ in range(VECTORS)] for _ in range(ROWS)]
     with builder.if_then(args[5]):
         for r in range(ROWS):
             for v in range(VECTORS):
@@ -123,28 +121,16 @@ def _build_tile(context, builder, signature, args):
         for r in range(ROWS):
             value = _repeated(builder, builder.load(builder.gep(x_rows[r], [step.index])))
             for total, weight in zip(sums[r], weights, strict=True):
-                builder.store(add_product(builder, builder.load(total), value, weight), total)
+                builder.store(_add_product(builder, builder.load(total), value, weight), total)
     for r in range(ROWS):
         for v in range(VECTORS):
             builder.store(builder.load(sums[r][v]), _vector(context, builder, out_rows[r], v), align=4)
     return context.get_dummy_value()
 
 
-def _add_floats(builder, total, x, weight):
+def _add_product(builder, total, x, weight):
     """total + x · weight, in one instruction where the processor has it."""
     return builder.fadd(total, builder.fmul(x, weight, flags=("contract",)), flags=("contract",))
-
-
-def add_pairs(builder, total, x, weight):
-    """total + x₀ · weight₀ + x₁ · weight₁ (vpdpwssd, or vpmaddwd and vpaddd)."""
-    pairs, wide = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(ir.IntType(32), 2 * LANES)
-    x, weight = (builder.sext(builder.bitcast(value, pairs), wide) for value in (x, weight))
-    products = builder.mul(x, weight)
-    first, second = (
-        builder.shuffle_vector(products, wide(ir.Undefined), _INTS(list(range(start, 2 * LANES, 2))))
-        for start in (0, 1)
-    )
-    return builder.add(total, builder.add(first, second))
 
 
 def _row_pointers(context, builder, array) -> list:
@@ -167,5 +153,5 @@ def _vector(context, builder, pointer, v: int):
 
 def _repeated(builder, number):
     """A vector of `number` in every lane."""
-    undefined, zeros = ir.VectorType(number.type, LANES)(ir.Undefined), _INTS(None)
+    undefined, zeros = _FLOATS(ir.Undefined), ir.VectorType(ir.IntType(32), LANES)(None)
     return builder.shuffle_vector(builder.insert_element(undefined, number, ir.IntType(32)(0)), undefined, zeros)
