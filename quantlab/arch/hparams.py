@@ -39,8 +39,16 @@ class Hparams:
     ----------
     n_head_kv : int or tuple of int
         `n_head` where it is not given.
-    head_dim : int
+    head_dim : int or tuple of int
         `n_embd // n_head` where it is not given.
+    head_dim_window, n_rot_window : int
+        Those of layers with a window where they differ; 0 where they do not. `arch.complete` distributes them.
+    v_is_k : int or tuple of int
+        1 in a layer whose values are its keys before norm and rotation.
+    n_kv_shared : int
+        How many layers, the last ones, use keys and values of layers before them.
+    n_embd_layer : int
+        Size of what a layer learns of each token by itself, beside its embedding; 0: nothing.
     n_ctx : int
         Context length of the training, in tokens.
     n_rot : int or tuple of int
@@ -91,8 +99,13 @@ class Hparams:
     n_ff: PerLayer = 0
     n_vocab: int = 0
     n_ctx: int = 0
-    head_dim: int | None = None
+    head_dim: PerLayer | None = None
+    head_dim_window: int = 0
     n_rot: PerLayer | None = None
+    n_rot_window: int = 0
+    v_is_k: PerLayer = 0
+    n_kv_shared: int = 0
+    n_embd_layer: int = 0
     rms_eps: float = 1e-6
     rope_base: float | tuple[float, ...] = 10000.0
     rope_base_window: float = 0.0
@@ -206,5 +219,15 @@ class Hparams:
 
     @property
     def n_pairs(self) -> int:
-        """Pairs of dimensions of a head that are turned together."""
-        return self.n_rot // 2
+        """Pairs of dimensions of a head that are turned together, the most of any layer."""
+        return max(self.n_rot if isinstance(self.n_rot, tuple) else (self.n_rot,)) // 2
+
+    @property
+    def n_embd_layers(self) -> int:
+        """Columns of what all layers learn of a token."""
+        return self.n_layer * self.n_embd_layer
+
+    @property
+    def n_ff_exp_twice(self) -> int:
+        """Columns of gate and up of an expert."""
+        return 2 * self.n_ff_exp

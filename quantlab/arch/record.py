@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from quantlab.arch.hparams import Hparams
 
-Role = Literal["embedding", "norm", "matrix", "bias", "router", "experts", "output", "state", "rope"]
+Role = Literal["embedding", "norm", "matrix", "bias", "router", "experts", "output", "state", "rope", "other"]
 _DENSE = ("shared_gate", "ffn_in", "ffn_down")
 FLOAT_ROLES = ("norm", "bias", "router", "state", "rope")  # stay F32 in every file
 
@@ -24,7 +24,8 @@ class Tensor:
     shape : str
         Fields of `Hparams` in NumPy order, the row length last: `"n_ff n_embd"`.
     role : str
-        What it is: a matrix multiplies, a norm scales, a router picks experts, a state belongs to a recurrent layer.
+        What it is: a matrix multiplies, a norm scales, a router picks experts, a state belongs to a recurrent layer;
+        `other` is a matrix of a kind that the evaluator does not compute.
     checkpoint : tuple of str
         Its names in Hugging Face checkpoints, `{}` for the number of the layer; empty where the converter computes it.
     change : tuple of str
@@ -93,6 +94,17 @@ class Layer:
         stacked, one matrix after the other, and so are their biases.
     attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm : str
         RMS norms. q_norm and k_norm are of each head, or of a whole row where their weights are as long as that.
+    v_norm : bool
+        Whether each head of v is normalized, without weights.
+    experts_norm, shared_post_norm, experts_post_norm : str
+        Where the experts have norms of their own: of what they see, of what the one gives that every token sees, and
+        of what they give. `ffn_post_norm` is that of the sum of both then.
+    router_scale : str
+        What the columns that the router then sees are multiplied by, and by n_embd^-½, after a norm without weights.
+    expert_scales : str
+        One number for each expert, which the weights of those chosen are multiplied by.
+    layer_scale : str
+        One number that everything is multiplied by in the end.
     rope : str
         Which dimensions of a head are turned together: neighbours (`pairs`) or those half a head apart (`halves`).
     activation : str
@@ -122,6 +134,7 @@ class Layer:
     attn_qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     q_norm: str = ""
     k_norm: str = ""
+    v_norm: bool = False
     attn_output: tuple[str, ...] = ("attn_output",)
     attn_post_norm: str = ""
     ffn_norm: str = "ffn_norm"
@@ -132,6 +145,12 @@ class Layer:
     ffn_in: tuple[str, ...] = ("ffn_gate", "ffn_up")
     ffn_down: tuple[str, ...] = ("ffn_down",)
     ffn_post_norm: str = ""
+    experts_norm: str = ""
+    shared_post_norm: str = ""
+    experts_post_norm: str = ""
+    router_scale: str = ""
+    expert_scales: str = ""
+    layer_scale: str = ""
     rope: Literal["pairs", "halves"] = "halves"
     activation: Literal["silu", "gelu", "swiglu_oai"] = "silu"
     query_width: int = 1
@@ -153,12 +172,14 @@ class Layer:
     @property
     def norms(self) -> dict[str, str]:
         """The norms that there are, by field."""
-        return self._there("attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm")
+        of_experts = "experts_norm", "shared_post_norm", "experts_post_norm"
+        return self._there("attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", *of_experts)
 
     @property
     def vectors(self) -> dict[str, str]:
         """What else a layer has beside products, their biases and norms, by field."""
-        return self._there("sinks", "choice_bias", "conv", "time_step", "decay", "state_norm")
+        scales = "router_scale", "expert_scales", "layer_scale"
+        return self._there("sinks", "choice_bias", "conv", "time_step", "decay", "state_norm", *scales)
 
     def _there(self, *names: str) -> dict:
         """Some fields that are not empty."""
@@ -194,6 +215,8 @@ class Architecture:
         that of the file.
     skipped : tuple of str
         Ends of the names of a checkpoint's tensors that no file needs.
+    vocab : str
+        `tokenizer.ggml.model` where it is another one than the tokenizer's files say.
     has_llama_vocab : bool
         Whether the converter writes vocabularies as Llama's: scores for SentencePiece in a tokenizer.json.
     tokenizer : mapping
@@ -230,6 +253,7 @@ class Architecture:
     metadata: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     skipped: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "rope.freqs")
+    vocab: str = ""
     has_llama_vocab: bool = False
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     special: Mapping[str, str] = field(default_factory=dict)
@@ -251,9 +275,13 @@ class Architecture:
         return self._by_name.get(re.sub(r"^blk\.\d+\.", "blk.{}.", name))
 
     def layer_at(self, hparams: Hparams, index: int) -> Layer:
-        """Return what layer `index` does."""
+        """Return what layer `index` does, with the matrices that it has."""
         own = hparams.at(index)
-        return next((layer for field, layer in self.kinds if getattr(own, field)), self.layer)
+        layer = next((layer for field, layer in self.kinds if getattr(own, field)), self.layer)
+        there = [(name, self._by_name.get(f"blk.{{}}.{name}.weight")) for name in layer.attn_qkv]
+        if all(tensor is None or tensor.is_in(own) for _, tensor in there):
+            return layer
+        return replace(layer, attn_qkv=tuple(name for name, tensor in there if tensor is None or tensor.is_in(own)))
 
     def matrices(self) -> list[str]:
         """Return all names in products of any layer, in the order in which layers compute them."""
@@ -271,6 +299,9 @@ class Architecture:
             base = hparams.rope_base_window or self.window_rope or hparams.rope_base
             found["rope_base"] = tuple(base if size else hparams.rope_base for size in window)
             found["rope_scaling"] = tuple(None if size else hparams.rope_scaling for size in window)
+        for name in ("head_dim", "n_rot"):
+            if (size := getattr(hparams, f"{name}_window")) and not isinstance(getattr(hparams, name), tuple):
+                found[name] = tuple(size if windowed else getattr(hparams, name) for windowed in window)
         if (step := self.unrotated_period) and not isinstance(hparams.n_rot, tuple):
             found["n_rot"] = tuple(hparams.n_rot if (i + 1) % step else 0 for i in range(n_layer))
         if any(field == "recurrent" for field, _ in self.kinds) and not isinstance(hparams.recurrent, tuple):
@@ -283,14 +314,16 @@ class Architecture:
         layers = [hparams.at(i) for i in range(hparams.n_layer)]
         inner = [tensor for tensor in self.tensors if tensor.is_layered]
         first = self.tensors.index(inner[0]) if inner else len(self.tensors)
-        for tensor in self.tensors[:first]:
-            yield tensor.name, tensor, tensor.shape_in(hparams)
+        single = [tensor for tensor in self.tensors if not tensor.is_layered and tensor.is_in(hparams)]
+        for tensor in single:
+            if tensor in self.tensors[:first]:
+                yield tensor.name, tensor, tensor.shape_in(hparams)
         for i, sizes in enumerate(layers):
             for tensor in inner:
                 if tensor.is_in(sizes):
                     yield tensor.name.format(i), tensor, tensor.shape_in(sizes)
-        for tensor in self.tensors[first:]:
-            if not tensor.is_layered:
+        for tensor in single:
+            if tensor not in self.tensors[:first]:
                 yield tensor.name, tensor, tensor.shape_in(hparams)
 
     def checkpoint_names(self, hparams: Hparams) -> dict[str, list[tuple[str, tuple[str, ...]]]]:

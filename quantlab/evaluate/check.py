@@ -11,6 +11,9 @@ VARYING = (
     "rope_base",
     "rope_scaling",
     "n_rot",
+    "head_dim",
+    "n_head_kv",
+    "v_is_k",
 )  # hyper-parameters that may differ between layers
 
 
@@ -36,6 +39,11 @@ def check_model(model) -> None:
         raise ValueError(
             f"{model.path}: rope scaling={others.pop()}, must be linear or yarn. Evaluate it in llama.cpp."
         )
+    if hparams.n_kv_shared or hparams.n_embd_layer:
+        raise ValueError(
+            f"{model.path}: n_kv_shared={hparams.n_kv_shared}, n_embd_layer={hparams.n_embd_layer}: layers that use "
+            f"keys of others, or embeddings of their own, are not computed. Evaluate it in llama.cpp."
+        )
     if fixed := [name for name in hparams.varies if name not in VARYING]:
         raise ValueError(
             f"{model.path}: {fixed[0]} differs between layers, must be one number. Evaluate it in llama.cpp."
@@ -59,18 +67,23 @@ def _check_tensors(model, record: Architecture) -> None:
     hparams = model.hparams
     layers = [record.layer, *(layer for _, layer in record.kinds)]
     used = {*record.matrices(), *(n for layer in layers for n in (layer.norms | layer.vectors).values())}
+    used = {name.partition(".")[0] for name in used}
     for name in model.names:
         tensor = record.tensor(name)
         if tensor is None or tensor.is_layered and name.split(".")[2] not in used:
             raise ValueError(f"{model.path}: {name} has no place in a {hparams.arch}. Evaluate it in llama.cpp.")
+    if "token_embd.weight" in model:
+        hparams = replace(hparams, n_vocab=model.tensor("token_embd.weight").shape[0])  # metadata may count fewer
     expected = {name: (tensor, shape) for name, tensor, shape in record.expand(hparams)}
+    products = {i: record.layer_at(hparams, i).products.values() for i in range(hparams.n_layer)}
+    needed = {f"blk.{i}.{name}.weight" for i, fields in products.items() for names in fields for name in names}
     for name, (tensor, _) in expected.items():
-        if name not in model and not tensor.optional:
+        if name not in model and (not tensor.optional or name in needed):
             raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")
-    n_vocab = model.tensor("token_embd.weight").shape[0]  # the metadata may count fewer tokens
     for tensor in model:
-        shape = record.tensor(tensor.name).shape_in(replace(hparams, n_vocab=n_vocab))
-        if tensor.shape != shape or tensor.name not in expected:
+        shape = expected[tensor.name][1] if tensor.name in expected else None
+        if tensor.shape != shape:
+            shape = shape or record.tensor(tensor.name).shape_in(hparams.at(0))
             raise ValueError(
                 f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata asks for {shape} in each of "
                 f"{hparams.n_layer} layers. Convert the checkpoint again."

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from quantlab.arch import complete
 from quantlab.arch.record import FLOAT_ROLES
 from quantlab.files.byte_range import PLAIN_DTYPES, StoredTensor
 from quantlab.files.changes import Joined, Source, change
@@ -167,7 +168,7 @@ def _with_sizes(folder: Path, config: Config, stored: Mapping[str, Source]) -> C
 
 def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) -> Iterator[tuple[str, Source]]:
     """Give tensors their GGUF names and row order."""
-    names = config.record.checkpoint_names(config)
+    names = config.record.checkpoint_names(complete(config))
     yield from _packed(folder, stored, names)
     waiting: dict[str, dict[str, dict[int, Source]]] = {}  # layer → GGUF name → expert → its matrix
     if left := [name for name in stored if config.record.left_out and name.startswith(config.record.left_out)]:
@@ -235,7 +236,7 @@ def _packed(folder: Path, stored: Mapping[str, Source], names: Mapping[str, list
 def _check_shapes(folder: Path, sources: Mapping[str, Source], config: Config) -> dict[str, str]:
     """Check that the tensors are there and have the shapes that the configuration promises; return their roles."""
     roles = {}
-    for name, tensor, shape in config.record.expand(config):
+    for name, tensor, shape in config.record.expand(complete(config)):
         if name not in sources:
             if tensor.optional:
                 continue

@@ -13,12 +13,12 @@ from gguf.constants import LlamaFileType
 
 from quantlab.arch import MAX_LAYERS, Architecture, Hparams, architectures, complete, find, find_class
 from quantlab.files.checkpoint_kinds import check_no_adapter, check_not_packed, packed_by
+from quantlab.files.checkpoint_layers import number, recurrent, rope_of_windows, sizes_of_windows, windows
 from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 
 __all__ = ["Config", "check_computed", "early_metadata", "hparams_metadata", "read_config", "rope_factors"]
 
-MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
 DEFAULT_BASE = 10000.0  # rope_theta of transformers
 _ACTIVATIONS = {
     "silu": ("silu", "swish"),
@@ -35,6 +35,7 @@ _FIELDS = {
 }
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+_EVEN_ZERO = ("declared_window", "n_kv_shared", "n_embd_layer")  # are written
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 _YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
@@ -86,21 +87,6 @@ def read_config(folder: Path) -> Config:
     raise FileNotFoundError(f"{folder}: holds neither config.json nor params.json. Name a checkpoint's folder.")
 
 
-def _number(
-    path: Path, table: dict[str, Any], key: str, default: Any = None, *, whole: bool = True, most: int = (1 << 31) - 1
-) -> Any:
-    """Return a positive number of a configuration."""
-    value = table.get(key)
-    value = default if value is None else value
-    least = 1 if whole else MIN_NUMBER
-    if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
-        raise ValueError(
-            f"{path}: {key}={short(value)}, need a positive number from {least} to {most}. "
-            f"Take the configuration of this checkpoint."
-        )
-    return value
-
-
 def _tables(path: Path) -> tuple[Architecture, dict[str, Any], str]:
     """Return the architecture of a configuration, what it says of the text model with defaults, and who packed it."""
     whole = read_json(path)
@@ -129,70 +115,56 @@ def _tables(path: Path) -> tuple[Architecture, dict[str, Any], str]:
 
 def _heads(path: Path, table: dict[str, Any], rope: dict[str, Any]) -> dict[str, int]:
     """Return the sizes of a layer's heads; `rope` is the table that says which share of them is rotated."""
-    n_embd, n_head = _number(path, table, "hidden_size"), _number(path, table, "num_attention_heads")
+    n_embd, n_head = number(path, table, "hidden_size"), number(path, table, "num_attention_heads")
     head_dim = table.get("head_dim") or None
     if n_embd % n_head and not head_dim:
         raise ValueError(
             f"{path}: hidden_size={n_embd} is no multiple of num_attention_heads={n_head}. Check the configuration."
         )
-    head_dim = _number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head)
+    head_dim = number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head)
     key = "partial_rotary_factor"
-    share = _number(path, {key: _rope_table(path, rope).get(key) or table.get(key, 1)}, key, whole=False, most=1)
-    n_head_kv = _number(path, table, "num_key_value_heads", n_head)
+    share = number(path, {key: _rope_table(path, rope).get(key) or table.get(key, 1)}, key, whole=False, most=1)
+    n_head_kv = number(path, table, "num_key_value_heads", n_head)
     n_rot = int(head_dim * share)
     return {"n_embd": n_embd, "n_head": n_head, "n_head_kv": n_head_kv, "head_dim": head_dim, "n_rot": n_rot}
 
 
 def _hugging_face(path: Path) -> Config:
     record, table, packed = _tables(path)
-    n_ctx, n_layer = (_number(path, table, key) for key in ("max_position_embeddings", "num_hidden_layers"))
-    whole_rope = _rope_of_windows(path, table, record)
+    n_ctx, n_layer = (number(path, table, key) for key in ("max_position_embeddings", "num_hidden_layers"))
+    whole_rope = rope_of_windows(path, table, record)
     needs_n_ff = "intermediate_size" in table or "n_ff_exp" not in record.sizes
     fields = {name for name in record.metadata.values() if table.get(_FIELDS.get(name))}
+    window = windows(path, table, record, n_layer)
+    sizes = _heads(path, table, whole_rope[0]) | {"n_ff": number(path, table, "intermediate_size") if needs_n_ff else 0}
+    is_two_sizes = "head_dim_window" in record.metadata.values()
+    if is_two_sizes:
+        sizes = sizes_of_windows(path, table, window, sizes)
     config = Config(
         arch=record.name,
         is_meta=False,
-        n_vocab=_number(path, table, "vocab_size"),
+        n_vocab=number(path, table, "vocab_size"),
         n_ctx=n_ctx,
-        n_ff=_number(path, table, "intermediate_size") if needs_n_ff else 0,
-        n_layer=_number(path, table, "num_hidden_layers", most=MAX_LAYERS),
-        **_heads(path, table, whole_rope[0]),
+        n_layer=number(path, table, "num_hidden_layers", most=MAX_LAYERS),
+        **sizes,
         declared_window=table.get("sliding_window", 0),
         tied_embeddings=table.get("tie_word_embeddings") is True,
         writes_head_dim="head_dim" in table,
         packed=packed,
-        rms_eps=_number(path, table, "rms_norm_eps", 1e-6, whole=False),
-        window=_windows(path, table, record, n_layer),
-        **{name: _number(path, table, _FIELDS[name], whole=False) for name in fields},
+        rms_eps=number(path, table, "rms_norm_eps", 1e-6, whole=False),
+        window=window,
+        **{name: number(path, table, _FIELDS[name], whole=False) for name in fields},
         **_experts(path, table),
-        **{field: _number(path, table, key) for field, key in record.sizes.items() if table.get(key) is not None},
-        **_rope(path, *whole_rope, n_ctx),
+        **{
+            field: number(path, table, key)
+            for field, key in record.sizes.items()
+            if table.get(key) is not None and (table[key] != 0 or field not in _EVEN_ZERO)
+        },
+        **_rope(path, *whole_rope, n_ctx, is_two_sizes),
     )
     if config.ssm_heads:
-        config = _recurrent(path, table, config)
+        config = replace(config, **recurrent(path, table, config))
     return replace(config, attn_temp_scale=config.rope.get("llama_4_scaling_beta") or 0.0)
-
-
-def _recurrent(path: Path, table: dict[str, Any], config: Config) -> Config:
-    """Fill in which layers are recurrent, and the columns of their values."""
-    kinds, n_layer = table.get("layer_types"), config.n_layer
-    says_kinds = isinstance(kinds, list)
-    if not says_kinds:
-        kinds = ["full_attention" if (i + 1) % config.attention_interval == 0 else "" for i in range(n_layer)]
-    if len(kinds) != n_layer or config.ssm_heads % config.ssm_groups:
-        raise ValueError(
-            f"{path}: layer_types={short(kinds)}, need one for each of {n_layer} layers; linear_num_value_heads="
-            f"{config.ssm_heads}, must be a multiple of linear_num_key_heads={config.ssm_groups}."
-        )
-    recurrent = tuple(int(kind != "full_attention") for kind in kinds)
-    inner = config.ssm_heads * _number(path, table, "linear_value_head_dim")
-    given = config.rope.get("mrope_section") or [11, 11, 10]
-    if not isinstance(given, list) or not all(type(size) is int for size in given):
-        raise ValueError(
-            f"{path}: mrope_section={short(given)}, need whole numbers. Use this checkpoint's config.json."
-        )
-    sections = [*given, 0, 0, 0][:4]
-    return replace(config, recurrent=recurrent, ssm_inner=inner, rope_sections=sections, says_kinds=says_kinds)
 
 
 def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
@@ -201,7 +173,7 @@ def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
     for field, names in (("n_expert", _EXPERTS), ("n_expert_used", _EXPERTS_USED)):
         key = next((key for key in names if table.get(key) is not None), None)
         if key:
-            found[field] = _number(path, table, key)
+            found[field] = number(path, table, key)
     if found.get("n_expert_used", 0) > found.get("n_expert", 0):
         raise ValueError(
             f"{path}: num_experts_per_tok={found['n_expert_used']}, must be at most {found.get('n_expert', 0)}, the "
@@ -210,64 +182,35 @@ def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def _windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: int) -> tuple[int, ...] | int:
-    """Return the window of each layer; only architectures that llama.cpp gives windows have any."""
-    if not record.window_period or not table.get("sliding_window"):
-        return 0
-    size, kinds = _number(path, table, "sliding_window"), table.get("layer_types")
-    step = table.get("sliding_window_pattern", table.get("_sliding_window_pattern", record.window_period))
-    if isinstance(kinds, list):
-        given = tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
-    else:
-        given = tuple(size if type(step) is int and step and (i + 1) % step else 0 for i in range(n_layer))
-    usual = tuple(size if (i + 1) % record.window_period else 0 for i in range(n_layer))
-    if len(given) != n_layer or given != usual and "windowed" not in record.metadata.values():
-        raise ValueError(
-            f"{path}: layer_types={short(kinds or step)}, need every {record.window_period}th layer without a window. "
-            f"llama.cpp computes no other {record.name}."
-        )
-    return given
-
-
-def _rope_of_windows(path: Path, table: dict[str, Any], record: Architecture) -> tuple[dict[str, Any], float]:
-    """Return the table with the rotary positions of layers without a window, and the base of those with one."""
-    base = table.get("rope_local_base_freq")
-    if record.window_rope is None:
-        return table, 0.0
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = table.get(key)
-        if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
-            sliding = rope.get("sliding_attention")
-            base = sliding.get("rope_theta", base) if isinstance(sliding, dict) else base
-            table = table | {key: rope["full_attention"]}
-    return table, _number(path, {"rope_theta": base}, "rope_theta", whole=False) if base else 0.0
-
-
-def _rope(path: Path, table: dict[str, Any], base_window: float, n_ctx: int) -> dict[str, Any]:
+def _rope(path: Path, table: dict[str, Any], base_window: float, n_ctx: int, is_two_sizes: bool) -> dict[str, Any]:
     """Gather what old (`rope_scaling`, `rope_theta`) and new (`rope_parameters`) files say of rotary positions."""
     rope = _rope_table(path, table)
     kind = rope["rope_type"]
-    if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "su", "longrope"):
+    kinds = ("proportional",) if is_two_sizes else ("default", "linear", "yarn", "llama3", "dynamic", "su", "longrope")
+    if kind not in kinds:
         raise ValueError(
-            f"{path}: rope_type={short(kind)}, need default, linear, yarn or llama3. Use llama.cpp's converter."
+            f"{path}: rope_type={short(kind)}, need {', '.join(kinds[:3])}{' or llama3' * (len(kinds) > 1)}. "
+            "Use llama.cpp's converter."
         )
+    if kind == "proportional":
+        rope["partial_rotary_factor"] = number(path, rope, "partial_rotary_factor", 1.0, whole=False, most=1)
     if kind in ("yarn", "llama3", "su", "longrope"):
         rope.setdefault("original_max_position_embeddings", table.get("original_max_position_embeddings") or n_ctx)
     numbers = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
     for key in numbers.get(kind, []):
-        _number(path, rope, key, whole=False)
+        number(path, rope, key, whole=False)
     if kind in ("yarn", "llama3", "su", "longrope"):
-        _number(path, rope, "original_max_position_embeddings")
+        number(path, rope, "original_max_position_embeddings")
     for key in _YARN if kind == "yarn" else ():
         if rope.get(key) is not None:
-            _number(path, rope, key, whole=False)
+            number(path, rope, key, whole=False)
     if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         raise ValueError(
             f"{path}: low_freq_factor={low}, high_freq_factor={high}, the second must be the larger. "
             f"Take the configuration of this checkpoint."
         )
-    base = _number(path, rope, "rope_theta", table.get("rope_theta") or DEFAULT_BASE, whole=False)
+    base = number(path, rope, "rope_theta", table.get("rope_theta") or DEFAULT_BASE, whole=False)
     return {"rope_base": base, "rope_base_window": base_window, "rope": rope}
 
 
@@ -324,6 +267,7 @@ def check_computed(folder: Path, config: Config) -> None:
     names = _ACTIVATIONS.get(record.layer.activation, ())
     key = "hidden_activation" if table.get("hidden_activation") else "hidden_act"
     wanted = [(key, names)] if names else []
+    wanted.append(("use_bidirectional_attention", ("vision",)))
     if step := record.unrotated_period:
         wanted.append(("no_rope_layers", ([int((i + 1) % step > 0) for i in range(config.n_layer)],)))
     if "query_pre_attn_scalar" in table:
@@ -341,9 +285,9 @@ def _meta(folder: Path) -> Config:
     """Read Meta's `params.json`; n_vocab and n_ff, which it does not give, are 0 and follow from the weights."""
     path = folder / "params.json"
     table = read_json(path)
-    n_embd, n_head = _number(path, table, "dim"), _number(path, table, "n_heads")
-    eps = _number(path, table, "norm_eps", 1e-5, whole=False)
-    base = _number(path, table, "rope_theta", 10000.0, whole=False)
+    n_embd, n_head = number(path, table, "dim"), number(path, table, "n_heads")
+    eps = number(path, table, "norm_eps", 1e-5, whole=False)
+    base = number(path, table, "rope_theta", 10000.0, whole=False)
     rope: dict[str, Any] = {"rope_type": "default"}
     if table.get("use_scaled_rope"):
         rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
@@ -356,9 +300,9 @@ def _meta(folder: Path) -> Config:
         n_ctx=n_ctx,
         n_embd=n_embd,
         n_ff=0,
-        n_layer=_number(path, table, "n_layers", most=MAX_LAYERS),
+        n_layer=number(path, table, "n_layers", most=MAX_LAYERS),
         n_head=n_head,
-        n_head_kv=_number(path, table, "n_kv_heads", n_head),
+        n_head_kv=number(path, table, "n_kv_heads", n_head),
         head_dim=n_embd // n_head,
         writes_head_dim=True,
         rms_eps=eps,
@@ -380,6 +324,9 @@ def rope_factors(config: Config) -> dict[str, np.ndarray]:
         If there are not as many as pairs of dimensions.
     """
     names = {tensor.name for tensor in config.record.tensors}
+    if config.rope["rope_type"] == "proportional":  # the last dimensions are not turned
+        turned = int(config.n_rot * config.rope["partial_rotary_factor"] / 2)
+        return {"rope_freqs.weight": np.where(np.arange(config.n_pairs) < turned, 1, 1e30).astype(np.float32)}
     if "rope_freqs.weight" in names and config.rope["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(config)}
     if "rope_factors_long.weight" not in names or not config.rope.get("long_factor"):
@@ -428,9 +375,9 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
         "block_count": np.uint32(config.n_layer),
         "context_length": np.uint32(config.n_ctx),
         "embedding_length": np.uint32(config.n_embd),
-        **({"feed_forward_length": np.uint32(config.n_ff)} if config.n_ff else {}),
+        **({"feed_forward_length": _counts(config.n_ff)} if config.n_ff else {}),
         "attention.head_count": np.uint32(config.n_head),
-        "attention.head_count_kv": np.uint32(config.n_head_kv),
+        "attention.head_count_kv": _counts(config.n_head_kv),
     }
     keys |= _scaling_metadata(config.rope)
     if config.rope.get("mrope_section") and config.rope_sections:
@@ -448,13 +395,18 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
     for key, name in config.record.metadata.items():
         value = getattr(config, name)
         is_said = {"windowed": bool(config.window), "recurrent_layers": config.says_kinds}.get(name, True)
-        if value and is_said or name == "declared_window":
+        if value and is_said or name in _EVEN_ZERO:
             kind = np.int32 if type(value) is list and type(value[0]) is int else None
             keys[key] = {float: np.float32, int: np.uint32}.get(type(value), lambda v, k=kind: np.array(v, k))(value)
     if config.record.order:
         keys = {key: keys[key] for key in config.record.order if key in keys}
     metadata = {"general.file_type" if key == "file_type" else f"{config.arch}.{key}": keys[key] for key in keys}
     return metadata | {"general.quantization_version": np.uint32(2)}
+
+
+def _counts(value: int | tuple[int, ...]) -> Any:
+    """Return a number of all layers, or one for each."""
+    return np.array(value, np.int32) if isinstance(value, tuple) else np.uint32(value)
 
 
 def _scaling_metadata(rope: dict[str, Any]) -> dict[str, Any]:

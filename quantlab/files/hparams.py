@@ -66,6 +66,10 @@ def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source
         tied_embeddings="output.weight" not in tensors,
         **(_of_architecture(keys, n_layer) | sizes),
     )
+    record = find(keys.arch)
+    if record is not None and any(tensor.only == "!v_is_k" for tensor in record.tensors):
+        names = [(f"blk.{i}.attn_k.weight" in tensors, f"blk.{i}.attn_v.weight" in tensors) for i in range(n_layer)]
+        hparams = replace(hparams, v_is_k=tuple(int(has_k and not has_v) for has_k, has_v in names))
     return complete(hparams)
 
 

@@ -44,6 +44,7 @@ __all__ = ["vocab_metadata"]
 
 MAX_MODEL = 32 << 20  # bytes of a tokenizer.model
 MAX_TOKENS = 1 << 20  # the largest vocabularies have 262 k
+_SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 
@@ -135,6 +136,8 @@ def vocab_metadata(folder: Path, config: Config, *, as_llama_cpp: bool = False) 
 def _vocabulary(files: _Files, config: Config) -> dict[str, Any]:
     """Read the tokenizer of whatever kind it is."""
     raw = _read_model(files.folder / "tokenizer.model")
+    if config.record.vocab == "gemma4" and isinstance(files.tokenizer.get("model"), dict):
+        return _gemma4(files)
     if raw is not None and not is_tiktoken(raw):
         added = {f"tokenizer.ggml.{key}": value for key, value in config.record.tokenizer.items()}
         return _sentencepiece(files, raw) | added
@@ -279,6 +282,26 @@ def _without_scores(files: _Files) -> dict[str, Any]:
 
 def _as_llama_hf(files: _Files, texts: dict[int, str], n_base: int) -> dict[str, Any]:
     """Return what llama.cpp's converter makes of a tokenizer.json with byte fallback."""
+    ordered, types = _texts_and_types(files, texts, n_base)
+    keys = _keys("llama", "default", ordered, [_ADDED_SCORE] * len(ordered), types)
+    return keys | _special(files, n_vocab=len(ordered))
+
+
+def _gemma4(files: _Files) -> dict[str, Any]:
+    """Read Gemma 4's vocabulary: characters with byte fallback, and the merges."""
+    texts = read_texts(files.folder, files.tokenizer, files.n_vocab)
+    added = added_tokens(files.folder, files.tokenizer, files.tokenizer_config, files.n_vocab)
+    n_base = len(texts)
+    ordered, types = _texts_and_types(files, texts | {i: token.text for i, token in added.items()}, n_base)
+    types = [USER_DEFINED if text in _SHOWN else kind for text, kind in zip(ordered, types, strict=True)]
+    keys = _keys("gemma4", "", ordered, [_ADDED_SCORE] * len(ordered), types)
+    del keys["tokenizer.ggml.pre"]
+    keys["tokenizer.ggml.merges"] = byte_level_merges(read_merges(files.folder, files.tokenizer))
+    return keys | _special(files) | {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": True}
+
+
+def _texts_and_types(files: _Files, texts: dict[int, str], n_base: int) -> tuple[list[str], list[int]]:
+    """Return tokens as transformers' library numbers them; those from `n_base` on were added."""
     special, types = special_texts(files.folder, files.tokenizer_config), []
     for token_id in range(len(texts)):
         if token_id not in texts:
@@ -286,9 +309,7 @@ def _as_llama_hf(files: _Files, texts: dict[int, str], n_base: int) -> dict[str,
         byte = re.fullmatch("<0x[0-9A-Fa-f]{2}>", texts[token_id])
         plain = NORMAL if token_id < n_base else USER_DEFINED
         types.append(BYTE if byte else CONTROL if texts[token_id] in special else plain)
-    ordered = [texts[token_id] for token_id in range(len(texts))]
-    keys = _keys("llama", "default", ordered, [_ADDED_SCORE] * len(ordered), types)
-    return keys | _special(files, n_vocab=len(ordered))
+    return [texts[token_id] for token_id in range(len(texts))], types
 
 
 def _without_space(files: _Files) -> dict[str, Any]:

@@ -7,9 +7,8 @@ What a layer does beyond that, or leaves out, is in its architecture's `Layer` a
 A layer is cut into blocks of rows, and attention into heads; each piece is done by one thread from start to end.
 """
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import llvmlite.binding
@@ -20,7 +19,7 @@ from threadpoolctl import ThreadpoolController
 
 from quantlab import arch
 from quantlab.evaluate import budget
-from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, fused, joined
+from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, cpu_plan, fused, joined
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention, heads
 from quantlab.evaluate.engine.delta_net import mix_tokens
 from quantlab.evaluate.engine.experts import Experts, route
@@ -28,7 +27,6 @@ from quantlab.evaluate.engine.rope import rope_angles, rope_factors
 from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, fill_panels, multiply, n_panels, panels_size
 from quantlab.evaluate.engine.workers import Workers, blocks
 from quantlab.evaluate.metrics import TokenScores
-from quantlab.transform.plan import tensor_bytes
 
 ROWS = 192  # rows of activations that a thread takes at a time: whole tiles, and small enough for an even share
 PIECE = 1 << 22  # weights that are dequantized at a time on their way into panels
@@ -126,9 +124,10 @@ class CpuEngine(Engine):
 
     def rotation(self, hparams: arch.Hparams) -> tuple[np.ndarray, np.ndarray]:
         """Return cosines and sines [n_ctx, n_rot / 2] for a layer with these hyper-parameters."""
-        key = hparams.n_rot, hparams.rope_base, hparams.rope_scaling
+        is_other = bool(hparams.window) and self.record.window_rope is not None  # than those that factors are for
+        key = hparams.n_rot, hparams.rope_base, hparams.rope_scaling, is_other
         if key not in self._rotations:
-            self._rotations[key] = self.angles(hparams, self.n_ctx, self._factors)
+            self._rotations[key] = self.angles(hparams, self.n_ctx, None if is_other else self._factors)
         return self._rotations[key]
 
     # ---- weights
@@ -152,6 +151,9 @@ class CpuEngine(Engine):
         vectors = {
             field: read(f"{name}.weight") or read(f"{name}.bias") or read(name) for field, name in does.vectors.items()
         }
+        if "router_scale" in vectors:
+            scale = vectors["router_scale"]
+            vectors["router_scale"] = replace(scale, data=scale.floats() * np.float32(self.hparams.n_embd**-0.5))
         biases = {field: [read(f"{name}.bias") for name in names] for field, names in does.products.items()}
         return LayerWeights(
             matrices,
@@ -220,6 +222,7 @@ class CpuEngine(Engine):
         """Apply a layer in place; see `Engine.forward`."""
         x, h = states.reshape(-1, states.shape[-1]), layer.hparams
         width, is_delta = layer.matrices["attn_qkv"].n_out, "conv" in layer.vectors
+        width += h.n_kv if h.v_is_k else 0
         size = len(x) * (width + (h.ssm_inner if is_delta else h.n_q))
         if self._qkv.size < size:
             self._qkv = np.empty(size, np.float32)
@@ -242,11 +245,19 @@ class CpuEngine(Engine):
             whole["normed"] = whole["attended"]  # of a row the former come when the latter are done with
         if layer.experts:
             whole |= {"routed": np.empty_like(x), "scores": np.empty((len(x), layer.hparams.n_expert), np.float32)}
+        if "shared_post_norm" in layer.norms:
+            whole |= {"dense": np.empty_like(x), "sums": np.zeros_like(x)}
         self._run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
         if layer.experts:
             tokens = np.concatenate([np.arange(rows.start, rows.stop) for rows in by_rows])
             routes = route(self, layer, whole["scores"], tokens)
-            Experts(self, layer, routes, whole["routed"]).add_to(x, observe)
+            Experts(self, layer, routes, whole["routed"]).add_to(whole.get("sums", x), observe)
+        if "sums" in whole:
+            self.workers.map(
+                lambda rows: self._join(layer, x[rows], whole["dense"][rows], whole["sums"][rows]), by_rows
+            )
+        if "layer_scale" in layer.vectors:
+            self.workers.map(lambda rows: np.multiply(x[rows], layer.vectors["layer_scale"], out=x[rows]), by_rows)
 
     def _run(self, part, by_rows: list[slice], layer: LayerWeights, whole: dict, observe: Observe | None) -> None:
         """Do a part of a layer, a generator that stops before each product, on every block of rows.
@@ -281,9 +292,14 @@ class CpuEngine(Engine):
         q, k = out[:, :n_q], out[:, n_q : n_q + h.n_kv]
         self._norm("attn_norm", layer, x[rows], normed)
         yield "attn_qkv", "normed"
-        self._product("attn_qkv", layer, normed, out)
+        self._product("attn_qkv", layer, normed, out[:, : layer.matrices["attn_qkv"].n_out])
         if "conv" in layer.vectors:
             return
+        v = out[:, n_q + h.n_kv :]
+        if h.v_is_k:
+            v[:] = k
+        if layer.does.v_norm:
+            self.steps.head_norm(heads(v, h.head_dim), np.ones(h.head_dim, np.float32), self.eps)
         for name, part in (("q_norm", q), ("k_norm", k)):
             if name in layer.norms and layer.norms[name].size == h.head_dim:
                 every = heads(part, h.head_dim)
@@ -347,7 +363,8 @@ class CpuEngine(Engine):
     def _mix(self, layer: LayerWeights, x: np.ndarray, rows: slice, space) -> Iterator:
         """Everything after attention for a block of rows."""
         x, n_embd = x[rows], x.shape[1]
-        inputs = "routed" if layer.experts else "normed"  # the former stay until the experts have seen them
+        has_own = "experts_norm" in layer.norms
+        inputs = "routed" if layer.experts and not has_own else "normed"  # the former stay until the experts saw them
         attended, normed = space("attended", rows, 0), space(inputs, rows, n_embd)
         yield "attn_output", "attended"
         change = self.workers.scratch("change", len(x), n_embd)
@@ -356,8 +373,13 @@ class CpuEngine(Engine):
         self._add(x, change)
         self._norm("ffn_norm", layer, x, normed)
         if layer.experts:
-            yield "router", inputs
-            self._product("router", layer, normed, space("scores", rows, layer.hparams.n_expert))
+            scored = inputs
+            if has_own:
+                scored = "scored"
+                self._norm("experts_norm", layer, x, space("routed", rows, n_embd))
+                self.steps.rms_norm(x, layer.vectors["router_scale"], self.eps, space(scored, rows, n_embd))
+            yield "router", scored
+            self._product("router", layer, space(scored, rows, n_embd), space("scores", rows, layer.hparams.n_expert))
         if "shared_gate" in layer.matrices:
             yield "shared_gate", inputs
             self._product("shared_gate", layer, normed, space("shared_gate", rows, 1))
@@ -371,10 +393,20 @@ class CpuEngine(Engine):
         yield "ffn_down", "inner"
         change = self.workers.scratch("change", len(x), n_embd)
         self._product("ffn_down", layer, inner, change)
+        if has_own:
+            self._norm("shared_post_norm", layer, change, space("dense", rows, n_embd))
+            return
         self._norm("ffn_post_norm", layer, change, change)
         if "shared_gate" in layer.matrices:
             self.steps.scale_by_sigmoid(change, space("shared_gate", rows, 1))
         self._add(x, change)
+
+    def _join(self, layer: LayerWeights, x: np.ndarray, dense: np.ndarray, sums: np.ndarray) -> None:
+        """Add what the experts and the one that all tokens see give together, where each has a norm of its own."""
+        self._norm("experts_post_norm", layer, sums, sums)
+        self.steps.add(sums, dense)
+        self._norm("ffn_post_norm", layer, sums, sums)
+        self._add(x, sums)
 
     def activation(self, does: arch.Layer):
         """Return the step between the products of a feed-forward part."""
@@ -456,45 +488,12 @@ class CpuEngine(Engine):
             windows,
             memory,
             keep_states,
-            layer_bytes=lambda chunks, in_memory: self._layer_bytes(variants, chunks, in_memory, observed),
-            output_bytes=lambda outputs: self._output_bytes(outputs),
+            layer_bytes=lambda chunks, in_memory: cpu_plan.layer_bytes(self, variants, chunks, in_memory, observed),
+            output_bytes=lambda outputs: cpu_plan.output_bytes(self, outputs, PIECE),
             speed=SHARE_OF_PEAK * peak(self.workers),
         )
-
-    def _layer_bytes(self, variants: Sequence, chunks: int, in_memory: bool, observed: bool) -> int:
-        """Bytes that applying a layer takes at most, hidden states in memory aside."""
-        h, n_ctx, base = self.hparams, self.n_ctx, variants[0].model
-        shapes = budget.layer_shapes(base, h.n_layer // 2)
-        sizes = [int(np.prod(shape)) for shape in shapes.values()]
-        stored = {
-            (v.model.path, name, v.types[name]): tensor_bytes(shape, v.types[name])
-            for v in variants
-            for name, shape in shapes.items()
-        }
-        states = 0 if in_memory else h.n_embd
-        inputs = h.n_embd + h.n_ff + h.n_expert_used * h.n_ff_exp if observed else 0
-        routed = h.n_embd + h.n_expert if h.n_expert else 0
-        activations = chunks * n_ctx * (2 * (h.n_head + h.n_head_kv) * h.head_dim + states + inputs + routed)
-        keys_and_values = panels_size((n_ctx, h.head_dim)) + panels_size((h.head_dim, n_ctx))
-        per_thread = ROWS * (4 * h.n_embd + 4 * max(h.n_ff, h.n_ff_exp)) + keys_and_values + QUERIES * n_ctx
-        weights = sum(panels_size(shape[-2:]) for shape in shapes.values() if len(shape) > 1) + max(sizes)
-        return sum(stored.values()) + 4 * (weights + activations + self.workers.n_threads * per_thread)
-
-    def _output_bytes(self, outputs: int) -> int:
-        """Bytes that the output matrices of the base and `outputs` variants take, with a block of logits per thread."""
-        h = self.hparams
-        matrix, panels = h.n_vocab * h.n_embd, panels_size((h.n_vocab, h.n_embd))
-        logits = 2 * self.workers.n_threads * self.logit_rows * h.n_vocab
-        return (3 + outputs) * matrix + 4 * ((1 + outputs) * panels + min(PIECE, matrix) + logits)
 
 
 def peak(workers: Workers) -> float:
     """Measure what all threads together reach in one large product each, floating-point operations per second."""
-    x, panels = np.ones((ROWS, 1024), np.float32), np.ones((n_panels(1024), 1024, COLUMNS), np.float32)
-    out = [np.empty((ROWS, 1024), np.float32) for _ in range(workers.n_threads)]
-    best = np.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        workers.map(lambda mine: [multiply(x, panels, mine) for _ in range(10)], out)
-        best = min(best, time.perf_counter() - start)
-    return 10 * len(out) * 2 * x.size * 1024 / best
+    return cpu_plan.peak(workers, ROWS)

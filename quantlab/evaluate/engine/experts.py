@@ -26,6 +26,8 @@ def route(engine, layer, scores: np.ndarray, tokens: np.ndarray) -> Routes:
     seen = scores[tokens]
     parts = blocks(len(tokens), max(1, -(-len(tokens) // engine.workers.n_threads)))
     engine.workers.map(lambda part: choose(seen[part], bias, *how, ids[part], weights[part]), parts)
+    if "expert_scales" in layer.vectors:
+        weights *= layer.vectors["expert_scales"][ids]
     return sort_tokens(tokens, ids, weights, scores.shape[1])
 
 

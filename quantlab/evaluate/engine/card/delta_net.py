@@ -6,7 +6,7 @@ from torch.nn import functional
 _L2_EPS = 1e-6
 
 
-def mix_tokens(h, vectors: dict[str, torch.Tensor], parts: list[torch.Tensor], n_ctx: int) -> torch.Tensor:
+def mix_tokens(h, vectors: dict[str, torch.Tensor], parts: list[torch.Tensor], n_ctx: int, in_groups=False):
     """Return what a delta net makes of its products.
 
     Parameters
@@ -16,18 +16,23 @@ def mix_tokens(h, vectors: dict[str, torch.Tensor], parts: list[torch.Tensor], n
     vectors : dict of str to torch.Tensor
         `conv`, `time_step`, `decay` and `state_norm`.
     parts : list of torch.Tensor
-        For each row q, k and v side by side; z; beta; alpha.
+        For each row q, k and v side by side; z; beta; alpha, with `in_groups` both in one, group by group.
     n_ctx : int
         Tokens of a chunk.
+    in_groups : bool
+        Whether the heads of v that share one of k lie together.
 
     Returns
     -------
     torch.Tensor [shape=(n_chunks, n_ctx, ssm_inner), dtype=float32]
     """
+    per_group, keys = h.ssm_heads // h.ssm_groups, h.ssm_groups * h.ssm_state
+    if in_groups:
+        parts[2:] = [part.flatten(1) for part in parts[2].unflatten(1, (-1, 2, per_group)).unbind(2)]
     q_k_v, z, beta, alpha = (part.view(-1, n_ctx, part.shape[1]) for part in parts)
-    keys = h.ssm_groups * h.ssm_state
     q, k, v = _convolve(q_k_v, vectors["conv"]).split([keys, keys, h.ssm_inner], -1)
-    q, k = (_unit(x.unflatten(-1, (h.ssm_groups, -1))).repeat(1, 1, h.ssm_heads // h.ssm_groups, 1) for x in (q, k))
+    q, k = (_unit(x.unflatten(-1, (h.ssm_groups, -1))) for x in (q, k))
+    q, k = (x.repeat_interleave(per_group, 2) if in_groups else x.repeat(1, 1, per_group, 1) for x in (q, k))
     v = v.unflatten(-1, (h.ssm_heads, -1))
     kept = torch.exp(vectors["decay"] * functional.softplus(alpha + vectors["time_step"]))
     found = _scan(q.mul_(h.ssm_state**-0.5), k, v, kept, beta.sigmoid())

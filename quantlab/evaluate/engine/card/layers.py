@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable] = {
 GATINGS = ("softmax", "sigmoid", "softmax_chosen")
 _LAYER = """attn_norm attn_qkv q_norm k_norm attn_output attn_post_norm ffn_norm router experts_in experts_down
 shared_gate ffn_in ffn_down ffn_post_norm rope activation query_width sinks
-conv time_step decay state_norm gating choice_bias sums_to_one""".split()
+conv time_step decay state_norm in_groups gating choice_bias sums_to_one""".split()
 _HPARAMS = """arch n_embd n_ff n_layer n_head n_head_kv n_vocab n_ctx head_dim n_rot rms_eps rope_base rope_base_window
 rope_scaling window attn_scale attn_softcap attn_temp_scale embd_scale residual_scale logit_scale logit_softcap n_expert
 n_expert_used n_ff_exp n_ff_shexp expert_scale recurrent ssm_conv ssm_state ssm_groups ssm_heads ssm_inner
@@ -165,7 +165,7 @@ class Layers:
     def _mix_tokens(self, layer: LayerWeights, parts: list[torch.Tensor]) -> torch.Tensor:
         """Return what tokens see of those before them [n_chunks, n_ctx, ...]: takes the products out of `parts`."""
         if "conv" in layer.vectors:
-            return mix_tokens(layer.hparams, layer.vectors, parts, self.n_ctx)
+            return mix_tokens(layer.hparams, layer.vectors, parts, self.n_ctx, layer.does.in_groups)
         gate = None
         if layer.does.query_width > 1:
             q, gate = parts[0].unflatten(1, (-1, 2, layer.hparams.head_dim)).unbind(2)

@@ -1,0 +1,79 @@
+"""Gemma 4: converted as llama.cpp's converter does, byte for byte; computed as transformers does."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import gemma_models
+import numpy as np
+import pytest
+from llama_models import SEEN, TOKENS
+
+import quantlab as ql
+from quantlab.evaluate.logits import logits
+
+GOLDEN = Path(__file__).parent / "golden"
+DIGESTS = json.loads((GOLDEN / "gemma4.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("kind", DIGESTS)
+def test_files_equal_the_converters(tmp_path, kind):
+    name, dtype, n_shards = kind.rsplit("-", 2)
+    src = gemma_models.write_model(tmp_path / "made", name, dtype, int(n_shards))
+    file = ql.convert(src, outtype=dtype.lower(), as_llama_cpp=True, progress=False)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == DIGESTS[kind]
+
+
+@pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-moe"])
+def test_logits_agree_with_transformers(name, tmp_path):
+    model = ql.open(gemma_models.write_model(tmp_path, name))
+    found = logits(model, TOKENS)[SEEN]
+    expected = np.load(GOLDEN / "gemma4_logits.npz")[name]
+    assert np.abs(found - expected).max() <= 1e-4 * np.ptp(expected)
+
+
+def changed(folder, name, **more):
+    src = gemma_models.write_model(folder, name)
+    config = json.loads((src / "config.json").read_text()) | more
+    (src / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return src
+
+
+@pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
+def test_sizes_of_layers_without_a_window_may_be_given_one_by_one(tmp_path):
+    own = {"1": {"head_dim": 64, "num_key_value_heads": 1}, "3": {"head_dim": 64, "num_key_value_heads": 1}}
+    src = changed(tmp_path, "gemma4", global_head_dim=None, num_global_key_value_heads=None, per_layer_config=own)
+    h = ql.open(src).hparams
+    assert (h.head_dim, h.n_head_kv, h.v_is_k) == ((32, 64, 32, 64), (2, 1, 2, 1), (0, 1, 0, 1))
+
+
+# ---- bad input
+
+
+@pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
+def test_keys_of_other_layers_are_not_computed(tmp_path):
+    model = ql.open(gemma_models.write_model(tmp_path, "gemma4-e"))
+    with pytest.raises(ValueError, match="n_kv_shared=2, n_embd_layer=16: layers that use keys of others.* in llama"):
+        logits(model, [1, 2, 3])
+
+
+def test_other_positions_are_refused(tmp_path):
+    rope = {"full_attention": {"rope_type": "yarn", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}}
+    with pytest.raises(ValueError, match="rope_type='yarn', need proportional. Use llama.cpp's converter"):
+        ql.open(changed(tmp_path, "gemma4", rope_parameters=rope))
+
+
+def test_attention_to_what_follows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_bidirectional_attention='all', must be vision, which llama.cpp computes"):
+        ql.open(changed(tmp_path, "gemma4", use_bidirectional_attention="all"))
+
+
+@pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
+def test_cards_and_llama_cpps_arithmetic_refuse_it(tmp_path):
+    model = ql.open(gemma_models.write_model(tmp_path, "gemma4"))
+    with pytest.raises(ValueError, match="mode=ggml-cpu does not compute activation, window, .*of gemma4. Evaluate it"):
+        logits(model, [1, 2, 3], mode="ggml-cpu")
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="head_dim_window=32 is not computed on device=cpu-torch. Use device=cpu"):
+        logits(model, [1, 2, 3], device="cpu-torch")
