@@ -23,6 +23,7 @@ _NAMES = {
     "sensitivity": "quantlab.study.sensitivity",
     "recipe": "quantlab.study.recipe",
     "report": "quantlab.study.report",
+    "release": "quantlab.study.release",
     "fit": "quantlab.run.fit",
     "generate": "quantlab.run.generate",
 }

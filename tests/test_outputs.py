@@ -46,6 +46,7 @@ CALLS = {
     "imatrix": ["tiny", "-c", "64", "--chunks", "1"],
     "refine": ["tiny", "r.gguf", "Q2_K", "--chunks", "1", "--sweeps", "0", "--judge", "none"],
     "report": ["tiny", "Q4_0", "-c", "64", "--chunks", "1", "-p", ""],
+    "release": ["tiny", "--ftypes", "Q4_0", "--imatrix", "none", "--text", "none", "--out", "released"],
     "recipe": ["tiny", "--sensitivity", "s.json", "--like", "Q4_K_M", "--judge", "none"],
     "notebook": ["type_zoo"],
     "fit": ["llama-7b"],
@@ -64,7 +65,8 @@ READ = {
     "shape",
     "source",
 }
-FOLDERS = {"scratch", "cache"}  # only files of their own names are written there, see test_states
+# only files of their own names are written there, see test_states; a release refuses other folders, see test_release
+FOLDERS = {"scratch", "cache", "out"}
 
 
 def parameters(word: str):

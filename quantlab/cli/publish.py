@@ -1,4 +1,4 @@
-"""The words that prove and publish: report."""
+"""The words that prove and publish: report, release."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,7 @@ from quantlab.cli.options import (
     ContextSize,
     Device,
     DeviceMemory,
+    JsonPath,
     Memory,
     Mode,
     Overwrite,
@@ -21,6 +22,7 @@ from quantlab.cli.options import (
     prints_to,
     written,
 )
+from quantlab.cli.options import report as show
 
 
 def _page_and_json(values: list[str], _) -> list[str]:
@@ -82,3 +84,82 @@ def report(
     options["n_ctx"] = n_ctx or open_model(base).hparams.n_ctx
     result = report(base, variants, text or ["primer"], out=outfile, **options)
     typer.echo("\n".join(map(str, [result, *outputs(outfile)])), err=prints_to(outfile))
+
+
+def _card(name: str, text: str):
+    """An option for the model card."""
+    return Annotated[str | None, typer.Option(name, help=f"For the card: {text} (default: what the model says).")]
+
+
+Specs = Annotated[
+    list[str],
+    typer.Option(
+        "--ftypes",
+        metavar="A,B,…",
+        help="Mixtures, refined ones (Q4_K_M+refined), recipe files; also NAME=SPEC; repeatable.",
+    ),
+]
+ReportTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="[NAME=]TEXT|none",
+        help="Measure on this text in the report (default: primer); repeatable; none: no report.",
+    ),
+]
+
+
+@app.command()
+def release(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, org/model on the hub, a GGUF file, or tiny.")
+    ],
+    ftypes: Specs,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder; made if missing.")],
+    imatrix: Annotated[
+        str, typer.Option("--imatrix", metavar="FILE|collect|none", help="Importance matrix; collect makes one.")
+    ] = "collect",
+    calibration: Annotated[
+        str, typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text.")
+    ] = "sampled",
+    text: ReportTexts = None,
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
+    split_max_size: Annotated[
+        str | None, typer.Option("--split-max-size", metavar="N(M|G)", help="Put more than this into shards.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What the files' names begin with.")] = None,
+    base_model: _card("--base-model", "org/model on the hub") = None,
+    license: _card("--license", "its licence, such as apache-2.0") = None,
+    quantized_by: Annotated[str | None, typer.Option("--quantized-by", help="For the card: your name there.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Let each file continue this in the report; '' for nothing.")
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantize what is quantized already.")
+    ] = False,
+    rules: Rules = "current",
+    mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    memory: Memory = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Make a folder that can be uploaded: files, matrix, layouts, report, model card, Modelfiles, digests.
+
+    The same command resumes a stopped run. Nothing is uploaded; the command that does is printed.
+    """
+    from quantlab.files.model import open as open_model
+    from quantlab.study.release import release
+
+    options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory, "rules": rules}
+    options |= {"name": name, "base_model": base_model, "license": license, "quantized_by": quantized_by}
+    options |= {"prompt": prompt, "allow_requantize": allow_requantize, "split_max_size": split_max_size}
+    options |= {"chunks": chunks, "dry_run": dry_run, "overwrite": overwrite, "text": calibration}
+    texts = None if text == ["none"] else text or ["primer"]
+    specs = [spec for given in ftypes for spec in given.split(",") if spec]
+    matrix = None if imatrix == "none" else imatrix
+    n_ctx = n_ctx or open_model(model).hparams.n_ctx
+    show(release(model, out, ftypes=specs, imatrix=matrix, texts=texts, n_ctx=n_ctx, **options), json, overwrite)

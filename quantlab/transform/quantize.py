@@ -128,7 +128,7 @@ def quantize(
         with open_stream(path) as file:
             _run(job, Sink(file, job.outputs[0]), old, histogram, report)
         return path
-    with Unfinished(job.outputs, _identity(job)) as target:
+    with Unfinished(job.outputs, identity(job)) as target:
         _run(job, target, old, histogram, report)
         sidecar = _digests_path(path)
         sidecar.unlink(missing_ok=True)
@@ -285,7 +285,7 @@ def _digest_of(rows: np.ndarray) -> bytes:
     return xxh3_128_digest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
 
-def _identity(job: Job) -> str:
+def identity(job: Job) -> str:
     """Return a digest of all that the output's bytes depend on; source files count by name, size and time."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in job.files]
     headers, weights = [output.digest for output in job.outputs], [_digest(step.weights) for step in job.steps]

@@ -123,7 +123,7 @@ def split(
     header = read_header(model_path(src))
     if shard_count(header) > 0:
         raise ValueError(f"{header.path}: is a shard already, must be a whole file. Run quantlab merge first.")
-    groups = _groups(header.tensors, *_limits(max_tensors, max_size))
+    groups = groups_within(header.tensors, max_tensors=max_tensors, max_size=max_size)
     groups = [[], *groups] if no_tensor_first_split else groups
     if len(groups) > MAX_SHARDS:
         raise ValueError(f"{header.path}: {len(groups)} shards, must be at most {MAX_SHARDS}. Raise the limit.")
@@ -201,8 +201,17 @@ def _limits(max_tensors: int | None, max_size: str | int | None) -> tuple[int | 
     return None, int(digits) * unit
 
 
-def _groups(tensors: Sequence[TensorInfo], max_tensors: int | None, max_size: int | None) -> list[list[TensorInfo]]:
-    """Distribute the tensors in their order; a shard is full when the next tensor would break its limit."""
+def groups_within(
+    tensors: Sequence[TensorInfo], *, max_tensors: int | None = None, max_size: str | int | None = None
+) -> list[list[TensorInfo]]:
+    """Distribute the tensors in their order; a shard is full when the next tensor would break its limit.
+
+    Raises
+    ------
+    ValueError
+        If both limits are given, or one has no meaning.
+    """
+    max_tensors, max_size = _limits(max_tensors, max_size)
     groups: list[list[TensorInfo]] = [[]]
     size = 0
     for tensor in tensors:
@@ -221,13 +230,18 @@ def _shards(header: Header, stem: Path, groups: Sequence[Sequence[TensorInfo]]) 
     prefix = stem.name.removesuffix(".gguf")
     own = {key: value for key, value in header.metadata.items() if not key.startswith("split.")}
     for i, group in enumerate(groups):
-        numbers = {
-            "split.no": np.uint16(i),
-            "split.tensors.count": np.int32(len(header.tensors)),
-            "split.count": np.uint16(len(groups)),
-        }
+        numbers = shard_numbers(i, len(groups), len(header.tensors))
         path = stem.with_name(f"{prefix}-{i + 1:05d}-of-{len(groups):05d}.gguf")
         yield Shard(path, (own if i == 0 else {}) | numbers, tuple(group))
+
+
+def shard_numbers(i: int, count: int, n_tensors: int) -> dict[str, Any]:
+    """Return the metadata that each shard has: its number from 0 on, that of shards, and of tensors in all of them."""
+    return {
+        "split.no": np.uint16(i),
+        "split.tensors.count": np.int32(n_tensors),
+        "split.count": np.uint16(count),
+    }
 
 
 def _write(shards: Sequence[Shard], places: dict[str, Path], overwrite: bool) -> None:
