@@ -22,6 +22,7 @@ _NAMES = {
     "refine": "quantlab.evaluate.refine",
     "sensitivity": "quantlab.study.sensitivity",
     "recipe": "quantlab.study.recipe",
+    "exchange": "quantlab.study.exchange",
     "report": "quantlab.study.report",
     "release": "quantlab.study.release",
     "fit": "quantlab.run.fit",

@@ -37,7 +37,8 @@ def test_the_lists_of_today():
     assert set(ggml_types.WRITABLE) >= {"F32", "F16", "BF16", *plain, *k}
     assert set(ggml_types.WEIGHTED) >= {*plain, *k} - {"Q8_0"}
     assert not {"Q8_1", "Q8_K"} & set(ggml_types.WRITABLE)
-    assert [qtype for qtype in ggml_types.CANDIDATES if qtype in {*plain, *k}] == [*k, "Q8_0"]
+    assert {*ggml_types.CANDIDATES} == {*ggml_types.WRITABLE} - {"F32", "F16", "BF16"}
+    assert [qtype for qtype in ggml_types.CANDIDATES if qtype in {*k, "Q8_0"}] == [*k, "Q8_0"]
 
 
 def test_the_records_import_no_numba_and_no_other_room():

@@ -2,7 +2,7 @@
 
 A word imports what it needs inside its body, so that `quantlab --help` starts at once. It checks nothing itself: the
 public function raises a built-in exception with a whole sentence, and `main` prints that sentence as one line and exits
-with 1. The words stand in the order of a day's work: files, measure, publish, run.
+with 1. The words stand in the order of a day's work: files, measure, publish, recipes, run.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import quantlab
-from quantlab.cli import files, measure, publish, run  # noqa: F401 (each registers its words)
+from quantlab.cli import files, measure, publish, recipes, run  # noqa: F401 (each registers its words)
 from quantlab.cli.options import app, as_options
 
 

@@ -1,4 +1,4 @@
-"""The words that measure and study: perplexity, compare, table, imatrix, sensitivity, recipe, notebook."""
+"""The words that measure and study: perplexity, compare, table, imatrix, refine, notebook."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,18 +20,12 @@ from quantlab.cli.options import (
     Scratch,
     TextName,
     app,
+    context_size,
+    pairs,
     prints_to,
     report,
     written,
 )
-
-
-def _context(model: str, n_ctx: int | None) -> int | None:
-    """Return the tokens per chunk that were asked for; 0 asks for the model's own context."""
-    from quantlab.files.bundled import is_shape
-    from quantlab.files.model import open as open_model
-
-    return open_model(model).hparams.n_ctx if n_ctx == 0 and not is_shape(model) else n_ctx
 
 
 @app.command()
@@ -75,7 +69,7 @@ def perplexity(
     from quantlab.evaluate import perplexity as measure
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    options |= {"chunks": chunks, "scratch": scratch, "n_ctx": _context(model, n_ctx)}
+    options |= {"chunks": chunks, "scratch": scratch, "n_ctx": context_size(model, n_ctx)}
     if kl_divergence:
         if kl_divergence_base is None or protocol != "llama.cpp":
             raise typer.BadParameter(
@@ -115,53 +109,9 @@ def compare(
     from quantlab.evaluate.perplexity import compare
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    options |= {"protocol": protocol, "scratch": scratch, "n_ctx": _context(base, n_ctx), "chunks": chunks}
+    options |= {"protocol": protocol, "scratch": scratch, "n_ctx": context_size(base, n_ctx), "chunks": chunks}
     options |= {"imatrix": imatrix, "rules": rules, "calibrate_on": calibrate_on}
     report(compare(base, variants, text, **options), json, overwrite)
-
-
-@app.command()
-def sensitivity(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
-    text: TextName = "sampled",
-    types: Annotated[str, typer.Option("--types", metavar="A,B,…", help="Candidate types.")] = "",
-    groups: Annotated[
-        str | None,
-        typer.Option("--groups", metavar="layer|kind", help="Change so many at once; each tensor by itself."),
-    ] = None,
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix.")] = None,
-    around: Annotated[
-        str | None, typer.Option("--around", metavar="FTYPE|RECIPE", help="Where each change starts from; the base.")
-    ] = None,
-    sample: Annotated[
-        int | None, typer.Option("--sample", metavar="N", help="Measure N layers only, predict the rest.")
-    ] = None,
-    refined: Annotated[
-        bool, typer.Option("--refined", help="Measure refined bytes, for a recipe to refine with.")
-    ] = False,
-    rules: Rules = "current",
-    n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="FOLDER", help="Keeps what was measured; the user's cache folder.")
-    ] = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
-) -> None:
-    """Measure what each tensor costs at each type. A run that was stopped goes on where it was."""
-    from quantlab.quants.ggml_types import CANDIDATES
-    from quantlab.study.sensitivity import sensitivity
-
-    names = [name for name in types.split(",") if name] or CANDIDATES
-    options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
-    options["refined"] = refined
-    options |= {"n_ctx": _context(model, n_ctx), "chunks": chunks, "cache": cache or True}
-    options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    report(sensitivity(model, text, types=names, **options), json, overwrite)
 
 
 @app.command()
@@ -190,7 +140,7 @@ def table(
 
     names = [name for name in ftypes.split(",") if name]
     where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": _context(model, n_ctx), "chunks": chunks}
+    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": context_size(model, n_ctx), "chunks": chunks}
     result = tables.size_ppl(model, text, ftypes=names, **where, **options)
     if today:
         from quantlab.study.today import with_today
@@ -255,117 +205,11 @@ def imatrix(
         else:
             options = {"process_output": process_output, "in_files": files}
             options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-            matrix = imatrix(model, text or "sampled", n_ctx=_context(model, n_ctx), chunks=chunks, **options)
+            matrix = imatrix(model, text or "sampled", n_ctx=context_size(model, n_ctx), chunks=chunks, **options)
         matrix.save(part, legacy=legacy, overwrite=True)
     typer.echo(str(outfile), err=prints_to(json, outfile))
     if show_statistics or json:
         report(matrix, json, overwrite, outfile)
-
-
-def _pairs(name: str, text: str):
-    """A repeatable option REGEX=TYPE."""
-    return Annotated[list[str] | None, typer.Option(name, metavar="REGEX=TYPE", help=text)]
-
-
-RecipeSize = Annotated[str | None, typer.Option("--target-size", metavar="3MiB", help="Limit: bytes of tensor data.")]
-RecipeBpw = Annotated[float | None, typer.Option("--target-bpw", help="Limit: bits per weight.")]
-RecipeLike = Annotated[str | None, typer.Option("--like", metavar="FTYPE", help="Limit: the size of Q4_K_M, say.")]
-SensitivityFile = Annotated[
-    Path | None, typer.Option("--sensitivity", metavar="FILE", help="What quantlab sensitivity wrote; else measured.")
-]
-Candidates = Annotated[
-    str | None, typer.Option("--types", metavar="A,B,…", help="Candidates to be measured; the k-quants and Q8_0.")
-]
-RecipeSample = Annotated[
-    int | None, typer.Option("--sample", help="Measure so many layers of each kind, predict the others.")
-]
-RecipeText = Annotated[str | None, typer.Option("-f", "--file", metavar="TEXT", help="What to calibrate on; sampled.")]
-RecipeMatrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")]
-RecipeContext = Annotated[
-    int | None,
-    typer.Option("-c", "--ctx-size", help="Tokens per chunk of that text; 0: the model's own context (default: 512)."),
-]
-RecipeChunks = Annotated[
-    int | None, typer.Option("--chunks", help="Calibrate on N chunks; -1: the whole text (default: 8).")
-]
-RecipeJudge = Annotated[
-    str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
-]
-RecipeOut = Annotated[
-    Path,
-    typer.Option(
-        "-o", "--output-file", callback=written(also=[(".json", "is_report")]),
-        help="A --tensor-type-file; where it comes from goes into <FILE>.json.",
-    ),
-]  # fmt: skip
-RecipeGguf = Annotated[
-    Path | None,
-    typer.Option(
-        "--quantize", metavar="OUT", callback=written(also=[(".quantlab.json", "is_digests")]),
-        help="Write the GGUF as well.",
-    ),
-]  # fmt: skip
-
-
-@app.command()
-def recipe(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
-    target_size: RecipeSize = None,
-    target_bpw: RecipeBpw = None,
-    like: RecipeLike = None,
-    keep: _pairs("--keep", "Type of the tensors so named.") = None,
-    min_type: _pairs("--min-type", "Least bits of the tensors so named.") = None,
-    max_type: _pairs("--max-type", "Most bits of the tensors so named.") = None,
-    sensitivity: SensitivityFile = None,
-    types: Candidates = None,
-    sample: RecipeSample = None,
-    text: RecipeText = None,
-    imatrix: RecipeMatrix = None,
-    n_ctx: RecipeContext = None,
-    chunks: RecipeChunks = None,
-    judged_on: RecipeJudge = "primer",
-    outfile: RecipeOut = Path("recipe.txt"),
-    gguf: RecipeGguf = None,
-    rules: Rules = "current",
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
-) -> None:
-    """Choose the type of every tensor: the least damage that a size allows, written as a --tensor-type-file."""
-    from quantlab.files.model import open as open_model
-    from quantlab.quants.ggml_types import CANDIDATES
-    from quantlab.study import front
-    from quantlab.study.recipe import recipe, size_limit
-    from quantlab.study.sensitivity import sensitivity as measure
-    from quantlab.transform.mixture import parse_tensor_type
-    from quantlab.transform.quantize import quantize
-
-    where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    base, sizes = open_model(model), {"target_size": target_size, "target_bpw": target_bpw, "like": like}
-    limit = size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)
-    constraints = {"keep": keep, "min_type": min_type, "max_type": max_type}
-    constraints = {key: list(map(parse_tensor_type, pairs or ())) for key, pairs in constraints.items()}
-    if sensitivity is None:
-        names = [name for name in (types or "").split(",") if name]
-        given = {"types": names or None, "n_ctx": _context(model, n_ctx), "chunks": chunks, "sample": sample}
-        options = {"types": CANDIDATES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
-        options["chunks"] = None if chunks == -1 else options["chunks"]
-        sensitivity = measure(base, text or "sampled", imatrix=imatrix, **where, **options)
-    elif (types, sample, text, n_ctx, chunks) != (None,) * 5:
-        raise typer.BadParameter(
-            "has been measured: no --types, --sample, -f, -c, --chunks", param_hint="--sensitivity"
-        )
-    best = recipe(sensitivity, base, target_size=limit, **constraints, imatrix=imatrix, rules=rules)
-    best.save(outfile, overwrite=overwrite)
-    if gguf is not None:
-        options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
-        quantize(base, gguf, ftype=best.ftype, **options)
-    typer.echo(f"{best}\n{best.command(outfile, imatrix=imatrix)}", err=prints_to(json, outfile, gguf))
-    verdict = best if judged_on == "none" else front.judge(best, base, judged_on, imatrix=imatrix, **where)
-    report(verdict, json, overwrite, outfile, gguf)
 
 
 Refined = Annotated[
@@ -409,7 +253,7 @@ def refine(
     damping: Damping = "auto",
     imatrix: OtherMatrix = None,
     recipe: RecipeFile = None,
-    tensor_type: _pairs("--tensor-type", "Type of the tensors so named; the first that fits.") = None,
+    tensor_type: pairs("--tensor-type", "Type of the tensors so named; the first that fits.") = None,
     judge: Judge = None,
     rules: Rules = "current",
     memory: Memory = None,
@@ -433,7 +277,7 @@ def refine(
     judge = judge or ("none" if "primer" in texts else "primer")
     if judge in texts:
         raise typer.BadParameter("is a calibration text, name another or none", param_hint="--judge")
-    n_ctx = _context(files[0], n_ctx)
+    n_ctx = context_size(files[0], n_ctx)
     path = refine(
         files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,
         chunks=None if chunks == -1 else chunks,

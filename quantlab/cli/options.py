@@ -179,6 +179,25 @@ Scratch = Annotated[
 ]
 
 
+def pairs(name: str, text: str) -> Any:
+    """Return a repeatable option REGEX=TYPE."""
+    return Annotated[list[str] | None, typer.Option(name, metavar="REGEX=TYPE", help=text)]
+
+
+def names_in(texts: str | Sequence[str] | None) -> list[str]:
+    """Return the names in texts such as `A,B`."""
+    texts = [texts] if isinstance(texts, str) else texts or []
+    return [name for text in texts for name in text.split(",") if name]
+
+
+def context_size(model: str, n_ctx: int | None) -> int | None:
+    """Return the tokens per chunk that were asked for; 0 asks for the model's own context."""
+    from quantlab.files.bundled import is_shape
+    from quantlab.files.model import open as open_model
+
+    return open_model(model).hparams.n_ctx if n_ctx == 0 and not is_shape(model) else n_ctx
+
+
 def as_options(text: str) -> str:
     """Spell arguments that a message asks for as the command line takes them: overwrite=True is --overwrite."""
     text = re.sub(r"\b([a-z]\w*)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)

@@ -18,6 +18,7 @@ from quantlab.evaluate.refine import auto_damping, calibration_tokens, check_pla
 from quantlab.evaluate.refinement import FIELDS, Refinement, can_refine
 from quantlab.evaluate.variants import Variant, output_name, refined_path
 from quantlab.files.model import Model
+from quantlab.transform.refined import has_refined_bytes
 
 CHUNKS, SWEEPS = 64, 2  # as `quantlab.refine` has them
 
@@ -55,8 +56,15 @@ class RefinedAlone:
         self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def make(self, changes: Sequence[Mapping[str, str]]) -> None:
-        """Write the bytes that changes need, each a mapping of tensor to type; one pass for all."""
+        """Write the bytes that changes need and that are not there, each a mapping of tensor to type; in one pass."""
         wanted = dict.fromkeys(pair for change in changes for pair in change.items())
+        wanted = {
+            (name, qtype): None
+            for name, qtype in wanted
+            if has_refined_bytes(self.base.tensor(name), qtype) and not refined_path(self.folder, name, qtype).exists()
+        }
+        if not wanted:
+            return
         as_it_is = {tensor.name: tensor.qtype for tensor in self.base}
         types = dict.fromkeys(qtype for _, qtype in wanted)
         variants = [

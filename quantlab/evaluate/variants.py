@@ -98,7 +98,7 @@ def split_label(spec):
 def _resolve_one(base: Model, spec, rules: str, imatrix: Mapping[str, np.ndarray]) -> Variant:
     mark = "+imatrix" if imatrix else ""
     if isinstance(spec, Recipe):
-        return _from_recipe(base, "recipe" + mark, spec, imatrix)
+        return _from_recipe(base, spec.name + mark, spec, imatrix)
     path = Path(spec) if bundled_path(str(spec)) is None else model_path(spec)
     if is_checkpoint(path) or path.suffix.lower() == ".gguf":
         return _from_file(base, path)

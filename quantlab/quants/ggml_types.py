@@ -82,7 +82,7 @@ class GgmlType:
     levels : range or tuple of int
         What the codes stand for, in steps of a scale. A range: evenly spaced, with its offset. A tuple: a table.
     is_candidate : bool
-        Whether `sensitivity` and `recipe` try the type unless told otherwise.
+        Whether `sensitivity` and `recipe` try the type unless told otherwise; types without blocks they never try.
     """
 
     name: str
@@ -102,7 +102,7 @@ class GgmlType:
     sub_block: int = 0
     codes: tuple[Bits, ...] = ()
     levels: Sequence[int] = ()
-    is_candidate: bool = False
+    is_candidate: bool = True
 
     @property
     def bpw(self) -> float:
@@ -163,7 +163,7 @@ _RECORDS = (
     ),
     GgmlType(
         "Q8_0", 8, 32, 34, "legacy", **_kernels("legacy", "q8_0", weighted=False),
-        halves=(0,), codes=(Bits(2, 34, 32, 8),), levels=(*range(128), *range(-128, 0)), is_candidate=True,
+        halves=(0,), codes=(Bits(2, 34, 32, 8),), levels=(*range(128), *range(-128, 0)),
     ),
     GgmlType(
         "Q8_1", 9, 32, 36, "legacy", **_kernels("legacy", "q8_1", weighted=False),
@@ -173,27 +173,25 @@ _RECORDS = (
     GgmlType(
         "Q2_K", 10, 256, 84, "k-quant", **_kernels("kquants", "q2_k"),
         fallback="Q4_0", halves=(80, 82), sub_block=16, codes=(Bits(16, 80, 32, 2),), levels=range(4),
-        is_candidate=True,
     ),
     GgmlType(
         "Q3_K", 11, 256, 110, "k-quant", **_kernels("kquants", "q3_k"),
         fallback="Q4_0", halves=(108,), sub_block=16, codes=(Bits(32, 96, 32, 2), Bits(0, 32, 32, 1)),
-        levels=range(-4, 4), is_candidate=True,
+        levels=range(-4, 4),
     ),
     GgmlType(
         "Q4_K", 12, 256, 144, "k-quant", **_kernels("q45_k", "q4_k"),
         fallback="Q5_0", halves=(0, 2), sub_block=32, codes=(Bits(16, 144, 32, 4),), levels=range(16),
-        is_candidate=True,
     ),
     GgmlType(
         "Q5_K", 13, 256, 176, "k-quant", **_kernels("q45_k", "q5_k"),
         fallback="Q5_1", halves=(0, 2), sub_block=32, codes=(Bits(48, 176, 32, 4), Bits(16, 48, 32, 1)),
-        levels=range(32), is_candidate=True,
+        levels=range(32),
     ),
     GgmlType(
         "Q6_K", 14, 256, 210, "k-quant", **_kernels("kquants", "q6_k"),
         fallback="Q8_0", halves=(208,), sub_block=16, codes=(Bits(0, 128, 64, 4), Bits(128, 192, 32, 2)),
-        levels=range(-32, 32), is_candidate=True,
+        levels=range(-32, 32),
     ),
     GgmlType(
         "Q8_K", 15, 256, 292, "k-quant", **_kernels("kquants", "q8_k", weighted=False),
@@ -265,7 +263,11 @@ ENCODED = tuple(record.name for record in _RECORDS if record.can_encode)
 WRITABLE = tuple(record.name for record in _RECORDS if record.can_encode and not record.for_activations)
 WEIGHTED = tuple(record.name for record in _RECORDS if record.weighted_encoder)
 FALLBACK = {record.name: record.fallback for record in _RECORDS if record.fallback}
-CANDIDATES = tuple(record.name for record in sorted(_RECORDS, key=lambda record: record.bpw) if record.is_candidate)
+CANDIDATES = tuple(
+    record.name
+    for record in sorted(_RECORDS, key=lambda record: record.bpw)
+    if record.is_candidate and record.name in WRITABLE and record.block > 1
+)
 
 
 def ggml_type(qtype: str) -> GgmlType:

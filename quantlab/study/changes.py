@@ -1,6 +1,6 @@
 """Changes of a model that a study measures: groups of tensors, each at other types."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +8,9 @@ from quantlab import arch
 from quantlab.files.model import Model
 from quantlab.quants.ggml_types import FALLBACK, block_size
 from quantlab.transform.mixture import find_qtype, is_quantizable, layer_of
+from quantlab.transform.rules import needs_imatrix
+
+FAR = 1.15  # times the error that two other types would have in the same bytes: too much to be worth measuring
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,28 @@ def _layer_or_kind(name: str) -> str:
 _GROUPS = {"layer": _layer_or_kind, "kind": kind_of, "model": lambda name: "model"}
 
 
-def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | None) -> list[Change]:
+def plan_changes(
+    model: Model,
+    types: Sequence[str],
+    groups: str | Mapping | None,
+    *,
+    exclude: Sequence[str] = (),
+    weighted: Container[str] = (),
+) -> list[Change]:
     """List the changes of a model: groups in the order of the layers, types as given.
+
+    Parameters
+    ----------
+    model : Model
+    types, groups, exclude
+        As for `quantlab.sensitivity`.
+    weighted : container of str
+        Tensors that an importance matrix has an entry for; the others get no type that needs one.
 
     Raises
     ------
     ValueError
-        If a type or a group is not known.
+        If a type or a group is not known, or nothing is left.
     """
     names = [tensor.name for tensor in model if is_quantizable(tensor.name, tensor.shape)]
     place = partial(_place, kinds=_kinds(model.hparams.arch))
@@ -74,12 +92,20 @@ def plan_changes(model: Model, types: Sequence[str], groups: str | Mapping | Non
     unknown = [name for group in members.values() for name in group if name not in names]
     if unknown:
         raise ValueError(f"groups: {unknown[0]} is not a tensor of {model.path} that can be quantized. See its .names.")
+    left_out = {find_qtype(qtype, "exclude") for qtype in exclude}
     changes = {}  # two types may fall back to one
     for key, group in members.items():
         for qtype in map(find_qtype, types):
             given = {name: fitting(qtype, model.tensor(name).shape[-1]) for name in group}
-            if None not in given.values():
+            if None in given.values() or left_out.intersection(given.values()):
+                continue
+            if not any(_wants_imatrix(*pair, model, weighted) for pair in given.items()):
                 changes.setdefault((key, *given.values()), Change(key, _asked(qtype, given), given))
+    if not changes:
+        raise ValueError(
+            f"types={','.join(types)}: nothing can be changed to them. "
+            "Pass an importance matrix, or types that rows fit and exclude does not name."
+        )
     return list(changes.values())
 
 
@@ -98,6 +124,52 @@ def _place(name: str, kinds: Sequence[str]) -> tuple:
 def fitting(qtype: str, n_per_row: int) -> str | None:
     """Return `qtype` or what llama-quantize gives in its stead, None where neither's blocks fit a row."""
     return next((q for q in (qtype, FALLBACK.get(qtype)) if q and n_per_row % block_size(q) == 0), None)
+
+
+def _wants_imatrix(name: str, qtype: str, model: Model, weighted: Container[str]) -> bool:
+    """Whether a tensor cannot get a type for want of an importance matrix."""
+    return name not in weighted and qtype != model.tensor(name).qtype and needs_imatrix(name, qtype)
+
+
+def worth_measuring(
+    changes: Sequence[Change],
+    cost: Callable[[Change], tuple[int, float]],
+    can_beat: Callable[[Change, Change], bool] = lambda a, b: True,
+) -> list[Change]:
+    """Leave out changes to types that no best recipe has, going by bytes and errors of the weights.
+
+    Of a group's changes a few lie on the lower left hull of (bytes, error): nothing else is as good as two of them,
+    each for a part of the bytes. What has `FAR` times the hull's error at its bytes is left out.
+
+    Parameters
+    ----------
+    changes : sequence of Change
+    cost : callable
+        Bytes and error of a change.
+    can_beat : callable
+        Whether the error of one change says anything of the other's.
+
+    Examples
+    --------
+    >>> errors = {"Q4_0": (18, 1.4), "Q4_K": (18, 1.0), "Q4_1": (20, 0.97), "Q5_K": (22, 0.25)}
+    >>> changes = [Change("a", qtype, {}) for qtype in errors]
+    >>> [change.qtype for change in worth_measuring(changes, lambda change: errors[change.qtype])]
+    ['Q4_K', 'Q5_K']
+    """
+    members: dict[str, list[Change]] = {}
+    for change in changes:
+        members.setdefault(change.group, []).append(change)
+
+    def is_far(change: Change) -> bool:
+        size, error = cost(change)
+        others = [cost(other) for other in members[change.group] if other is not change and can_beat(other, change)]
+        smaller = [other for other in others if other[0] <= size]
+        larger = [other for other in others if other[0] > size]
+        bounds = [least for _, least in smaller]
+        bounds += [a + (size - x) / (y - x) * (b - a) for x, a in smaller for y, b in larger]
+        return error > FAR * min(bounds, default=error)
+
+    return [change for change in changes if not is_far(change)]
 
 
 def _asked(qtype: str, given: Mapping[str, str]) -> str:

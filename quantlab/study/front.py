@@ -4,19 +4,35 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 
 from quantlab.evaluate.perplexity import Comparison, compare
+from quantlab.evaluate.refine import refine
+from quantlab.evaluate.refined_variants import MARK
 from quantlab.files.imatrix_file import as_matrix
 from quantlab.files.model import open as open_model
 from quantlab.result import Result
+from quantlab.study.best_recipe import BestRecipe
 from quantlab.study.damage_cache import json_digest, matrix_digests
-from quantlab.study.recipe import BestRecipe, open_menu
+from quantlab.study.menu import open_menu
 from quantlab.transform.mixture import Recipe
 
-_SHOWN = ["variant", "bytes", "bpw", "predicted_kld", "kld_mean", "kld_se", "against", "less", "less_se"]
+_SHOWN = [
+    "variant",
+    "bytes",
+    "bpw",
+    "predicted_kld",
+    "measured_kld",
+    "kld_mean",
+    "kld_se",
+    "against",
+    "less",
+    "less_se",
+]
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +67,7 @@ def front(sensitivity, model, *, points: int = 24, **options) -> Front:
     points : int
         Sizes, each larger than the last by the same factor; those of the ftypes come in addition.
     **options
-        keep, min_type, max_type, imatrix, rules as for `quantlab.recipe`.
+        keep, min_type, max_type, exclude, imatrix, rules as for `quantlab.recipe`.
 
     Returns
     -------
@@ -87,9 +103,10 @@ class Judgement(Result):
     comparison : Comparison
         All that was measured.
     rows : tuple of dict
-        `variant`, `bytes`, `bpw`, `predicted_kld` (on the calibration text), `kld_mean`, `kld_se`, and for a recipe
-        `against` which ftype its KLD is `less`, as a fraction, with `less_se`, the error over chunks, paired; None
-        where the ftype does no damage, or there is one chunk only.
+        `variant`, `bytes`, `bpw`, `predicted_kld` and, of a recipe of `quantlab.exchange`, `measured_kld` (both on the
+        calibration text), `kld_mean`, `kld_se`, and for a recipe `against` which variant its KLD is `less`, as a
+        fraction, with `less_se`, the error over chunks, paired; None where the other does no damage, or there is one
+        chunk only.
     """
 
     comparison: Comparison
@@ -103,8 +120,10 @@ class Judgement(Result):
         return all(row["less"] is None or row["less"] > 0 for row in self.rows if row["against"])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the rows as a table."""
-        return super().to_frame()[_SHOWN]
+        """Return the rows as a table; a column of exchanges only where a recipe has been through them."""
+        frame = super().to_frame()
+        has_exchanges = "measured_kld" in frame and frame["measured_kld"].notna().any()
+        return frame[[column for column in _SHOWN if column != "measured_kld" or has_exchanges]]
 
     def _document(self) -> dict:
         """What was measured of each variant, and the rows' own figures."""
@@ -119,8 +138,19 @@ class Judgement(Result):
         return [f"{p.text}: {p.chunks} chunks of {p.n_ctx} tokens, protocol {p.name}, mode {p.mode}{noise}"]
 
 
-def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, imatrix=None, **options) -> Judgement:
+def judge(
+    recipes: BestRecipe | Sequence[BestRecipe],
+    model,
+    text="primer",
+    *,
+    against: Sequence[BestRecipe] | None = None,
+    imatrix=None,
+    calibrate_on=None,
+    **options,
+) -> Judgement:
     """Measure recipes, and the ftype next in size to each, on a text that they were not made from.
+
+    Recipes that were chosen by refined damages are refined, and their ftypes too.
 
     Parameters
     ----------
@@ -128,8 +158,12 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     model : str, Path or Model
     text : str, Path or Text
         What to judge on.
+    against : sequence of BestRecipe, optional
+        Hold each recipe against one of these (default: against its ftype).
     imatrix : str, Path or ImportanceMatrix, optional
         The matrix that the recipes were made with; recipes and ftypes are quantized with it alike.
+    calibrate_on : str, Path or Text, optional
+        What to refine with (default: the text that the recipes name).
     **options
         n_ctx, chunks, protocol, mode, device, device_memory, memory, scratch, progress as for `quantlab.compare`.
 
@@ -140,30 +174,57 @@ def judge(recipes: BestRecipe | Sequence[BestRecipe], model, text="primer", *, i
     Raises
     ------
     FileNotFoundError, ValueError
-        As `quantlab.compare`; and if there is no recipe, or one was made with another matrix.
+        As `quantlab.compare`; and if there is no recipe, one was made with another matrix, or only some were chosen by
+        refined damages.
     """
     recipes = [recipes] if isinstance(recipes, BestRecipe) else list(recipes)
     if not recipes:
         raise ValueError("recipes: must be at least one. Make one with quantlab.recipe.")
     matrix = as_matrix(imatrix)
     digest = None if matrix is None else json_digest(matrix_digests(matrix.entries))
-    for recipe in recipes:
+    if against is not None and len(against) != len(recipes):
+        raise ValueError(f"against={len(against)} recipes, must be as many as are judged, {len(recipes)}.")
+    for recipe in [*recipes, *(against or [])]:
         if recipe.provenance["calibration"]["imatrix"] != digest:
             raise ValueError(f"imatrix={digest and digest[:8]}: must be what the recipe was made with. Give the same.")
-    ftypes = list(dict.fromkeys(recipe.ftype for recipe in recipes))
-    rules = recipes[0].provenance["rules"]
-    measured = compare(model, [*ftypes, *recipes], text, imatrix=matrix, rules=rules, **options)
+    held = [recipe.ftype for recipe in recipes] if against is None else list(against)
+    others = list(dict.fromkeys(held)) if against is None else held
+    rules, said = recipes[0].provenance["rules"], [recipe.provenance["calibration"] for recipe in recipes]
+    refined = {bool(calibration.get("refined")) for calibration in said}
+    options |= {"imatrix": matrix, "rules": rules}
+    if len(refined) > 1:
+        raise ValueError("recipes: some are chosen by refined damages, some are not. Judge them apart.")
+    if refined == {True}:
+        measured = _compare_refined(model, [*others, *recipes], text, calibrate_on or said[0]["text"], options)
+    else:
+        measured = compare(model, [*others, *recipes], text, **options)
     chunks = by_chunk(measured)
-    stock = {ftype: row["variant"] for ftype, row in zip(ftypes, measured.rows[1:], strict=False)}
+    names = [row["variant"] for row in measured.rows[1:]]
+    theirs = [names[others.index(other)] for other in held] if against is None else names
     kept = ("variant", "bytes", "bpw", "kld_mean", "kld_se")
     rows = [{key: row[key] for key in kept} for row in measured.rows]
     for row in rows:
-        row |= {"predicted_kld": None, "against": None, "less": None, "less_se": None}
-    for row, recipe in zip(rows[1 + len(ftypes) :], recipes, strict=True):
-        found = reduction(chunks[row["variant"]], chunks[stock[recipe.ftype]])
-        less, error = (None if math.isnan(value) else value for value in found)
-        row |= {"predicted_kld": recipe.predicted, "against": recipe.ftype, "less": less, "less_se": error}
+        row |= dict.fromkeys(("predicted_kld", "measured_kld", "against", "less", "less_se"))
+    for row, recipe, other in zip(rows[1 + len(others) :], recipes, theirs, strict=False):
+        less, error = (
+            None if math.isnan(value) else value for value in reduction(chunks[row["variant"]], chunks[other])
+        )
+        row |= {"predicted_kld": recipe.predicted, "measured_kld": recipe.measured and recipe.measured["after"]}
+        row |= {"against": recipe.ftype if against is None else other, "less": less, "less_se": error}
     return Judgement(measured, tuple(rows))
+
+
+def _compare_refined(model, variants: Sequence[str | BestRecipe], text, calibrate_on, options: dict) -> Comparison:
+    """Compare ftypes and recipes with refined bytes; those of recipes in files that last as long."""
+    how = {key: options[key] for key in ("n_ctx", "imatrix", "rules", "memory", "progress") if key in options}
+    with TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as folder:
+        specs = []
+        for i, one in enumerate(variants):
+            if isinstance(one, BestRecipe):
+                made = {"ftype": one.ftype, "recipe": one, "text": calibrate_on} | how
+                one = f"{one.name}{MARK}={refine(model, Path(folder) / f'{i}.gguf', **made)}"
+            specs.append(one if "=" in one else one + MARK)
+        return compare(model, specs, text, calibrate_on=calibrate_on, **options)
 
 
 def judge_refined(path, model, text="primer", *, imatrix=None, **options) -> Judgement:

@@ -9,7 +9,8 @@ the logits differs by kind of tensor and by depth. A sample of measured damages 
 with one scale per kind and sampled layer, straight lines between them, and one exponent, all by least squares.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from quantlab.study.damage_cache import DamageCache
 from quantlab.transform.plan import bits_per_weight
 
 _PIECE = 1 << 22  # weights at a time
+LOOK = 1 << 19  # weights of a tensor that tell which types are worth a measurement
+_SPANS = 16  # places of a tensor that they are from
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,48 @@ class ErrorTask:
     model: Path
     name: str
     keys: dict[str, dict]  # type → what its error is kept under
-    weights: np.ndarray | None  # float32 (n_per_row,)
+    weights: np.ndarray | None  # float32 (n_per_row,), of experts one after the other
     cache: Path | None
     threads: int | None
+    most: int | None = None  # weights to look at, None for all
 
     def measure(self, bar: tqdm | None = None) -> list[dict]:
         """Return the error in each type; they are in the cache by then."""
         tensor, cache = open_model(self.model).tensor(self.name), DamageCache(self.cache)
-        step = max(1, _PIECE // tensor.shape[-1])
+        rows = tensor.shape[-2]  # of an expert
+        each = None if self.weights is None else self.weights.reshape(tensor.nrows // rows, -1)
         found = dict.fromkeys(self.keys, 0.0)
         with threads(self.threads):
-            for start in range(0, tensor.nrows, step):
-                x = tensor.floats(start, min(start + step, tensor.nrows))
+            for start, stop in pieces(tensor.shape, self.most):
+                x = tensor.floats(start, stop)
                 for qtype in self.keys:
-                    found[qtype] += weighted_error(x, qtype, self.weights)
+                    found[qtype] += weighted_error(x, qtype, None if each is None else each[start // rows])
                     if bar is not None:
                         bar.update(x.size)
         for qtype, key in self.keys.items():
             cache.put(key, {"error": found[qtype]})
         return [{"error": error} for error in found.values()]
+
+
+def pieces(shape: tuple[int, ...], most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield spans of a tensor's rows, each of one expert: all rows, or some from everywhere with `most` weights.
+
+    Examples
+    --------
+    >>> list(pieces((2, 3, 64))), list(pieces((64, 64), most=1024))[:2]
+    ([(0, 3), (3, 6)], [(0, 1), (4, 5)])
+    """
+    *lead, rows, width = shape
+    nrows = math.prod(lead) * rows
+    wanted = nrows if most is None else min(nrows, most // width)
+    places = 1 if wanted == nrows else min(_SPANS, max(1, wanted))
+    for place in range(places):
+        start = place * nrows // places
+        stop = start + max(1, wanted // places)
+        while start < stop:
+            end = min(stop, start + max(1, _PIECE // width), (start // rows + 1) * rows)
+            yield start, end
+            start = end
 
 
 def weighted_error(x: np.ndarray, qtype: str, weights: np.ndarray | None = None) -> float:
@@ -97,7 +123,8 @@ def sample(changes: Sequence, n_layer: int, n: int) -> list:
     widths: dict[str, list] = {}
     for change in changes:
         widths.setdefault(change.group, []).append(bits_per_weight(change.qtype))
-    one = {group: sorted(bits)[:2][-1] for group, bits in widths.items()}
+    # not the narrowest: of less than three bits damage follows another law
+    one = {group: next((b for b in sorted(bits)[1:] if b >= 3), sorted(bits)[:2][-1]) for group, bits in widths.items()}
     return [
         change
         for change in changes

@@ -245,6 +245,11 @@ class Recipe:
 
     types: dict[str, str]
 
+    @property
+    def name(self) -> str:
+        """What a comparison calls it."""
+        return "recipe"
+
     def tensor_types(self) -> list[tuple[str, str]]:
         """Return the recipe as expressions for `choose_types`, each anchored so that it fits one tensor alone."""
         return [("^" + name.replace(".", r"\.") + "$", qtype) for name, qtype in self.types.items()]

@@ -1,0 +1,228 @@
+"""The words that choose types: sensitivity, recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlab.cli.options import (
+    Chunks,
+    ContextSize,
+    Device,
+    DeviceMemory,
+    JsonPath,
+    Memory,
+    Mode,
+    Overwrite,
+    Rules,
+    TextName,
+    app,
+    context_size,
+    names_in,
+    pairs,
+    prints_to,
+    report,
+    written,
+)
+
+Types = Annotated[
+    str | None,
+    typer.Option("--types", metavar="A,B,…", help="Candidate types (default: all that can be on the front)."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="A,B,…", help="Types that no tensor may get; repeatable."),
+]
+Refined = Annotated[bool, typer.Option("--refined", help="Measure refined bytes, for a recipe to refine with.")]
+
+
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    text: TextName = "sampled",
+    types: Types = None,
+    exclude: Exclude = None,
+    groups: Annotated[
+        str | None,
+        typer.Option("--groups", metavar="layer|kind", help="Change so many at once; each tensor by itself."),
+    ] = None,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix.")] = None,
+    around: Annotated[
+        str | None, typer.Option("--around", metavar="FTYPE|RECIPE", help="Where each change starts from; the base.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", help="Measure N layers only, predict the rest.")
+    ] = None,
+    refined: Refined = False,
+    rules: Rules = "current",
+    n_ctx: ContextSize = 512,
+    chunks: Chunks = None,
+    mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    memory: Memory = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="FOLDER", help="Keeps what was measured; the user's cache folder.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Measure what each tensor costs at each type. A run that was stopped goes on where it was."""
+    from quantlab.quants.ggml_types import CANDIDATES
+    from quantlab.study.sensitivity import sensitivity
+
+    options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
+    options |= {"types": names_in(types) or CANDIDATES, "exclude": names_in(exclude), "refined": refined}
+    options |= {"n_ctx": context_size(model, n_ctx), "chunks": chunks, "cache": cache or True}
+    options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
+    report(sensitivity(model, text, **options), json, overwrite)
+
+
+Size = Annotated[str | None, typer.Option("--target-size", metavar="3MiB", help="Limit: bytes of tensor data.")]
+Bpw = Annotated[float | None, typer.Option("--target-bpw", help="Limit: bits per weight.")]
+Like = Annotated[str | None, typer.Option("--like", metavar="FTYPE", help="Limit: the size of Q4_K_M, say.")]
+Criterion = Annotated[
+    str,
+    typer.Option(
+        "--criterion", metavar="kld|error", help="What is least: measured divergence, or weighted error of the weights."
+    ),
+]
+SensitivityFile = Annotated[
+    Path | None, typer.Option("--sensitivity", metavar="FILE", help="What quantlab sensitivity wrote; else measured.")
+]
+Sample = Annotated[
+    int | None, typer.Option("--sample", metavar="N", help="Measure N layers of each kind, predict the others.")
+]
+Exchanges = Annotated[
+    int | None,
+    typer.Option(
+        "--exchanges", metavar="N", help="Measure N exchanges of types between tensors, keep what helps (default: 48)."
+    ),
+]
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", metavar="M", help="Begin no more exchanges after M minutes of them.")
+]
+Text = Annotated[
+    str | None, typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text (default: sampled).")
+]
+Matrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")]
+CalibrationContext = Annotated[
+    int | None,
+    typer.Option("-c", "--ctx-size", help="Tokens per chunk of that text; 0: the model's own context (default: 512)."),
+]
+CalibrationChunks = Annotated[
+    int | None, typer.Option("--chunks", help="Calibrate on N chunks; -1: the whole text (default: 8).")
+]
+Judge = Annotated[
+    str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output-file", callback=written(also=[(".json", "is_report")]),
+        help="A --tensor-type-file; where it comes from goes into <FILE>.json.",
+    ),
+]  # fmt: skip
+Gguf = Annotated[
+    Path | None,
+    typer.Option(
+        "--quantize", metavar="OUT", callback=written(also=[(".quantlab.json", "is_digests")]),
+        help="Write the GGUF as well.",
+    ),
+]  # fmt: skip
+
+
+@app.command()
+def recipe(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    target_size: Size = None,
+    target_bpw: Bpw = None,
+    like: Like = None,
+    keep: pairs("--keep", "Type of the tensors so named.") = None,
+    min_type: pairs("--min-type", "Least bits of the tensors so named.") = None,
+    max_type: pairs("--max-type", "Most bits of the tensors so named.") = None,
+    exclude: Exclude = None,
+    criterion: Criterion = "kld",
+    refined: Refined = False,
+    sensitivity: SensitivityFile = None,
+    types: Types = None,
+    sample: Sample = None,
+    exchanges: Exchanges = None,
+    minutes: Minutes = None,
+    text: Text = None,
+    imatrix: Matrix = None,
+    n_ctx: CalibrationContext = None,
+    chunks: CalibrationChunks = None,
+    judged_on: Judge = "primer",
+    outfile: Out = Path("recipe.txt"),
+    gguf: Gguf = None,
+    rules: Rules = "current",
+    mode: Mode = "float",
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    memory: Memory = None,
+    overwrite: Overwrite = False,
+    json: JsonPath = None,
+) -> None:
+    """Choose the type of every tensor: the least damage that a size allows, written as a --tensor-type-file."""
+    from quantlab.files.model import open as open_model
+    from quantlab.study import front
+    from quantlab.study.exchange import EXCHANGES, exchange
+    from quantlab.study.recipe import recipe, size_limit
+    from quantlab.transform.mixture import parse_tensor_type
+    from quantlab.transform.quantize import quantize
+
+    where = {"device": device, "device_memory": device_memory, "memory": memory}
+    base, sizes = open_model(model), {"target_size": target_size, "target_bpw": target_bpw, "like": like}
+    size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)  # refused before anything is measured
+    asked = {"keep": keep, "min_type": min_type, "max_type": max_type}
+    asked = {key: list(map(parse_tensor_type, given or ())) for key, given in asked.items()}
+    asked |= {"exclude": names_in(exclude), "criterion": criterion, "imatrix": imatrix, "rules": rules}
+    given = {"types": names_in(types) or None, "sample": sample, "chunks": chunks, "n_ctx": n_ctx}
+    given |= {"refined": refined or None}
+    _check_recipe(given | {"text": text}, sensitivity, criterion, exchanges, minutes, gguf)
+    found = sensitivity or _measured(base, text, given | {"n_ctx": context_size(model, n_ctx)}, asked, where, mode)
+    best = recipe(found, base, **sizes, **asked)
+    if criterion == "kld" and exchanges != 0:
+        count = EXCHANGES if exchanges is None else exchanges
+        best = exchange(best, found, base, text, exchanges=count, minutes=minutes, imatrix=imatrix, **where)
+    best.save(outfile, overwrite=overwrite)
+    if gguf is not None:
+        options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
+        quantize(base, gguf, ftype=best.ftype, **options)
+    typer.echo(f"{best}\n{best.command(outfile, imatrix=imatrix)}", err=prints_to(json, outfile, gguf))
+    where |= {"mode": mode, "imatrix": imatrix, "calibrate_on": text}
+    verdict = best if judged_on == "none" else front.judge(best, base, judged_on, **where)
+    report(verdict, json, overwrite, outfile, gguf)
+
+
+def _check_recipe(given: dict[str, Any], sensitivity, criterion: str, exchanges, minutes, gguf) -> None:
+    """Refuse options that would do nothing."""
+    used = {"text"} if exchanges != 0 else set()
+    if sensitivity is not None and any(value is not None for key, value in given.items() if key not in used):
+        raise typer.BadParameter(
+            "has been measured: no --types, --sample, --refined, -c, --chunks; -f is for exchanges",
+            param_hint="--sensitivity",
+        )
+    if minutes is not None and exchanges == 0:
+        raise typer.BadParameter("is a limit for exchanges", param_hint="--minutes")
+    if criterion == "error" and (minutes or exchanges or any(given[key] for key in given if key != "types")):
+        raise typer.BadParameter(
+            "error measures nothing: no -f, -c, --chunks, --sample, --refined, --exchanges, --minutes",
+            param_hint="--criterion",
+        )
+    if given["refined"] and gguf is not None:
+        raise typer.BadParameter("writes ordinary bytes; use quantlab refine with --recipe", param_hint="--quantize")
+
+
+def _measured(base, text: str | None, given: dict[str, Any], asked: dict[str, Any], where: dict[str, Any], mode: str):
+    """Measure what a recipe is chosen from."""
+    from quantlab.quants.ggml_types import CANDIDATES
+    from quantlab.study.sensitivity import sensitivity, weight_errors
+
+    options = {"types": CANDIDATES, "chunks": 8} | {key: value for key, value in given.items() if value is not None}
+    options["chunks"] = None if options["chunks"] == -1 else options["chunks"]
+    options |= {"exclude": asked["exclude"], "imatrix": asked["imatrix"]}
+    if asked["criterion"] == "error":
+        return weight_errors(base, **{key: options[key] for key in ("types", "exclude", "imatrix")})
+    return sensitivity(base, text or "sampled", mode=mode, **options, **where)
