@@ -13,6 +13,7 @@ import quantlab as ql
 from quantlab import quants
 from quantlab.evaluate.engine.routing import choose, sort_tokens
 from quantlab.evaluate.logits import logits
+from quantlab.study.proxy import weighted_error
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = json.loads((GOLDEN / "experts.json").read_text())["files"]
@@ -85,6 +86,26 @@ def test_importance_is_counted_for_each_expert(tmp_path):
     found = ql.compare(src, ["Q8_0", "Q4_0"], tmp_path / "text.txt", imatrix=matrix, n_ctx=64, chunks=2, progress=False)
     kld = [row["kld_mean"] for row in found.rows if row["variant"].startswith("Q")]
     assert 0 < kld[0] < kld[1]
+
+
+def test_experts_have_damages_by_tensor(tmp_path):
+    src = expert_models.write_model(tmp_path / "made", "qwen3moe")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    options = {"n_ctx": 64, "chunks": 2, "progress": False}
+    matrix = ql.imatrix(src, tmp_path / "text.txt", **options)
+    options |= {"types": ["Q8_0", "Q4_0"], "imatrix": matrix, "cache": tmp_path / "cache"}
+    found = ql.sensitivity(src, tmp_path / "text.txt", **options)
+    name = "blk.1.ffn_gate_exps.weight"
+    tensor, each = ql.open(src).tensor(name), matrix.entries[name].reshape(expert_models.N_EXPERT, -1)
+    by_hand = {
+        qtype: sum(weighted_error(x, qtype, w) for x, w in zip(tensor.floats(), each, strict=True))
+        for qtype in options["types"]
+    }
+    rows = {row["qtype"]: row for row in found.rows if row["group"] == name}
+    assert {qtype: row["error"] for qtype, row in rows.items()} == pytest.approx(by_hand)
+    assert 0 < rows["Q8_0"]["delta_kld"] < rows["Q4_0"]["delta_kld"]
+    best = ql.recipe(found, src, like="Q4_1", imatrix=matrix)
+    assert best.types[name] in ("Q8_0", "Q4_0")
 
 
 @pytest.mark.parametrize("gating", [0, 1, 2])

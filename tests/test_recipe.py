@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from quantlab.files.model import open as open_model
 from quantlab.study.front import front, judge, reduction
 from quantlab.study.recipe import open_menu, recipe
-from quantlab.study.sensitivity import sensitivity
+from quantlab.study.sensitivity import sensitivity, weight_errors
 from quantlab.transform.mixture import Recipe, read_tensor_types
 from quantlab.transform.plan import sizes
 from quantlab.transform.quantize import quantize
@@ -115,6 +115,47 @@ def test_the_same_file_through_dask(model, by_kind, tmp_path):
     assert recipe(again, model, like="Q4_K_S").save(tmp_path / "b.txt").read_bytes() == by_kind
 
 
+def test_the_error_of_weights_as_criterion(model, measured, cache):
+    by_error = recipe(measured, model, like="Q4_K_M", criterion="error")
+    best = recipe(measured, model, like="Q4_K_M")
+    of = {(row["group"], row["qtype"]): row for row in measured.rows}
+    sums = {
+        (figure, one.name): sum(of[pair][figure] for pair in one.types.items())
+        for figure in ("error", "delta_kld")
+        for one in (best, by_error)
+    }
+    assert best.name == "recipe" and by_error.name == "recipe by error"
+    assert sums["error", "recipe by error"] < sums["error", "recipe"]
+    assert sums["delta_kld", "recipe"] < sums["delta_kld", "recipe by error"] == pytest.approx(by_error.predicted)
+    alone = weight_errors(model, types=SHORT["types"], cache=cache, progress=False)
+    unmeasured = recipe(alone, model, like="Q4_K_M", criterion="error")
+    assert unmeasured.types == by_error.types and unmeasured.predicted is None
+    assert "weighted error" in str(unmeasured) and "weights alone" in str(alone)
+    with pytest.raises(ValueError, match="no damage is known. Measure the sensitivity again"):
+        recipe(alone, model, like="Q4_K_M")
+
+
+def test_held_against_another_recipe(model, measured):
+    best, other = (recipe(measured, model, like="Q3_K_M", criterion=criterion) for criterion in ("kld", "error"))
+    judged = judge([best], model, "primer", against=[other], chunks=2, n_ctx=128, progress=False)
+    _, theirs, ours = judged.rows
+    assert [theirs["variant"], ours["variant"], ours["against"]] == ["recipe by error", "recipe", "recipe by error"]
+    assert ours["less"] == pytest.approx(1 - ours["kld_mean"] / theirs["kld_mean"])
+    with pytest.raises(ValueError, match="against=2 recipes, must be as many as are judged, 1"):
+        judge([best], model, against=[other, other])
+
+
+def test_types_can_be_excluded(model, measured):
+    best = recipe(measured, model, like="Q4_K_M", exclude=["q6_k"])
+    assert "Q6_K" not in best.types.values() and best.provenance["constraints"]["exclude"] == ["Q6_K"]
+    assert best.predicted >= recipe(measured, model, like="Q4_K_M").predicted
+
+
+def test_a_ftype_that_needs_a_matrix_is_not_next_in_size(model, measured):
+    sizes_of = open_menu(measured, model).ftypes()
+    assert "IQ3_M" in sizes_of and not {"IQ2_XS", "IQ1_S", "Q2_K_S"} & sizes_of.keys()
+
+
 def test_files(model, measured, tmp_path):
     best = recipe(measured, model, like="Q4_K_M")
     path = best.save(tmp_path / "r.txt")
@@ -173,7 +214,9 @@ def test_the_word(tmp_path, monkeypatch, measured):
     monkeypatch.chdir(tmp_path)
     measured.save("s.json")
     words = ["recipe", "tiny", "--sensitivity", "s.json", "--like", "Q4_K_M", "--judge", "none", "--json", "-"]
-    done = CliRunner().invoke(app, [*words, "--keep", "output.weight=Q6_K", "--quantize", "out.gguf"])
+    done = CliRunner().invoke(
+        app, [*words, "--exchanges", "0", "--keep", "output.weight=Q6_K", "--quantize", "out.gguf"]
+    )
     assert done.exit_code == 0, done.exception
     assert json.loads(done.stdout)["protocol"]["ftype"] == "Q4_K_M" and "llama-quantize" in done.stderr
     types = {tensor.name: tensor.qtype for tensor in open_model("out.gguf")}
@@ -185,6 +228,17 @@ def test_the_word(tmp_path, monkeypatch, measured):
     assert "s.json: is the input" in str(same.exception)
     wrong = CliRunner().invoke(app, [*words, "--overwrite", "--chunks", "3"])
     assert wrong.exit_code == 2 and "has been measured" in wrong.stderr
+    for more, text in (
+        (["--criterion", "error", "--minutes", "1"], "error measures nothing"),
+        (["--exchanges", "0", "--minutes", "1"], "is a limit for exchanges"),
+        (["--exchanges", "0", "-f", "sampled"], "has been measured"),
+    ):
+        wrong = CliRunner().invoke(app, [*words, "--overwrite", *more])
+        assert wrong.exit_code == 2 and text in wrong.stderr
+    options = ["--exchanges", "2", "--minutes", "5", "--exclude", "Q6_K,Q5_K", "-o", "moved.txt"]
+    moved = CliRunner().invoke(app, [*words, "--overwrite", *options])
+    assert json.loads(moved.stdout)["protocol"]["exchanges"]["tried"] == 2
+    assert "Q6_K" not in Recipe.load("moved.txt").types.values()
 
 
 def test_bad_input(model, measured, tmp_path):
@@ -192,6 +246,10 @@ def test_bad_input(model, measured, tmp_path):
         recipe(measured, model)
     with pytest.raises(ValueError, match="must be exactly one of the three"):
         recipe(measured, model, like="Q4_K_M", target_bpw=4)
+    with pytest.raises(ValueError, match="criterion=mse, must be one of kld, error"):
+        recipe(measured, model, like="Q4_K_M", criterion="mse")
+    with pytest.raises(ValueError, match="exclude: type=Q7_K, must be one of"):
+        recipe(measured, model, like="Q4_K_M", exclude=["Q7_K"])
     with pytest.raises(ValueError, match="target_bpw=-1, must be a positive number"):
         recipe(measured, model, target_bpw=-1)
     with pytest.raises(ValueError, match="target_size=little, must be a number of bytes"):

@@ -237,6 +237,31 @@ def test_with_dask_nothing_is_lost_when_a_worker_is_killed(folder, text, found, 
         assert victim not in client.run(os.getpid).values()
 
 
+def test_of_all_types_those_are_measured_that_can_be_chosen(tmp_path):
+    """Of every type with blocks, with and without a matrix."""
+    groups = {"v": ["blk.1.attn_v.weight"], "output": ["output.weight"]}
+    matrix = ql.imatrix("tiny", chunks=1, n_ctx=64, progress=False)
+    options = {"groups": groups, "n_ctx": 64, "chunks": 1, "cache": tmp_path, "progress": False}
+    with_matrix, without = (ql.sensitivity("tiny", imatrix=given, **options) for given in (matrix, None))
+    taken = [{row["qtype"] for row in found.rows if row["group"] == "v"} for found in (with_matrix, without)]
+    needing = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
+    assert taken[0] & needing and not taken[1] & needing
+    assert {"IQ4_XS", "Q6_K", "Q8_0"} <= taken[0] & taken[1]
+    assert set(without.protocol["left_out"]) >= needing and "left out: " in str(without)
+    assert not {"MXFP4", "NVFP4", "Q4_0", "Q5_0"} & (taken[0] | taken[1])
+    less = ql.sensitivity("tiny", imatrix=matrix, exclude=["iq4_xs"], **options)
+    assert "IQ4_XS" not in {row["qtype"] for row in less.rows} and less.protocol["excluded"] == ["IQ4_XS"]
+
+
+def test_a_look_at_a_large_tensor_takes_rows_from_everywhere():
+    spans = list(proxy.pieces((4096, 1024), 1 << 19))
+    assert len(spans) == 16 and sum(stop - start for start, stop in spans) == 512
+    assert spans[0][0] == 0 and spans[-1][1] > 3800
+    for start, stop in proxy.pieces((8, 100, 64), 64 * 700):
+        assert start // 100 == (stop - 1) // 100  # of one expert
+    assert list(proxy.pieces((10, 64))) == [(0, 10)]
+
+
 # ---- the proxy
 
 
@@ -349,6 +374,9 @@ def test_a_result_is_kept_and_read(found, tmp_path):
     [
         ({"types": ["Q9_K"]}, "type=Q9_K, must be one of .* Did you mean"),
         ({"types": []}, "types and groups: must not be empty"),
+        ({"types": ["IQ2_S"], "groups": {"a": ["output.weight"]}}, "types=IQ2_S: nothing can be changed to them"),
+        ({"exclude": ["Q8_0", "Q4_0"]}, "types=Q8_0,Q4_0: nothing can be changed to them"),
+        ({"exclude": ["Q9"]}, "exclude: type=Q9, must be one of"),
         ({"groups": "tensor"}, "groups=tensor, must be None, layer, kind, model or a mapping"),
         ({"groups": {"a": ["blk.9.attn_q.weight"]}}, "groups: blk.9.attn_q.weight is not a tensor of"),
         ({"groups": {"a": []}}, "must not be empty"),

@@ -37,7 +37,8 @@ from quantlab.study.sensitivity import Sensitivity
 
 EXCHANGES = 48  # that are measured unless told otherwise
 AT_ONCE = 8  # exchanges of a pass
-_NEAR = 2  # a group is moved by so many types at most
+_NEAR = 2  # a group is moved by this number of types at most
+_PAIRED = 160  # moves to larger types, and to smaller ones, that are paired
 _CALIBRATION = ("n_ctx", "chunks", "mode")  # of a sensitivity's protocol, which exchanges follow
 
 
@@ -176,9 +177,14 @@ class _Estimates:
                     (up if move.bytes > 0 else down).append(move)
                     if move.bytes <= free:
                         found.append(move)
+        # of a large model's moves the ones with the best prices: pairs of all would be too many
+        up, down = (sorted(moves, key=lambda one: (self._price(one, at), one.moves))[:_PAIRED] for moves in (up, down))
         found += [a | b for a in up for b in down if a.groups != b.groups and a.bytes + b.bytes <= free]
-        found = [one for one in found if any(one.bytes or i != at[group] for group, i in one.moves)]
         return sorted(found, key=lambda one: (self.of(one, at), one.bytes, one.moves))
+
+    def _price(self, move: _Exchange, at: Mapping[str, int]) -> float:
+        """What a move is believed to add, for each byte that it moves."""
+        return self.of(move, at) / max(1, abs(move.bytes))
 
 
 @dataclass
