@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import quantlab as ql
+from quantlab.files.bundled import read_text
 from quantlab.study import exchange as exchanges
+from quantlab.study.front import judge
 from quantlab.study.menu import open_menu
 from quantlab.transform.mixture import Recipe
 
@@ -89,6 +91,31 @@ def test_proposals_fit_and_begin_with_the_most_promising(measured, best):
     believed = estimates.of(proposals[0], at)
     estimates.correct(proposals[0], at, believed + 1.0)
     assert estimates.of(proposals[0], at) == pytest.approx(believed + 1.0)
+
+
+def test_refined_bytes_are_exchanged(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(read_text("sampled").text[:6000])
+    groups = {name: [name] for name in ("blk.7.attn_v.weight", "blk.7.ffn_down.weight")}
+    options = {"cache": tmp_path, "progress": False}
+    found = ql.sensitivity("tiny", text, types=["Q2_K", "Q4_K"], groups=groups, refined=True, chunks=1, **options)
+    best = ql.recipe(found, "tiny", target_size=11_310_000, max_type={"weight": "Q4_K"})
+    moved = ql.exchange(best, found, "tiny", text, exchanges=2, **options)
+    assert moved.measured["after"] <= moved.measured["before"] and moved.measured["tried"] >= 1
+    assert moved.command("r.txt").startswith("quantlab refine model.gguf") and "--recipe r.txt" in moved.command(
+        "r.txt"
+    )
+
+
+@pytest.mark.long
+def test_a_recipe_for_refined_files_is_judged_refined():
+    found = ql.sensitivity(
+        "tiny", groups="kind", types=["Q2_K", "Q3_K", "Q4_K"], refined=True, chunks=2, progress=False
+    )
+    best = ql.recipe(found, "tiny", like="Q3_K_S")
+    base, theirs, ours = judge(best, "tiny", "primer", chunks=4, progress=False).rows
+    assert theirs["variant"] == "Q3_K_S+refined" and ours["variant"] == "recipe+refined"
+    assert 0 < ours["kld_mean"] < theirs["kld_mean"]
 
 
 def test_bad_input(measured, best, tmp_path):
