@@ -21,15 +21,18 @@ import numba
 import numpy as np
 
 import quantlab as ql
-from quantlab import quants
 from quantlab.files import bundled
 from quantlab.lab import ggml_library, speed
+from quantlab.quants.ggml_types import GGML_TYPES
 
 WIDTH = 4096
 LEGACY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+I_TYPES = ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"]
+OTHERS = ["TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
+SEARCHED = {**dict.fromkeys(K_TYPES, 256), **dict.fromkeys(I_TYPES, 64)}  # rows of what takes a search to encode
 MODES = ["plain", "imatrix", "decode"]
-MANY, FEW = 4096, 256  # rows for what takes nanoseconds per weight at most, and for the searches
+MANY = 4096  # rows of everything else
 
 
 def normal_rows():
@@ -48,9 +51,11 @@ def real_rows():
 
 def measure(mode, qtype, rows, imatrix, threads, repetitions):
     """Speeds of ours and of ggml's: two arrays, one value per repetition; the second is empty without the library."""
-    x = rows[: FEW if mode == "imatrix" or (mode == "plain" and qtype in K_TYPES) else MANY]
+    x = rows[: SEARCHED.get(qtype, 256 if mode == "imatrix" else MANY) if mode != "decode" else MANY]
     ours, theirs = speed.pair(mode, qtype, x, threads, imatrix if mode == "imatrix" else None)
     ours()  # compiles
+    if theirs and qtype in I_TYPES:
+        theirs()  # makes tables, for some types in many seconds
     clock = time.process_time if threads == 1 else time.perf_counter
     speeds = [], []
     for _ in range(repetitions):
@@ -76,7 +81,8 @@ def table(title, rows, imatrix, types, threads, repetitions):
     for qtype in types:
         cells = [qtype]
         for mode in MODES:
-            if mode == "imatrix" and not quants.types().loc[qtype, "uses_imatrix"]:
+            record = GGML_TYPES[qtype]
+            if (mode == "plain" and not record.encoder) or (mode == "imatrix" and not record.weighted_encoder):
                 cells += ["–"] * (3 if ggml_library.library() else 1)
                 continue
             ours, theirs = measure(mode, qtype, rows, imatrix, threads, repetitions)
@@ -85,7 +91,7 @@ def table(title, rows, imatrix, types, threads, repetitions):
                 ratios[mode, qtype] = np.median(ours) / np.median(theirs)
                 cells += [cell(theirs), f"{ratios[mode, qtype]:.1f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
-    for name, group in (("Q2_K … Q6_K", K_TYPES), ("legacy", LEGACY)):
+    for name, group in (("Q2_K … Q6_K", K_TYPES), ("legacy", LEGACY), ("IQ1_S … IQ4_XS", I_TYPES)):
         for mode in MODES:
             found = [ratio for (m, qtype), ratio in ratios.items() if m == mode and qtype in group]
             if found:
@@ -101,7 +107,7 @@ start = time.perf_counter()
 from quantlab import quants
 x = np.ones((16, 256), np.float32)
 for qtype in sys.argv[1:]:
-    quants.dequantize(quants.quantize(x, qtype), qtype, x.shape)
+    quants.dequantize(quants.quantize(x, qtype, x[0] if qtype.startswith("IQ") else None), qtype, x.shape)
 print(time.perf_counter() - start)
 """
 
@@ -127,7 +133,8 @@ def start(types):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure the kernels beside ggml's own.")
-    parser.add_argument("--types", nargs="+", default=LEGACY + K_TYPES, choices=LEGACY + K_TYPES)
+    every = LEGACY + K_TYPES + I_TYPES + OTHERS
+    parser.add_argument("--types", nargs="+", default=every, choices=every)
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, numba.config.NUMBA_NUM_THREADS}))
     parser.add_argument("--rows", nargs="+", default=["real", "normal"], choices=["real", "normal"])
     parser.add_argument("--repetitions", type=int, default=7)

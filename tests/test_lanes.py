@@ -85,6 +85,10 @@ FLOAT_OPERATIONS = {
     "select": (lambda a, b: L.select(a < b, a, np.float32(7)), lambda a, b: np.where(a < b, a, np.float32(7))),
     "not contracted": (lambda a, b: a * b + a, lambda a, b: a * b + a),
     "lanes": (lambda a, b: L.lanes(np.float32(0.1)) + a, lambda a, b: np.float32(0.1) + a),
+    "lowest": (
+        lambda a, b: L.lanes(L.lowest(L.select(a == a, a, 0))),
+        lambda a, b: groups(np.where(np.isnan(a), np.float32(0), a)).min(1).repeat(16) + np.float32(0),
+    ),
     "from bits": (
         lambda a, b: L.from_bits(L.bits(a) ^ L.bits(b)),
         lambda a, b: (a.view("i4") ^ b.view("i4")).view("f4"),
@@ -140,6 +144,10 @@ INT_OPERATIONS = {
     "highest": (lambda a, b: L.lanes(L.highest(a)), lambda a, b: groups(a).max(1).repeat(16)),
     "any lane": (lambda a, b: L.lanes(int(L.any_lane(a > 2**30))), lambda a, b: groups(a > 2**30).any(1).repeat(16)),
     "all lanes": (lambda a, b: L.lanes(int(L.all_lanes(b > 0))), lambda a, b: groups(b > 0).all(1).repeat(16)),
+    "first lane": (
+        lambda a, b: L.lanes(L.first_lane(a > b)),
+        lambda a, b: np.where(groups(a > b).any(1), groups(a > b).argmax(1), 16).repeat(16),
+    ),
     "lane bits": (lambda a, b: L.lanes(L.lane_bits(a > b)), lambda a, b: groups(a > b) @ (1 << np.arange(16))),
 }
 
@@ -207,6 +215,29 @@ def test_loads_and_stores_need_no_alignment(copy, dtype, rng):
     expected[3:19] = source[5:21]
     expected[40:72:2] = source[5 : 5 + 7 * 16 : 7]
     np.testing.assert_array_equal(target, expected)
+
+
+@njit
+def copy_item(source, target, i):
+    L.put(target, 2, L.item(source, i))
+
+
+@pytest.mark.parametrize("copy_item", [copy_item, plain(copy_item)], ids=["jitted", "plain"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16, np.uint8, np.int8])
+def test_items(copy_item, dtype):
+    source = np.array([1, 250, 3]).astype(dtype)
+    target = np.zeros(4, np.float32 if dtype == np.float32 else np.int32)
+    copy_item(source, target, 1)
+    assert target.tolist() == [0, 0, source[1], 0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_multiply_add_rounds_once_or_twice(floats):
+    a, b = floats
+    exact, parts = a.astype(np.float64) * b + a, np.abs(a.astype(np.float64) * b) + np.abs(a)
+    known = parts < 3e38  # neither NaN nor infinite, however rounded
+    for out in both_ways(lambda a, b: L.multiply_add(a, b, a), np.float32, a, b):
+        assert (np.abs(out[known] - exact[known]) <= 2.0**-23 * parts[known] + 2.0**-149).all()
 
 
 @njit

@@ -14,6 +14,7 @@ import pandas as pd
 from quantlab import quants
 from quantlab.files.model import Model
 from quantlab.lab import ggml_library
+from quantlab.quants.ggml_types import GGML_TYPES
 
 
 @contextmanager
@@ -82,7 +83,9 @@ def pair(
     imatrix : np.ndarray [shape=(n_per_row,), dtype=float32], optional
         Weights of the errors, when encoding.
     """
-    data, floats = quants.quantize(x, qtype), np.empty_like(x)
+    needs = not GGML_TYPES[qtype].encoder
+    data = quants.quantize(x, qtype, np.ones(x.shape[1], np.float32) if needs else None)
+    floats = np.empty_like(x)
     parts = [slice(len(x) * i // n_threads, len(x) * (i + 1) // n_threads) for i in range(n_threads)]
     pool = ThreadPoolExecutor(n_threads)
 

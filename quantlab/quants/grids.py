@@ -38,7 +38,7 @@ def grid(qtype: str) -> Grid:
     weights = values.shape[1]
     width = 16 // weights - weights // 4 % 2  # bits of a level: 2 of 8 weights, 3 of 4
     n_levels = 3 if weights == 8 else 8
-    levels = np.searchsorted(np.unique(values), values)
+    levels = np.searchsorted(sorted(set(values.reshape(-1).tolist())), values)
     shifts = width * np.arange(weights)
     points = (levels << shifts).sum(1)
     index = np.full(1 << width * weights, -1, np.int32)
@@ -77,13 +77,18 @@ def _neighbours(points: np.ndarray, levels: np.ndarray, n_distances: int) -> tup
     left = np.hstack([points, (points * points).sum(1)[:, None], np.ones((len(points), 1))]).astype(np.float32)
     right = np.hstack([-2 * levels, np.ones((len(levels), 1)), (levels * levels).sum(1)[:, None]]).astype(np.float32)
     distance = (left @ right.T).astype(np.uint8)  # of levels, squared: whole numbers, exact
-    limit = distance.min(1, keepdims=True)
-    for _ in range(n_distances - 1):
-        limit = np.where(distance > limit, distance, 255).min(1, keepdims=True)
-    near = np.flatnonzero(distance <= limit)
-    point, position = np.divmod(near.astype(np.int32), np.int32(len(levels)))
-    order = np.argsort(point << 8 | distance.reshape(-1)[near], kind="stable")
-    return np.bincount(point, minlength=len(points)), position[order]
+    shells, this = [], distance.min(1, keepdims=True)
+    for shell in range(n_distances):
+        if shell:  # bytes below 0 wrap, so what lies within the last shell is far from the smallest
+            this = this + np.uint8(1) + (distance - (this + np.uint8(1))).min(1, keepdims=True)
+        shells.append(np.divmod(np.flatnonzero(distance == this).astype(np.int32), np.int32(len(levels))))
+    counts = np.array([np.bincount(point, minlength=len(points)) for point, _ in shells])
+    total = counts.sum(0)
+    first = np.cumsum(total) - total + np.cumsum(counts, axis=0) - counts  # of each shell of each point
+    order = np.empty(total.sum(), np.int32)
+    for (point, position), n, start in zip(shells, counts, first, strict=True):
+        order[np.arange(len(point)) + (start - (np.cumsum(n) - n))[point]] = position
+    return total, order
 
 
 def _runs(points: np.ndarray, counts: np.ndarray, neighbours: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

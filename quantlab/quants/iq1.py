@@ -25,11 +25,15 @@ import numpy as np
 from quantlab.quants.drivers import QK_K, on_grid
 from quantlab.quants.lanes import (
     absolute,
+    any_lane,
     from_half,
+    inlined_kernel,
+    item,
     kernel,
     lanes,
     load,
     maximum,
+    put,
     scatter,
     select,
     store,
@@ -40,6 +44,21 @@ from quantlab.quants.lattice import (
     HEAD,
     LANE,
     LARGEST,
+    LEVEL,
+    MISSING,
+    ORDER,
+    POINTS,
+    ROOT,
+    SCALE,
+    SIGNS,
+    SIZE,
+    SUM_W,
+    SUM_X,
+    TAIL,
+    TERMS,
+    TRIED,
+    W,
+    X,
     best_of_8,
     copy_blocks,
     largest_of,
@@ -89,18 +108,23 @@ NETWORK_32, NETWORK_16 = _network(32), _network(16)
 
 @kernel
 def _sort(ws, first, n, network):
-    """Sort `n` columns from column `first` on in each lane, equal weights in their order: into ws.size and ws.order."""
+    """Sort `n` columns from column `first` on in each lane, equal weights in their order: into SIZE and ORDER."""
     for i in range(n):
-        store(ws.size, 16 * i, load(ws.x, 16 * (first + i)))
-        store(ws.order, 16 * i, lanes(np.int64(i)))
+        store(ws.floats, SIZE + 16 * i, load(ws.floats, X + 16 * (first + i)))
+        store(ws.ints, ORDER + 16 * i, lanes(np.int64(i)))
     for pair in range(network.shape[0]):
         i, j = 16 * network[pair, 0], 16 * network[pair, 1]
-        a, b, p, q = load(ws.size, i), load(ws.size, j), load(ws.order, i), load(ws.order, j)
+        a, b, p, q = (
+            load(ws.floats, SIZE + i),
+            load(ws.floats, SIZE + j),
+            load(ws.ints, ORDER + i),
+            load(ws.ints, ORDER + j),
+        )
         wrong = (a > b) | ((a == b) & (p > q))
-        store(ws.size, i, select(wrong, b, a))
-        store(ws.size, j, select(wrong, a, b))
-        store(ws.order, i, select(wrong, q, p))
-        store(ws.order, j, select(wrong, p, q))
+        store(ws.floats, SIZE + i, select(wrong, b, a))
+        store(ws.floats, SIZE + j, select(wrong, a, b))
+        store(ws.ints, ORDER + i, select(wrong, q, p))
+        store(ws.ints, ORDER + j, select(wrong, p, q))
 
 
 @kernel
@@ -108,18 +132,19 @@ def _sum_up(ws, first, n, halves):
     """Sum w * x and w of the sorted weights up to each limit; if `halves` is 2, apart for weights 0-7 and 8-15."""
     for i in range(n):
         for lane in range(16):
-            ws.root[16 * i + lane] = ws.w[16 * (first + ws.order[16 * i + lane]) + lane]
+            at = 16 * (first + item(ws.ints, ORDER + 16 * i + lane)) + lane
+            put(ws.floats, ROOT + 16 * i + lane, item(ws.floats, W + at))
     for h in range(halves):
         sum_x, sum_w = lanes(ZERO), lanes(ZERO)
-        store(ws.sum_x, HALF_SUMS * h, sum_x)
-        store(ws.sum_w, HALF_SUMS * h, sum_w)
+        store(ws.floats, SUM_X + HALF_SUMS * h, sum_x)
+        store(ws.floats, SUM_W + HALF_SUMS * h, sum_w)
         for i in range(0, 16 * n, 16):
-            w = load(ws.root, i)
-            mine = lanes(halves == 1) | ((load(ws.order, i) >> 3) == h)
-            sum_x = select(mine, sum_x + w * load(ws.size, i), sum_x)
+            w = load(ws.floats, ROOT + i)
+            mine = lanes(halves == 1) | ((load(ws.ints, ORDER + i) >> 3) == h)
+            sum_x = select(mine, sum_x + w * load(ws.floats, SIZE + i), sum_x)
             sum_w = select(mine, sum_w + w, sum_w)
-            store(ws.sum_x, HALF_SUMS * h + i + 16, sum_x)
-            store(ws.sum_w, HALF_SUMS * h + i + 16, sum_w)
+            store(ws.floats, SUM_X + HALF_SUMS * h + i + 16, sum_x)
+            store(ws.floats, SUM_W + HALF_SUMS * h + i + 16, sum_w)
 
 
 @kernel
@@ -128,31 +153,36 @@ def _limits_s(ws):
 
     A try is limits and sign in bits, ``i1 << 8 | i2 << 2 | minus``; -1 if none fits.
     """
-    all_x, all_w = load(ws.sum_x, 16 * 32), load(ws.sum_w, 16 * 32)
+    all_x, all_w = load(ws.floats, SUM_X + 16 * 32), load(ws.floats, SUM_W + 16 * 32)
+    for i2 in range(33):
+        above_x, above_w = all_x - load(ws.floats, SUM_X + 16 * i2), all_w - load(ws.floats, SUM_W + 16 * i2)
+        for minus in range(2):
+            high = VALUES[3 * minus + 2]
+            store(ws.floats, TAIL + 64 * i2 + 32 * minus, above_x * high)
+            store(ws.floats, TAIL + 64 * i2 + 32 * minus + 16, above_w * high * high)
+    low_0, mid_0, low_1, mid_1 = VALUES[0], VALUES[1], VALUES[3], VALUES[4]
     scale, best, found = lanes(ZERO), lanes(-LARGEST), lanes(-1)
     for i1 in range(33):
-        x1, w1 = load(ws.sum_x, 16 * i1), load(ws.sum_w, 16 * i1)
+        x1, w1 = load(ws.floats, SUM_X + 16 * i1), load(ws.floats, SUM_W + 16 * i1)
         for i2 in range(i1, 33):
-            x2, w2 = load(ws.sum_x, 16 * i2), load(ws.sum_w, 16 * i2)
-            for minus in range(2):
-                low, mid, high = VALUES[3 * minus], VALUES[3 * minus + 1], VALUES[3 * minus + 2]
-                sum_qx = x1 * low + (x2 - x1) * mid + (all_x - x2) * high
-                sum_q2 = w1 * low * low + (w2 - w1) * mid * mid + (all_w - w2) * high * high
-                better = (sum_q2 > ZERO) & (sum_qx * sum_qx > best * sum_q2)
-                this = sum_qx / sum_q2
-                scale = select(better, this, scale)
-                best = select(better, this * sum_qx, best)
-                found = select(better, i1 << 8 | i2 << 2 | minus, found)
+            tail = TAIL + 64 * i2
+            between_x, between_w = load(ws.floats, SUM_X + 16 * i2) - x1, load(ws.floats, SUM_W + 16 * i2) - w1
+            qx_0 = x1 * low_0 + between_x * mid_0 + load(ws.floats, tail)
+            q2_0 = w1 * low_0 * low_0 + between_w * mid_0 * mid_0 + load(ws.floats, tail + 16)
+            qx_1 = x1 * low_1 + between_x * mid_1 + load(ws.floats, tail + 32)
+            q2_1 = w1 * low_1 * low_1 + between_w * mid_1 * mid_1 + load(ws.floats, tail + 48)
+            if any_lane((qx_0 * qx_0 > best * q2_0) | (qx_1 * qx_1 > best * q2_1)):
+                scale, best, found = _keep_better(scale, best, found, qx_0, q2_0, i1 << 8 | i2 << 2)
+                scale, best, found = _keep_better(scale, best, found, qx_1, q2_1, i1 << 8 | i2 << 2 | 1)
     return scale, found
 
 
-@kernel
-def _half_sums(ws, h, i1, i2, high, near, far):
-    """Return the sums of one half for a pair of limits, `high` the value of the highest level."""
-    all_x, all_w = load(ws.sum_x, HALF_SUMS * h + 16 * 16), load(ws.sum_w, HALF_SUMS * h + 16 * 16)
-    x = load(ws.sum_x, HALF_SUMS * h + 16 * i1) + load(ws.sum_x, HALF_SUMS * h + 16 * i2)
-    w1, w2 = load(ws.sum_w, HALF_SUMS * h + 16 * i1), load(ws.sum_w, HALF_SUMS * h + 16 * i2)
-    return all_x * high - x, all_w * high * high + w1 * near + w2 * far
+@inlined_kernel
+def _keep_better(scale, best, found, sum_qx, sum_q2, limits):
+    """Keep scale, score and limits of a try where it is better than the best before."""
+    better = (sum_q2 > ZERO) & (sum_qx * sum_qx > best * sum_q2)
+    this = sum_qx / sum_q2
+    return select(better, this, scale), select(better, this * sum_qx, best), select(better, limits, found)
 
 
 @kernel
@@ -161,22 +191,47 @@ def _limits_m(ws):
 
     The signs are two bits, the first half's the higher one.
     """
+    for i2 in range(17):
+        for h in range(2):
+            w2 = load(ws.floats, SUM_W + HALF_SUMS * h + 16 * i2)
+            store(ws.floats, TAIL + 64 * i2 + 32 * h, w2 * PLUS_FAR)
+            store(ws.floats, TAIL + 64 * i2 + 32 * h + 16, w2 * MINUS_FAR)
     scale, best, found = lanes(ZERO), lanes(-LARGEST), lanes(-1)
     for i1 in range(17):
+        x1, w1 = load(ws.floats, SUM_X + 16 * i1), load(ws.floats, SUM_W + 16 * i1)
+        y1, v1 = load(ws.floats, SUM_X + HALF_SUMS + 16 * i1), load(ws.floats, SUM_W + HALF_SUMS + 16 * i1)
+        a_plus, a_minus, p_plus, p_minus = _half_sums(ws, SUM_X + 16 * 16, SUM_W + 16 * 16, w1)
+        b_plus, b_minus, q_plus, q_minus = _half_sums(ws, SUM_X + HALF_SUMS + 16 * 16, SUM_W + HALF_SUMS + 16 * 16, v1)
         for i2 in range(i1, 17):
-            x0_plus, w0_plus = _half_sums(ws, 0, i1, i2, VALUES[2], PLUS_NEAR, PLUS_FAR)
-            x0_minus, w0_minus = _half_sums(ws, 0, i1, i2, VALUES[5], MINUS_NEAR, MINUS_FAR)
-            x1_plus, w1_plus = _half_sums(ws, 1, i1, i2, VALUES[2], PLUS_NEAR, PLUS_FAR)
-            x1_minus, w1_minus = _half_sums(ws, 1, i1, i2, VALUES[5], MINUS_NEAR, MINUS_FAR)
-            for signs in range(4):
-                sum_qx = (x0_minus if signs & 2 else x0_plus) + (x1_minus if signs & 1 else x1_plus)
-                sum_q2 = (w0_minus if signs & 2 else w0_plus) + (w1_minus if signs & 1 else w1_plus)
-                better = (sum_q2 > ZERO) & (sum_qx * sum_qx > best * sum_q2)
-                this = sum_qx / sum_q2
-                scale = select(better, this, scale)
-                best = select(better, this * sum_qx, best)
-                found = select(better, i1 << 8 | i2 << 2 | signs, found)
+            tail = TAIL + 64 * i2
+            x = x1 + load(ws.floats, SUM_X + 16 * i2)
+            y = y1 + load(ws.floats, SUM_X + HALF_SUMS + 16 * i2)
+            x_plus, x_minus, y_plus, y_minus = a_plus - x, a_minus - x, b_plus - y, b_minus - y
+            w_plus, w_minus = p_plus + load(ws.floats, tail), p_minus + load(ws.floats, tail + 16)
+            v_plus, v_minus = q_plus + load(ws.floats, tail + 32), q_minus + load(ws.floats, tail + 48)
+            qx_0, qx_1, qx_2, qx_3 = x_plus + y_plus, x_plus + y_minus, x_minus + y_plus, x_minus + y_minus
+            q2_0, q2_1, q2_2, q2_3 = w_plus + v_plus, w_plus + v_minus, w_minus + v_plus, w_minus + v_minus
+            better = (qx_0 * qx_0 > best * q2_0) | (qx_1 * qx_1 > best * q2_1)
+            if any_lane(better | (qx_2 * qx_2 > best * q2_2) | (qx_3 * qx_3 > best * q2_3)):
+                limits = i1 << 8 | i2 << 2
+                scale, best, found = _keep_better(scale, best, found, qx_0, q2_0, limits)
+                scale, best, found = _keep_better(scale, best, found, qx_1, q2_1, limits | 1)
+                scale, best, found = _keep_better(scale, best, found, qx_2, q2_2, limits | 2)
+                scale, best, found = _keep_better(scale, best, found, qx_3, q2_3, limits | 3)
     return scale, found
+
+
+@inlined_kernel
+def _half_sums(ws, all_x, all_w, w1):
+    """Return what all pairs with a first limit have in common, in one half: of x and of w, with plus and with minus."""
+    x, w = load(ws.floats, all_x), load(ws.floats, all_w)
+    plus, minus = VALUES[2], VALUES[5]
+    return (
+        x * plus,
+        x * minus,
+        w * plus * plus + w1 * PLUS_NEAR,
+        w * minus * minus + w1 * MINUS_NEAR,
+    )
 
 
 @kernel
@@ -192,39 +247,40 @@ def _points(ws, n, found, turned):
     i1, i2 = found >> 8, (found >> 2) & 63
     for i in range(n):
         level = select(i1 > i, 0, select(i2 > i, 1, 2))
-        store(ws.tried, 0, select(turned, 2 - level, level))
+        store(ws.ints, TRIED, select(turned, 2 - level, level))
         for lane in range(16):
-            ws.level[16 * ws.order[16 * i + lane] + lane] = ws.tried[lane]
+            at = 16 * item(ws.ints, ORDER + 16 * i + lane) + lane
+            put(ws.ints, LEVEL + at, item(ws.ints, TRIED + lane))
     for k in range(n // 8):
         point = lanes(0)
         for i in range(8):
-            point = point | (load(ws.level, 16 * (8 * k + i)) << (2 * i))
-        store(ws.tried, 16 * k, point)
+            point = point | (load(ws.ints, LEVEL + 16 * (8 * k + i)) << (2 * i))
+        store(ws.ints, TRIED + 16 * k, point)
 
 
 @kernel
 def _to_grid(ws, grid, group, k, scale, minus):
     """Take the best neighbour where the point of group `k` of those tried is not on the grid; return where that was."""
     for i in range(8):
-        v, w = load(ws.x, 128 * group + 16 * i), load(ws.w, 128 * group + 16 * i)
+        v, w = load(ws.floats, X + 128 * group + 16 * i), load(ws.floats, W + 128 * group + 16 * i)
         for level in range(3):
             diff = scale * _values_of(lanes(level), minus) - v
-            store(ws.terms, 48 * i + 16 * level, w * diff * diff)
+            store(ws.floats, TERMS + 48 * i + 16 * level, w * diff * diff)
     for lane in range(16):
-        p = ws.tried[16 * k + lane]
-        missing = grid.index[p] < 0
-        ws.missing[lane] = missing
+        p = item(ws.ints, TRIED + 16 * k + lane)
+        missing = item(grid.index, p) < 0
+        put(ws.ints, MISSING + lane, np.int32(missing))
         if missing:
-            ws.tried[16 * k + lane] = best_of_8(grid, p, ws.terms, lane)
-    return load(ws.missing, 0) != 0
+            put(ws.ints, TRIED + 16 * k + lane, best_of_8(grid, p, ws.floats, TERMS + lane))
+    return load(ws.ints, MISSING) != 0
 
 
 @kernel
 def _search(ws, grid, kind, j, n):
     """Find scale, signs and points of sub-block `j` of `n` weights."""
-    peak = ZERO * load(ws.x, 0)
+    peak = ZERO * load(ws.floats, X)
     for i in range(16 * n * j, 16 * n * (j + 1), 16):
-        peak = maximum(peak, absolute(load(ws.x, i)))
+        peak = maximum(peak, absolute(load(ws.floats, X + i)))
     _sort(ws, n * j, n, NETWORK_32 if kind == S else NETWORK_16)
     _sum_up(ws, n * j, n, 1 if kind == S else 2)
     scale, found = _limits_s(ws) if kind == S else _limits_m(ws)
@@ -237,16 +293,16 @@ def _search(ws, grid, kind, j, n):
     missing = lanes(False)
     for k in range(n // 8):
         minus = select(zero, 0, signs & 1 if kind == S or k == 1 else signs >> 1 & 1)
-        store(ws.signs, 16 * (n // 8 * j + k), minus)
+        store(ws.ints, SIGNS + 16 * (n // 8 * j + k), minus)
         missing = missing | _to_grid(ws, grid, n // 8 * j + k, k, scale, minus)
     sum_qx, sum_q2 = lanes(ZERO), lanes(ZERO)
     for k in range(n // 8):
         group = n // 8 * j + k
-        point = load(ws.tried, 16 * k)
-        store(ws.points, 16 * group, select(zero, np.int32(grid.points[0]), point))
+        point = load(ws.ints, TRIED + 16 * k)
+        store(ws.ints, POINTS + 16 * group, select(zero, np.int32(grid.points[0]), point))
         for i in range(8):
-            v, w = load(ws.x, 128 * group + 16 * i), load(ws.w, 128 * group + 16 * i)
-            q = _values_of((point >> (2 * i)) & 3, load(ws.signs, 16 * group))
+            v, w = load(ws.floats, X + 128 * group + 16 * i), load(ws.floats, W + 128 * group + 16 * i)
+            q = _values_of((point >> (2 * i)) & 3, load(ws.ints, SIGNS + 16 * group))
             sum_qx = sum_qx + w * q * v
             sum_q2 = sum_q2 + w * q * q
     scale = select(missing & (sum_qx > ZERO) & (sum_q2 > ZERO), sum_qx / sum_q2, scale)
@@ -260,10 +316,10 @@ def _pack_s(ws, d, none):
     scatter(ws.head, 0, HEAD, half)
     scatter(ws.head, 1, HEAD, half >> 8)
     for j in range(8):
-        l = scale_level(load(ws.scale, 16 * j), iscale, none, 7)
-        high = select(none, 0, (l | (load(ws.signs, 64 * j) << 3)) << 12)
+        l = scale_level(load(ws.floats, SCALE + 16 * j), iscale, none, 7)
+        high = select(none, 0, (l | (load(ws.ints, SIGNS + 64 * j) << 3)) << 12)
         for k in range(4):
-            high = high | (load(ws.tried, 16 * (4 * j + k)) >> 8 << (3 * k))
+            high = high | (load(ws.ints, TRIED + 16 * (4 * j + k)) >> 8 << (3 * k))
         scatter(ws.head, 34 + 2 * j, HEAD, high)
         scatter(ws.head, 35 + 2 * j, HEAD, high >> 8)
 
@@ -273,18 +329,18 @@ def _pack_m(ws, d, none):
     """Quantize the scales of IQ1_M, fit d to what came out, lay out qh and scales."""
     iscale, sum_qx, sum_q2 = ONE / d, lanes(ZERO), lanes(ZERO)
     for j in range(16):
-        l = scale_level(load(ws.scale, 16 * j), iscale, none, 7)
-        store(ws.level, 16 * j, l)
+        l = scale_level(load(ws.floats, SCALE + 16 * j), iscale, none, 7)
+        store(ws.ints, LEVEL + 16 * j, l)
         for k in range(2 * j, 2 * j + 2):
-            point, minus = load(ws.points, 16 * k), load(ws.signs, 16 * k)
+            point, minus = load(ws.ints, POINTS + 16 * k), load(ws.ints, SIGNS + 16 * k)
             for i in range(8):
-                v, w = load(ws.x, 128 * k + 16 * i), load(ws.w, 128 * k + 16 * i)
+                v, w = load(ws.floats, X + 128 * k + 16 * i), load(ws.floats, W + 128 * k + 16 * i)
                 q = _values_of((point >> (2 * i)) & 3, minus) * to_float(2 * l + 1)
                 sum_qx = sum_qx + w * q * v
                 sum_q2 = sum_q2 + w * q * q
         high = lanes(0)
         for k in range(2):
-            position, minus = load(ws.tried, 16 * (2 * j + k)), load(ws.signs, 16 * (2 * j + k))
+            position, minus = load(ws.ints, TRIED + 16 * (2 * j + k)), load(ws.ints, SIGNS + 16 * (2 * j + k))
             high = high | ((position >> 8 | select(none, 0, minus << 3)) << (4 * k))
         scatter(ws.head, 32 + j, HEAD, high)
     d = select(sum_q2 > ZERO, sum_qx / sum_q2, d)
@@ -292,7 +348,7 @@ def _pack_m(ws, d, none):
     for j in range(4):
         packed = (half >> (4 * j) & 15) << 12
         for k in range(4):
-            packed = packed | (load(ws.level, 16 * (4 * j + k)) << (3 * k))
+            packed = packed | (load(ws.ints, LEVEL + 16 * (4 * j + k)) << (3 * k))
         scatter(ws.head, 48 + 2 * j, HEAD, packed)
         scatter(ws.head, 49 + 2 * j, HEAD, packed >> 8)
 
@@ -304,13 +360,13 @@ def _span(x, importance, grid, kind, out, start, stop):
     for first in range(start, stop, 16):
         read_weights(ws, x, importance, first, stop, np.float32(2), ZERO)
         for j in range(256 // weights):
-            store(ws.scale, 16 * j, _search(ws, grid, kind, j, weights))
-        peak = largest_of(ws.scale, 0, 256 // weights)
+            store(ws.floats, SCALE + 16 * j, _search(ws, grid, kind, j, weights))
+        peak = largest_of(ws.floats, SCALE, 256 // weights)
         d, none = peak / np.float32(15), peak == ZERO
         for i in range(32 * 16):
-            ws.tried[i] = grid.index[ws.points[i]]
+            put(ws.ints, TRIED + i, item(grid.index, item(ws.ints, POINTS + i)))
         for k in range(32):
-            scatter(ws.head, qs + k, HEAD, load(ws.tried, 16 * k))
+            scatter(ws.head, qs + k, HEAD, load(ws.ints, TRIED + 16 * k))
         if kind == S:
             _pack_s(ws, d, none)
         else:

@@ -24,12 +24,11 @@ import numpy as np
 from quantlab.quants.drivers import QK_K, on_grid
 from quantlab.quants.grids import ALL_SIGNS, EVEN_SIGNS
 from quantlab.quants.lanes import (
+    item,
     kernel,
     lanes,
     load,
-    maximum,
-    minimum,
-    nearest_int,
+    put,
     scatter,
     select,
     store,
@@ -39,14 +38,25 @@ from quantlab.quants.lanes import (
 from quantlab.quants.lattice import (
     HALF,
     HEAD,
-    best_of_8,
+    MISSING,
+    POINTS,
+    SCALE,
+    SIGNS,
+    SIZE,
+    TRIED,
+    TRIED_MISSING,
+    W,
     copy_blocks,
+    keep_tried,
     largest_of,
     read_weights,
     read_word,
+    round_to_grid,
     scale_level,
     split_signs,
+    start_tries,
     store_word,
+    want_missing,
     with_signs,
     workspace,
     write_values,
@@ -70,26 +80,9 @@ def _size(kind):
 
 
 @kernel
-def _round_to_grid(ws, grid, first, groups, iscale, scale):
+def _round_to_grid(ws, grid, first, groups, iscale, scale, most):
     """Round the weights of `groups` groups, from group `first` on, to points of the grid."""
-    three, five = THREE * scale, FIVE * scale
-    for k in range(groups):
-        at = 128 * (first + k)
-        point = lanes(0)
-        for i in range(8):
-            v, w = load(ws.size, at + 16 * i), load(ws.root, at + 16 * i)
-            point = point | (maximum(0, minimum(2, nearest_int(HALF * (iscale * v - ONE)))) << (2 * i))
-            low, mid, high = scale - v, three - v, five - v
-            store(ws.terms, 48 * i, w * low * low)
-            store(ws.terms, 48 * i + 16, w * mid * mid)
-            store(ws.terms, 48 * i + 32, w * high * high)
-        store(ws.tried, 16 * k, point)
-        for lane in range(16):
-            p = ws.tried[16 * k + lane]
-            missing = grid.index[p] < 0
-            ws.tried_missing[16 * k + lane] = missing
-            if missing:
-                ws.tried[16 * k + lane] = best_of_8(grid, p, ws.terms, lane)
+    round_to_grid(ws, grid, 8, first, groups, iscale, scale, most)
 
 
 @kernel
@@ -97,11 +90,11 @@ def _fit(ws, first, groups):
     """Return the weighted sums of x * q and of q * q, q the values of the points tried."""
     sum_qx, sum_q2 = lanes(ZERO), lanes(ZERO)
     for k in range(groups):
-        point = load(ws.tried, 16 * k)
+        point = load(ws.ints, TRIED + 16 * k)
         for i in range(8):
             at = 128 * (first + k) + 16 * i
-            w, q = load(ws.w, at), to_float(((point >> (2 * i)) & 3) * 2 + 1)
-            sum_qx = sum_qx + w * load(ws.size, at) * q
+            w, q = load(ws.floats, W + at), to_float(((point >> (2 * i)) & 3) * 2 + 1)
+            sum_qx = sum_qx + w * load(ws.floats, SIZE + at) * q
             sum_q2 = sum_q2 + w * q * q
     return sum_qx, sum_q2
 
@@ -115,59 +108,56 @@ def _search(ws, grid, kind, first, groups, steps):
     """
     for k in range(first, first + groups):
         split_signs(ws, k, kind != S)
-        store(ws.points, 16 * k, lanes(0))
-        store(ws.missing, 16 * k, lanes(0))
-    peak = largest_of(ws.size, 128 * first, 8 * groups)
+        store(ws.ints, POINTS + 16 * k, lanes(0))
+        store(ws.ints, MISSING + 16 * k, lanes(0))
+    peak = largest_of(ws.floats, SIZE + 128 * first, 8 * groups)
     zero = peak < (EPS_S if kind == S else GROUP_MAX_EPS)
     scale = peak / FIVE
     if kind == XXS:
-        part = slice(128 * first, 128 * (first + groups))
-        scale = make_qp_quants(ws.size[part], ws.w[part], ws.levels, np.int64(32), np.int64(4))
+        size, w = (
+            ws.floats[SIZE + 128 * first : SIZE + 128 * first + 512],
+            ws.floats[W + 128 * first : W + 128 * first + 512],
+        )
+        scale = make_qp_quants(size, w, ws.head[16 * HEAD :], np.int64(32), np.int64(4))
         peak = scale * THREE
         zero = zero | (peak <= ZERO)
+    peak = select(zero, ONE, peak)
+    start_tries(ws, 8, first, groups, zero)
     best, again = lanes(ZERO), lanes(False)
+    most = (FIVE + np.float32(steps) * TENTH) / peak
     for step in range(-steps, steps + 2):
         last = step > steps
         iscale = ONE / scale if last else (FIVE + np.float32(step) * TENTH) / peak
-        _round_to_grid(ws, grid, first, groups, iscale, scale if last else ONE / iscale)
         if last:
-            again = _keep_found(ws, kind, first, groups, scale > ZERO)
+            again = want_missing(ws, first, groups, scale > ZERO, kind == XXS, kind == XXS)
+            most = iscale
+        _round_to_grid(ws, grid, first, groups, iscale, scale if last else ONE / iscale, most)
+        if last:
+            keep_tried(ws, first, groups)
         sum_qx, sum_q2 = _fit(ws, first, groups)
         better = (sum_q2 > ZERO) & (again if last else sum_qx * sum_qx > best * sum_q2)
         scale = select(better, sum_qx / sum_q2, scale)
         best = select(better, scale * sum_qx, best)
         for k in range(0 if last else groups):
             at = 16 * (first + k)
-            store(ws.points, at, select(better, load(ws.tried, 16 * k), load(ws.points, at)))
-            store(ws.missing, at, select(better, load(ws.tried_missing, 16 * k), load(ws.missing, at)))
+            store(ws.ints, POINTS + at, select(better, load(ws.ints, TRIED + 16 * k), load(ws.ints, POINTS + at)))
+            store(
+                ws.ints,
+                MISSING + at,
+                select(better, load(ws.ints, TRIED_MISSING + 16 * k), load(ws.ints, MISSING + at)),
+            )
     for k in range(16 * first, 16 * (first + groups), 16):
-        signs = load(ws.signs, k)
+        signs = load(ws.ints, SIGNS + k)
         signs = select(zero, 0, select(scale < ZERO, signs ^ 0xFF, signs))
-        store(ws.signs, k, signs if kind == S else signs & 127)
-        store(ws.points, k, select(zero, 0, load(ws.points, k)))
+        store(ws.ints, SIGNS + k, signs if kind == S else signs & 127)
+        store(ws.ints, POINTS + k, select(zero, 0, load(ws.ints, POINTS + k)))
     return select(zero, ZERO, select(scale < ZERO, -scale, scale))
-
-
-@kernel
-def _keep_found(ws, kind, first, groups, positive):
-    """Take the points just tried where there is something to better, keep the ones found before elsewhere."""
-    again = lanes(kind == XXS)
-    for k in range(16 * first, 16 * (first + groups), 16):
-        again = again | (load(ws.missing, k) != 0)
-    again = again & positive
-    for k in range(groups):
-        at = 16 * (first + k)
-        new = again & ((load(ws.missing, at) != 0) | lanes(kind == XXS))
-        point = select(new, load(ws.tried, 16 * k), load(ws.points, at))
-        store(ws.tried, 16 * k, point)
-        store(ws.points, at, point)
-    return again
 
 
 @kernel
 def _pack(ws, grid, kind, groups):
     """Lay out the blocks."""
-    peak = largest_of(ws.scale, 0, 32 // groups)
+    peak = largest_of(ws.floats, SCALE, 32 // groups)
     d = peak / np.float32(31)
     iscale, none = ONE / d, peak == ZERO
     half = select(none, 0, to_half(d * FACTOR_S if kind == S else d))
@@ -175,15 +165,15 @@ def _pack(ws, grid, kind, groups):
     scatter(ws.head, 1, HEAD, half >> 8)
     for k in range(32):
         for lane in range(16):
-            ws.tried[lane] = grid.index[ws.points[16 * k + lane]]
-        store(ws.points, 16 * k, load(ws.tried, 0))
+            put(ws.ints, TRIED + lane, item(grid.index, item(ws.ints, POINTS + 16 * k + lane)))
+        store(ws.ints, POINTS + 16 * k, load(ws.ints, TRIED))
     for j in range(8):
-        l = scale_level(load(ws.scale, 32 * j if groups == 2 else 16 * j), iscale, none, 15)
+        l = scale_level(load(ws.floats, SCALE + (32 * j if groups == 2 else 16 * j)), iscale, none, 15)
         if groups == 2:
-            l = l | (scale_level(load(ws.scale, 32 * j + 16), iscale, none, 15) << 4)
+            l = l | (scale_level(load(ws.floats, SCALE + 32 * j + 16), iscale, none, 15) << 4)
         low, high = lanes(0), l << 28
         for k in range(4):
-            position, signs = load(ws.points, 64 * j + 16 * k), load(ws.signs, 64 * j + 16 * k)
+            position, signs = load(ws.ints, POINTS + 64 * j + 16 * k), load(ws.ints, SIGNS + 64 * j + 16 * k)
             if kind == XS:
                 position = select(none, 0, position | (signs << 9))
                 scatter(ws.head, 2 + 8 * j + 2 * k, HEAD, position)
@@ -211,7 +201,7 @@ def _span(x, importance, grid, kind, out, start, stop):
     for first in range(start, stop, 16):
         read_weights(ws, x, importance, first, stop, np.float32(2) if kind == S else ONE, np.float32(0.25))
         for j in range(32 // groups):
-            store(ws.scale, 16 * j, _search(ws, grid, kind, groups * j, groups, steps))
+            store(ws.floats, SCALE + 16 * j, _search(ws, grid, kind, groups * j, groups, steps))
         _pack(ws, grid, kind, groups)
         copy_blocks(ws.head, first, stop, _size(kind), out)
 

@@ -22,12 +22,11 @@ import numpy as np
 from quantlab.quants.drivers import QK_K, on_grid
 from quantlab.quants.grids import ALL_SIGNS, EVEN_SIGNS
 from quantlab.quants.lanes import (
+    item,
     kernel,
     lanes,
     load,
-    maximum,
-    minimum,
-    nearest_int,
+    put,
     scatter,
     select,
     store,
@@ -35,16 +34,28 @@ from quantlab.quants.lanes import (
     to_half,
 )
 from quantlab.quants.lattice import (
+    EMPTY,
     HALF,
     HEAD,
-    best_of_4,
+    MISSING,
+    POINTS,
+    SCALE,
+    SIGNS,
+    SIZE,
+    TRIED,
+    TRIED_MISSING,
+    W,
     copy_blocks,
+    keep_tried,
     largest_of,
     read_weights,
     read_word,
+    round_to_grid,
     scale_level,
     split_signs,
+    start_tries,
     store_word,
+    want_missing,
     with_signs,
     workspace,
     write_values,
@@ -68,22 +79,9 @@ def _size(kind):
 
 
 @kernel
-def _round_to_grid(ws, grid, j, iscale, scale):
+def _round_to_grid(ws, grid, j, iscale, scale, most):
     """Round the 8 groups of sub-block `j` to points of the grid."""
-    store(ws.terms, 0, scale)
-    for k in range(8):
-        at = 512 * j + 64 * k
-        point = lanes(0)
-        for i in range(4):
-            v = load(ws.size, at + 16 * i)
-            point = point | (maximum(0, minimum(7, nearest_int(HALF * (iscale * v - ONE)))) << (3 * i))
-        store(ws.tried, 16 * k, point)
-    for i in range(128):
-        p = ws.tried[i]
-        missing = grid.index[p] < 0
-        ws.tried_missing[i] = missing
-        if missing:
-            ws.tried[i] = best_of_4(grid, p, ws.size, ws.root, 512 * j + 64 * (i >> 4), i & 15, ws.terms[i & 15])
+    round_to_grid(ws, grid, 4, 8 * j, 8, iscale, scale, most)
 
 
 @kernel
@@ -91,11 +89,11 @@ def _fit(ws, j):
     """Return the weighted sums of x * q and of q * q, q the values of the points tried."""
     sum_qx, sum_q2 = lanes(ZERO), lanes(ZERO)
     for k in range(8):
-        point = load(ws.tried, 16 * k)
+        point = load(ws.ints, TRIED + 16 * k)
         for i in range(4):
             at = 512 * j + 64 * k + 16 * i
-            w, q = load(ws.w, at), to_float(((point >> (3 * i)) & 7) * 2 + 1)
-            sum_qx = sum_qx + w * load(ws.size, at) * q
+            w, q = load(ws.floats, W + at), to_float(((point >> (3 * i)) & 7) * 2 + 1)
+            sum_qx = sum_qx + w * load(ws.floats, SIZE + at) * q
             sum_q2 = sum_q2 + w * q * q
     return sum_qx, sum_q2
 
@@ -110,71 +108,62 @@ def _search(ws, grid, kind, j, steps):
     for k in range(4 * j, 4 * j + 4):
         split_signs(ws, k, kind == XXS)
     for k in range(0, 128, 16):
-        store(ws.points, 128 * j + k, lanes(0))
-        store(ws.missing, 128 * j + k, lanes(np.int64(kind)))
-    peak = largest_of(ws.size, 512 * j, 32)
+        store(ws.ints, POINTS + 128 * j + k, lanes(0))
+        store(ws.ints, MISSING + 128 * j + k, lanes(np.int64(kind)))
+    peak = largest_of(ws.floats, SIZE + 512 * j, 32)
     zero = peak < EPS_XXS if kind == XXS else peak == ZERO
+    peak = select(zero, ONE, peak)
+    start_tries(ws, 4, 8 * j, 8, zero)
     scale, best, again = peak / FIFTEEN, lanes(ZERO), lanes(False)
+    most = (FIFTEEN + np.float32(steps) * FIFTH) / peak
     for step in range(-steps, steps + 2):
         last = step > steps
         iscale = ONE / scale if last else (FIFTEEN + np.float32(step) * FIFTH) / peak
-        _round_to_grid(ws, grid, j, iscale, scale if last else ONE / iscale)
         if last:
-            again = _keep_found(ws, kind, j, scale > ZERO)
+            again = want_missing(ws, 8 * j, 8, scale > ZERO, kind == S, False)
+            most = iscale
+        _round_to_grid(ws, grid, j, iscale, scale if last else ONE / iscale, most)
+        if last:
+            keep_tried(ws, 8 * j, 8)
         sum_qx, sum_q2 = _fit(ws, j)
         better = (sum_q2 > ZERO) & (again if last else sum_qx * sum_qx > best * sum_q2)
         scale = select(better, sum_qx / sum_q2, scale)
         best = select(better, scale * sum_qx, best)
         for k in range(0, 0 if last else 128, 16):
             at = 128 * j + k
-            store(ws.points, at, select(better, load(ws.tried, k), load(ws.points, at)))
-            store(ws.missing, at, select(better, load(ws.tried_missing, k), load(ws.missing, at)))
-    store(ws.empty, 16 * j, select(zero, 1, 0))
+            store(ws.ints, POINTS + at, select(better, load(ws.ints, TRIED + k), load(ws.ints, POINTS + at)))
+            store(ws.ints, MISSING + at, select(better, load(ws.ints, TRIED_MISSING + k), load(ws.ints, MISSING + at)))
+    store(ws.ints, EMPTY + 16 * j, select(zero, 1, 0))
     for k in range(64 * j, 64 * j + 64, 16):
-        signs = load(ws.signs, k)
+        signs = load(ws.ints, SIGNS + k)
         signs = select(zero, 0, select(scale < ZERO, signs ^ 0xFF, signs))
-        store(ws.signs, k, signs if kind == S else signs & 127)
+        store(ws.ints, SIGNS + k, signs if kind == S else signs & 127)
     for k in range(128 * j, 128 * j + 128, 16):
-        store(ws.points, k, select(zero, 0, load(ws.points, k)))
+        store(ws.ints, POINTS + k, select(zero, 0, load(ws.ints, POINTS + k)))
     return select(zero, ZERO, select(scale < ZERO, -scale, scale))
-
-
-@kernel
-def _keep_found(ws, kind, j, positive):
-    """Take the points just tried where there is something to better, keep the ones found before elsewhere."""
-    again = lanes(False)
-    for k in range(128 * j, 128 * j + 128, 16):
-        again = again | (load(ws.missing, k) != 0)
-    again = again & positive
-    for k in range(0, 128, 16):
-        new = again & ((load(ws.missing, 128 * j + k) != 0) | lanes(kind == S))
-        point = select(new, load(ws.tried, k), load(ws.points, 128 * j + k))
-        store(ws.tried, k, point)
-        store(ws.points, 128 * j + k, point)
-    return again
 
 
 @kernel
 def _pack(ws, grid, kind):
     """Lay out the blocks."""
-    peak = largest_of(ws.scale, 0, 8)
+    peak = largest_of(ws.floats, SCALE, 8)
     d = peak / np.float32(31)
     iscale, none = ONE / d, peak == ZERO
     half = select(none, 0, to_half(d * (FACTOR_S if kind == S else FACTOR_XXS)))
     scatter(ws.head, 0, HEAD, half)
     scatter(ws.head, 1, HEAD, half >> 8)
     for i in range(64 * 16):
-        ws.points[i] = grid.index[ws.points[i]]
+        put(ws.ints, POINTS + i, item(grid.index, item(ws.ints, POINTS + i)))
     for j in range(8):
         high = lanes(0)
         for k in range(8):
-            position = load(ws.points, 128 * j + 16 * k)
+            position = load(ws.ints, POINTS + 128 * j + 16 * k)
             scatter(ws.head, 2 + 8 * j + k, HEAD, position if kind == S else select(none, 0, position))
             high = high | (position >> 8 << k)
-        l = scale_level(load(ws.scale, 16 * j), iscale, none, 15)
+        l = scale_level(load(ws.floats, SCALE + 16 * j), iscale, none, 15)
         tail = l << 28
         for k in range(4):
-            signs = load(ws.signs, 64 * j + 16 * k)
+            signs = load(ws.ints, SIGNS + 64 * j + 16 * k)
             tail = tail | (signs << (7 * k))
             if kind == S:
                 scatter(ws.head, 74 + 4 * j + k, HEAD, signs)
@@ -183,7 +172,7 @@ def _pack(ws, grid, kind):
         else:
             scatter(ws.head, 66 + j, HEAD, high)
             if j & 1:
-                l = scale_level(load(ws.scale, 16 * j - 16), iscale, none, 15) | (l << 4)
+                l = scale_level(load(ws.floats, SCALE + 16 * j - 16), iscale, none, 15) | (l << 4)
                 scatter(ws.head, 106 + (j >> 1), HEAD, l)
 
 
@@ -197,7 +186,7 @@ def _move_up(ws):
     for lane in range(16):
         to = 0
         for j in range(8):
-            if not ws.empty[16 * j + lane]:
+            if not item(ws.ints, EMPTY + 16 * j + lane):
                 for i in range(8 * (to < j)):
                     ws.head[HEAD * lane + 2 + 8 * to + i] = ws.head[HEAD * lane + 2 + 8 * j + i]
                 for i in range(4 * (to < j)):
@@ -215,7 +204,7 @@ def _span(x, importance, grid, kind, out, start, stop):
     for first in range(start, stop, 16):
         read_weights(ws, x, importance, first, stop, np.float32(2), ZERO)
         for j in range(8):
-            store(ws.scale, 16 * j, _search(ws, grid, kind, j, 15 if kind == XXS else 9))
+            store(ws.floats, SCALE + 16 * j, _search(ws, grid, kind, j, 15 if kind == XXS else 9))
         _pack(ws, grid, kind)
         if kind == S:
             _move_up(ws)

@@ -11,10 +11,10 @@ same bytes, slowly.
     values          floats  lanes(np.float32(1))    ints  lanes(3)    masks  a < b
     operators       + - * / and comparisons on floats; + - * & | ^ << >> and comparisons on ints; & | ^ ~ on masks;
                     a plain number on either side stands for 16 equal ones
-    functions       select minimum maximum absolute sqrt any_lane all_lanes lane_bits total lowest highest
-                    ordered_sum
+    functions       select minimum maximum absolute sqrt multiply_add any_lane all_lanes lane_bits first_lane total
+                    lowest highest ordered_sum
     conversions     to_float to_int nearest_int bits from_bits to_half from_half
-    memory          load store gather look_up scatter transpose
+    memory          load store gather look_up scatter transpose; item put, of one number
 """
 
 import os
@@ -27,6 +27,7 @@ from numba.core import cgutils
 from numba.core.typing.templates import signature
 
 from quantlab.quants.compiled import njit
+from quantlab.quants.lane_memory import gather, item, load, look_up, put, scatter, store, transpose  # noqa: F401
 from quantlab.quants.lane_types import (
     ELEMENTS,
     FLOATS,
@@ -161,6 +162,25 @@ teach(absolute, _from_to(FLOATS, FLOATS), _call_lower("llvm.fabs.v16f32"))
 teach(sqrt, _from_to(FLOATS, FLOATS), _call_lower("llvm.sqrt.v16f32"))
 
 
+def multiply_add(a, b, c):
+    """Return ``a * b + c`` of floats, rounded once or twice, whichever is faster: for estimates, never for bytes."""
+    return a * b + c
+
+
+def _multiply_add_typing(a, b, c):
+    kind = common_kind(a, b, c)
+    return signature(kind, *[operand(v, kind) for v in (a, b, c)]) if kind == FLOATS else None
+
+
+def _multiply_add_lower(context, builder, sig, args):
+    values, kind = [widen(builder, *pair) for pair in zip(args, sig.args, strict=True)], vector(FLOATS)
+    shape = ir.FunctionType(kind, [kind] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, shape, "llvm.fmuladd.v16f32"), values)
+
+
+teach(multiply_add, _multiply_add_typing, _multiply_add_lower)
+
+
 def any_lane(mask):
     """Tell whether the mask holds anywhere."""
     return bool(np.any(mask))
@@ -195,14 +215,27 @@ def _lane_bits_lower(context, builder, sig, args):
 teach(lane_bits, _from_to(MASK, types.int32), _lane_bits_lower)
 
 
+def first_lane(mask):
+    """Return the number of the first lane where the mask holds; 16 if there is none."""
+    return int(np.argmax(mask)) if np.any(mask) else WIDTH
+
+
+def _first_lane_lower(context, builder, sig, args):
+    word = builder.zext(builder.bitcast(args[0], ir.IntType(WIDTH)), INT32)
+    return builder.cttz(builder.or_(word, ir.Constant(INT32, 1 << WIDTH)), ir.Constant(ir.IntType(1), 1))
+
+
+teach(first_lane, _from_to(MASK, types.int32), _first_lane_lower)
+
+
 def total(v):
     """Add the 16 ints."""
     return int(np.sum(v, dtype=np.int32))
 
 
 def lowest(v):
-    """Return the smallest of the 16 ints."""
-    return int(np.min(v))
+    """Return the smallest of 16 ints, or of 16 floats of which none is NaN."""
+    return np.min(v) if v.dtype == np.float32 else int(np.min(v))
 
 
 def highest(v):
@@ -219,8 +252,19 @@ def _reduce_lower(operation):
     return lower
 
 
+def _lowest_typing(v):
+    return signature(v.dtype, v) if v in (FLOATS, INTS) else None
+
+
+def _lowest_lower(context, builder, sig, args):
+    if sig.args[0] == INTS:
+        return _reduce_lower("smin")(context, builder, sig, args)
+    shape, name = ir.FunctionType(ELEMENTS[FLOATS], [vector(FLOATS)]), "llvm.vector.reduce.fmin.v16f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, shape, name), args, fastmath=("nnan",))
+
+
 teach(total, _from_to(INTS, types.int32), _reduce_lower("add"))
-teach(lowest, _from_to(INTS, types.int32), _reduce_lower("smin"))
+teach(lowest, _lowest_typing, _lowest_lower)
 teach(highest, _from_to(INTS, types.int32), _reduce_lower("smax"))
 
 
@@ -297,173 +341,3 @@ def from_half(h):
     finite = bits(from_bits(shifted) * np.float32(2.0**112))  # exact, subnormal numbers included
     special = shifted | 0x7F800000
     return from_bits(select((h & 0x7C00) == 0x7C00, special, finite) | ((h & 0x8000) << 16))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory: flat arrays of float32, int32, (u)int16 or (u)int8; narrow ones are widened to ints and cut back to low bits
-# ---------------------------------------------------------------------------------------------------------------------
-
-_WHOLE = types.int32, types.uint16, types.int16, types.uint8, types.int8
-_LOADED = {types.float32: FLOATS, **dict.fromkeys(_WHOLE, INTS)}
-
-
-def load(array, i):
-    """Read ``array[i : i + 16]``."""
-    return gather(array, i, 1)
-
-
-def gather(array, i, step):
-    """Read the 16 elements ``array[i + step * lane]``."""
-    values = array[i : i + step * (WIDTH - 1) + 1 : step]
-    return values.astype(np.float32 if array.dtype == np.float32 else np.int32)
-
-
-def look_up(table, v):
-    """Read ``table[v]`` of a table of 16 bytes, 0 ≤ v < 16 in each lane."""
-    return table[v].astype(np.int32)
-
-
-def store(array, i, v):
-    """Write 16 elements to ``array[i : i + 16]``."""
-    scatter(array, i, 1, v)
-
-
-def scatter(array, i, step, v):
-    """Write 16 elements to ``array[i + step * lane]``."""
-    array[i : i + step * (WIDTH - 1) + 1 : step] = v.astype(array.dtype)
-
-
-def transpose(source, rows, i, target, j):
-    """Read 16 floats from each of 16 rows and write them column by column.
-
-    ``target[j + 16 * column + row] = source[rows[row] + i + column]``
-    """
-    columns = np.stack([source[row + i : row + i + WIDTH] for row in rows])
-    target[j : j + WIDTH * WIDTH] = columns.T.reshape(-1)
-
-
-def _is_flat(array, dtypes):
-    return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C" and array.dtype in dtypes
-
-
-def _read_typing(array, *where):
-    known = _is_flat(array, _LOADED) and all(isinstance(arg, types.Integer) for arg in where)
-    return signature(_LOADED[array.dtype], array, *[types.intp] * len(where)) if known else None
-
-
-def _write_typing(array, *where_and_lanes):
-    where, lanes_type = where_and_lanes[:-1], where_and_lanes[-1]
-    known = _is_flat(array, _LOADED) and _LOADED[array.dtype] == lanes_type
-    known = known and all(isinstance(arg, types.Integer) for arg in where)
-    return signature(types.none, array, *[types.intp] * len(where), lanes_type) if known else None
-
-
-def _pointer(context, builder, array_type, array, i, result):
-    """The address of `array[i]`, seen as a pointer to `result`."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [i]), result.as_pointer())
-
-
-def _item(array_type):
-    """The LLVM type of an element and its size in bytes, which is all the alignment that NumPy promises."""
-    size = array_type.dtype.bitwidth // 8
-    return (ir.FloatType() if array_type.dtype == types.float32 else ir.IntType(8 * size)), size
-
-
-def _widen_bytes(builder, value, array_type):
-    if array_type.dtype in (types.uint8, types.uint16):
-        return builder.zext(value, vector(INTS))
-    return builder.sext(value, vector(INTS)) if array_type.dtype in (types.int8, types.int16) else value
-
-
-def _load_lower(context, builder, sig, args):
-    item, size = _item(sig.args[0])
-    vector = ir.VectorType(item, WIDTH)
-    pointer = _pointer(context, builder, sig.args[0], args[0], args[1], vector)
-    return _widen_bytes(builder, builder.load(pointer, align=size), sig.args[0])
-
-
-def _store_lower(context, builder, sig, args):
-    item, size = _item(sig.args[0])
-    vector = ir.VectorType(item, WIDTH)
-    value = args[2] if args[2].type == vector else builder.trunc(args[2], vector)
-    builder.store(value, _pointer(context, builder, sig.args[0], args[0], args[1], vector), align=size)
-    return context.get_dummy_value()
-
-
-def _each_lane(context, builder, sig, args):
-    """Yield lane number and address of the elements ``array[i + step * lane]``."""
-    item, _ = _item(sig.args[0])
-    for lane in range(WIDTH):
-        i = builder.add(args[1], builder.mul(args[2], ir.Constant(args[2].type, lane)))
-        yield INT32(lane), _pointer(context, builder, sig.args[0], args[0], i, item)
-
-
-def _gather_lower(context, builder, sig, args):
-    value = ir.Constant(ir.VectorType(_item(sig.args[0])[0], WIDTH), ir.Undefined)
-    for lane, pointer in _each_lane(context, builder, sig, args):
-        value = builder.insert_element(value, builder.load(pointer), lane)
-    return _widen_bytes(builder, value, sig.args[0])
-
-
-def _scatter_lower(context, builder, sig, args):
-    item, _ = _item(sig.args[0])
-    for lane, pointer in _each_lane(context, builder, sig, args):
-        element = builder.extract_element(args[3], lane)
-        builder.store(element if element.type == item else builder.trunc(element, item), pointer)
-    return context.get_dummy_value()
-
-
-def _look_up_typing(table, v):
-    return signature(INTS, table, INTS) if _is_flat(table, [types.int8, types.uint8]) and v == INTS else None
-
-
-def _look_up_lower(context, builder, sig, args):
-    """Pick bytes one by one, in the form that LLVM knows to be one shuffle of bytes."""
-    small, place = ir.VectorType(ir.IntType(8), WIDTH), ir.IntType(64)
-    start = _pointer(context, builder, sig.args[0], args[0], ir.Constant(place, 0), small)
-    table, wanted, value = builder.load(start, align=1), builder.trunc(args[1], small), ir.Constant(small, ir.Undefined)
-    for lane in range(WIDTH):
-        which = builder.zext(builder.extract_element(wanted, INT32(lane)), place)
-        value = builder.insert_element(value, builder.extract_element(table, which), INT32(lane))
-    return _widen_bytes(builder, value, sig.args[0])
-
-
-teach(load, _read_typing, _load_lower)
-teach(look_up, _look_up_typing, _look_up_lower)
-teach(gather, _read_typing, _gather_lower)
-teach(store, _write_typing, _store_lower)
-teach(scatter, _write_typing, _scatter_lower)
-
-
-def _transpose_typing(source, rows, i, target, j):
-    known = _is_flat(source, [types.float32]) and _is_flat(target, [types.float32]) and _is_flat(rows, [types.int64])
-    return signature(types.none, source, rows, types.intp, target, types.intp) if known else None
-
-
-def _transpose_lower(context, builder, sig, args):
-    """Load 16 rows, then exchange halves in four rounds: lane bit and row bit trade places, one pair at a time."""
-    source, rows, i, target, j = args
-    block = []
-    for row in range(WIDTH):
-        start = _pointer(context, builder, sig.args[1], rows, ir.Constant(j.type, row), ir.IntType(64))
-        start = builder.add(builder.load(start), i)
-        block.append(builder.load(_pointer(context, builder, sig.args[0], source, start, vector(FLOATS)), align=4))
-    for distance in (8, 4, 2, 1):
-        low = [lane if not lane & distance else lane - distance + WIDTH for lane in range(WIDTH)]
-        high = [lane + distance if not lane & distance else lane + WIDTH for lane in range(WIDTH)]
-        for row in [row for row in range(WIDTH) if not row & distance]:
-            a, b = block[row], block[row + distance]
-            block[row] = _shuffle(builder, a, b, low)
-            block[row + distance] = _shuffle(builder, a, b, high)
-    for column, value in enumerate(block):
-        place = builder.add(j, ir.Constant(j.type, column * WIDTH))
-        builder.store(value, _pointer(context, builder, sig.args[3], target, place, vector(FLOATS)), align=4)
-    return context.get_dummy_value()
-
-
-def _shuffle(builder, a, b, order):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, WIDTH), order))
-
-
-teach(transpose, _transpose_typing, _transpose_lower)
