@@ -1,7 +1,11 @@
 """Reports: figures in closed form, a page that asks for nothing and believes nobody, files that appear whole."""
 
+import hashlib
+import importlib.util
 import json
 import re
+import shlex
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,9 +13,14 @@ import pandas as pd
 import pytest
 
 import quantlab as ql
+from quantlab.evaluate.engine import find
 from quantlab.evaluate.metrics import TokenScores
-from quantlab.study.report import Report
+from quantlab.evaluate.texts import cut_text, measure_texts
+from quantlab.evaluate.variants import as_is, resolve
+from quantlab.files.bundled import read_text
+from quantlab.study.report import Report, read_reports
 from quantlab.study.report_figures import EDGES, Measured, less_than, on_front, sign_tests
+from quantlab.transform.mixture import Recipe
 
 HOSTILE = '"><script src=//x.example/a.js></script><img src=x onerror=alert(1)>\u202e|&'
 
@@ -132,6 +141,76 @@ def test_json_comes_back_as_the_same_report(made):
     assert document["schema"] == 1 and document["rows"][0]["variant"] == "tiny"
     assert {item["name"] for item in document["inputs"]} >= {"model.safetensors", "config.json", "primer.md"}
     assert document["commands"][0]["command"].startswith("quantlab report tiny Q8_0 Q4_0 twin=Q4_0 --text primer")
+
+
+def test_finished_passes_are_kept_until_the_report_is_written(tmp_path):
+    model, choice, scratch = ql.open("tiny"), find("float", "cpu"), tmp_path / "scratch"
+    how = {"is_chat": False, "n_ctx": 64, "chunks": 2, "protocol": "llama.cpp", "rules": "current"}
+    cuts = [cut_text(read_text(name), model, choice, **how) for name in ("primer", "sampled")]
+    variants = [as_is(model), *resolve(model, ["Q4_0"])]
+    rest = {"memory": None, "scratch": scratch, "progress": False}
+    first, (kept,) = measure_texts(variants, cuts, choice, **rest)
+    before = kept.stat().st_mtime_ns
+    again, _ = measure_texts(variants, cuts, choice, **rest)
+    for (ours, _), (theirs, _) in zip(first, again, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(np.array_equal(v, b.at(slice(None))[k]) for k, v in a.at(slice(None)).items())
+    assert kept.stat().st_mtime_ns == before and list(scratch.iterdir()) == [kept]
+    kept.write_bytes(kept.read_bytes()[:100])  # a file that is not whole counts for nothing
+    measure_texts(variants, cuts, choice, **rest)
+    assert kept.stat().st_size > 100
+    ql.report("tiny", "Q4_0", ["primer", "sampled"], n_ctx=64, chunks=2, prompt="", scratch=scratch, progress=False)
+    assert list(scratch.iterdir()) == []
+
+
+def test_every_kind_of_variant_is_said_and_made(tmp_path):
+    file = ql.quantize("tiny", tmp_path / "file name.gguf", ftype="Q4_0")
+    Recipe({"blk.0.ffn_up.weight": "Q3_K"}).save(tmp_path / "r.txt")
+    prompt = "" if importlib.util.find_spec("xllamacpp") is None else "The weights"
+    given = [file, "Q8_0", f"mine={tmp_path / 'r.txt'}"]
+    report = ql.report("tiny", given, n_ctx=64, chunks=2, prompt=prompt, n_predict=4, progress=False)
+    assert [row["kind"] for row in report.files] == ["base", "file", "ftype", "recipe"]
+    assert [row["variant"] for row in report.files][1:] == ["file name", "Q8_0", "mine"]
+    assert sum(report.files[3]["types"].values()) == pytest.approx(1) and report.files[3]["types"]["Q3_K"] > 0
+    lines = {item["what"]: item["command"] for item in report.commands}
+    assert lines["Q8_0"] == "quantlab quantize tiny Q8_0.gguf Q8_0"
+    assert lines["mine"].endswith(f"--tensor-type-file {tmp_path / 'r.txt'}") and "file name" not in lines
+    assert shlex.split(lines["this report"])[2:6] == ["tiny", *map(str, given)]
+    digests = {item["role"]: item["sha256"] for item in report.inputs}
+    assert digests["file name"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert digests["text primer"] == read_text("primer").sha256 and "mine" in digests
+    if prompt:
+        rows = report.continuation["rows"]
+        assert [row["variant"] for row in rows] == [row["variant"] for row in report.files]
+        assert rows[0]["n_same"] == rows[0]["n_tokens"] == 4 and rows[0]["text"][: rows[0]["same"]] == rows[0]["text"]
+    else:
+        assert report.continuation == {"reason": "It was left out."}
+
+
+def test_reports_of_several_models_are_one_table(made, tmp_path):
+    path = made[1].with_suffix(".json")
+    other = shutil.copy(path, tmp_path / "other.json")
+    rows = read_reports([path, other])
+    assert rows.columns[0] == "model" and len(rows) == 16
+    assert rows["model"].unique().tolist() == ["tiny", "tiny (other)"]
+    assert len(read_reports([path], what="confidence")) == 2 * 3 * (len(EDGES) - 1)
+    with pytest.raises(ValueError, match="what=nothing, must be one of rows, confidence"):
+        read_reports([path], what="nothing")
+    with pytest.raises(FileNotFoundError, match=r"read_reports: paths=\[\], must be at least one"):
+        read_reports([])
+
+
+def test_plots_of_reports(made):
+    path = made[1].with_suffix(".json")
+    ax = ql.plots.kld_by_model(read_reports([path]).query("text == 'primer'"))
+    assert ax.get_yscale() == "log" and [text.get_text() for text in ax.texts] == ["Q4_0", "twin", "Q8_0"]
+    bars = ql.plots.kld_by_confidence(read_reports([path], what="confidence").query("text == 'primer'"))
+    assert len(bars.patches) == 3 * (len(EDGES) - 1)
+    assert sum(patch.get_width() for patch in bars.patches) == pytest.approx(3)
+    with pytest.raises(ValueError, match="kld_by_model: no row has a KL divergence above 0"):
+        ql.plots.kld_by_model(read_reports([path]).head(1))
+    with pytest.raises(ValueError, match="kld_by_confidence: the frame has no row"):
+        ql.plots.kld_by_confidence(read_reports([path], what="confidence").head(0))
 
 
 def test_bad_input(tmp_path):

@@ -7,7 +7,6 @@ import typer
 
 from quantlab.cli.options import (
     CalibrateOn,
-    Chunks,
     ContextSize,
     Device,
     DeviceMemory,
@@ -65,7 +64,10 @@ def report(
     n_predict: Annotated[int, typer.Option("-n", "--predict", "--n-predict", help="Tokens of a continuation.")] = 48,
     rules: Rules = "current",
     n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
+    chunks: Annotated[
+        int | None,
+        typer.Option("--chunks", help="Stop after N chunks of each text; -1: none (default: none, large models 16)."),
+    ] = None,
     protocol: ProtocolName = "llama.cpp",
     mode: Mode = "float",
     device: Device = "auto",

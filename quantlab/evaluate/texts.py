@@ -136,7 +136,7 @@ def _load(path: Path, count: int, shape: tuple[int, int]) -> list[TokenScores] |
     """Read the scores of a finished pass; None where they are not there, or not whole."""
     names = [field.name for field in fields(TokenScores)]
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as stored, np.load(stored) as file:
             found = [TokenScores(**{name: file[f"{i}.{name}"] for name in names}) for i in range(count)]
     except (OSError, ValueError, KeyError, BadZipFile):
         return None

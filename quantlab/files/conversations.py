@@ -231,5 +231,5 @@ def answers(messages: list[Message], render: Render, *, source: str = "conversat
             raise ValueError(
                 f"{source}: the chat template does not end with answer {i + 1}. Leave the conversation out."
             )
-        found.append(Answer(text, start))
+        found.append(Answer(text.rstrip(), start))  # no model writes the space between turns
     return found

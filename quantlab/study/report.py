@@ -30,6 +30,7 @@ from quantlab.result import Result
 from quantlab.study import report_inputs, report_page
 from quantlab.study.report_figures import Measured, on_front
 
+LARGE, LARGE_CHUNKS = 10**8, 16  # weights from which on that many chunks of each text are measured, as `table` has it
 _SHOWN = ["text", "variant", "bytes", "bpw", "ppl", "ppl_se", "kld_mean", "kld_se", "kld_p99", "kld_floor"]
 _SHOWN += ["same_top_p", "on_front"]
 
@@ -144,6 +145,42 @@ def json_path(path: Path) -> Path:
     return path.with_suffix(".json") if path.suffix in (".html", ".htm") else path.with_name(path.name + ".json")
 
 
+def read_reports(paths: Sequence[str | Path], what: str = "rows") -> pd.DataFrame:
+    """Read the JSON of several reports as one table.
+
+    Parameters
+    ----------
+    paths : sequence of str or Path
+    what : str
+        `rows`, `confidence`, `pairs`, `files` or `inputs`.
+
+    Returns
+    -------
+    pd.DataFrame
+        The rows of each report, and `model` in front: its base. A base of a name that an earlier report has too is
+        told apart by the name of its file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, or no path at all.
+    ValueError
+        If a file is not the JSON of a report, or `what` is none of these.
+    """
+    if what not in ("rows", "confidence", "pairs", "files", "inputs"):
+        raise ValueError(f"what={what}, must be one of rows, confidence, pairs, files, inputs.")
+    if not paths:
+        raise FileNotFoundError("read_reports: paths=[], must be at least one. Write reports with quantlab report.")
+    found: dict[str, pd.DataFrame] = {}
+    for path in paths:
+        report = Report.load(path)
+        name = report.protocol["base"]
+        name = f"{name} ({Path(path).stem})" if name in found else name
+        found[name] = pd.DataFrame(getattr(report, what)).assign(model=name)
+    table = pd.concat(found.values(), ignore_index=True)
+    return table[["model", *(column for column in table if column != "model")]]
+
+
 def report(
     base,
     variants: Sequence,
@@ -183,7 +220,7 @@ def report(
     n_predict : int
         Tokens of each continuation.
     chunks : int, optional
-        Windows of each text, or conversations, at most.
+        Windows of each text, or conversations, at most; -1 takes all (default: all, 16 of a model of 1e8 weights).
     scratch : str or Path, optional
         Folder that keeps what is needed to resume a stopped run.
     overwrite : bool
@@ -219,7 +256,8 @@ def report(
     opened, matrix = as_model(base), as_matrix(imatrix)
     choice = find(mode, device, device_memory)
     check_model(opened)
-    options = {"n_ctx": n_ctx, "chunks": chunks, "protocol": protocol, "rules": rules}
+    most = LARGE_CHUNKS if chunks is None and opened.n_weights >= LARGE else None if chunks == -1 else chunks
+    options = {"n_ctx": n_ctx, "chunks": most, "protocol": protocol, "rules": rules}
     cuts = [cut_text(text, opened, choice, is_chat=is_chat(source), **options) for source, text in named]
     how = {"memory": memory, "scratch": scratch, "progress": progress}
     refining = {"n_ctx": n_ctx, "imatrix": matrix, "rules": rules, **how}

@@ -99,7 +99,7 @@ def _files(source) -> list[Path]:
     """Return the files that are read where a model, matrix, recipe or text is given by name."""
     if not isinstance(source, str | Path):
         return []
-    files = dict.fromkeys(path for path in input_files([source]) if path.is_file())
+    files = sorted({path for path in input_files([source]) if path.is_file()})
     return [path for path in files if path.suffix not in _READ_BY_PEOPLE and not is_digests(path)]
 
 
@@ -146,7 +146,7 @@ def commands(
     named = [_text_option(source, text) for source, text in texts]
     ends = [] if asked["prompt"] is None else [f"--prompt {shlex.quote(asked['prompt'])}"]
     ends += [] if asked["n_predict"] == 48 else [f"-n {asked['n_predict']}"]
-    ends += [f"-o {shlex.quote(str(out))}"] if out is not None else []
+    ends += [f"-o {shlex.quote(Path(out).name)}"] if out is not None else []
     line = " ".join(["quantlab report", name, *given, *named, *options, *ends])
     found = [{"what": "this report", "command": line}]
     for model, spec in zip(models[1:], specs, strict=True):
@@ -184,12 +184,12 @@ def _spelled(given, name: str) -> str:
 
 
 def _nearest(model: Variant) -> str:
-    """Return a ftype whose own type is the one that most weights of a variant have."""
-    weights = Counter()
+    """Return a ftype whose own type is the quantized one that most weights of a variant have."""
+    weights = Counter({"Q8_0": 0})
     for tensor in model.model:
         weights[model.types[tensor.name]] += tensor.n_weights
-    types = [qtype for qtype, _ in weights.most_common()]
-    return next(name for qtype in [*types, "Q8_0"] for name, ftype in FTYPES.items() if ftype.qtype == qtype)
+    ftypes = {ftype.qtype: name for name, ftype in FTYPES.items() if ftype.is_quantized}
+    return next(ftypes[qtype] for qtype, _ in weights.most_common() if qtype in ftypes)
 
 
 # ── continuation ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from math import expm1
+from os.path import commonprefix
 from pathlib import Path
 
 from quantlab.quants.ggml_types import FAMILIES, GGML_TYPES
@@ -22,6 +23,7 @@ def page(report: dict) -> str:
         The JSON of a `Report`.
     """
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    report = _with_short_names(report)
     sections = [part for part in (make(report) for make in _SECTIONS) if part]
     links = "".join(f'<a href="#{key}">{escaped(title)}</a>' for key, title, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escaped(title)}</h2>{text}</section>' for key, title, text in sections)
@@ -36,6 +38,25 @@ def page(report: dict) -> str:
         f"<footer>Made by quantlab {version}. All figures are in the JSON beside this page.</footer>"
         "</main></body></html>\n"
     )
+
+
+def _with_short_names(report: dict) -> dict:
+    """Leave out what the names of all variants begin with, up to a hyphen, dot or space; `prefix` holds it."""
+    names = list(dict.fromkeys(row["variant"] for row in report["rows"]))
+    base, *others = names
+    prefix = commonprefix(others)[: max(map(commonprefix(others).rfind, "-. ")) + 1] if len(others) > 1 else ""
+    short = {old: old[len(prefix) :] for old in others}
+    if len(prefix) < 4 or not all(short.values()) or base in short.values():
+        return report | {"prefix": ""}
+
+    def renamed(rows: Iterable[dict]) -> list[dict]:
+        keys = ("variant", "a", "b")
+        return [row | {key: short.get(row[key], row[key]) for key in keys if key in row} for row in rows]
+
+    parts = {key: renamed(report[key]) for key in ("rows", "confidence", "pairs", "files")}
+    said = report["continuation"]
+    parts["continuation"] = said | {"rows": renamed(said["rows"])} if "rows" in said else said
+    return report | parts | {"prefix": prefix}
 
 
 def _texts(report: dict) -> list[str]:
@@ -110,11 +131,13 @@ def _summary(report: dict) -> tuple[str, str, str]:
         f"Measured on {name(text)}. Errors are standard errors over tokens. A variant is on the front if no other is "
         "smaller and diverges less."
     )
+    if report["prefix"]:
+        note += f" All names begin with {name(report['prefix'])}, which is left out."
     return "summary", "Sizes and damage", f'{_table(head, lines, "Sizes and damage")}<p class="note">{note}</p>'
 
 
 def _summary_cells(row: dict, most: float | None) -> list[str]:
-    sizes = f"{size(row['bytes'])}<small class=soft>{row['bpw']:.2f} bits per weight</small>"
+    sizes = f"{size(row['bytes'])}<small class=soft>{row['bpw']:.2f} bits/weight</small>"
     ppl = with_error(row["ppl"], row["ppl_se"])
     if most is None:
         return [sizes, "–", "–", ppl, "–"]
@@ -219,43 +242,60 @@ def _pairs(report: dict) -> tuple[str, str, str] | None:
     parts = [f"{_under(report, text)}{_pairs_of(report, text)}" for text in _texts(report)]
     intro = (
         "<p>By how much the KL divergence of the variant in a row is below (−) or above (+) that of the variant in a "
-        f"column, with p of a paired sign-flip test over the chunks of the text. Colour marks p &lt; {_SURE}.</p>"
+        "column, with the standard error and p of a paired sign-flip test, both over the chunks of the text. Colour "
+        f"marks p &lt; {_SURE}.</p>"
     )
     return "pairs", "Any two variants", intro + "".join(parts)
 
 
 def _pairs_of(report: dict, text: str) -> str:
     found = {}
-    klds = {row["variant"]: row["kld_mean"] for row in _rows(report, text)}
     for row in report["pairs"]:
         if row["text"] == text:
-            found[row["b"], row["a"]] = found[row["a"], row["b"]] = row["p"]
+            found |= _both_ways(row)
     order = [row["variant"] for row in _rows(report, text)[1:]]
     if len(order) <= MOST:
         head = ["variant", *(f"{_titled(v)}" for v in order)]
-        lines = [_row(_titled(a), [_pair(klds, found, a, b) for b in order]) for a in order]
+        lines = [_row(_titled(a), [_pair(found, a, b) for b in order]) for a in order]
         return _table(head, lines, f"Any two variants, {text}")
     lines = [
-        _row(_titled(b), [f'<td class="text">{_titled(a)}</td>', _pair(klds, found, b, a)])
+        _row(_titled(b), [f'<td class="text">{_titled(a)}</td>', _pair(found, b, a)])
         for a, b in zip(order[:-1], order[1:], strict=True)
     ]
     note = f'<p class="note">Each beside the next larger; the JSON has all {len(found) // 2:,} pairs.</p>'
     return _table(["variant", _left("the next larger"), "difference"], lines, f"Neighbours, {text}") + note
 
 
-def _pair(klds: dict, found: dict, a: str, b: str) -> str:
+def _both_ways(row: dict) -> dict[tuple[str, str], tuple]:
+    """Change of the divergence, its error and p: from a to b, and from b to a."""
+    a, b, p = row["a"], row["b"], row["p"]
+    if row["less"] is None:
+        return {(a, b): (None, None, p), (b, a): (None, None, p)}
+    ratio, error = 1 - row["less"], row["less_se"]
+    found = {(b, a): (ratio - 1, error, p), (a, b): (None, None, p)}
+    if ratio > 0:
+        found[a, b] = (1 / ratio - 1, None if error is None else error / ratio**2, p)
+    return found
+
+
+def _pair(found: dict, a: str, b: str) -> str:
     """How variant a compares with variant b."""
     if a == b:
         return '<td class="self"></td>'
-    p, change = found.get((a, b)), klds[a] / klds[b] - 1 if klds[b] > 0 else None
+    change, error, p = found.get((a, b), (None, None, None))
     is_sure = p is not None and p < _SURE and change is not None
     kind = "same" if not is_sure else "less" if change < 0 else "more"
-    return f'<td class="{kind}">{_percent_or_times(change)}<small class=soft>{probability(p)}</small></td>'
+    return f'<td class="{kind}">{_changed(change, error)}<small class=soft>{probability(p)}</small></td>'
 
 
-def _percent_or_times(change: float | None) -> str:
-    """A change of more than ten times as a factor."""
-    return f"{change + 1:,.0f} ×" if change is not None and change >= 9 else percent(change, 0, signed=True)
+def _changed(change: float | None, error: float | None) -> str:
+    """A change with its error; one of more than ten times as a factor."""
+    if change is not None and change >= 9:
+        return f"{change + 1:,.0f} ×"
+    if error is None or change is None or error < 0.0005:
+        return percent(change, 0, signed=True)
+    end = f' <span class="se">± {100 * error:.{0 if error > 0.005 else 1}f}</span>'
+    return percent(change, 0, signed=True) + end
 
 
 def _floor(report: dict) -> tuple[str, str, str]:
@@ -284,11 +324,14 @@ def _continuation(report: dict) -> tuple[str, str, str]:
     if "rows" not in said:
         return "writes", title, f"<p>No continuations. {escaped(said['reason'])}</p>"
     items = []
-    base, *others = said["rows"]
+    place = {row["variant"]: i for i, row in enumerate(_rows(report, _texts(report)[0]))}
+    base, *others = sorted(said["rows"], key=lambda row: place.get(row["variant"], 0))
     for row in [base, *others]:
-        same, rest = row["text"][: row["same"]], row["text"][row["same"] :]
+        start = _word_start(row["text"], row["same"])
+        same, rest = row["text"][:start], row["text"][start:]
+        same = same if rest and not same.strip() else same.lstrip()
         if row is base:
-            words, note = escaped(row["text"]), "the base"
+            words, note = escaped(row["text"].lstrip()), "the base"
         elif row["n_same"] == max(base["n_tokens"], row["n_tokens"]):
             words, note = f'<span class="same">{escaped(same)}</span>', f"all {row['n_tokens']} tokens the same"
         else:
@@ -303,6 +346,13 @@ def _continuation(report: dict) -> tuple[str, str, str]:
     return "writes", title, f'{intro}<ul class="said">{"".join(items)}</ul>'
 
 
+def _word_start(text: str, place: int) -> int:
+    """Return where the word begins that a place is in the middle of; the place itself elsewhere."""
+    if not 0 < place < len(text) or not text[place].isalnum():
+        return place
+    return next((i + 1 for i in range(place - 1, -1, -1) if not text[i].isalnum()), 0)
+
+
 def _first_word(text: str) -> tuple[str, str]:
     """Split a text after its first word."""
     start = len(text) - len(text.lstrip())
@@ -311,7 +361,7 @@ def _first_word(text: str) -> tuple[str, str]:
 
 
 def _files(report: dict) -> tuple[str, str, str]:
-    head = ["variant", _left("made from"), "size of tensors", _left("types, by share of the weights")]
+    head = ["variant", _left("types, by share of the weights"), "size of tensors", _left("made from")]
     lines = []
     kinds = {"base": "the base", "file": "a file", "ftype": "made in memory", "recipe": "a recipe, made in memory"}
     kinds["refined"] = "refined in memory"
@@ -323,7 +373,7 @@ def _files(report: dict) -> tuple[str, str, str]:
         mix = "".join(f'<i style="width:{100 * s:.2f}%;background:{_colour(q)}"></i>' for q, s in row["types"].items())
         words = " · ".join(f"{escaped(q)} {percent(s, 1)}" for q, s in row["types"].items() if s >= 0.0005)
         types = f'<td class="text wrap"><div class="mix" aria-hidden="true">{mix}</div><small>{words}</small></td>'
-        lines.append(_row(_titled(row["variant"]), [f'<td class="text">{made}</td>', size(row["bytes"]), types]))
+        lines.append(_row(_titled(row["variant"]), [types, size(row["bytes"]), f'<td class="text">{made}</td>']))
     return "files", "What is in the files", _table(head, lines, "Types")
 
 

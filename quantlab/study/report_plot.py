@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quantlab.study.report_text import escaped, number, size
 
-_LETTER = 7.0  # width of a letter of a label, at most, in the picture's units
+_LETTER = 7.7  # width of a letter of a label, at most, in the picture's units
 _LINE = 15.0  # height of a line of labels
 
 

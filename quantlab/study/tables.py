@@ -480,7 +480,10 @@ def _results(folder: Path) -> list[tuple[str, list[dict]]]:
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(document, dict) and "schema" in document and document.get("rows"):
-            found.append((_protocol_label(document.get("protocol", {})), document["rows"]))
+            protocol, rows = document.get("protocol", {}), document["rows"]
+            for text in protocol.get("texts", [protocol]):  # a report has rows of several
+                own = [row for row in rows if row.get("text") == text["text"]] if "texts" in protocol else rows
+                found.append((_protocol_label(text), own))
     return found
 
 

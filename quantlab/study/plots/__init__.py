@@ -5,6 +5,7 @@ from quantlab.study.plots.damage import bpw_against_ppl, size_against_kld
 from quantlab.study.plots.errors import against_tails, by_layer, code_shares, error_map, histograms, percentile_bands
 from quantlab.study.plots.feedback import rounding_plane
 from quantlab.study.plots.protocol import effects, nll_by_position
+from quantlab.study.plots.reports import kld_by_confidence, kld_by_model
 from quantlab.study.plots.running import memory
 from quantlab.study.plots.sensitivity import additivity, damage_map, error_against_damage, more_bits
 from quantlab.study.plots.speed import scaling, throughput
@@ -29,6 +30,8 @@ __all__ = [
     "error_map",
     "histograms",
     "importance",
+    "kld_by_confidence",
+    "kld_by_model",
     "loss_curve",
     "matrix_gain",
     "memory",
