@@ -7,6 +7,7 @@ import typer
 
 from quantlab.cli.options import (
     CalibrateOn,
+    Chunks,
     ContextSize,
     Device,
     DeviceMemory,
