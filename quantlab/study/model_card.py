@@ -20,7 +20,13 @@ MIB, GIB = 2**20, 2**30
 OLLAMA_CONTEXT = 4096  # tokens that Ollama takes where its Modelfile says nothing
 TAGS = ("gguf", "quantlab")
 _HUB = re.compile(r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)/?$")
-_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repeat_penalty",
+}
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,10 @@ class Folder:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
+    def unfinished_bytes(self) -> int:
+        """Return the size of what is there and will be gone on with, or replaced."""
+        return sum((self.path / name).stat().st_size for name in self._there() - set(self.files) - set(self.others))
+
     def work(self, name: str) -> Path:
         """Return a folder for what is needed to resume, made if missing."""
         folder = self.path / WORK / name
@@ -110,7 +114,7 @@ class Folder:
         shutil.rmtree(self.path / WORK, ignore_errors=True)
 
     def _there(self) -> set[str]:
-        """Files in the folder, the state aside; folders count where they are empty and not ours."""
+        """Files in the folder, the state aside."""
         if not self.path.is_dir():
             return set()
         found = (p for p in self.path.rglob("*") if p.is_symlink() or not p.is_dir())

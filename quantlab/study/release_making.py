@@ -165,10 +165,8 @@ class Making:
             (item, job) for item, job in zip(self.items, self.jobs, strict=True) if not self._is_done(folder, job)
         ]
         needed = sum(_bytes_of(job) * (2 if item.is_refined and len(job.outputs) > 1 else 1) for item, job in missing)
-        held = sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file()) if self.out.is_dir() else 0
         free = shutil.disk_usage(self.out if self.out.is_dir() else self.out.parent).free
-        finished = sum(entry["bytes"] for entry in folder.files.values())
-        if needed > free + held - finished:
+        if needed > free + folder.unfinished_bytes():
             raise OSError(
                 f"{self.out}: needs {needed} bytes, the disk has {free} free. Free some space or name another."
             )
