@@ -16,6 +16,8 @@ from quantlab.evaluate.engine.ggml_products import ORDERS
 from quantlab.evaluate.engine.tiles import multiply
 from quantlab.quants.ggml_types import GGML_TYPES
 
+RUN = 16  # columns of the sums that `Blocks` makes beside the codes; none of them is used here
+
 
 def activations_of(qtype: str) -> str:
     """Return the type that activations are rounded to before a product with weights of `qtype`.
@@ -93,7 +95,10 @@ class RoundedEngine(CpuEngine):
             return x
         out = self.workers.scratch("rounded", *x.shape)
         if qtype.startswith("Q8"):
-            return Blocks(x, qtype, self.workers).floats(out)
+            blocks = Blocks(x, qtype, RUN, self.workers)
+            shape = (*blocks.d.shape, -1)
+            np.multiply(blocks.codes.reshape(shape), blocks.d[..., None], out=out.reshape(shape))
+            return out
         (round_f16 if qtype == "F16" else round_bf16)(x, out)
         return out
 
