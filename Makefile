@@ -17,7 +17,7 @@ ifeq ($(shell uname -s),Linux)
 TORCH_ON_CPU := --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)+cpu
 endif
 
-.PHONY: help table test lab bench scale pictures check-long fuzz lint format clean
+.PHONY: help table test lab docs coverage bench scale pictures check-long fuzz lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -31,8 +31,9 @@ test: $(VENV)/.test  ## the tests, without the slow ones, and the examples in do
 	$(BIN)/python -m pytest -m "not slow and not long"
 	$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors quantlab
 
-lab: $(VENV)/.lab  ## JupyterLab, opened on the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: $(VENV)/.lab  ## JupyterLab on the index of the notebooks, for this machine alone; LAB=--no-browser adds options
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks --LabApp.default_url=/lab/tree/index.ipynb \
+	    $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: $(VENV)/.test  ## the start, the kernels beside ggml's, quantizing a file, the evaluator and refining beside the machine's peak
 	$(BIN)/python tests/bench_start.py
@@ -64,11 +65,20 @@ fuzz: $(VENV)/.test  ## spoiled files for every reader, MINUTES=18 each (atheris
 	    $(BIN)/python tests/fuzz_readers.py $$reader data/runs/fuzz/$$reader -max_total_time=$$((60 * $(MINUTES))) || exit 1; \
 	done
 
-lint: $(VENV)/.test  ## ruff: lint and format
+lint: $(VENV)/.test  ## ruff: lint and format; basedpyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
-format: $(VENV)/.test  ## let ruff mend what it can
+docs: $(VENV)/.docs  ## the documentation, in data/runs/docs/; a broken link stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
+
+coverage: $(VENV)/.test  ## the tests of `make test`, and which lines they run (compiled kernels are not counted)
+	@$(PIP) install -c constraints.txt coverage
+	$(BIN)/python -m coverage run --source quantlab -m pytest -m "not slow and not long"
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
+
+format: $(VENV)/.test  ## let ruff correct what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -91,8 +101,8 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/.python
 	@$(PIP) install -c constraints.txt -e '.[lab]'
 	@touch $@
 
-# what two of the notebooks need to be run, and thus to be pictured: extras of the same names
-$(VENV)/.run $(VENV)/.gpu: $(VENV)/.%: $(VENV)/.lab
+# what two of the notebooks need to be run, and thus to be pictured, and what the documentation needs: extras of these names
+$(VENV)/.run $(VENV)/.gpu $(VENV)/.docs: $(VENV)/.%: $(VENV)/.lab
 	@$(PIP) install -c constraints.txt -e '.[lab,$*]'
 	@touch $@
 

@@ -1,8 +1,33 @@
 """quantlab: a Jupyter-first workbench for GGUF quantization."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # for editors and checkers of types; at run time `__getattr__` imports what is asked for
+    from quantlab import quants as quants
+    from quantlab.evaluate.imatrix import imatrix as imatrix
+    from quantlab.evaluate.perplexity import compare as compare
+    from quantlab.evaluate.perplexity import kl_divergence as kl_divergence
+    from quantlab.evaluate.perplexity import perplexity as perplexity
+    from quantlab.evaluate.refine import refine as refine
+    from quantlab.files.model import open as open
+    from quantlab.run.fit import fit as fit
+    from quantlab.run.generate import generate as generate
+    from quantlab.study import plots as plots
+    from quantlab.study import tables as tables
+    from quantlab.study.recipe import recipe as recipe
+    from quantlab.study.report import report as report
+    from quantlab.study.sensitivity import sensitivity as sensitivity
+    from quantlab.transform.convert import convert as convert
+    from quantlab.transform.diff import diff as diff
+    from quantlab.transform.inspect import inspect as inspect
+    from quantlab.transform.plan import sizes as sizes
+    from quantlab.transform.quantize import quantize as quantize
+    from quantlab.transform.split import merge as merge
+    from quantlab.transform.split import split as split
+    from quantlab.transform.verify import verify as verify
+
+__version__ = "0.2.0"
 
 # public name -> module that defines it; a module is imported when one of its names is first asked for
 _NAMES = {
@@ -34,7 +59,31 @@ _MODULES = {
     "plots": "quantlab.study.plots",
 }
 
-__all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604 - the names are resolved by __getattr__
+__all__ = [
+    "__version__",
+    "compare",
+    "convert",
+    "diff",
+    "fit",
+    "generate",
+    "imatrix",
+    "inspect",
+    "kl_divergence",
+    "merge",
+    "open",
+    "perplexity",
+    "plots",
+    "quantize",
+    "quants",
+    "recipe",
+    "refine",
+    "report",
+    "sensitivity",
+    "sizes",
+    "split",
+    "tables",
+    "verify",
+]
 
 
 def __getattr__(name: str):

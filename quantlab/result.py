@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from html import escape
 from pathlib import Path
@@ -20,10 +21,22 @@ class Result:
 
     With the fields `protocol` and `rows` a subclass needs nothing more. Others say what differs: `_document` what JSON
     holds, `_lines` what stands above the table, `_shown` the table for people, `_look` how pandas writes it.
+
+    A result has a length and can be iterated: rows of its table, as dicts. So `pandas.DataFrame(result)` is that table.
     """
 
     _look: dict[str, Any] = {"index": False}
     _indent: int | None = None  # of the JSON
+
+    if TYPE_CHECKING:
+        protocol: Any
+        rows: Any
+
+    def __init_subclass__(cls, **options):
+        """Keep the table as what a result shows: `dataclass` writes a `__repr__` only where the class has none."""
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Result.__repr__
 
     def to_frame(self) -> pd.DataFrame:
         """Return the rows as a table."""
@@ -43,6 +56,15 @@ class Result:
 
     def _shown(self) -> pd.DataFrame:
         return self.to_frame()
+
+    def __len__(self) -> int:
+        return len(self.to_frame())
+
+    def __bool__(self) -> bool:
+        return True  # however many rows there are
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.to_frame().to_dict("records"))  # pyright: ignore[reportReturnType]
 
     def __str__(self) -> str:
         return "\n".join([*self._lines(), self._shown().to_string(**self._look)])

@@ -11,7 +11,7 @@ import pytest
 
 import quantlab as ql
 from quantlab import quants
-from quantlab.evaluate.engine import Stored, engines, find, joined
+from quantlab.evaluate.engine import Stored, engines, find, joined, needed
 from quantlab.evaluate.engine import torch as seam
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.files.bundled import data_dir
@@ -158,3 +158,8 @@ def test_a_matrix_without_a_bias_gets_zeros_beside_one_that_has():
     matrices = [Stored(np.ones((n, 4), np.float32), "F32", (n, 4)) for n in (2, 3)]
     bias = Stored(np.array([1, 2], np.float32), "F32", (2,))
     np.testing.assert_array_equal(joined([bias, None], matrices), [1, 2, 0, 0, 0])
+
+
+def test_a_missing_weight_is_named():
+    with pytest.raises(ValueError, match=r"^ffn_up.weight: missing, the layer needs it\. Convert the model again"):
+        needed(lambda name: None, "ffn_up.weight")

@@ -29,7 +29,7 @@ def requirements(lines: list[str]) -> dict[str, str]:
 
 def test_conda_and_pip_name_the_same_packages():
     extras = PROJECT["optional-dependencies"]
-    wanted = PROJECT["dependencies"] + extras["lab"] + extras["test"]
+    wanted = PROJECT["dependencies"] + extras["lab"] + extras["test"] + extras["docs"]
     conda = requirements(lines_of("environment.yml", "dependencies:", "  - pip:"))
     assert conda.pop("python") == PROJECT["requires-python"]
     assert conda == {name.lower(): f">={bound}" for name, bound in (line.split(">=") for line in wanted)}

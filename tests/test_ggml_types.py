@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 
 import gguf
+import numpy as np
 import pytest
 
 from quantlab import quants
@@ -56,3 +57,22 @@ def test_bad_input():
     for function in (quants.block_size, quants.block_bytes, ggml_types.ggml_type, ggml_types.can_decode):
         with pytest.raises(ValueError, match=r"^qtype='Q9_K', must be a ggml type\. See quantlab\.quants\.types\(\)"):
             function("Q9_K")
+
+
+def test_names_are_understood_in_any_case():
+    x = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
+    data = quants.quantize(x, "q4_k")
+    np.testing.assert_array_equal(data, quants.quantize(x, "Q4_K"))
+    assert (quants.block_size("q4_k"), quants.row_bytes("q4_k", 256)) == (256, 144)
+    np.testing.assert_array_equal(quants.dequantize(data, "q4_k", x.shape), quants.roundtrip(x, "Q4_k"))
+    np.testing.assert_array_equal(quants.codes(data, "q4_k"), quants.codes(data, "Q4_K"))
+    np.testing.assert_array_equal(quants.grid(data, "q4_k"), quants.grid(data, "Q4_K"))
+    assert quants.code_histogram(data, "q4_k").sum() == x.size
+    assert quants.errors(x, "q4_k").qtype == "Q4_K"
+
+
+@pytest.mark.parametrize(("name", "base"), [("Q4_K_M", "Q4_K"), ("q3_k_s", "Q3_K"), ("MXFP4_MOE", "MXFP4")])
+def test_the_name_of_a_mixture_is_answered_with_its_type(name, base):
+    message = f"^qtype='{name}', must be a ggml type. That is a mixture of types for a whole file: name {base} here"
+    with pytest.raises(ValueError, match=message):
+        quants.quantize(np.ones((1, 256), np.float32), name)

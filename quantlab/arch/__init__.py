@@ -23,6 +23,7 @@ __all__ = [
     "complete",
     "find",
     "find_class",
+    "known",
     "tensor_shapes",
 ]
 
@@ -46,6 +47,21 @@ def find(name: str) -> Architecture | None:
     ('pairs', None)
     """
     return architectures().get(name)
+
+
+def known(name: str) -> Architecture:
+    """Return the record of `general.architecture` = `name`.
+
+    Raises
+    ------
+    ValueError
+        If it has no file here.
+    """
+    record = find(name)
+    if record is None:
+        names = ", ".join(architectures())
+        raise ValueError(f"architecture={name}, must be one of {names}. Give a GGUF file instead of a shape.")
+    return record
 
 
 def find_class(name: str) -> Architecture | None:
@@ -90,12 +106,8 @@ def tensor_shapes(hparams: Hparams) -> dict[str, tuple[int, ...]]:
     >>> tensor_shapes(hparams)["blk.0.attn_v.weight"]
     (4, 8)
     """
-    record = find(hparams.arch)
-    if record is None:
-        known = ", ".join(architectures())
-        raise ValueError(f"architecture={hparams.arch}, must be one of {known}. Give a GGUF file instead of a shape.")
     shapes = {}
-    for name, tensor, shape in record.expand(hparams):
+    for name, tensor, shape in known(hparams.arch).expand(hparams):
         if not tensor.optional or (tensor.role == "output" and not hparams.tied_embeddings):
             shapes[name] = shape
     return shapes

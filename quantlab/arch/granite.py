@@ -24,6 +24,6 @@ ARCH = replace(
             "logits_scaling": 1.0,
         }
     },
-    metadata=LLAMA.metadata | SCALES,
+    metadata=dict(LLAMA.metadata) | SCALES,
     derive=lambda hparams: {"logit_scale": 1 / hparams.logit_scale},  # the file says what logits are divided by
 )

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 __all__ = ["MAX_LAYERS", "Hparams", "PerLayer", "RopeScaling"]
 
 MAX_LAYERS = 1024  # the deepest models have about 130; tables of names grow with them
 
-PerLayer = int | tuple[int, ...]  # one value, or one for each layer
+if TYPE_CHECKING:  # nearly all code asks for the values of one layer (`at`): to a checker of types they are that
+    PerLayer = int
+else:
+    PerLayer = int | tuple[int, ...]  # one value, or one for each layer
 
 
 @dataclass(frozen=True)
@@ -95,21 +99,21 @@ class Hparams:
     n_layer: int
     n_embd: int
     n_head: PerLayer
-    n_head_kv: PerLayer | None = None
+    n_head_kv: PerLayer = None  # type: ignore[assignment]  # `n_head`
     n_ff: PerLayer = 0
     n_vocab: int = 0
     n_ctx: int = 0
-    head_dim: PerLayer | None = None
+    head_dim: PerLayer = None  # type: ignore[assignment]  # `n_embd // n_head`
     head_dim_window: int = 0
-    n_rot: PerLayer | None = None
+    n_rot: PerLayer = None  # type: ignore[assignment]  # `head_dim`
     n_rot_window: int = 0
     v_is_k: PerLayer = 0
     n_kv_shared: int = 0
     n_embd_layer: int = 0
     rms_eps: float = 1e-6
-    rope_base: float | tuple[float, ...] = 10000.0
+    rope_base: float = 10000.0  # or a tuple with one for each layer
     rope_base_window: float = 0.0
-    rope_scaling: RopeScaling | None | tuple[RopeScaling | None, ...] = None
+    rope_scaling: "RopeScaling | None" = None  # or a tuple with one for each layer
     window: PerLayer = 0
     attn_scale: float = 0.0
     attn_softcap: float = 0.0

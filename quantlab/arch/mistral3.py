@@ -17,7 +17,7 @@ ARCH = replace(
         },
         "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "head_dim": 0},
     },
-    metadata=LLAMA.metadata
+    metadata=dict(LLAMA.metadata)
     | {"rope.scaling.yarn_log_multiplier": "yarn_log_mul", "attention.temperature_scale": "attn_temp_scale"},
     yarn=("beta_fast", "beta_slow", "log_mul"),
 )

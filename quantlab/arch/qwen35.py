@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from quantlab.arch.llama import EMBEDDING, matrix
-from quantlab.arch.record import Architecture, Layer, Tensor
+from quantlab.arch.record import Architecture, Layer, Role, Tensor
 
 ADD_ONE = ("add", "1")  # norms are stored without the 1 that they multiply by
 
@@ -14,7 +14,7 @@ def plus_one(name: str, shape: str, hugging_face: str, only: str = "") -> Tensor
     return Tensor(f"blk.{{}}.{name}.weight", shape, "norm", names, ADD_ONE, only=only)
 
 
-def of_delta_net(name: str, shape: str, source: str, role: str = "matrix", *change: str) -> Tensor:
+def of_delta_net(name: str, shape: str, source: str, role: Role = "matrix", *change: str) -> Tensor:
     """Return a tensor of each recurrent layer."""
     return Tensor(
         f"blk.{{}}.{name}", shape, role, (f"model.layers.{{}}.linear_attn.{source}",), change, only="recurrent"

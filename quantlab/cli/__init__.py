@@ -48,7 +48,7 @@ def main() -> None:
     codecs.register_error("plainly", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # else the last line of a long run could fail for a sign in it
-            stream.reconfigure(errors="plainly")
+            stream.reconfigure(errors="plainly")  # pyright: ignore[reportAttributeAccessIssue]
     warnings.showwarning = lambda message, *_: typer.echo(f"quantlab: {as_options(str(message))}", err=True)
     gc.set_threshold(7000)  # above Python's own: to look again and again at all that was imported takes 0.1 s
     try:

@@ -1,5 +1,8 @@
 """The words that read and write files: fetch, convert, sizes, inspect, diff, verify, split, merge, quantize."""
 
+# pyright: reportInvalidTypeForm=false
+# typer reads annotations that are made by calls, such as `_flag(…)`; checkers of types allow only names there
+
 from pathlib import Path
 from typing import Annotated
 
@@ -255,7 +258,9 @@ def quantize(
     if threads:
         import numba
 
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        from quantlab.quants.compiled import config
+
+        numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
     options = {
         "ftype": ftype, "layout_of": layout_of, "rules": rules, "imatrix": imatrix,
         "include_weights": include_weights or (),

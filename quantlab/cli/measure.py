@@ -1,5 +1,7 @@
 """The words that measure and study: perplexity, compare, table, imatrix, refine, notebook."""
 
+# pyright: reportInvalidTypeForm=false
+
 from pathlib import Path
 from typing import Annotated
 

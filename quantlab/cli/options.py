@@ -82,8 +82,9 @@ def _check(ctx: typer.Context, rules: dict[str, Written | None]) -> None:
     for name, value in ctx.params.items():
         values = value if isinstance(value, list | tuple) else [value]
         texts = [str(text) for text in values if text not in (None, "-")]
-        named = rules[name].pick(texts, ctx.params) if rules[name] else []
-        outputs += [pair for text in named for pair in _files(Path(text), rules[name])]
+        rule = rules[name]
+        named = rule.pick(texts, ctx.params) if rule else []
+        outputs += [pair for text in named for pair in _files(Path(text), rule)] if rule else []
         others += texts if not named else [text for text in texts if text not in named]
     check_outputs([path for path, _ in outputs], input_files(others), overwrite=True)
     for path, own in outputs:
@@ -94,7 +95,7 @@ def _files(path: Path, rule: Written) -> Iterator[tuple[Path, Callable | None]]:
     """Yield what is written where an option names `path`, and what recognizes files that may be replaced."""
     from quantlab.files import output
 
-    yield path, rule.own and getattr(output, rule.own)
+    yield path, getattr(output, rule.own) if rule.own else None
     if not output.is_stream(path):
         for suffix, own in rule.also:
             yield output.beside(path, suffix), getattr(output, own)

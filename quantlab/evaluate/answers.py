@@ -107,7 +107,7 @@ def cut_answers(text: Text, model, *, n_ctx: int, chunks: int | None, mode: str,
         bos="first of each conversation" if vocab.add_bos else "as the template has it",
         versions={"quantlab": quantlab.__version__, **{name: version(name) for name in ("numpy", "numba", "jinja2")}},
     )
-    return Turns(ids, scored, _without_bos(question, vocab), record)
+    return Turns(ids, scored, _without_bos(question, vocab), record)  # pyright: ignore[reportArgumentType]
 
 
 def _sequences(rendered: Sequence[Answer], vocab: Vocab) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -134,7 +134,7 @@ def _without_bos(text: str, vocab: Vocab) -> str:
     return text.removeprefix(vocab.tokens[vocab.bos_id]) if vocab.add_bos and vocab.bos_id is not None else text
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """Count the tokens that two sequences begin with alike."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))

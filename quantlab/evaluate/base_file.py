@@ -161,8 +161,8 @@ class WriteBase:
         """Write the file; return the scores of the only variant."""
         p, original = forward_pass, forward_pass.windows.original
         scores = TokenScores.empty(*p.windows.targets.shape)
-        self.file.write(MAGIC + np.array([original.shape[1], p.hparams.n_vocab, len(original)], "<i4").tobytes())
-        self.file.write(original.astype("<i4").tobytes())
+        self.file.write(MAGIC + np.array([original.shape[1], p.hparams.n_vocab, len(original)], "<i4").tobytes())  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+        self.file.write(original.astype("<i4").tobytes())  # pyright: ignore[reportOptionalMemberAccess]
         for place, logits in _logits(p):
             score(logits, logits, p.windows.targets[place], **scores.at(place))
             self.file.write(encode(logits).astype("<u2").tobytes())

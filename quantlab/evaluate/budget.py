@@ -1,11 +1,11 @@
 """How much memory, disk and time a pass takes, worked out before it starts, and how it is cut to fit the memory."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.variants import Variant
+from quantlab.files.machine import physical_memory
 from quantlab.files.model import Model
 from quantlab.transform.plan import parse_bytes
 
@@ -97,12 +97,7 @@ def layer_shapes(model: Model, index: int) -> dict[str, tuple[int, ...]]:
 
 def allowed_bytes(memory: str | int | None) -> int:
     """Return the bytes that `memory` allows: a number, a text such as `8GiB`, or three quarters of the machine's."""
-    return _physical_memory() * 3 // 4 if memory is None else parse_bytes(memory)
-
-
-def _physical_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical_memory() * 3 // 4 if memory is None else parse_bytes(memory)
 
 
 def work_of(variants: Sequence[Variant], windows: Windows) -> tuple[float, int]:

@@ -83,7 +83,7 @@ def _check_tensors(model, record: Architecture) -> None:
     for tensor in model:
         shape = expected[tensor.name][1] if tensor.name in expected else None
         if tensor.shape != shape:
-            shape = shape or record.tensor(tensor.name).shape_in(hparams.at(0))
+            shape = shape or record.tensor(tensor.name).shape_in(hparams.at(0))  # pyright: ignore[reportOptionalMemberAccess]
             raise ValueError(
                 f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata asks for {shape} in each of "
                 f"{hparams.n_layer} layers. Convert the checkpoint again."

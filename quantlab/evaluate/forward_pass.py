@@ -6,7 +6,7 @@ A variant that agrees with an earlier one in its first layers takes over that on
 of the pass is a consumer: token scores (`scores`), an importance matrix (`imatrix`), or logits (`logits`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -31,7 +31,8 @@ class Consumer(Protocol):
     where nobody needs to. `output(forward_pass)` returns the result, once the last layer is done.
     """
 
-    observe: Callable | None
+    @property
+    def observe(self) -> Callable | None: ...
 
     def output(self, forward_pass: "ForwardPass") -> Any: ...
 
@@ -71,7 +72,8 @@ class ForwardPass:
         self.bar = tqdm(disable=True) if bar is None else bar
         self.weights = Weights(self.base, variants)
         self.shared = shared_layers(variants)
-        shape = (len(variants), *windows.tokens.shape, self.hparams.n_embd)
+        n_chunks, n_ctx = windows.tokens.shape
+        shape = (len(variants), n_chunks, n_ctx, self.hparams.n_embd)
         self.states = HiddenStates(*shape, scratch, key, engine.empty_states)
 
     def run(self, consumer: Consumer) -> Any:
@@ -150,7 +152,7 @@ class ForwardPass:
         return all(identity(self.variants[i], name) == identity(self.variants[0], name) for name in names)
 
 
-def _ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
+def _ahead(items: Iterator[Any], count: int) -> Generator[Any]:
     """Yield items, of which the next `count` are made by another thread meanwhile."""
     if not count:
         yield from items

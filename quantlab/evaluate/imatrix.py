@@ -13,6 +13,7 @@ Source: llama-imatrix (tools/imatrix/imatrix.cpp of llama.cpp), whose chunks, co
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -23,16 +24,16 @@ from quantlab.evaluate.engine import Choice, Engine, ExpertInputs, find
 from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.variants import as_is
-from quantlab.files.bundled import read_text
-from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix, merge
-from quantlab.files.model import Model, as_model
+from quantlab.files.bundled import TextLike, read_text
+from quantlab.files.imatrix_file import ImportanceMatrix, merge, read_imatrix
+from quantlab.files.model import Model, ModelLike, as_model
 from quantlab.files.progress import announce
 from quantlab.transform.job import n_experts
 
 
 def imatrix(
-    model,
-    text="sampled",
+    model: ModelLike,
+    text: TextLike = "sampled",
     *,
     n_ctx: int = 512,
     chunks: int | None = None,
@@ -96,7 +97,7 @@ def imatrix(
     text = read_text(text)
     windows, _ = cut(text, opened.vocab, n_ctx=n_ctx, chunks=chunks, name="llama.cpp", mode=mode, rules="current")
     windows = Windows(windows.tokens, windows.tokens, 0)  # every position counts
-    earlier = [as_matrix(item) for item in in_files]
+    earlier = [item if isinstance(item, ImportanceMatrix) else read_imatrix(item) for item in in_files]
     _check_same_model(earlier, opened)
     found = _collect(opened, windows, choice, process_output, memory, progress)
     sums, counts = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
@@ -133,7 +134,7 @@ def _collect(
         if progress:
             announce(f"importance matrix over {windows.tokens.size} tokens: {budget}")
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
-        shown = dict(unit="tokens", unit_scale=1 / n_layer, disable=not progress, bar_format=bar_format)
+        shown: dict[str, Any] = dict(unit="tokens", unit_scale=1 / n_layer, disable=not progress, bar_format=bar_format)
         with tqdm(total=n_layer * windows.tokens.size, **shown) as bar:
             consumer = _Importance(model, engine, process_output)
             return ForwardPass([as_is(model)], windows, engine, budget, bar).run(consumer)
@@ -145,7 +146,7 @@ class _Importance:
     def __init__(self, model: Model, engine: Engine, process_output: bool):
         self._model, self._engine = model, engine
         self._process_output = process_output and "output.weight" in model
-        self._record = arch.find(model.hparams.arch)
+        self._record = arch.known(model.hparams.arch)
         self._found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def observe(self, variant: int, layer: int, field: str, inputs) -> None:

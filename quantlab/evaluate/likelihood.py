@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -86,9 +87,10 @@ class Likelihood:
         if self.max_length < 1 or own and self.max_length > own:
             raise ValueError(f"max_length={self.max_length}, must be 1 to {own}, the model's context. Leave it out.")
         vocab = self._model.vocab
-        self._prefix = vocab.eos_id if vocab.bos_id is None else vocab.bos_id
-        if self._prefix is None:
+        prefix = vocab.eos_id if vocab.bos_id is None else vocab.bos_id
+        if prefix is None:
             raise ValueError(f"{self._model.path}: has neither BOS nor EOS, a first token cannot be scored without.")
+        self._prefix = prefix
         if vocab.add_eos:
             raise ValueError(
                 f"{self._model.path}: the vocabulary ends every text with EOS, which must not precede a continuation."
@@ -160,7 +162,7 @@ class Likelihood:
         if add_bos is None:
             add_bos = vocab.add_bos and not text.startswith(vocab.tokens[self._prefix])
         ids = vocab.encode(text, add_special=False, parse_special=True).tolist()
-        return [vocab.bos_id, *ids] if add_bos else ids
+        return [vocab.bos_id, *ids] if add_bos else ids  # pyright: ignore[reportReturnType]
 
     def _pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         """Ids of a context and its continuation, cut where the context alone would end."""
@@ -199,7 +201,7 @@ class Likelihood:
         groups, n_layer = self._groups(inputs), self._model.hparams.n_layer
         found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         total = (n_layer + 1) * sum(len(group) * _width(group) for group in groups)
-        shown = dict(unit="tokens", unit_scale=1 / (n_layer + 1), disable=silent or not self._progress)
+        shown: dict[str, Any] = dict(unit="tokens", unit_scale=1 / (n_layer + 1), disable=silent or not self._progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=total, bar_format=bar_format, **shown) as bar:
             for group in groups:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.check import check_model
@@ -13,11 +14,12 @@ from quantlab.evaluate.forward_pass import ForwardPass
 from quantlab.evaluate.metrics import TokenScores
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.variants import Variant, as_is, output_name
+from quantlab.files.model import Model
 
 NOISE_TOKENS = 512  # enough for two digits of a mean divergence
 
 
-def logits(model, tokens, *, mode: str = "float", device: str = "auto") -> np.ndarray:
+def logits(model: Model, tokens: ArrayLike, *, mode: str = "float", device: str = "auto") -> np.ndarray:
     """Run a model over a few tokens.
 
     Parameters

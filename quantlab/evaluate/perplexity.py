@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,10 @@ from quantlab.evaluate.protocol import Protocol, Windows, cut, require_same, win
 from quantlab.evaluate.refined_variants import refined_variants
 from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Variant, as_is, resolve, steps
-from quantlab.files.bundled import read_text
-from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.bundled import TextLike, read_text
+from quantlab.files.imatrix_file import MatrixLike, as_matrix
 from quantlab.files.inputs import input_files
-from quantlab.files.model import Model, as_model
+from quantlab.files.model import Model, ModelLike, as_model
 from quantlab.files.output import check_apart, check_output, follow, is_stream, replacing
 from quantlab.files.progress import announce
 from quantlab.result import Result
@@ -114,8 +115,8 @@ class Comparison(_Measured):
 
 
 def perplexity(
-    model,
-    text="primer",
+    model: ModelLike,
+    text: TextLike = "primer",
     *,
     n_ctx: int = 512,
     chunks: int | None = None,
@@ -196,9 +197,9 @@ def perplexity(
 
 
 def kl_divergence(
-    model,
+    model: ModelLike,
     base_file: str | Path,
-    text=None,
+    text: TextLike | None = None,
     *,
     n_ctx: int | None = None,
     chunks: int | None = None,
@@ -269,7 +270,7 @@ def _cut_alike(file: BaseFile, model: Model, text, n_ctx, chunks, choice: Choice
     if text is not None:
         given, record = _cut(model, text, own, len(tokens), "llama.cpp", choice, "none")
         name, sha256 = record.text, record.text_sha256
-        if not np.array_equal(given.original, tokens):
+        if not np.array_equal(given.original, tokens):  # pyright: ignore[reportArgumentType]
             raise ValueError(f"{file.path}: was written on another text than {name}. Leave the text out.")
     made = {"mode": choice.mode, "rules": "none", "text": name, "sha256": sha256, "n_tokens": tokens.size}
     windows, record = windows_of(tokens, model.vocab, name="llama.cpp", **made)
@@ -288,12 +289,12 @@ def _check_base_file(path: Path, model: Model, text, record: Protocol, overwrite
 
 
 def compare(
-    base,
-    variants: Sequence,
-    text="primer",
+    base: ModelLike,
+    variants: Sequence[Any],
+    text: TextLike = "primer",
     *,
-    imatrix=None,
-    calibrate_on="sampled",
+    imatrix: MatrixLike | None = None,
+    calibrate_on: TextLike | Sequence[TextLike] = "sampled",
     rules: str = "current",
     n_ctx: int = 512,
     chunks: int | None = None,
@@ -386,7 +387,7 @@ def measure(
             _check_disk(scratch, budget.disk)
         if progress:
             announce(f"{len(variants)} × {windows.tokens.size} tokens: {budget}")
-        shown = dict(unit="tokens", unit_scale=1 / (base.hparams.n_layer + 1), disable=not progress)
+        shown: dict[str, Any] = dict(unit="tokens", unit_scale=1 / (base.hparams.n_layer + 1), disable=not progress)
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
         with tqdm(total=steps(variants) * windows.tokens.size, bar_format=bar_format, **shown) as bar:
             forward_pass = ForwardPass(variants, windows, running, budget, bar, scratch, key)

@@ -27,10 +27,10 @@ from quantlab.evaluate.engine.cpu import CpuEngine, peak
 from quantlab.evaluate.protocol import cut
 from quantlab.evaluate.refinement import AT_ONCE, Refinement, can_refine
 from quantlab.evaluate.variants import Variant
-from quantlab.files.bundled import read_text
-from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.bundled import TextLike, read_text
+from quantlab.files.imatrix_file import MatrixLike, as_matrix
 from quantlab.files.inputs import input_files
-from quantlab.files.model import Model, as_model
+from quantlab.files.model import Model, ModelLike, as_model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import DIGESTS, beside, check_outputs, follow, is_stream, replacing
 from quantlab.files.progress import announce
@@ -87,17 +87,17 @@ class Settings:
 
 
 def refine(
-    model,
+    model: ModelLike,
     outfile: str | Path | None = None,
     *,
     ftype: str | int,
-    text="sampled",
+    text: TextLike | Sequence[TextLike] = "sampled",
     n_ctx: int = 512,
     chunks: int | None = 64,
     sweeps: int = 2,
     damping: float | str = "auto",
-    imatrix=None,
-    recipe=None,
+    imatrix: MatrixLike | None = None,
+    recipe: Recipe | str | Path | None = None,
     tensor_types: Sequence[tuple[str, str]] = (),
     rules: str = "current",
     scratch: str | Path | None = None,
@@ -263,7 +263,7 @@ def _widest(model: Model) -> int:
 
 def cpu_kind() -> str:
     """Return the kind of CPU that numba compiles for, which the last bits of sums depend on."""
-    return cpu_target.target_context.codegen().magic_tuple()[1]
+    return cpu_target.target_context.codegen().magic_tuple()[1]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def calibration_tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -358,7 +358,7 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
 def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tuple[int, float]:
     """Return bytes of memory and operations that one layer takes."""
     model, h = variant.model, variant.model.hparams.at(index)
-    does = arch.find(h.arch).layer_at(model.hparams, index)
+    does = arch.known(h.arch).layer_at(model.hparams, index)
     tensors = [tensor for tensor in model if tensor.name.startswith(f"blk.{index}.") and len(tensor.shape) > 1]
     shapes = {tensor.name: tensor.shape[-2:] for tensor in tensors}  # of a stack, one matrix
     products = {f: [shapes[f"blk.{index}.{name}.weight"] for name in names] for f, names in does.products.items()}
@@ -392,7 +392,7 @@ def _patching(path: Path) -> Iterator[Callable[[str, np.ndarray], None]]:
             offset, nbytes = places[name]
             if data.nbytes != nbytes:
                 raise ValueError(f"{name}: {data.nbytes} bytes, the file has {nbytes}.")
-            file.seek(offset)
+            file.seek(offset)  # pyright: ignore[reportArgumentType]
             file.write(data.tobytes())
             file.flush()
             os.fsync(file.fileno())

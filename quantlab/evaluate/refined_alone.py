@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -103,7 +104,7 @@ class _Pass(Refinement):
     def _choose_all(self, names: Sequence[str], inputs: np.ndarray) -> None:
         """Refine matrices of one field at every type that is wanted, by the second moments of their inputs alone."""
         pairs = [(variant, name) for variant in self.variants for name in names if can_refine(variant, name)]
-        found = self._moments(names[0], inputs, None, None) if pairs else ()
+        found: Any = self._moments(names[0], inputs, None, None) if pairs else ()
         for self.variant, name in pairs:
             self.write = lambda name, data: np.save(refined_path(self.folder, name, self.variant.types[name]), data)
             self._refine(name, *found)

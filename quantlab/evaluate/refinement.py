@@ -78,14 +78,15 @@ class Refinement:
         self.workers = engine.workers
         self.base = as_is(self.model)
         self.weights = Weights(self.model, [self.base, variant])
-        self.states = HiddenStates(2, *tokens.shape, self.model.hparams.n_embd, scratch, key)
+        n_chunks, n_ctx = tokens.shape
+        self.states = HiddenStates(2, n_chunks, n_ctx, self.model.hparams.n_embd, scratch, key)
 
     @property
     def is_new(self) -> bool:
         """Whether there are no hidden states of an earlier run to go on from."""
         return self.states.layer < 0
 
-    def run(self, write: Callable[[str, np.ndarray], None]) -> None:
+    def run(self, write: Callable[[str, np.ndarray], None] | None) -> None:
         """Do the whole pass, from where the hidden states on disk leave off.
 
         `write(name, data)` takes the bytes [shape=(nrows, row_bytes), dtype=uint8] of each refined tensor.
@@ -230,7 +231,7 @@ class Refinement:
             data.append(refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps))
             check_encoded(data[-1], weight, qtype, name=name, first_row=rows.start)
         data = np.concatenate(data)
-        self.write(name, data)
+        self.write(name, data)  # pyright: ignore[reportOptionalCall]
         return Stored(data, qtype, tensor.shape)
 
 

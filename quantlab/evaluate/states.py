@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ class HiddenStates:
         folder.mkdir(parents=True, exist_ok=True)
         if self._progress.exists():
             self.layer = self._layer_reached()
-        flags = os.O_RDWR | os.O_CREAT
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         self._files = [os.open(path, flags, 0o600) for path in self._paths]
 
     def _layer_reached(self) -> int:
@@ -69,11 +70,11 @@ class HiddenStates:
 
     @property
     def _paths(self) -> list[Path]:
-        return [self._folder / f"states-{parity}.f32" for parity in (0, 1)]
+        return [self._folder / f"states-{parity}.f32" for parity in (0, 1)]  # pyright: ignore[reportOptionalOperand]
 
     @property
     def _progress(self) -> Path:
-        return self._folder / "progress.json"
+        return self._folder / "progress.json"  # pyright: ignore[reportOptionalOperand]
 
     def _place(self, variant: int, chunks: slice) -> tuple[int, tuple[int, ...]]:
         """Byte offset and shape of some chunks of a variant."""
@@ -88,7 +89,7 @@ class HiddenStates:
         x = np.empty(shape, np.float32)
         read = 0
         while read < x.nbytes:
-            count = os.preadv(self._files[self.layer % 2], [memoryview(x).cast("B")[read:]], offset + read)
+            count = _read_at(self._files[self.layer % 2], memoryview(x).cast("B")[read:], offset + read)
             if count == 0:
                 raise OSError(
                     f"{self._folder}: the file of hidden states is too short. Delete the folder and start again."
@@ -114,7 +115,7 @@ class HiddenStates:
         offset, written = self._place(variant, chunks)[0], 0
         while written < x.nbytes:
             view = memoryview(x).cast("B")[written:]
-            written += os.pwrite(self._files[(self.layer + 1) % 2], view, offset + written)
+            written += _write_at(self._files[(self.layer + 1) % 2], view, offset + written)
 
     def advance(self) -> None:
         """Make what was written since the last call current."""
@@ -135,3 +136,26 @@ class HiddenStates:
                 path.unlink(missing_ok=True)
             if not any(self._folder.iterdir()):
                 self._folder.rmdir()
+
+
+_SEEKING = threading.Lock()  # where a system cannot read at a place, no other thread may seek in between
+
+
+def _read_at(file: int, view: memoryview, offset: int) -> int:
+    """Read into `view` from a place in a file; return how many bytes there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [view], offset)
+    with _SEEKING:
+        os.lseek(file, offset, os.SEEK_SET)
+        data = os.read(file, len(view))
+    view[: len(data)] = data
+    return len(data)
+
+
+def _write_at(file: int, view: memoryview, offset: int) -> int:
+    """Write `view` at a place in a file; return how many bytes were written."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, view, offset)
+    with _SEEKING:
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.write(file, view)

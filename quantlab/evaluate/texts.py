@@ -34,7 +34,7 @@ class TextCut:
     @property
     def tokens(self) -> np.ndarray:
         """The first tokens that are evaluated together [shape=(n,), dtype=int32]."""
-        return self.turns.ids[0] if self.windows is None else self.windows.tokens[0]
+        return self.turns.ids[0] if self.windows is None else self.windows.tokens[0]  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def cut_text(
@@ -106,11 +106,11 @@ def measure_texts(
 def _joined(cuts: Sequence[TextCut]) -> tuple[Windows, list[np.ndarray | None]]:
     """Put the windows of several texts of one kind into one set, each with its mask."""
     if cuts[0].windows is not None:
-        parts = [item.windows for item in cuts]
+        parts = [item.windows for item in cuts if item.windows is not None]
         tokens, targets = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "targets"))
         return Windows(tokens, targets, parts[0].first), [None] * len(cuts)
     width = max(4, *(item.protocol.n_ctx for item in cuts))
-    tokens, masks = zip(*(item.turns.windows(width) for item in cuts), strict=True)
+    tokens, masks = zip(*(item.turns.windows(width) for item in cuts), strict=True)  # pyright: ignore[reportOptionalMemberAccess]
     tokens = np.concatenate(tokens)
     return Windows(tokens, tokens[:, 1:].copy(), 0), list(masks)
 

@@ -165,7 +165,7 @@ class Weights:
 
     def output(self, variant: Variant) -> tuple[Stored, Stored]:
         """Return output norm and output matrix."""
-        return self.get(variant, "output_norm.weight"), self.get(variant, output_name(variant.model))
+        return self.get(variant, "output_norm.weight"), self.get(variant, output_name(variant.model))  # pyright: ignore[reportReturnType]
 
     def _load_as(self, variant: Variant, name: str) -> np.ndarray:
         """Tensor `name` of `variant` as it is stored in its type."""
@@ -256,7 +256,7 @@ def _requantize(stored: Stored, qtype: str, weights: np.ndarray | None, name: st
         return np.stack([_requantize(stored.expert(i), qtype, each[i], name, i * rows) for i in range(n)])
     if stored.data.dtype != np.uint8:
         return _quantize(stored.data, qtype, weights, name, first_row)
-    step, encoded = max(1, _PIECE // stored.shape[-1]), []
+    step, encoded = max(1, _PIECE // stored.shape[-1]), []  # pyright: ignore[reportGeneralTypeIssues]
     for start in range(0, len(stored.data), step):
         encoded.append(_quantize(stored.floats(slice(start, start + step)), qtype, weights, name, first_row + start))
     return np.concatenate(encoded)

@@ -148,7 +148,7 @@ def _json_entries(folder: Path, tokenizer: dict[str, Any]) -> Iterator[tuple[int
     for entry in added:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
             raise ValueError(f"{folder}: tokenizer.json: added token {short(entry)} has no text. Download it again.")
-        yield entry.get("id"), entry["content"], bool(entry.get("special"))
+        yield entry.get("id"), entry["content"], bool(entry.get("special"))  # pyright: ignore[reportReturnType]
 
 
 def _looks_special(text: str) -> bool:

@@ -88,7 +88,8 @@ def notebooks_dir() -> Path:
 
 def runs_dir() -> Path:
     """The folder that runs may write to: the checkout's `data/runs/`, elsewhere `./quantlab-runs/`; made if missing."""
-    folder = checkout() / "data" / "runs" if checkout() else Path.cwd() / "quantlab-runs"
+    here = checkout()
+    folder = here / "data" / "runs" if here else Path.cwd() / "quantlab-runs"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -139,7 +140,7 @@ def model_path(name: str | os.PathLike) -> Path:
     """
     check_path(model=name)
     if name in _FETCHED:
-        path = _fetched_path(name)
+        path = _fetched_path(str(name))
         if not path.is_file():
             raise FileNotFoundError(f"{name}: not fetched yet. Run: quantlab fetch {name}")
         return path
@@ -155,7 +156,11 @@ def model_path(name: str | os.PathLike) -> Path:
     return Path(name)
 
 
-def read_text(text: str | os.PathLike | Text) -> Text:
+# what functions take where they need a text: a file or a name, or a text that is read
+TextLike = str | os.PathLike[str] | Text
+
+
+def read_text(text: TextLike) -> Text:
     """Read a text by bundled name, from a file, or from the `datasets` package.
 
     Parameters
@@ -177,7 +182,7 @@ def read_text(text: str | os.PathLike | Text) -> Text:
         return text
     check_path(text=text)
     if text in _TEXTS:
-        return Text.from_bytes(str(text), (data_dir() / "text" / _TEXTS[text]).read_bytes())
+        return Text.from_bytes(str(text), (data_dir() / "text" / _TEXTS[str(text)]).read_bytes())
     if Path(text).exists() and not Path(text).is_dir():  # a file, or a pipe
         return Text.from_bytes(Path(text).name, Path(text).read_bytes())
     if text == _WIKITEXT["name"]:

@@ -17,15 +17,20 @@ __all__ = ["Added", "Changed", "Joined", "Permuted", "Source", "change"]
 class Source(Protocol):
     """A tensor of a checkpoint, stored or changed."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read rows `start:stop` of the tensor seen as (nrows, n_per_row)."""
+        ...
 
     @property
     def nrows(self) -> int:
         """Number of rows of `shape[-1]` values."""
+        ...
 
 
 @dataclass(frozen=True)

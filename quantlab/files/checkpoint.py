@@ -257,7 +257,7 @@ def _speak_of_the_head(folder: Path, sources: Mapping[str, Source]) -> None:
     if is_tied is True and head is not None:
         last = head.shape[0]
         places = [(0, min(4, last)), (last // 2, min(last // 2 + 4, last)), (max(last - 4, 0), last)]
-        if not all(np.array_equal(head.rows(*place), embedding.rows(*place)) for place in places):
+        if not all(np.array_equal(head.rows(*place), embedding.rows(*place)) for place in places):  # pyright: ignore[reportOptionalMemberAccess]
             warnings.warn(
                 f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding. It is kept, as "
                 "llama.cpp's converter keeps it; transformers takes the embedding.",

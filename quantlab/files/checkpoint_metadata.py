@@ -56,7 +56,7 @@ class Config(Hparams):
     @property
     def record(self) -> Architecture:
         """The record of the architecture."""
-        return find(self.arch)
+        return find(self.arch)  # pyright: ignore[reportReturnType]
 
     @property
     def orig_ctx(self) -> int:
@@ -134,7 +134,7 @@ def _hugging_face(path: Path) -> Config:
     n_ctx, n_layer = (number(path, table, key) for key in ("max_position_embeddings", "num_hidden_layers"))
     whole_rope = rope_of_windows(path, table, record)
     needs_n_ff = "intermediate_size" in table or "n_ff_exp" not in record.sizes
-    fields = {name for name in record.metadata.values() if table.get(_FIELDS.get(name))}
+    fields = {name for name in record.metadata.values() if table.get(_FIELDS.get(name, ""))}
     window = windows(path, table, record, n_layer)
     sizes = _heads(path, table, whole_rope[0]) | {"n_ff": number(path, table, "intermediate_size") if needs_n_ff else 0}
     is_two_sizes = "head_dim_window" in record.metadata.values()
@@ -152,7 +152,7 @@ def _hugging_face(path: Path) -> Config:
         writes_head_dim="head_dim" in table,
         packed=packed,
         rms_eps=number(path, table, "rms_norm_eps", 1e-6, whole=False),
-        window=window,
+        window=window,  # pyright: ignore[reportArgumentType]
         **{name: number(path, table, _FIELDS[name], whole=False) for name in fields},
         **_experts(path, table),
         **{
@@ -250,7 +250,7 @@ def _of_one_layer_type(path: Path, key: str, rope: Any, layer_types: Any) -> dic
             f"{path}: {key}={short(rope, 200)}, need the same table for all layers of this architecture. "
             f"Use llama.cpp's converter."
         )
-    return {name: value for name, value in rope.items() if name not in names} | tables[0]
+    return {name: value for name, value in rope.items() if name not in names} | tables[0]  # pyright: ignore[reportOperatorIssue]
 
 
 def check_computed(folder: Path, config: Config) -> None:
@@ -266,7 +266,7 @@ def check_computed(folder: Path, config: Config) -> None:
     table |= table["text_config"] if isinstance(table.get("text_config"), dict) else {}
     names = _ACTIVATIONS.get(record.layer.activation, ())
     key = "hidden_activation" if table.get("hidden_activation") else "hidden_act"
-    wanted = [(key, names)] if names else []
+    wanted: list[tuple[str, tuple]] = [(key, names)] if names else []
     wanted.append(("use_bidirectional_attention", ("vision",)))
     if step := record.unrotated_period:
         wanted.append(("no_rope_layers", ([int((i + 1) % step > 0) for i in range(config.n_layer)],)))
@@ -335,7 +335,7 @@ def rope_factors(config: Config) -> dict[str, np.ndarray]:
     for kind in ("long", "short"):
         factors = config.rope.get(f"{kind}_factor")
         numbers = isinstance(factors, list) and all(type(x) in (int, float) and 0 < x < 1e9 for x in factors)
-        if not numbers or len(factors) != config.n_pairs:
+        if not numbers or len(factors) != config.n_pairs:  # pyright: ignore[reportArgumentType]
             raise ValueError(
                 f"{kind}_factor={short(factors)}, need {config.n_pairs} positive numbers. "
                 f"Use the config.json that came with this checkpoint."

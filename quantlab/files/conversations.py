@@ -118,7 +118,7 @@ def _conversation(item: Any, where: str) -> list[Message]:
             content = "".join(part["text"] for part in content if isinstance(part, dict) and _is_text(part.get("text")))
         if not _is_text(role) or not _is_text(content):
             raise ValueError(f"{where}: a message needs role and content, both text. Add them.")
-        messages.append({"role": _ROLES.get(role, role), "content": content})
+        messages.append({"role": _ROLES.get(str(role), role), "content": content})
     return messages
 
 
@@ -191,7 +191,7 @@ def _environment():
     class Generation(Extension):
         """`{% generation %} … {% endgeneration %}` around answers: passed through."""
 
-        tags = frozenset(["generation"])
+        tags = frozenset(["generation"])  # pyright: ignore[reportAssignmentType]
 
         def parse(self, parser):
             next(parser.stream)

@@ -331,7 +331,7 @@ def _read_numbers(cursor: _Cursor, number: type, count: int, key: str) -> np.nda
 
 def _alignment_of(cursor: _Cursor, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", np.uint32(ALIGNMENT))
-    if not isinstance(alignment, np.uint32) or alignment == 0 or alignment & (alignment - 1):
+    if not isinstance(alignment, np.uint32) or alignment == 0 or alignment & (alignment - 1):  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
         raise cursor.bad(f"general.alignment={short(alignment)}, need a power of two as uint32")
     return int(alignment)
 

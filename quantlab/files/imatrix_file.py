@@ -140,7 +140,11 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     return matrix
 
 
-def as_matrix(matrix: str | Path | ImportanceMatrix | None) -> ImportanceMatrix | None:
+# what functions take where they need an importance matrix: a file, or a matrix
+MatrixLike = str | Path | ImportanceMatrix
+
+
+def as_matrix(matrix: MatrixLike | None) -> ImportanceMatrix | None:
     """Return an importance matrix, or None, as it is; read a file of one."""
     return matrix if matrix is None or isinstance(matrix, ImportanceMatrix) else read_imatrix(matrix)
 

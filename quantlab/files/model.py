@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from html import escape
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ __all__ = ["LazyTensor", "Model", "as_model", "is_checkpoint", "open"]
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # names of single files of weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LazyTensor:
     """A tensor that is read from disk when its values are asked for.
 
@@ -111,6 +112,30 @@ class LazyTensor:
             rows = quants.dequantize(rows, self.qtype, (stop - start, self.shape[-1]))
         rows = rows.astype(np.float32, copy=False)
         return rows.reshape(self.shape) if whole else rows
+
+    def _facts(self) -> dict[str, str]:
+        """What is known without reading the values."""
+        place = (
+            {} if self.offset is None or self.file is None else {"place": f"byte {self.offset:,} of {self.file.name}"}
+        )
+        bpw = 8 * self.nbytes / max(self.n_weights, 1)
+        return {
+            "tensor": self.name,
+            "shape": " × ".join(map(str, self.shape)),
+            "type": f"{self.qtype}, {bpw:.4g} bits per weight",
+            "size": f"{self.n_weights:,} weights, {self.nbytes:,} bytes",
+        } | place
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.shape))
+        return f"LazyTensor({self.name}: {self.qtype}, {shape}, {self.nbytes:,} bytes)"
+
+    def __str__(self) -> str:
+        return "\n".join(f"{key:>6}  {value}" for key, value in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{key}</th><td>{escape(value)}</td></tr>" for key, value in self._facts().items())
+        return f"<table>{rows}</table>"
 
 
 class Model:
@@ -228,7 +253,7 @@ class Model:
         return f"<p>{escape(repr(self))}</p>" + "".join(tables)  # tables escape by themselves; names are strangers'
 
 
-def open(path: str | Path) -> Model:
+def open(path: str | PathLike[str]) -> Model:
     """Open a GGUF file (or the shards that it belongs to) or a checkpoint, lazily.
 
     A checkpoint opens as the GGUF file that it would be converted to: GGUF names, GGUF metadata, rows of q and k
@@ -272,7 +297,11 @@ def open(path: str | Path) -> Model:
     return Model(path, metadata, tensors, [header.path for header in headers])
 
 
-def as_model(model: str | Path | Model) -> Model:
+# what functions take where they need a model: its path or bundled name, or a model that is open
+ModelLike = str | PathLike[str] | Model
+
+
+def as_model(model: ModelLike) -> Model:
     """Return a model that is opened already as it is, any other as `open` opens it."""
     return model if isinstance(model, Model) else open(model)
 

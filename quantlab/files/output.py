@@ -92,7 +92,7 @@ def _check_existing(path: Path, mode: int, overwrite: bool, own: Own | None) -> 
     if own is not None and own(path):
         return
     if not overwrite:
-        what, remedy = _OTHERS.get(own, ("", "Choose another name or pass overwrite=True"))
+        what, remedy = _OTHERS.get(own, ("", "Choose another name or pass overwrite=True"))  # pyright: ignore[reportCallIssue, reportArgumentType]
         raise FileExistsError(f"{path}: exists already{what}. {remedy}.")
     if own is is_report and b"\0" in _start(path):
         raise ValueError(f"{path}: is a binary file, a report may replace only text. Name another file.")

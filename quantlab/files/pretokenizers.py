@@ -49,7 +49,7 @@ class PreTokenizer:
         """Return the cut as the tokenizers library's pre-tokenizer."""
         from tokenizers import Regex, pre_tokenizers
 
-        steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in self.regexes]
+        steps: list[Any] = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in self.regexes]
         if self.of_bytes:
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         return pre_tokenizers.Sequence(steps)

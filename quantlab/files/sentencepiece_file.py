@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantlab.files.recognize import reason
 
@@ -84,7 +85,7 @@ def pack_sentencepiece(pieces: Iterable[tuple[str, float, int]], *, unknown: int
     return b"".join(parts)
 
 
-def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
     """Yield number and value of a message's fields; numbers of fixed width come as bytes."""
     at = 0
     while at < len(raw):

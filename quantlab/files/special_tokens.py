@@ -52,7 +52,7 @@ def special_metadata(
     """
     config = dict(tokenizer_config)  # roles that only the post-processor knows are added
     has_config = bool(config)
-    roles = list(fixed) if fixed else list(_ROLES)
+    roles: list[str] = list(fixed) if fixed else list(_ROLES)
     adds = _added_by_template(tokenizer, config, roles) if tokenizer else {}
     ids: dict[str, int] = {}
     if has_config:

@@ -22,6 +22,15 @@ class _Stack:
     source: Source
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stack."""
+        raise NotImplementedError
+
+    def _of_expert(self, expert: int, first: int, last: int) -> np.ndarray:
+        """Read rows of one expert."""
+        raise NotImplementedError
+
+    @property
     def dtype(self) -> str:
         return self.source.dtype
 

@@ -241,7 +241,7 @@ def _stored(path: Path, table: Any, locate: Callable[[_Storage], int]) -> dict[s
         if view.is_dense:
             tensors[name] = StoredTensor(name, dtype, shape, data)
         elif len(shape) <= 2:
-            tensors[name] = StridedTensor(name, dtype, shape, data, (0, *view.strides)[-2:])
+            tensors[name] = StridedTensor(name, dtype, shape, data, (0, *view.strides)[-2:])  # pyright: ignore[reportArgumentType]
         else:
             raise ValueError(f"{path}: {name}: shape {shape} has strides {view.strides}. Save it as contiguous.")
     return tensors

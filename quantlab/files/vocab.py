@@ -140,8 +140,8 @@ class Vocab:
             bos_id=token_id("bos", 1 if spm else None),
             eos_id=token_id("eos", 2 if spm else None),
             unk_id=token_id("unknown", 0 if spm else None),
-            add_bos=not (spm or cut.of_bytes)  # llama.cpp overrides the key then
-            or metadata.get("tokenizer.ggml.add_bos_token", True if spm else cut.add_bos),
+            add_bos=not (spm or cut.of_bytes)  # llama.cpp overrides the key then  # pyright: ignore[reportOptionalMemberAccess]
+            or metadata.get("tokenizer.ggml.add_bos_token", True if spm else cut.add_bos),  # pyright: ignore[reportOptionalMemberAccess]
             add_eos=metadata.get("tokenizer.ggml.add_eos_token", False),
             add_space_prefix=spm and metadata.get("tokenizer.ggml.add_space_prefix", True),
             source=source,

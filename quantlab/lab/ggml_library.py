@@ -5,6 +5,7 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,12 +28,12 @@ class _Traits(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The library, or None."""
+def library() -> Any:
+    """The library as ctypes opens it, or None."""
     spec = find_spec("libggml")
     if spec is None:
         return None
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("lib*/libggml-base.so"))
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("lib*/libggml-base.so"))  # pyright: ignore[reportOptionalSubscript]
     return open_library(found[0]) if found else None
 
 

@@ -53,7 +53,7 @@ def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M", *, rules: str = 
         for qtype in (narrow, wide):
             if (name, qtype) not in kld:
                 raise ValueError(f"{name}: {qtype} was not measured. Measure the types of {ftype}.")
-        added = tensor_bytes(shape, wide) - tensor_bytes(shape, narrow)
+        added = tensor_bytes(shape, wide) - tensor_bytes(shape, narrow)  # pyright: ignore[reportArgumentType]
         gain = kld[name, narrow] - kld[name, wide]
         picked = rule[name].qtype == wide != narrow
         rows.append((name, layer_of(name), kind_of(name), narrow, wide, added, gain, 1024 * gain / added, picked))
@@ -64,9 +64,9 @@ def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M", *, rules: str = 
 
 def _greedy(frame: pd.DataFrame, left: int) -> pd.Series:
     """Pick rows by gain per byte, as many as fit into `left` bytes."""
-    picked = pd.Series(False, index=frame.index)
+    picked, sizes = pd.Series(False, index=frame.index), frame["bytes"].to_dict()
     for i in frame["gain_per_kib"].sort_values(ascending=False, kind="stable").index:
-        if frame.loc[i, "bytes"] <= left:
+        if sizes[i] <= left:
             picked[i] = True
-            left -= int(frame.loc[i, "bytes"])
+            left -= sizes[i]
     return picked

@@ -60,7 +60,7 @@ class _Inputs:
 
     def __init__(self, model, name: str):
         self._model, self._name, self._found = model, name, []
-        self._record = arch.find(model.hparams.arch)
+        self._record = arch.known(model.hparams.arch)
 
     def observe(self, variant: int, layer: int, field: str, inputs) -> None:
         """Keep the inputs of the product that the matrix takes part in."""

@@ -46,7 +46,7 @@ def outlier(x: np.ndarray, qtypes: list[str], *, qtype: str = "Q4_K", size: floa
     picture = ipywidgets.Image(format="png", layout={"max_width": "1000px"})  # nbclient can hang at an Output widget
 
     def draw(change=None):
-        axes = block_weights(blocks.weights(blocks.with_outlier(x, slider.value), types.value))
+        axes = block_weights(blocks.weights(blocks.with_outlier(x, slider.value), types.value))  # pyright: ignore[reportArgumentType]
         png = io.BytesIO()
         axes[0].figure.savefig(png, dpi=100)
         plt.close(axes[0].figure)

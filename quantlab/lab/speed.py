@@ -14,6 +14,7 @@ import pandas as pd
 from quantlab import quants
 from quantlab.files.model import Model
 from quantlab.lab import ggml_library
+from quantlab.quants.compiled import config
 from quantlab.quants.ggml_types import GGML_TYPES
 
 
@@ -26,7 +27,7 @@ def threads(n: int) -> Iterator[None]:
     ValueError
         If numba was started with fewer.
     """
-    most, before = numba.config.NUMBA_NUM_THREADS, numba.get_num_threads()
+    most, before = config.NUMBA_NUM_THREADS, numba.get_num_threads()
     if not 1 <= n <= most:
         raise ValueError(f"speed: threads={n}, must be from 1 to {most}. Start with NUMBA_NUM_THREADS={n} for more.")
     numba.set_num_threads(n)
@@ -38,12 +39,12 @@ def threads(n: int) -> Iterator[None]:
 
 def machine() -> str:
     """Name the processor that the kernels are compiled for."""
-    return f"{platform.machine()}, {numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()}"
+    return f"{platform.machine()}, {config.CPU_NAME or llvmlite.binding.get_host_cpu_name()}"
 
 
 def thread_counts() -> list[int]:
     """1, 2, 4, … up to the number of threads that numba was started with, that number included."""
-    most = numba.config.NUMBA_NUM_THREADS
+    most = config.NUMBA_NUM_THREADS
     return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
 
 

@@ -25,3 +25,7 @@ __all__ = [
     "row_bytes",
     "types",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

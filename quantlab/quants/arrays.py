@@ -6,14 +6,15 @@ costs little more memory than its input and its output.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NoReturn
 
 import ml_dtypes  # noqa: F401
 import numpy as np
+from numpy.typing import ArrayLike
 
-from quantlab.quants.ggml_types import ENCODED, GGML_TYPES, GgmlType, can_decode, ggml_type, load, row_bytes
+from quantlab.quants.ggml_types import ENCODED, GGML_TYPES, GgmlType, can_decode, ggml_type, load, row_bytes, type_name
 
 # dtype that an array may have -> its record; ml_dtypes makes bfloat16 known to NumPy
 _FLOATS = {np.dtype(record.dtype): record for record in GGML_TYPES.values() if record.dtype and record.can_encode}
@@ -86,7 +87,7 @@ def float_pieces(
     """
     start = 0
     for rows_of_x in _as_rows(x, x.shape[-1]):
-        for rows, columns in _pieces(*rows_of_x.shape, block, whole_rows):
+        for rows, columns in _pieces(len(rows_of_x), x.shape[-1], block, whole_rows):
             piece, is_finite = _floats(np.ascontiguousarray(rows_of_x[rows, columns]), check)
             rows = slice(start + rows.start, start + rows.stop)
             if check and not is_finite:
@@ -142,7 +143,15 @@ def _output(out: np.ndarray | None, shape: tuple, dtype: type) -> np.ndarray:
 # ---- numbers ↔ bytes
 
 
-def quantize(x, qtype: str, imatrix=None, *, name: str = "x", first_row: int = 0, out=None) -> np.ndarray:
+def quantize(
+    x: ArrayLike,
+    qtype: str,
+    imatrix: ArrayLike | None = None,
+    *,
+    name: str = "x",
+    first_row: int = 0,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Encode the rows of an array in a ggml type, byte for byte as llama.cpp does.
 
     Parameters
@@ -150,7 +159,7 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", first_row: int = 0
     x : np.ndarray [shape=(*lead, n_per_row), dtype=float32 | float16 | bfloat16, finite]
         The weights. Any strides.
     qtype : str
-        ggml type; `can_encode` in `types()` tells which have an encoder.
+        ggml type, in any case; `can_encode` in `types()` tells which have an encoder.
     imatrix : np.ndarray [shape=(n_per_row,), dtype=float32, >= 0], optional
         Mean squared activation per column. As in llama.cpp, the types whose `uses_imatrix` in `types()` is False
         are encoded the same with and without. IQ2_XXS, IQ2_XS and IQ1_S cannot do without.
@@ -180,7 +189,7 @@ def quantize(x, qtype: str, imatrix=None, *, name: str = "x", first_row: int = 0
 
     Source: `ggml_quantize_chunk` of llama.cpp.
     """
-    x = np.asarray(x)
+    x, qtype = np.asarray(x), type_name(qtype)
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
     check_input(x, qtype, imatrix, name)
     record = GGML_TYPES[qtype]
@@ -235,7 +244,7 @@ def decode_f32(data: np.ndarray, out: np.ndarray) -> None:
     out[:] = data.view(np.float32)
 
 
-def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
+def dequantize(data: ArrayLike, qtype: str, shape: Sequence[int], *, out: np.ndarray | None = None) -> np.ndarray:
     """Decode bytes of a ggml type to float32.
 
     Parameters
@@ -266,7 +275,7 @@ def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
 
     Source: `dequantize_row_*` of llama.cpp's ggml-quants.c.
     """
-    data = np.asarray(data)
+    data, qtype = np.asarray(data), type_name(qtype)
     shape = tuple(shape)
     record = ggml_type(qtype)
     if not can_decode(qtype):
@@ -291,7 +300,9 @@ def dequantize(data, qtype: str, shape, *, out=None) -> np.ndarray:
     return result
 
 
-def roundtrip(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.ndarray:
+def roundtrip(
+    x: ArrayLike, qtype: str, imatrix: ArrayLike | None = None, *, name: str = "x", out: np.ndarray | None = None
+) -> np.ndarray:
     """Return what is left of an array after quantizing: `dequantize(quantize(x))`, without keeping the bytes.
 
     Parameters
@@ -315,7 +326,7 @@ def roundtrip(x, qtype: str, imatrix=None, *, name: str = "x", out=None) -> np.n
     >>> roundtrip(np.linspace(-1, 1, 32, dtype=np.float32), "Q8_0").shape
     (32,)
     """
-    x = np.asarray(x)
+    x, qtype = np.asarray(x), type_name(qtype)
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
     check_input(x, qtype, imatrix, name)
     result = _output(out, x.shape, np.float32)

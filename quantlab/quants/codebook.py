@@ -1,9 +1,10 @@
 """The codes in the blocks: where each type keeps them, how often each is used, what values they stand for."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from quantlab.quants.arrays import PIECE, dequantize
-from quantlab.quants.ggml_types import GGML_TYPES, Bits, block_bytes, block_size
+from quantlab.quants.ggml_types import GGML_TYPES, Bits, block_bytes, block_size, type_name
 
 # type -> the places of its codes' bits, lowest bits first
 CODES = {record.name: record.codes for record in GGML_TYPES.values() if record.codes}
@@ -32,11 +33,11 @@ def code_values(qtype: str) -> np.ndarray:
     -------
     np.ndarray [shape=(2**bits,), dtype=int64]
     """
-    levels = GGML_TYPES[qtype].levels
+    levels = GGML_TYPES[type_name(qtype)].levels
     return np.arange(len(levels)) if isinstance(levels, range) else np.array(levels)
 
 
-def code_histogram(data, qtype: str) -> np.ndarray:
+def code_histogram(data: ArrayLike, qtype: str) -> np.ndarray:
     """Count how often each code is used: a type that leaves levels empty wastes bits.
 
     Parameters
@@ -71,7 +72,7 @@ def code_histogram(data, qtype: str) -> np.ndarray:
     return counts[order]
 
 
-def codes(data, qtype: str) -> np.ndarray:
+def codes(data: ArrayLike, qtype: str) -> np.ndarray:
     """Read the code of every weight.
 
     Parameters
@@ -97,15 +98,15 @@ def codes(data, qtype: str) -> np.ndarray:
     >>> codes(quantize(np.arange(32, dtype=np.float32), "Q4_1"), "Q4_1")[0, ::8]
     array([ 0,  4,  8, 12], dtype=uint8)
     """
-    result, shift = np.uint8(0), 0
-    blocks = _blocks(data, qtype)
+    blocks, shift, qtype = _blocks(data, qtype), 0, type_name(qtype)
+    result = np.zeros((len(blocks), 1), np.uint8)
     for place in CODES[qtype]:
         result = result | take(place, blocks) << shift
         shift += place.width
     return result
 
 
-def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
+def grid(data: ArrayLike, qtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Find the values that every weight can take: `first + step * code_values(qtype)[code]`.
 
     Parameters
@@ -131,7 +132,7 @@ def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
     >>> first[0, 0], step[0, 0]
     (np.float32(-8.0), np.float32(1.0))
     """
-    blocks = _blocks(data, qtype)
+    blocks, qtype = _blocks(data, qtype), type_name(qtype)
     shape, values = (len(blocks), block_size(qtype)), code_values(qtype).tolist()
     second = dequantize(_with_codes(blocks, qtype, values.index(1)), qtype, shape)
     if 0 not in values:
@@ -141,8 +142,9 @@ def grid(data, qtype: str) -> tuple[np.ndarray, np.ndarray]:
         return first, second - first
 
 
-def _blocks(data, qtype: str) -> np.ndarray:
+def _blocks(data: ArrayLike, qtype: str) -> np.ndarray:
     """`data` as (n_blocks, bytes of a block), checked."""
+    qtype = type_name(qtype)
     if qtype not in CODES:
         raise ValueError(f"qtype={qtype!r}, has no table of codes. Choose one of {', '.join(CODES)}.")
     data = np.ascontiguousarray(data)

@@ -5,12 +5,17 @@ holds that of the kernels it calls, and its types are classes of this package: a
 numba would run what is out of date, or fail to read it. Here a kernel is good as long as no file with kernels changed.
 """
 
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numba
-from numba import config
+import numba.core.config
+from numba.extending import intrinsic as numba_intrinsic
+
+config: Any = numba.core.config  # numba sets its names from the environment, so that no checker of types sees them
 
 
 @cache
@@ -22,7 +27,7 @@ def sources_digest() -> str:
     return sha256(b"".join(sources)).hexdigest()
 
 
-def njit(function=None, /, **options):
+def njit(function: Callable | None = None, /, **options) -> Any:
     """Compile a function as `numba.njit` does; `cache` keeps it for later processes.
 
     Examples
@@ -37,6 +42,14 @@ def njit(function=None, /, **options):
         return lambda function: njit(function, **options)
     kernel = numba.njit(**options)(function)
     if options.get("cache") and not config.DISABLE_JIT:
-        index = kernel._cache._cache_file
+        index = kernel._cache._cache_file  # pyright: ignore[reportAttributeAccessIssue]
         index._version = f"{index._version} {sources_digest()}"  # looked at before anything else in the file is read
     return kernel
+
+
+def intrinsic(function: Callable) -> Any:
+    """Make a function that builds LLVM code callable from kernels: `numba.extending.intrinsic`.
+
+    Kernels call it without the first parameter, which is numba's own.
+    """
+    return numba_intrinsic(function)

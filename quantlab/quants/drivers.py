@@ -6,6 +6,7 @@ parallel loop takes: a multiple of 16 blocks, so that only the last span of an a
 
 from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 from numba import prange
@@ -18,7 +19,10 @@ SPAN = 1 << 15  # weights that one task of a parallel loop handles
 NO_WEIGHTS = np.empty(0, np.float32)  # stands for no importance matrix
 
 
-# ---- templates: `_span` is a type's own kernel, `_block` its weights per block
+# ---- templates: `_span` is a type's own kernel, `_block` its weights per block; `_driver` sets both
+
+_span: Any
+_block: int
 
 
 def _encode(x, importance, out):

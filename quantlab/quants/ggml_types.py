@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Family(NamedTuple):
@@ -115,14 +118,14 @@ class GgmlType:
         return bool(self.encoder or self.weighted_encoder)
 
 
-def _kernels(module: str, name: str, *, plain: bool = True, weighted: bool = True) -> dict[str, str]:
+def _kernels(module: str, name: str, *, plain: bool = True, weighted: bool = True) -> dict[str, Any]:
     """Name the kernels of a type whose functions are called after it."""
     names = {"decoder": f"{module}:decode_{name}"}
     names |= {"encoder": f"{module}:encode_{name}"} if plain else {}
     return names | ({"weighted_encoder": f"{module}:encode_{name}_imatrix"} if weighted else {})
 
 
-_TO_NIBBLES = {"halves": (0,), "fallback": "IQ4_NL"}
+_TO_NIBBLES: dict[str, Any] = {"halves": (0,), "fallback": "IQ4_NL"}
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values
 _RECORDS = (
@@ -279,8 +282,29 @@ def ggml_type(qtype: str) -> GgmlType:
         If `qtype` is not the name of a ggml type.
     """
     if qtype not in GGML_TYPES:
-        raise ValueError(f"qtype={qtype!r}, must be a ggml type. See quantlab.quants.types() for their names.")
+        base, _, size = str(qtype).upper().rpartition("_")
+        remedy = "See quantlab.quants.types() for their names."
+        if base in GGML_TYPES and size in ("S", "M", "L", "MOE"):
+            remedy = f"That is a mixture of types for a whole file: name {base} here, or call quantlab.quantize."
+        raise ValueError(f"qtype={qtype!r}, must be a ggml type. {remedy}")
     return GGML_TYPES[qtype]
+
+
+def type_name(qtype: str) -> str:
+    """Return ggml's name of a type that is given in any case.
+
+    Raises
+    ------
+    ValueError
+        If there is no such type.
+
+    Examples
+    --------
+    >>> type_name("q4_k")
+    'Q4_K'
+    """
+    name = str(qtype).upper()
+    return name if name in GGML_TYPES else ggml_type(qtype).name
 
 
 @cache
@@ -298,7 +322,7 @@ def block_size(qtype: str) -> int:
     ValueError
         If `qtype` is not the name of a ggml type.
     """
-    return ggml_type(qtype).block
+    return ggml_type(type_name(qtype)).block
 
 
 def block_bytes(qtype: str) -> int:
@@ -309,7 +333,7 @@ def block_bytes(qtype: str) -> int:
     ValueError
         If `qtype` is not the name of a ggml type.
     """
-    return ggml_type(qtype).nbytes
+    return ggml_type(type_name(qtype)).nbytes
 
 
 def row_bytes(qtype: str, n_per_row: int, *, name: str = "x") -> int:
@@ -326,11 +350,11 @@ def row_bytes(qtype: str, n_per_row: int, *, name: str = "x") -> int:
     >>> row_bytes("Q4_K", 4096)
     2304
     """
-    record = ggml_type(qtype)
+    record = ggml_type(type_name(qtype))
     if n_per_row % record.block:
         smaller = "a type with blocks of 32 (Q4_0, Q5_0, Q8_0), " if record.block > 32 and n_per_row % 32 == 0 else ""
         raise ValueError(
-            f"{name}: n_per_row={n_per_row} is not a multiple of the {qtype} block size {record.block}. "
+            f"{name}: n_per_row={n_per_row} is not a multiple of the {record.name} block size {record.block}. "
             f"Choose {smaller}F16 or BF16 for this tensor."
         )
     return n_per_row // record.block * record.nbytes
@@ -345,7 +369,7 @@ def can_decode(qtype: str) -> bool:
     return qtype in {known.name for known in _type_traits}
 
 
-def types():
+def types() -> "pd.DataFrame":
     """Return the table of ggml types, one row per type.
 
     Returns

@@ -3,6 +3,8 @@
 Narrow numbers are widened to ints, and cut back to their low bits. Kernels import these functions from `lanes`.
 """
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -14,18 +16,18 @@ _WHOLE = types.int32, types.uint16, types.int16, types.uint8, types.int8
 _LOADED = {types.float32: FLOATS, **dict.fromkeys(_WHOLE, INTS)}
 
 
-def load(array, i):
+def load(array, i) -> Any:
     """Read ``array[i : i + 16]``."""
     return gather(array, i, 1)
 
 
-def gather(array, i, step):
+def gather(array, i, step) -> Any:
     """Read the 16 elements ``array[i + step * lane]``."""
     values = array[i : i + step * (WIDTH - 1) + 1 : step]
     return values.astype(np.float32 if array.dtype == np.float32 else np.int32)
 
 
-def look_up(table, v):
+def look_up(table, v) -> Any:
     """Read ``table[v]`` of a table of 16 bytes, 0 ≤ v < 16 in each lane."""
     return table[v].astype(np.int32)
 

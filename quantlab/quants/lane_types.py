@@ -4,10 +4,12 @@
 """
 
 import operator
+from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.core.typing.templates import AbstractTemplate, signature
+from numba.core.typing.templates import infer_global as numba_infer_global
 from numba.extending import lower_builtin, models, register_model
 
 WIDTH = 16
@@ -34,6 +36,9 @@ def vector(lanes_type):
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager, lanes_type):
         super().__init__(manager, lanes_type, vector(lanes_type))
+
+
+infer_global: Any = numba_infer_global  # numba gives it no types
 
 
 # ---------------------------------------------------------------------------------------------------------------------

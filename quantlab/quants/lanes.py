@@ -19,6 +19,7 @@ same bytes, slowly.
 
 import os
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -75,7 +76,7 @@ ROUNDER = np.float32(12582912)  # 1.5 * 2**23: adding it rounds a small float to
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def lanes(x):
+def lanes(x) -> Any:
     """Repeat a number 16 times: an int gives ints, a bool a mask, anything else floats."""
     kind = np.bool_ if isinstance(x, (bool, np.bool_)) else np.int32 if isinstance(x, (int, np.integer)) else np.float32
     return np.full(WIDTH, x, kind)
@@ -89,7 +90,7 @@ def _lanes_typing(x):
 teach(lanes, _lanes_typing, lambda context, builder, sig, args: widen(builder, args[0], sig.args[0]))
 
 
-def select(mask, a, b):
+def select(mask, a, b) -> Any:
     """Take `a` where the mask holds and `b` elsewhere, as C's ``mask ? a : b``."""
     return np.where(mask, a, b)
 
@@ -107,12 +108,12 @@ def _select_lower(context, builder, sig, args):
 teach(select, _select_typing, _select_lower)
 
 
-def minimum(a, b):
+def minimum(a, b) -> Any:
     """Return ``a < b ? a : b``: `b` when they are equal or one is NaN, as C's MIN does."""
     return np.where(a < b, a, b)
 
 
-def maximum(a, b):
+def maximum(a, b) -> Any:
     """Return ``a > b ? a : b``: `b` when they are equal or one is NaN, as C's MAX does."""
     return np.where(a > b, a, b)
 
@@ -135,12 +136,12 @@ teach(minimum, _pair_typing, _choose_lower("<"))
 teach(maximum, _pair_typing, _choose_lower(">"))
 
 
-def absolute(v):
+def absolute(v) -> Any:
     """Clear the sign of floats."""
     return np.abs(v)
 
 
-def sqrt(v):
+def sqrt(v) -> Any:
     """Return the square roots of floats, correctly rounded."""
     return np.sqrt(v)
 
@@ -203,7 +204,7 @@ teach(any_lane, _from_to(MASK, types.boolean), _mask_lower("!=", 0))
 teach(all_lanes, _from_to(MASK, types.boolean), _mask_lower("==", 2**WIDTH - 1))
 
 
-def lane_bits(mask):
+def lane_bits(mask) -> Any:
     """Return an int whose bit `i` tells whether the mask holds in lane `i`."""
     return int(np.packbits(mask, bitorder="little").view(np.uint16)[0])
 
@@ -228,17 +229,17 @@ def _first_lane_lower(context, builder, sig, args):
 teach(first_lane, _from_to(MASK, types.int32), _first_lane_lower)
 
 
-def total(v):
+def total(v) -> Any:
     """Add the 16 ints."""
     return int(np.sum(v, dtype=np.int32))
 
 
-def lowest(v):
+def lowest(v) -> Any:
     """Return the smallest of 16 ints, or of 16 floats of which none is NaN."""
     return np.min(v) if v.dtype == np.float32 else int(np.min(v))
 
 
-def highest(v):
+def highest(v) -> Any:
     """Return the largest of the 16 ints."""
     return int(np.max(v))
 
@@ -268,7 +269,7 @@ teach(lowest, _lowest_typing, _lowest_lower)
 teach(highest, _from_to(INTS, types.int32), _reduce_lower("smax"))
 
 
-def ordered_sum(v):
+def ordered_sum(v) -> Any:
     """Add the 16 floats, the first one first."""
     return np.cumsum(v, dtype=np.float32)[-1]
 
@@ -287,22 +288,22 @@ teach(ordered_sum, _from_to(FLOATS, types.float32), _ordered_sum_lower)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def to_float(v):
+def to_float(v) -> Any:
     """Convert ints to floats, as C's implicit conversion does."""
     return v.astype(np.float32)
 
 
-def to_int(v):
+def to_int(v) -> Any:
     """Convert floats below 2**31 in magnitude to ints, dropping the fraction, as a C cast does."""
     return v.astype(np.int32)
 
 
-def bits(v):
+def bits(v) -> Any:
     """Return the 32 bits of floats as ints."""
     return v.view(np.int32)
 
 
-def from_bits(v):
+def from_bits(v) -> Any:
     """Return the floats that have the given 32 bits."""
     return v.view(np.float32)
 
@@ -314,7 +315,7 @@ teach(from_bits, _from_to(INTS, FLOATS), lambda c, b, sig, args: b.bitcast(args[
 
 
 @kernel
-def nearest_int(v):
+def nearest_int(v) -> Any:
     """Round floats to the nearest int, half to even.
 
     Beyond ±4194303, where C's function of this name asserts, the result wraps as it does there; NaN gives 0.
@@ -323,7 +324,7 @@ def nearest_int(v):
 
 
 @kernel
-def to_half(v):
+def to_half(v) -> Any:
     """Return the float16 bits of floats, rounded half to even, as ints; too large gives infinity."""
     magnitude = bits(v) & 0x7FFFFFFF
     rebiased = magnitude - (112 << 23)
@@ -335,7 +336,7 @@ def to_half(v):
 
 
 @kernel
-def from_half(h):
+def from_half(h) -> Any:
     """Return the floats whose float16 bits are given as ints."""
     shifted = (h & 0x7FFF) << 13
     finite = bits(from_bits(shifted) * np.float32(2.0**112))  # exact, subnormal numbers included

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from math import log10
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from quantlab.quants.arrays import check_input, dequantize, float_pieces, quantize
 from quantlab.quants.codebook import CODES, code_histogram
-from quantlab.quants.ggml_types import WEIGHTED, ggml_type
+from quantlab.quants.ggml_types import WEIGHTED, ggml_type, type_name
 from quantlab.result import Result
 
 
@@ -54,7 +55,7 @@ class Errors(Result):
         return {"protocol": {"measure": "dequantize(quantize(x)) - x"}, "rows": [self]}
 
 
-def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
+def errors(x: ArrayLike, qtype: str, imatrix: ArrayLike | None = None, *, name: str = "x") -> Errors:
     """Measure what quantizing an array loses.
 
     Parameters
@@ -77,7 +78,7 @@ def errors(x, qtype: str, imatrix=None, *, name: str = "x") -> Errors:
     >>> errors(np.zeros(256, np.float32), "Q4_K").rmse
     0.0
     """
-    x = np.asarray(x)
+    x, qtype = np.asarray(x), type_name(qtype)
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
     check_input(x, qtype, imatrix, name)
     if x.size == 0:

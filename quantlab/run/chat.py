@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 
 from quantlab.run.llama_cpp import Engine
@@ -96,7 +96,7 @@ class Conversation:
         """Tokens per second of the last answer, from its first token on; 0 where it has fewer than two."""
         return (self.n_tokens - 1) / self.seconds if self.n_tokens > 1 and self.seconds > 0 else 0.0
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Ask, and yield the answer piece by piece. What was said until it is stopped stays in the history.
 
         Raises

@@ -8,7 +8,6 @@ part of the KV cache; the token embedding stays in the machine's memory.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pandas as pd
 
 from quantlab.arch import architectures, find
 from quantlab.files.arguments import check_whole
+from quantlab.files.machine import physical_memory
 from quantlab.quants import row_bytes
 from quantlab.result import Result
 from quantlab.run.compute_buffer import CELLS, F32, cells, compute_bytes, input_bytes
@@ -244,7 +244,7 @@ def fit(
         raise ValueError(f"{name}: n_gpu_layers={n_gpu_layers}, must be 0 or more. Give 0 for no layer on the card.")
     there = (
         0 if vram in (0, "0") else parse_bytes(vram, "vram"),
-        _machine_bytes() if ram is None else parse_bytes(ram, "ram"),
+        physical_memory() if ram is None else parse_bytes(ram, "ram"),
     )
     rows = []
     for one in [find_ftype(ftype)] if ftype is not None else FTYPES.values():
@@ -394,7 +394,3 @@ def _row(name: str, weights: Weights, setting: Setting, there: tuple[int, int], 
 def _batch(setting: Setting) -> dict:
     """What compute buffers depend on besides the model."""
     return {"n_ctx": setting.n_ctx, "n_ubatch": setting.n_ubatch, "flash_attn": setting.flash_attn}
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

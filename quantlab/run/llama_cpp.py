@@ -17,10 +17,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantlab.files import bundled
 from quantlab.files.bundled import runs_dir
@@ -92,7 +93,7 @@ class Engine:
         params = _params(xllamacpp, self.path, self.n_ctx, options)
         with _captured_stderr() as log:
             try:
-                self._server = xllamacpp.Server(params)
+                self._server: Any = xllamacpp.Server(params)
             except RuntimeError:
                 raise ValueError(f"{self.path}: llama.cpp cannot load it: {_reason(log)}.") from None
         self.complete({"prompt": "", "n_predict": 1})  # a server that is closed before it runs would wait for ever
@@ -112,7 +113,7 @@ class Engine:
         """
         return self._checked(self._server.handle_completions(request))
 
-    def chat(self, request: dict) -> Iterator[dict]:
+    def chat(self, request: dict) -> Generator[dict]:
         """Answer messages: a request to /v1/chat/completions. Yield chunks; closing the iterator stops the answer.
 
         Raises

@@ -111,7 +111,7 @@ def plan_changes(
 
 def _kinds(name: str) -> list[str]:
     """Kinds of matrices of an architecture, in the order in which a layer multiplies with them."""
-    return arch.find(name).matrices()
+    return arch.known(name).matrices()
 
 
 def _place(name: str, kinds: Sequence[str]) -> tuple:

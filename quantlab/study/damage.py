@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -23,6 +24,7 @@ from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.scores import ScoreTokens
 from quantlab.evaluate.variants import Variant, as_is, steps
 from quantlab.files.model import open as open_model
+from quantlab.quants.compiled import config
 from quantlab.study.damage_cache import DamageCache
 
 PASSES = 8  # a bundle's changes cost as much as so many passes over the model: few enough to lose, many enough to share
@@ -83,7 +85,7 @@ def _damage(scores: TokenScores, start: TokenScores, base: TokenScores) -> dict:
 def threads(wanted: int | None):
     """Let numba take `wanted` threads for work that begins in this one; None changes nothing."""
     before = numba.get_num_threads()
-    numba.set_num_threads(min(wanted or before, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(wanted or before, config.NUMBA_NUM_THREADS))
     try:
         yield
     finally:
@@ -146,7 +148,8 @@ def run(tasks: Sequence, work: Sequence[int], executor: Executor | None, bar: tq
     """
     if executor is None:
         return [perform(task, bar) for task in tasks]
-    found, pending = [None] * len(tasks), {}
+    found: list[Any] = [None] * len(tasks)
+    pending = {}
     try:
         for i in range(len(tasks)):
             pending[executor.submit(perform, tasks[i])] = (i, 1)

@@ -6,6 +6,7 @@ process that is killed loses what it was measuring and nothing else.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -66,7 +67,7 @@ class DamageCache:
 
     def _path(self, key: dict) -> Path:
         digest = json_digest(key)
-        return self.folder / digest[:2] / f"{digest[2:]}.json"
+        return self.folder / digest[:2] / f"{digest[2:]}.json"  # pyright: ignore[reportOptionalOperand]
 
 
 def json_digest(value) -> str:
@@ -89,6 +90,6 @@ def model_digest(model: Model) -> str:
     return sha.hexdigest()
 
 
-def matrix_digests(imatrix: dict[str, np.ndarray]) -> dict[str, str]:
+def matrix_digests(imatrix: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Return the SHA-256 of each tensor's weights per column."""
     return {name: hashlib.sha256(np.ascontiguousarray(w).tobytes()).hexdigest() for name, w in imatrix.items()}

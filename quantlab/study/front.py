@@ -13,12 +13,15 @@ import pandas as pd
 from quantlab.evaluate.perplexity import Comparison, compare
 from quantlab.evaluate.refine import refine
 from quantlab.evaluate.refined_variants import MARK
-from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.bundled import TextLike
+from quantlab.files.imatrix_file import MatrixLike, as_matrix
+from quantlab.files.model import ModelLike
 from quantlab.files.model import open as open_model
 from quantlab.result import Result
 from quantlab.study.best_recipe import BestRecipe
 from quantlab.study.damage_cache import json_digest, matrix_digests
 from quantlab.study.menu import open_menu
+from quantlab.study.sensitivity import Sensitivity
 from quantlab.transform.mixture import Recipe
 
 _SHOWN = [
@@ -57,7 +60,7 @@ class Front(Result):
     _look = {"index": False, "float_format": "{:.5g}".format}
 
 
-def front(sensitivity, model, *, points: int = 24, **options) -> Front:
+def front(sensitivity: Sensitivity | str | Path, model: ModelLike, *, points: int = 24, **options) -> Front:
     """Solve for sizes from the smallest to the largest.
 
     Parameters
@@ -83,7 +86,7 @@ def front(sensitivity, model, *, points: int = 24, **options) -> Front:
     menu = open_menu(sensitivity, model, **options)
     ends = [menu.fixed + sum(f(row["bytes"] for row in rows) for rows in menu.groups.values()) for f in (min, max)]
     stock = {name: size for name, size in menu.ftypes().items() if ends[0] <= size}
-    limits = sorted({*np.geomspace(*ends, points).astype(np.int64).tolist(), ends[1], *stock.values()})
+    limits = sorted({*np.geomspace(ends[0], ends[1], points).astype(np.int64).tolist(), ends[1], *stock.values()})
     recipes = {recipe.bytes: recipe for recipe in map(menu.best, limits)}
     rows = [("recipe", size, recipe.predicted) for size, recipe in recipes.items()]
     rows += [(name, size, menu.predicted(menu.types_of(name))) for name, size in stock.items()]
@@ -140,12 +143,12 @@ class Judgement(Result):
 
 def judge(
     recipes: BestRecipe | Sequence[BestRecipe],
-    model,
-    text="primer",
+    model: ModelLike,
+    text: TextLike = "primer",
     *,
     against: Sequence[BestRecipe] | None = None,
-    imatrix=None,
-    calibrate_on=None,
+    imatrix: MatrixLike | None = None,
+    calibrate_on: TextLike | Sequence[TextLike] | None = None,
     **options,
 ) -> Judgement:
     """Measure recipes, and the ftype next in size to each, on a text that they were not made from.
@@ -227,7 +230,9 @@ def _compare_refined(model, variants: Sequence[str | BestRecipe], text, calibrat
         return compare(model, specs, text, calibrate_on=calibrate_on, **options)
 
 
-def judge_refined(path, model, text="primer", *, imatrix=None, **options) -> Judgement:
+def judge_refined(
+    path: str | Path, model: ModelLike, text: TextLike = "primer", *, imatrix: MatrixLike | None = None, **options
+) -> Judgement:
     """Measure a refined file beside the ordinary file of the same types.
 
     Parameters

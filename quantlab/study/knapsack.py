@@ -98,7 +98,7 @@ def _price(options: Sequence[Options], limit: int) -> tuple[float, int]:
 
     def cheapest(price: float) -> tuple[int, int]:
         picks = [(group, int((group.damages + price * group.sizes).argmin())) for group in options]
-        return tuple(sum(int(getattr(group, field)[i]) for group, i in picks) for field in ("sizes", "damages"))
+        return sum(int(g.sizes[i]) for g, i in picks), sum(int(g.damages[i]) for g, i in picks)
 
     low, high = 0.0, 1.0 + 2.0 * max(float(np.ptp(group.damages)) for group in options)  # at `high` the smallest win
     for _ in range(100):

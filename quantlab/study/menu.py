@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import quantlab
-from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix
-from quantlab.files.model import Model, as_model
+from quantlab.files.imatrix_file import ImportanceMatrix, MatrixLike, as_matrix
+from quantlab.files.model import Model, ModelLike, as_model
 from quantlab.study.best_recipe import BestRecipe
 from quantlab.study.damage_cache import json_digest, matrix_digests, model_digest
 from quantlab.study.knapsack import solve
@@ -24,14 +24,14 @@ CRITERIA = {"kld": "delta_kld", "error": "error"}  # what is least → the figur
 
 def open_menu(
     sensitivity: Sensitivity | str | Path,
-    model,
+    model: ModelLike,
     *,
     keep: Types = (),
     min_type: Types = (),
     max_type: Types = (),
     exclude: Sequence[str] = (),
     criterion: str = "kld",
-    imatrix=None,
+    imatrix: MatrixLike | None = None,
     rules: str = "current",
 ) -> "Menu":
     """Put together what there is to choose from; parameters and errors as for `recipe`."""

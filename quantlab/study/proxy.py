@@ -221,7 +221,7 @@ def _predict(model: tuple[Mapping, float], row: dict) -> float:
     return float(np.exp(scale + exponent * np.log(row["error"])))
 
 
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def _spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Rank correlation."""
     return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
 

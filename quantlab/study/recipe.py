@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantlab.files.arguments import check_number
-from quantlab.files.model import Model, as_model
+from quantlab.files.imatrix_file import MatrixLike
+from quantlab.files.model import Model, ModelLike, as_model
 from quantlab.study.best_recipe import BestRecipe
 from quantlab.study.menu import Types, ftype_types, model_bytes, open_menu
 from quantlab.study.sensitivity import Sensitivity
@@ -19,7 +20,7 @@ from quantlab.transform.plan import parse_bytes
 
 def recipe(
     sensitivity: Sensitivity | str | Path,
-    model,
+    model: ModelLike,
     *,
     target_size: int | str | None = None,
     target_bpw: float | None = None,
@@ -29,7 +30,7 @@ def recipe(
     max_type: Types = (),
     exclude: Sequence[str] = (),
     criterion: str = "kld",
-    imatrix=None,
+    imatrix: MatrixLike | None = None,
     rules: str = "current",
 ) -> BestRecipe:
     """Choose one type per tensor, or group of tensors, with the least predicted damage under a size limit.
@@ -104,6 +105,6 @@ def size_limit(
             raise ValueError(f"target_bpw={target_bpw}, must be a positive number of bits per weight.")
         return int(target_bpw * model.n_weights / 8)
     try:
-        return parse_bytes(target_size)
+        return parse_bytes(target_size)  # pyright: ignore[reportArgumentType]
     except ValueError:
         raise ValueError(f"target_size={target_size}, must be a number of bytes such as 3MiB.") from None

@@ -20,11 +20,11 @@ from quantlab.evaluate.protocol import Protocol, Windows
 from quantlab.evaluate.refined_variants import refined_variants
 from quantlab.evaluate.texts import TextCut, cut_text, measure_texts
 from quantlab.evaluate.variants import Variant, as_is, resolve, split_label
-from quantlab.files.bundled import Text, read_text
+from quantlab.files.bundled import Text, TextLike, read_text
 from quantlab.files.conversations import is_chat
-from quantlab.files.imatrix_file import as_matrix
+from quantlab.files.imatrix_file import MatrixLike, as_matrix
 from quantlab.files.inputs import input_files
-from quantlab.files.model import as_model
+from quantlab.files.model import ModelLike, as_model
 from quantlab.files.output import check_outputs, is_stream, replacing
 from quantlab.result import Result
 from quantlab.study import report_inputs, report_page
@@ -125,7 +125,7 @@ class Report(Result):
             fields = {name: document[name] for name in cls.__dataclass_fields__}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}: is not the JSON of a report. Write one with quantlab report.") from None
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})  # pyright: ignore[reportArgumentType]
 
 
 def outputs(path: str | Path) -> list[Path]:
@@ -182,13 +182,13 @@ def read_reports(paths: Sequence[str | Path], what: str = "rows") -> pd.DataFram
 
 
 def report(
-    base,
-    variants: Sequence,
-    texts="primer",
+    base: ModelLike,
+    variants: Sequence[Any],
+    texts: TextLike | Sequence[TextLike] | Mapping[str, TextLike] = "primer",
     *,
     out: str | Path | None = None,
-    imatrix=None,
-    calibrate_on="sampled",
+    imatrix: MatrixLike | None = None,
+    calibrate_on: TextLike | Sequence[TextLike] = "sampled",
     rules: str = "current",
     n_ctx: int = 512,
     chunks: int | None = None,

@@ -89,7 +89,7 @@ def digests(
             row = {"role": role, "name": path.name, "bytes": path.stat().st_size}
             rows.append(row | {"sha256": _sha256(path, bar)})
     for source, text in texts:
-        path = source if isinstance(source, Text) else bundled_path(str(source)) or Path(source)
+        path = source if isinstance(source, Text) else bundled_path(str(source)) or Path(source)  # pyright: ignore[reportArgumentType]
         row = {"role": f"text {text.name}", "name": path.name, "bytes": len(text.text.encode())}
         rows.append(row | {"sha256": text.sha256})
     return tuple(rows)

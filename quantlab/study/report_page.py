@@ -284,7 +284,7 @@ def _pair(found: dict, a: str, b: str) -> str:
         return '<td class="self"></td>'
     change, error, p = found.get((a, b), (None, None, None))
     is_sure = p is not None and p < _SURE and change is not None
-    kind = "same" if not is_sure else "less" if change < 0 else "more"
+    kind = "same" if not is_sure else "less" if change < 0 else "more"  # pyright: ignore[reportOptionalOperand]
     return f'<td class="{kind}">{_changed(change, error)}<small class=soft>{probability(p)}</small></td>'
 
 

@@ -12,6 +12,9 @@ from threadpoolctl import ThreadpoolController
 
 from quantlab.evaluate.refined_alone import refined_alone
 from quantlab.files.arguments import check_whole
+from quantlab.files.bundled import TextLike
+from quantlab.files.imatrix_file import MatrixLike
+from quantlab.files.model import ModelLike
 from quantlab.files.output import is_report, replacing
 from quantlab.quants.ggml_types import CANDIDATES
 from quantlab.result import Result
@@ -19,7 +22,7 @@ from quantlab.study import proxy
 from quantlab.study.changes import Change, plan_changes
 from quantlab.study.damage_cache import json_digest
 from quantlab.study.measurement import Study, open_study
-from quantlab.transform.mixture import find_qtype
+from quantlab.transform.mixture import Recipe, find_qtype
 
 _SHOWN = ["group", "qtype", "bytes", "delta_kld", "delta_kld_se", "ln_ratio", "ln_ratio_se", "error", "measured"]
 
@@ -140,14 +143,14 @@ class Sensitivity(Result):
 
 
 def sensitivity(
-    model,
-    text="sampled",
+    model: ModelLike,
+    text: TextLike = "sampled",
     *,
     types: Sequence[str] = CANDIDATES,
     exclude: Sequence[str] = (),
     groups: str | Mapping[str, Sequence[str]] | None = None,
-    imatrix=None,
-    around=None,
+    imatrix: MatrixLike | None = None,
+    around: Recipe | str | Path | None = None,
     refined: bool = False,
     rules: str = "current",
     sample: int | None = None,

@@ -27,6 +27,8 @@ from quantlab.transform import mixture
 from quantlab.transform.mixture import find_ftype, is_quantizable
 from quantlab.transform.plan import SizeTable, sizes
 
+__all__ = ["SizePpl", "beside_published", "both_rules", "collect", "measured", "pareto", "published", "size_ppl"]
+
 # the rows of llama.cpp's table of 2023, widest first; BF16 is as large as F16 there
 FTYPES = [name for name, ftype in mixture.FTYPES.items() if "2023-12" in ftype.rules and name != "BF16"]
 _MEASURED = ("ppl", "ppl_se", "delta_ppl", "delta_ppl_se", "kld_mean", "kld_se")
@@ -78,12 +80,13 @@ def beside_published(table: SizeTable) -> pd.DataFrame:
     exact = table.to_frame().set_index("ftype")["bytes"]
     found = published(table.model, table.rules)
     found = found[found["size"].notna() & found["ftype"].isin(exact.index)].copy()
-    found["exact"] = [exact[row.ftype] / _UNITS[row.size_unit] for row in found.itertuples()]
+    found["exact"] = [exact[name] / _UNITS[unit] for name, unit in zip(found["ftype"], found["size_unit"], strict=True)]
     digits = [len(size.partition(".")[2]) for size in found["size"]]
     rounded = [f"{value:.{n}f}" for value, n in zip(found["exact"], digits, strict=True)]
     found["agrees"] = found["size"] == rounded
     found["published is"] = [
-        "" if row.agrees else _other_rounding(row.exact, float(row.size)) for row in found.itertuples()
+        "" if agrees else _other_rounding(value, float(size))
+        for agrees, value, size in zip(found["agrees"], found["exact"], found["size"], strict=True)
     ]
     found = found.rename(columns={"size": "published", "size_unit": "unit"})
     order = [ftype for ftype in exact.index if ftype in set(found["ftype"])]
@@ -470,8 +473,8 @@ def _rows_of_run(folder: Path, notebook: Path) -> list[dict]:
 def _defaults(notebook: Mapping) -> dict:
     """The values in the cell tagged `parameters`: literals, by convention."""
     tagged = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    statements = (line for cell in tagged for line in ast.parse("".join(cell["source"])).body)
-    return {s.target.id: ast.literal_eval(s.value) for s in statements if isinstance(s, ast.AnnAssign)}
+    lines = (line for cell in tagged for line in ast.parse("".join(cell["source"])).body)
+    return {ast.unparse(s.target): ast.literal_eval(s.value) for s in lines if isinstance(s, ast.AnnAssign) and s.value}
 
 
 def _results(folder: Path) -> list[tuple[str, list[dict]]]:
@@ -494,3 +497,7 @@ def _protocol_label(protocol: Mapping) -> str:
     p = {key: protocol.get(key) for key in _COMPARABLE}
     digest = hashlib.sha256(json.dumps(p).encode()).hexdigest()[:6]
     return f"{p['text']}, {p['chunks']} × {p['n_ctx']}, {p['name']}, {p['mode']}, {digest}"
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -77,7 +77,7 @@ def text_table(table: pd.DataFrame) -> str:
     shown = {key: column.map("{:.4f}".format if column.dtype == float else str) for key, column in table.items()}
     lines = []
     for key, column in shown.items():
-        width = max([len(key), *map(len, column)])
+        width = max([len(key), *map(len, column)])  # pyright: ignore[reportArgumentType]
         align = ">" if pd.api.types.is_numeric_dtype(table[key]) else "<"
         lines.append([f"{cell:{align}{width}}" for cell in (key, *column)])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*lines, strict=True))

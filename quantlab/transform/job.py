@@ -242,7 +242,7 @@ def _ftype_or_layout(options: Options) -> tuple[Ftype, Model | None]:
             f"ftype={options.ftype}, layout_of={options.layout_of}, need exactly one of them. Name a mixture or a file."
         )
     if options.layout_of is None:
-        return find_ftype(options.ftype), None
+        return find_ftype(options.ftype), None  # pyright: ignore[reportArgumentType]
     asked = [name for name in _TYPE_OPTIONS if getattr(options, name)]
     asked += [name for name in ("keep_split", "prune_layers") if getattr(options, name)]
     if asked:
@@ -315,7 +315,7 @@ def _shards(model: Model, keep_split: bool) -> list[list[str]]:
         return [model.names]
     if model.is_checkpoint or not model.files:
         raise ValueError(f"{model.path}: keep_split applies to GGUF files. Leave keep_split out.")
-    stored = sorted(model, key=lambda tensor: tensor.offset)
+    stored = sorted(model, key=lambda tensor: tensor.offset or 0)
     return [[tensor.name for tensor in stored if tensor.file == file] for file in model.files]
 
 
@@ -329,7 +329,7 @@ def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return {}, {}
     is_path = not isinstance(options.imatrix, ImportanceMatrix)
     matrix = as_matrix(options.imatrix)
-    matrix = matrix.keep(lambda name: not any(part in name for part in options.exclude_weights))
+    matrix = matrix.keep(lambda name: not any(part in name for part in options.exclude_weights))  # pyright: ignore[reportOptionalMemberAccess]
     if options.include_weights:
         matrix = matrix.keep(lambda name: any(part in name for part in options.include_weights))
     if not matrix.sums:
@@ -435,7 +435,7 @@ def _present_ftype(model: Model) -> int:
         return model.ftype
     commonest = Counter(tensor.qtype for tensor in model).most_common(1)[0][0]
     numbers = [f.number for f in FTYPES.values() if f.qtype == commonest and (f.alias or f.name == commonest)]
-    return GUESSED | (numbers[0] if numbers else 0)
+    return GUESSED | (numbers[0] if numbers else 0)  # pyright: ignore[reportOperatorIssue]
 
 
 def _cut(text: str) -> str:
@@ -446,7 +446,7 @@ def _cut(text: str) -> str:
 # ---- files out
 
 
-def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) -> list[Path | None]:
+def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) -> Sequence[Path | None]:
     """Return the path of each output file."""
     if hasattr(outfile, "write"):
         return [None] * count

@@ -60,7 +60,7 @@ def apply_layout(model: Model, other: Model) -> tuple[dict[str, Choice], list[st
         misfit = _misfit(tensor, qtype, other.path.name)
         misfits += [misfit] if misfit else []
         qtype = tensor.qtype if misfit else qtype
-        choices[name] = Choice(qtype, qtype, why)
+        choices[name] = Choice(qtype, qtype, why)  # pyright: ignore[reportArgumentType]
     misfits += [f"{name}: is in the layout of {other.path.name} only." for name in given]
     return choices, misfits
 

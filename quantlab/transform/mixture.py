@@ -160,7 +160,7 @@ def choose_types(
         if found.qtype is None or left or not mixture.is_quantizable(name, shape):
             choices[name] = Choice(has, has, "kept")
         elif ends.get(name):
-            choices[name] = Choice(ends[name], ends[name], "asked")
+            choices[name] = Choice(ends[name], ends[name], "asked")  # pyright: ignore[reportArgumentType]
         elif not found.is_quantized:
             choices[name] = Choice(found.qtype, found.qtype, "base")
         else:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from quantlab.arch import Hparams, complete, tensor_shapes
 from quantlab.files import bundled
 from quantlab.files.byte_range import PLAIN_DTYPES
 from quantlab.files.checkpoint_metadata import read_config, rope_factors
+from quantlab.files.machine import peak_memory, physical_memory
 from quantlab.files.model import WEIGHTS, Model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import beside, follow, is_stream
@@ -353,8 +351,8 @@ def plan_of(job: Job) -> Plan:
         job,
         sum(step.tensor.nbytes for step in steps),
         written,
-        _memory_now() + 4 * in_flight,  # bytes if all were F32
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        peak_memory() + 4 * in_flight,  # bytes if all were F32
+        physical_memory(),
         _free_disk([output.path for output in job.outputs if output.path is not None]),
         seconds,
     )
@@ -371,11 +369,6 @@ def _seconds_per_weight(source: str, qtype: str, is_weighted: bool) -> float:
     start = time.perf_counter()
     quants.quantize(sample, qtype, np.ones(1024, np.float32) if is_weighted else None)
     return (time.perf_counter() - start) / SAMPLE
-
-
-def _memory_now() -> int:
-    """Return the most bytes of memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _free_disk(paths: Sequence[Path]) -> int | None:

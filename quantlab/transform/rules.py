@@ -48,7 +48,7 @@ COMPARED += ("gpt-oss", "phi3", "granite", "olmo2", "glm4", "cohere2", "deepseek
 
 _SMALLEST = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M")  # ftypes with rules of their own
 _IQ2_S = ("IQ2_S", "IQ2_M")
-_EMBEDDING_TYPES = dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M"), "Q2_K")
+_EMBEDDING_TYPES: dict[str, str] = dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M"), "Q2_K")
 _EMBEDDING_TYPES |= dict.fromkeys((*_IQ2_S, "IQ3_XXS"), "IQ3_S") | dict.fromkeys(("TQ1_0", "TQ2_0", "Q2_0"), "Q4_K")
 _OUTPUT_OF_EIGHT = ("Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M")
 _OUTPUT_OF_EIGHT += ("IQ4_XS",)

@@ -1,7 +1,7 @@
 """Slabs: rows of a tensor that are read and worked on at once, in other threads, ahead of who takes the results."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -17,7 +17,7 @@ BATCH = 2 * SLAB  # weights, or more, that a thread takes at once
 def row_ranges(tensor: LazyTensor) -> Iterator[tuple[int, int]]:
     """Yield first row and end of each slab of a tensor: rows of one expert, or several whole experts."""
     expert = tensor.shape[-2] if len(tensor.shape) > 2 else tensor.nrows
-    n = max(1, SLAB // tensor.shape[-1])
+    n = max(1, SLAB // tensor.shape[-1])  # pyright: ignore[reportGeneralTypeIssues]
     if expert <= n:
         expert = n = n // expert * expert
     for first in range(0, tensor.nrows, expert):
@@ -33,7 +33,7 @@ def in_order(
     threads: int = 1,
     kernel_threads: int | None = None,
     ahead: int = 2,
-) -> Iterator:
+) -> Generator:
     """Yield ``work(item)`` for each item, in their order, while the next ones are worked on in other threads.
 
     Parameters
@@ -69,7 +69,7 @@ def in_order(
                 future.cancel()
 
 
-def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Callable[[Any], int]) -> Iterator:
+def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Callable[[Any], int]) -> Generator:
     """Yield ``work(item)`` as `in_order` does, in as many threads as numba has; `work` spends its time in kernels.
 
     One thread that takes a slab from reading to encoding waits for nobody; threads that share a kernel wait for the
@@ -83,7 +83,7 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
     from quantlab.quants.floats import all_finite
 
     all_finite(np.zeros((1, 1), np.uint32))  # the first parallel kernel makes numba choose its layer
-    if numba.threading_layer() == "workqueue":
+    if numba.threading_layer() == "workqueue":  # pyright: ignore[reportPrivateImportUsage]
         yield from map(work, items)
         return
     threads = numba.get_num_threads()

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -47,12 +47,12 @@ class Unfinished:
         self.records: list[dict] = []
         self._outputs = outputs
         self._places = list(_places(outputs))
-        self._finals = [follow(output.path) for output in outputs]
+        self._finals = [follow(output.path) for output in outputs if output.path is not None]
         self._parts = [beside(path, ".part") for path in self._finals]
         self._journal_path = beside(self._finals[0], ".part.json")
         self._head = (json.dumps({"identity": identity}) + "\n").encode()
-        self._file: BinaryIO | None = None
-        self._journal: BinaryIO | None = None
+        self._file: Any = None  # open while its tensors are written
+        self._journal: Any = None  # open from `__enter__` to `__exit__`
 
     def __enter__(self) -> Unfinished:
         self._check_own()
@@ -99,7 +99,7 @@ class Unfinished:
             self._open_part()
         view = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
         while len(view):
-            view = view[self._file.write(view) :]
+            view = view[self._file.write(view) :]  # pyright: ignore[reportOptionalMemberAccess]
 
     def _open_part(self) -> None:
         """Open the file of the tensor that comes next, at its place."""

@@ -250,7 +250,7 @@ def _can_encode(step: Step) -> bool:
 def _mixture(model: Model, base: Model) -> tuple[str, list[str]]:
     """Name the mixture whose types the file has; tell what does not fit the ftype that the file itself gives."""
     found = mixtures(model)
-    numbers = {ftype.number: ftype.name for ftype in FTYPES.values() if ftype.number is not None}
+    numbers: dict[int | None, str] = {ftype.number: ftype.name for ftype in FTYPES.values() if ftype.number is not None}
     given = numbers.get(model.ftype)
     if not found:
         return _like(model, base, given), []
@@ -271,7 +271,7 @@ def _like(model: Model, base: Model, given: str | None) -> str:
     for rules in RULES if given else ():
         for pure in (False, True):
             try:
-                choices = choose_types(base.hparams, shapes, given, rules=rules, pure=pure)
+                choices = choose_types(base.hparams, shapes, given, rules=rules, pure=pure)  # pyright: ignore[reportArgumentType]
             except ValueError:
                 continue  # an architecture without rules, or an ftype that these rules do not have
             others = [f"{n} {has[n]}" for n, choice in choices.items() if choice.qtype != has[n]]
@@ -340,7 +340,7 @@ class _Case:
             return
         if self.distance is not None:
             self.signal += self.distance.add(x, ours, theirs)
-            self.tally.add(ours, theirs, (self.tensor.qtype,) * 2, self.tensor.shape[-1])
+            self.tally.add(ours, theirs, (self.tensor.qtype, self.tensor.qtype), self.tensor.shape[-1])
             return
         if step is not self.step:  # it was under way when the matrix was dropped
             ours = encode(self.step, x)

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from quantlab import quants
+
+if TYPE_CHECKING:
+    from quantlab.evaluate.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Choice:
     versions: Mapping[str, str] = field(default_factory=dict)  # package → version, of what only this engine uses
 
     def __call__(self, model, n_ctx: int) -> Engine:
-        return self.engine(model, n_ctx, **self.options)
+        return self.engine(model, n_ctx, **self.options)  # pyright: ignore[reportCallIssue]
 
     def recorded(self, protocol):
         """Return a protocol that says device, precision and versions."""
@@ -103,6 +106,16 @@ def joined(biases: Sequence[Stored | None], matrices: Sequence[Stored]) -> np.nd
 
 # `read(name)` gives a tensor of one layer by its name there, such as `ffn_down.weight`; None where there is none
 Read = Callable[[str], Stored | None]
+
+
+def needed(read: Read, name: str) -> Stored:
+    """Return a tensor that no layer is without."""
+    stored = read(name)
+    if stored is None:
+        raise ValueError(f"{name}: missing, the layer needs it. Convert the model again.")
+    return stored
+
+
 # `observe(field, inputs)` sees the inputs of a product; it may return `read` for new weights of that product
 Observe = Callable[[str, Any], Read | None]
 
@@ -146,13 +159,15 @@ class Engine(ABC):
         return Choice(cls, mode, device, "float32" if mode == "float" else mode)
 
     @abstractmethod
-    def __enter__(self): ...
+    def __enter__(self) -> Self: ...
 
     @abstractmethod
     def __exit__(self, *exc): ...
 
     @abstractmethod
-    def plan(self, variants: Sequence, windows, memory: str | int | None, keep_states: bool, observed: bool = False):
+    def plan(
+        self, variants: Sequence, windows, memory: str | int | None, keep_states: bool, observed: bool = False
+    ) -> Budget:
         """Return the `Budget` of a pass over `variants`, cut to stay within `memory`.
 
         Raises

@@ -14,12 +14,11 @@ from itertools import pairwise
 import llvmlite.binding
 import numba
 import numpy as np
-from numba import config
 from threadpoolctl import ThreadpoolController
 
 from quantlab import arch
 from quantlab.evaluate import budget
-from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, cpu_plan, fused, joined
+from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, cpu_plan, fused, joined, needed
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention, heads
 from quantlab.evaluate.engine.delta_net import mix_tokens
 from quantlab.evaluate.engine.experts import Experts, route
@@ -27,6 +26,7 @@ from quantlab.evaluate.engine.rope import rope_angles, rope_factors
 from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, fill_panels, multiply, n_panels, panels_size
 from quantlab.evaluate.engine.workers import Workers, blocks
 from quantlab.evaluate.metrics import TokenScores
+from quantlab.quants.compiled import config
 
 ROWS = 192  # rows of activations that a thread takes at a time: whole tiles, and small enough for an even share
 PIECE = 1 << 22  # weights that are dequantized at a time on their way into panels
@@ -108,7 +108,7 @@ class CpuEngine(Engine):
 
     def __init__(self, model, n_ctx: int):
         self.hparams, self.n_ctx, self.workers = model.hparams, n_ctx, Workers()
-        self.record = arch.find(self.hparams.arch)
+        self.record = arch.known(self.hparams.arch)
         self._factors = rope_factors(model, n_ctx)
         self._rotations = {}  # cosines and sines by what they follow from
         self.eps = np.float32(self.hparams.rms_eps)
@@ -135,7 +135,7 @@ class CpuEngine(Engine):
     def load(self, read: Read, index: int) -> LayerWeights:
         """Return a layer's weights; the matrices lie in memory that the next call uses again."""
         does = self.record.layer_at(self.hparams, index)
-        products = {field: [read(f"{name}.weight") for name in names] for field, names in does.products.items()}
+        products = {field: [needed(read, f"{name}.weight") for name in names] for field, names in does.products.items()}
         one = {f: [part.expert(0) if len(part.shape) > 2 else part for part in parts] for f, parts in products.items()}
         sizes = {field: sum(self.packed_size(stored) for stored in parts) for field, parts in one.items()}
         if self._memory.size < sum(sizes.values()):
@@ -282,7 +282,7 @@ class CpuEngine(Engine):
             field, name = stops[0]
             read = observe(field, whole[name])
             if read is not None:
-                parts = [read(f"{tensor}.weight") for tensor in layer.does.products[field]]
+                parts = [needed(read, f"{tensor}.weight") for tensor in layer.does.products[field]]
                 layer.matrices[field] = self.matrix(parts)[0]
 
     def _project(self, layer: LayerWeights, x: np.ndarray, q_k_v: np.ndarray, rows: slice, space) -> Iterator:

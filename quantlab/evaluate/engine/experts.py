@@ -51,7 +51,7 @@ class Experts:
         if observe is None:
             for expert in self.routes.used:
                 into, down = self._weights("experts_in", expert), self._weights("experts_down", expert)
-                self._share(expert, lambda part, e=expert, m=(into, down): self._all(e, part, *m, states))
+                self._share(expert, lambda part, e=expert, m=(into, down): self._all(e, part, m[0], m[1], states))
             return
         self._observe("experts_in", ExpertInputs(self.x, self.routes.tokens, self.routes.ends), observe)
         inner = np.empty((len(self.routes.tokens), self.layer.experts["experts_down"][0].shape[-1]), np.float32)

@@ -23,7 +23,7 @@ class GgmlEngine(CpuEngine):
     angles = staticmethod(rope_angles_as_ggml)
 
     def __init__(self, model, n_ctx: int):
-        layer, h = arch.find(model.hparams.arch).layer, model.hparams
+        layer, h = arch.known(model.hparams.arch).layer, model.hparams
         beyond = {"activation": layer.activation != "silu", "window": h.window, "attn_softcap": h.attn_softcap}
         beyond |= {"logit_softcap": h.logit_softcap, "attn_temp_scale": h.attn_temp_scale, "experts": h.n_expert}
         beyond |= {"delta nets": any(h.recurrent_layers), "gates of attention": layer.query_width > 1}

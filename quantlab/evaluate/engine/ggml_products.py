@@ -137,7 +137,7 @@ class Packed:
     dmin: np.ndarray
 
 
-def pack(stored: np.ndarray, qtype: str, shape: tuple[int, int], workers) -> Packed:
+def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], workers) -> Packed:
     """Take a weight matrix apart whose type has an order.
 
     Parameters

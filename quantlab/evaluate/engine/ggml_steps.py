@@ -13,11 +13,10 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from quantlab.evaluate.engine.fused import add  # noqa: F401  (one addition per number: it has no order)
 from quantlab.evaluate.engine.tiles import ROWS, WIDTH, pack, tile
-from quantlab.quants.compiled import njit
+from quantlab.quants.compiled import intrinsic, njit
 from quantlab.quants.lanes import FLOATS
 
 KEYS = 64  # keys that flash attention takes at a time (GGML_FA_TILE_KV)

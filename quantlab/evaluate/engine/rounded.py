@@ -75,11 +75,11 @@ class RoundedEngine(CpuEngine):
 
     def load_output(self, norm: Stored, matrix: Stored) -> Output:
         """Return the weights after the last layer."""
-        return super().load_output(norm, self._marked(matrix, self._output))
+        return super().load_output(norm, self._marked(matrix, self._output))  # pyright: ignore[reportArgumentType]
 
     def pack(self, stored: Stored, memory: np.ndarray) -> tuple[str, np.ndarray]:
         """Return the activations' type, and panels."""
-        return stored.activations, super().pack(stored, memory)
+        return stored.activations, super().pack(stored, memory)  # pyright: ignore[reportAttributeAccessIssue]
 
     def multiply(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
         """Compute out = x · weightᵀ on this thread, after rounding x to what each part asks for."""

@@ -17,17 +17,16 @@ import platform
 
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
-from quantlab.quants.compiled import njit
+from quantlab.quants.compiled import config, intrinsic, njit
 
 LANES = 16  # numbers in a vector; LLVM takes several registers for it where one is too small
 ROWS = 6
 # 6 × 4 vectors leave 8 of the 32 registers of AVX-512 free; 6 × 1, in halves or quarters, fit those of AVX2 and NEON
-VECTORS = 4 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2] else 1
+VECTORS = 4 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2] else 1  # pyright: ignore[reportAttributeAccessIssue]
 # On a Mac BLAS has a matrix unit that other code cannot reach. Without compiled code, too, BLAS is the fast one.
 BLAS = bool(config.DISABLE_JIT) or platform.system() == "Darwin"
 WIDTH = LANES * VECTORS  # columns of a tile
@@ -43,7 +42,7 @@ def n_panels(n_out: int) -> int:
     return -(-n_out // COLUMNS)
 
 
-def panels_size(shape: tuple[int, int]) -> int:
+def panels_size(shape: tuple[int, ...]) -> int:
     """Return the size of the panels of a matrix of this shape, in numbers."""
     return n_panels(shape[0]) * shape[1] * COLUMNS
 

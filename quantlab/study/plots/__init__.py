@@ -48,3 +48,7 @@ __all__ = [
     "throughput",
     "type_map",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, VERMILION, new_axes
+from quantlab.study.plots.style import BLUE, VERMILION, new_axes, panels
 from quantlab.transform.plan import bits_per_weight
 
 
@@ -96,7 +96,7 @@ def recipe_front(
     ax.plot(ftypes["bpw"], ftypes["predicted_kld"], "s", color=VERMILION, ms=5, label="ftype, predicted")
     for point, names in ftypes.groupby(["bpw", "predicted_kld"])["variant"]:
         look = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 8, "rotation": 40}
-        ax.annotate(", ".join(names), point, **look)
+        ax.annotate(", ".join(names), point, **look)  # pyright: ignore[reportArgumentType]
     if judged is not None:
         measured = judged[judged["kld_mean"] > 0]
         for rows, colour, label in (
@@ -149,7 +149,7 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
         ax.text(column, row, qtype, ha="center", va="center", **look)
     ax.imshow(bits, cmap="Blues", vmin=1.5, vmax=8.5, aspect="auto")
     ax.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
-    ax.set_yticks(range(len(layers)), layers)
+    ax.set_yticks(range(len(layers)), map(str, layers))
     outer = ", ".join(f"{name.removesuffix('.weight')} {q}" for name, q in types.items() if _is_outer(name))
     ax.set(ylabel="layer", title=f"{title}\n{outer}" if outer else title)
     return ax
@@ -161,8 +161,12 @@ def _is_outer(name: str) -> bool:
 
 
 def block_search(
-    values: np.ndarray, importance: np.ndarray, errors: Mapping[str, np.ndarray], *, axes: Sequence[Axes] | None = None
-) -> Sequence[Axes]:
+    values: np.ndarray,
+    importance: np.ndarray,
+    errors: Mapping[str, np.ndarray],
+    *,
+    axes: Sequence[Axes] | np.ndarray | None = None,
+) -> Sequence[Axes] | np.ndarray:
     """Plot one block: how much each weight counts, and what it was rounded by, by either search.
 
     Parameters
@@ -181,7 +185,7 @@ def block_search(
     sequence of Axes
     """
     if axes is None:
-        _, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained", height_ratios=[1, 2])
+        axes = panels(2, 1, figsize=(8, 5), sharex=True, layout="constrained", height_ratios=[1, 2])
     place = np.arange(len(values))
     axes[0].bar(place, importance, color="0.5")
     axes[0].set(ylabel="mean squared input", yscale="log")

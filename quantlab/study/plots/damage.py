@@ -102,7 +102,7 @@ def size_against_kld(frame: pd.DataFrame, *, by: str = "rules", title: str = "",
 
 def _base_type(name: str) -> str | None:
     """The base type of a variant's ftype (`Q4_K` of `Q4_K_M+imatrix`); None where that is not a quantized one."""
-    ftype = FTYPES.get(re.match(r"\w*", name)[0])
+    ftype = FTYPES.get(re.split(r"\W", name)[0])
     return ftype.qtype if ftype and ftype.is_quantized else None
 
 
@@ -112,10 +112,10 @@ def _label_points(ax: Axes, frame: pd.DataFrame, y: str = "ppl") -> None:
     places = [(7, 0, "left"), (-7, 0, "right"), (7, 9, "left"), (7, -9, "left"), (-7, 9, "right"), (-7, -9, "right")]
     points = ax.transData.transform(frame[["bpw", y]])
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    for name, *point in frame[["ftype", "bpw", y]].itertuples(index=False):
+    for name, x, height in frame[["ftype", "bpw", y]].itertuples(index=False):
         for dx, dy, side in [*places, *((dx, 2 * dy, side) for dx, dy, side in places[2:])]:
             label = ax.annotate(
-                name, point, (dx, dy), textcoords="offset points", ha=side, va="center_baseline", fontsize=8
+                name, (x, height), (dx, dy), textcoords="offset points", ha=side, va="center_baseline", fontsize=8
             )
             box = label.get_window_extent()
             if not any(box.overlaps(other) for other in taken):

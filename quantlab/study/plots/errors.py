@@ -1,12 +1,11 @@
 """Figures of the errors: how large, in which tensors, and where they sit."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes
+from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes, panels
 
 _LINES = [(BLUE, "-"), (ORANGE, "-"), (GREEN, "--"), (VERMILION, "-."), (PURPLE, ":"), (SKY, "-"), ("0.3", "--")]
 _MARKERS = "osD^vPX*"
@@ -63,11 +62,9 @@ def code_shares(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None
     """
     groups = list(frame.groupby("type", sort=False))
     if axes is None:
-        figure, axes = plt.subplots(
-            1, len(groups), figsize=(2.6 * len(groups) + 0.6, 3), sharey=True, layout="constrained", squeeze=False
-        )
-        axes = axes[0]
-        figure.suptitle(title)
+        figsize = (2.6 * len(groups) + 0.6, 3)
+        axes = panels(1, len(groups), figsize=figsize, sharey=True, layout="constrained", squeeze=False).reshape(-1)
+        axes[0].figure.suptitle(title)
     for ax, (name, rows) in zip(axes, groups, strict=True):
         ax.bar(rows["code"], rows["share"].where(rows["share"] > 0), width=1, color=BLUE, ec="white", lw=0.3)
         ax.axhline(1 / len(rows), color=VERMILION, lw=1.2, ls="--", label="all alike")
@@ -108,7 +105,7 @@ def by_layer(
         marker = _MARKERS[i % len(_MARKERS)]
         ax.plot(rows["layer"], rows[value], color=colour, ls=style, marker=marker, ms=5, lw=1.2, label=kind)
     ax.set(xlabel="layer", ylabel=ylabel, title=title, yscale="log" if log else "linear")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
@@ -179,14 +176,14 @@ def error_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     values = frame.to_numpy()
     edges = [
         np.append(axis, 2 * axis[-1] - axis[-2] if len(axis) > 1 else axis[-1] + 1)
-        for axis in (frame.columns, frame.index)
+        for axis in (frame.columns.to_numpy(), frame.index.to_numpy())
     ]
     shown = np.maximum(values, values[values > 0].min()) if values.any() else values + 1
     image = ax.pcolormesh(*edges, shown, cmap="cividis", norm=LogNorm(), rasterized=True)
     ax.invert_yaxis()
     ax.set(xlabel="column (input)", ylabel="row (output)")
-    top = ax.inset_axes([0, 1.03, 1, 0.18], sharex=ax)
-    side = ax.inset_axes([1.03, 0, 0.18, 1], sharey=ax)
+    top = ax.inset_axes((0, 1.03, 1, 0.18), sharex=ax)
+    side = ax.inset_axes((1.03, 0, 0.18, 1), sharey=ax)
     top.stairs(np.sqrt(np.square(values).mean(axis=0)), edges[0], color=BLUE)
     side.stairs(np.sqrt(np.square(values).mean(axis=1)), edges[1], color=BLUE, orientation="horizontal")
     top.set(title=title, ylabel="rms", ylim=(0, None))
@@ -215,8 +212,8 @@ def against_tails(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | No
     np.ndarray of Axes
     """
     if axes is None:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-        figure.suptitle(title)
+        axes = panels(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+        axes[0].figure.suptitle(title)
     for i, (name, rows) in enumerate(frame.groupby("type", sort=False)):
         look = {"color": _LINES[i % len(_LINES)][0], "marker": _MARKERS[i % len(_MARKERS)], "ls": "", "ms": 5}
         for ax, column in zip(axes, ("kurtosis", "crest"), strict=True):

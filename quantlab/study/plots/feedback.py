@@ -47,7 +47,7 @@ def rounding_plane(
     for (name, point), colour in zip(rounded.items(), (VERMILION, BLUE, GREEN, ORANGE), strict=False):
         error = float((point - wanted) @ h @ (point - wanted))
         width, height = 2 * np.sqrt(error / sizes)
-        ax.add_patch(Ellipse(wanted, width, height, angle=angle, fill=False, color=colour, lw=1))
+        ax.add_patch(Ellipse(wanted, width, height, angle=angle, fill=False, color=colour, lw=1))  # pyright: ignore[reportArgumentType]
         ax.plot(*point, "o", color=colour, ms=8, label=f"{name}: error {error:.3f}")
     ax.set(xlabel="first weight (steps)", ylabel="second weight (steps)", title=title, aspect="equal")
     ax.set(xlim=(-1.7, levels - 0.3), ylim=(-1.7, levels - 0.3))

@@ -55,7 +55,7 @@ def damage_map(
     middle = np.sqrt(shown.min() * shown.max())
     for y, x in zip(*np.nonzero(~np.ma.getmaskarray(shown)), strict=True):
         colour = "black" if shown[y, x] > middle else "white"
-        ax.text(x, y, _short(shown[y, x]), ha="center", va="center", fontsize=7, color=colour)
+        ax.text(x, y, _short(float(shown[y, x])), ha="center", va="center", fontsize=7, color=colour)
     ax.set(xlabel=_NAMES.get(columns, columns), ylabel=_NAMES.get(index, index), title=title)
     ax.figure.colorbar(image, ax=ax, label="KL divergence (nats per token)")
     return ax
@@ -91,7 +91,7 @@ def additivity(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
         ax.plot(frame["joint"], frame[name] / frame["joint"], marker=marker, color=colour, lw=1, ms=5, label=name)
     for qtype, joint in frame["joint"].items():
         place = {"xycoords": ax.get_xaxis_transform(), "xytext": (0, 5), "textcoords": "offset points"}
-        ax.annotate(qtype, (joint, 0), **place, ha="center", fontsize=8, color="0.3")
+        ax.annotate(str(qtype), (joint, 0), **place, ha="center", fontsize=8, color="0.3")
     ax.axhline(1, color="0.4", lw=1, ls="--")
     ax.set(xscale="log", xlabel="KL divergence of all changes at once (nats per token)", title=title)
     ax.set_ylabel("sum of the single divergences / joint divergence")

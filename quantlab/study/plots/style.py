@@ -2,8 +2,10 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -32,7 +34,7 @@ def by_family(frame: pd.DataFrame, qtypes: pd.Series) -> list[tuple[Family, pd.D
     list of (Family, pd.DataFrame)
         The families that there are rows of.
     """
-    names = qtypes.map(lambda qtype: GGML_TYPES[qtype].family if qtype in GGML_TYPES else "")
+    names = qtypes.map({record.name: record.family for record in GGML_TYPES.values()})
     parts = ((family, frame[names == name]) for name, family in FAMILIES.items())
     return [(family, rows) for family, rows in parts if len(rows)]
 
@@ -46,7 +48,13 @@ def save(ax: Axes, path: str | Path, *, overwrite: bool = False) -> Path:
         If the file exists, is not a picture that quantlab wrote, and `overwrite` is false.
     """
     png = io.BytesIO()
-    ax.figure.savefig(png, format="png", dpi=110, metadata={"Software": "quantlab"})
+    figure: Any = ax.figure  # or a part of one
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": "quantlab"})
     with replacing(path, overwrite=overwrite, own=is_picture) as part:
         part.write_bytes(png.getvalue())
     return Path(path)
+
+
+def panels(rows: int, columns: int, **look) -> np.ndarray:
+    """Make a figure of several Axes, as `matplotlib.pyplot.subplots` does, and return them."""
+    return plt.subplots(rows, columns, **look)[1]

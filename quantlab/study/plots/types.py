@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from itertools import cycle
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, by_family, new_axes
+from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, by_family, new_axes, panels
 
 _SUB_BLOCKS = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#B8A900", "0.55"]  # then from the beginning
 _BLOCK = "0.25"  # colour of what belongs to the whole block
@@ -37,12 +38,13 @@ def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes
     """
     first, lines = frame["byte"].min(), -(-frame["byte"].nunique() // per_row)
     ax = ax or new_axes((11, 0.7 + 1.8 * lines))
+    bit: Any  # a row of a table has the columns' types, which no checker sees
     for bit in frame.itertuples():
         line, column = divmod(bit.byte - first, per_row)
         y = 9.4 * line + 7 - bit.bit
         colour = _BLOCK if bit.sub_block < 0 else _SUB_BLOCKS[bit.sub_block % len(_SUB_BLOCKS)]
         pale = 0.35 if bit.field == "code" else 0.6 if bit.field == "m" else 1.0
-        ax.add_patch(plt.Rectangle((column, y), 1, 1, fc=colour, ec="white", lw=0.7, alpha=pale))
+        ax.add_patch(Rectangle((column, y), 1, 1, fc=colour, ec="white", lw=0.7, alpha=pale))
         name = f"w{bit.weight}" if bit.field == "code" else f"{bit.field}{bit.sub_block if bit.sub_block >= 0 else ''}"
         ink = "white" if pale == 1 and colour in _DARK else "black"
         size = min(8, 1000 / per_row / (len(name) + 1))
@@ -96,14 +98,14 @@ def scale_search(
         ax.plot(fine["steps"][1:], fine["error"][1:], color="0.7", lw=1, zorder=1, label="in between, not tried")
     plain, fitted = tries.iloc[0], tries.iloc[1:]
     better = fitted[fitted["error"] < tries["error"].cummin().shift()[1:]]
-    chosen = tries.loc[tries["error"].idxmin()]
+    chosen = tries.iloc[tries["error"].argmin()]
     ax.plot(plain["steps"], plain["error"], "X", color=VERMILION, ms=10, label="plain rounding, nothing fitted")
     ax.plot(fitted["steps"], fitted["error"], "o", color=BLUE, ms=5, label="tried, scale and minimum fitted")
     ax.plot(better["steps"], better["error"], "o", mfc="none", mec=ORANGE, mew=2, ms=10, label="better than all before")
     ax.plot(chosen["steps"], chosen["error"], "*", color=GREEN, mec="black", ms=16, label="chosen")
     for number, row in enumerate(fitted.itertuples(), 1):
         ax.annotate(
-            number,
+            str(number),
             (row.steps, row.error),
             (0, 11 if row.steps == chosen["steps"] else 8),
             textcoords="offset points",
@@ -136,12 +138,13 @@ def block_weights(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | No
     np.ndarray of Axes
     """
     if axes is None:
-        _, axes = plt.subplots(2, figsize=(10, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
+        axes = panels(2, 1, figsize=(10, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
     top, bottom = axes
     loss = np.square(frame["error"]).mean() ** 0.5
     ratio = 20 * np.log10(np.square(frame["x"]).mean() ** 0.5 / loss) if loss else np.inf
     first = frame.drop_duplicates("sub_block")
     edges = [*first.index, len(frame)]
+    row: Any
     for row, left, right in zip(first.itertuples(), edges[:-1], edges[1:], strict=True):
         levels = np.arange(row.lowest, row.highest + row.step / 2, row.step) if row.step else [row.lowest]
         if len(levels) <= 64:
@@ -194,7 +197,7 @@ def bit_budget(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
         ax.barh(frame.index, frame[column], left=left, color=colour, hatch=hatch, ec="white", lw=0.5, label=label)
         left += frame[column]
     for name, total in left.items():
-        ax.text(total + 0.05, name, f"{total:.4g}", va="center", fontsize=8)
+        ax.text(total + 0.05, name, f"{total:.4g}", va="center", fontsize=8)  # pyright: ignore[reportArgumentType]
     ax.invert_yaxis()
     ax.set(xlabel="bits per weight", title=title, xlim=(0, 1.08 * left.max()))
     ax.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.22))
@@ -231,6 +234,7 @@ def snr_against_bits(
     places = cycle(({"xytext": (-8, 4), "ha": "right"}, {"xytext": (8, -8), "ha": "left"}))
     for (family, rows), place in zip(by_family(frame, frame["type"]), places, strict=False):
         ax.plot(rows["bpw"], rows["snr_db"], family.marker, color=family.colour, mec="black", ms=8, label=family.label)
+        row: Any
         for row in rows.itertuples():
             ax.annotate(row.type, (row.bpw, row.snr_db), textcoords="offset points", fontsize=9, bbox=_PLAIN, **place)
     low, high = frame["bpw"].min(), frame["bpw"].max()
@@ -259,8 +263,8 @@ def by_outlier(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
     np.ndarray of Axes
     """
     if axes is None:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-        figure.suptitle(title)
+        axes = panels(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+        axes[0].figure.suptitle(title)
     looks = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "D"), (VERMILION, ":", "^"), (PURPLE, "-", "v"))
     for (name, rows), (colour, style, marker) in zip(frame.groupby("type", sort=False), cycle(looks), strict=False):
         for ax, column in zip(axes, ("near", "far"), strict=True):

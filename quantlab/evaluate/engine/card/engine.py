@@ -16,7 +16,7 @@ import torch
 
 from quantlab import arch
 from quantlab.evaluate.budget import Budget
-from quantlab.evaluate.engine import ExpertInputs, Observe, Read, Stored
+from quantlab.evaluate.engine import ExpertInputs, Observe, Read, Stored, needed
 from quantlab.evaluate.engine.card import plan, scores
 from quantlab.evaluate.engine.card.layers import Layers, LayerWeights, check
 from quantlab.evaluate.engine.card.products import Operand, Products, measure, synchronize
@@ -61,7 +61,7 @@ class CardEngine(TorchEngine):
         self.device = torch.device(device.removesuffix("-torch"))
         self.ahead = 0 if device == "mps" else 1  # a Mac's card has one queue for all threads
         self.precision, self.device_memory = precision, device_memory
-        self.record = arch.find(self.hparams.arch)
+        self.record = arch.known(self.hparams.arch)
         check(model, device)
         self.products, self.transfers = Products(precision, self.device), Transfers(self.device)
         self.layers = Layers(model, n_ctx, self.products, self.device, self._observed)
@@ -96,7 +96,7 @@ class CardEngine(TorchEngine):
         vectors = {f: read(f"{name}.weight") or read(f"{name}.bias") or read(name) for f, name in does.vectors.items()}
         biases = {f: [read(f"{name}.bias") for name in names] for f, names in does.products.items()}
         return LayerWeights(
-            {f: [self._matrix(read(f"{name}.weight")) for name in names] for f, names in does.products.items()},
+            {f: [self._matrix(needed(read, f"{name}.weight")) for name in names] for f, names in does.products.items()},
             {f: [None if bias is None else self._vector(bias) for bias in of] for f, of in biases.items()},
             {f: self._vector(stored) for f, stored in norms.items()},
             {f: self._vector(stored) for f, stored in vectors.items() if stored is not None},
@@ -267,7 +267,7 @@ class CardEngine(TorchEngine):
             return np.concatenate([self.column_squares(inputs.x[rows[a:b]]) for a, b in pairwise(inputs.ends)])
         wide = scores.wide(self.device)
         blocks = [block.float().square().sum(0, dtype=wide) for block in inputs.split(COLUMNS_ROWS)]
-        return np.sum([block.cpu().numpy() for block in blocks], axis=0, dtype=np.float64)[None]
+        return np.sum([block.cpu().numpy() for block in blocks], axis=0, dtype=np.float64)[None]  # pyright: ignore[reportIndexIssue]
 
     # ---- plan
 

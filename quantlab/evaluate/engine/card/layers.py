@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def check(model, device: str) -> None:
         If its record or its hyper-parameters say something that this module does not know.
     """
     hparams = model.hparams
-    record = arch.find(hparams.arch)
+    record = arch.known(hparams.arch)
     found = [(f.name, getattr(hparams, f.name), f.default) for f in fields(hparams) if f.name not in _HPARAMS]
     for index in range(hparams.n_layer):
         does = record.layer_at(hparams, index)
@@ -178,7 +179,7 @@ class Layers:
     def _queries_keys_values(self, layer: LayerWeights, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return q, k and v [n_chunks, heads, n_ctx, head_dim], normalized, rotated and scaled as the layer does."""
         h = layer.hparams
-        parts = parts if len(parts) == 3 else parts[0].split([h.n_q, h.n_kv, h.n_kv], 1)
+        parts = parts if len(parts) == 3 else list(parts[0].split([h.n_q, h.n_kv, h.n_kv], 1))
         found = [part.unflatten(1, (-1, h.head_dim)).unflatten(0, (-1, self.n_ctx)) for part in parts]
         for name, part, rows in zip(("q_norm", "k_norm"), found, parts, strict=False):
             if name in layer.norms:
@@ -216,7 +217,7 @@ class Layers:
         window = h.window if 0 < h.window < self.n_ctx else 0
         if h.attn_softcap or "sinks" in layer.vectors:
             return self._attend_in_steps(layer, q, k, v, window).transpose(1, 2)
-        seen = {"attn_mask": self._mask(window)} if window else {"is_causal": True}
+        seen: dict[str, Any] = {"attn_mask": self._mask(window)} if window else {"is_causal": True}
         return functional.scaled_dot_product_attention(q, k, v, scale=h.score_scale, **seen).transpose(1, 2)
 
     def _attend_in_steps(self, layer: LayerWeights, q, k, v, window: int) -> torch.Tensor:
@@ -249,7 +250,7 @@ class Layers:
         """Add to each token's row what its experts give: one expert after the other."""
         self._observe(layer, "experts_in", routes.inputs(normed), observe)
         operand, n_expert = self.products.operand(normed, is_safe), layer.hparams.n_expert
-        inner = None
+        inner: Any = None  # as soon as its width is known: [n_seen, n_ff]
         for expert, mine in routes.each():
             seen = operand.rows(routes.tokens[mine])
             made = self._activate(layer, self._of_expert(layer, "experts_in", seen, expert, n_expert))

@@ -162,7 +162,7 @@ class _Needs:
     def _layer(self, place: str, chunks: int) -> int:
         """Bytes on the device while layers are computed, hidden states of other chunks aside."""
         products, n_ctx = self.engine.products, self.engine.n_ctx
-        record = arch.find(self.hparams.arch)
+        record = arch.known(self.hparams.arch)
         kinds = {(record.layer_at(self.hparams, i), self.hparams.at(i)) for i in range(self.hparams.n_layer)}
         rows = max(chunks * token_bytes(*kind, products, n_ctx) + score_bytes(*kind, n_ctx, chunks) for kind in kinds)
         moving = 4 * self.hparams.n_embd * (2 * IN_FLIGHT if place == "memory" and not self.is_cpu else 0)

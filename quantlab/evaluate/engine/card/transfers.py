@@ -39,7 +39,7 @@ class Transfers:
         """Give back what was pinned."""
         self.wait()
         for array in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
+            torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)  # pyright: ignore[reportOptionalMemberAccess]
         self._pinned.clear()
 
     # ---- weights, by the thread that loads
@@ -84,7 +84,7 @@ class Transfers:
     def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return an array in the machine's memory that a card copies from and to by itself."""
         array = np.empty(shape, np.float32)
-        if self.is_cuda and int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:
+        if self.is_cuda and int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:  # pyright: ignore[reportOptionalMemberAccess]
             self._pinned.append(array)  # where it may not be pinned, copies wait for each other
         return array
 
