@@ -20,10 +20,11 @@ config: Any = numba.core.config  # numba sets its names from the environment, so
 
 @cache
 def sources_digest() -> str:
-    """Return a digest of all files that kernels may come from: those of quants, and others that name njit."""
+    """Return a digest of all files that kernels may come from: those of quants, and others that name what makes one."""
     package = Path(__file__).parents[1]
     sources = [path.read_bytes() for path in sorted((package / "quants").rglob("*.py"))]
-    sources += [text for path in sorted((package / "evaluate").rglob("*.py")) if b"njit" in (text := path.read_bytes())]
+    others = [path.read_bytes() for path in sorted((package / "evaluate").rglob("*.py"))]
+    sources += [text for text in others if b"njit" in text or b"intrinsic" in text]
     return sha256(b"".join(sources)).hexdigest()
 
 

@@ -15,11 +15,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
 from quantlab.evaluate.engine.tiles import LANES
+from quantlab.quants.compiled import intrinsic
 
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
+_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]  # pyright: ignore[reportAttributeAccessIssue]
 VNNI = "+avx512vnni" in _FEATURES
 DEPTH = 4 if VNNI else 2  # columns of a word
 # as many sums as there are registers for: 32 of AVX-512; 16 half as long, or quarters, elsewhere
