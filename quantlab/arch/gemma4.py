@@ -4,7 +4,7 @@ from dataclasses import replace
 from math import sqrt
 
 from quantlab.arch.llama import EMBEDDING, matrix, norm, router
-from quantlab.arch.record import Architecture, Layer, Tensor
+from quantlab.arch.record import Architecture, Layer, Role, Tensor
 
 _NORMS = {
     "attn_norm": "input_layernorm",
@@ -19,7 +19,7 @@ _OF_EXPERTS = {
 }
 
 
-def _named(name: str, shape: str, role: str, source: str, only: str = "", *, optional: bool = False) -> Tensor:
+def _named(name: str, shape: str, role: Role, source: str, only: str = "", *, optional: bool = False) -> Tensor:
     return Tensor(
         f"blk.{{}}.{name}", shape, role, (f"model.layers.{{}}.{source}",), only=only, optional=optional
     )  # fmt: skip

@@ -139,7 +139,7 @@ def _hugging_face(path: Path) -> Config:
     sizes = _heads(path, table, whole_rope[0]) | {"n_ff": number(path, table, "intermediate_size") if needs_n_ff else 0}
     is_two_sizes = "head_dim_window" in record.metadata.values()
     if is_two_sizes:
-        sizes = sizes_of_windows(path, table, window, sizes)
+        sizes = sizes_of_windows(path, table, window, sizes)  # pyright: ignore[reportArgumentType]
     config = Config(
         arch=record.name,
         is_meta=False,

@@ -153,7 +153,7 @@ class CpuEngine(Engine):
         }
         if "router_scale" in vectors:
             scale = vectors["router_scale"]
-            vectors["router_scale"] = replace(scale, data=scale.floats() * np.float32(self.hparams.n_embd**-0.5))
+            vectors["router_scale"] = replace(scale, data=scale.floats() * np.float32(self.hparams.n_embd**-0.5))  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
         biases = {field: [read(f"{name}.bias") for name in names] for field, names in does.products.items()}
         return LayerWeights(
             matrices,
