@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and checkers of types; at run time `__getattr__
     from quantlab.study import plots as plots
     from quantlab.study import tables as tables
     from quantlab.study.recipe import recipe as recipe
+    from quantlab.study.release import release as release
     from quantlab.study.report import report as report
     from quantlab.study.sensitivity import sensitivity as sensitivity
     from quantlab.transform.convert import convert as convert
@@ -77,6 +78,7 @@ __all__ = [
     "quants",
     "recipe",
     "refine",
+    "release",
     "report",
     "sensitivity",
     "sizes",
