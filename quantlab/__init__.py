@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors and checkers of types; at run time `__getattr__
     from quantlab.run.generate import generate as generate
     from quantlab.study import plots as plots
     from quantlab.study import tables as tables
+    from quantlab.study.exchange import exchange as exchange
     from quantlab.study.recipe import recipe as recipe
     from quantlab.study.release import release as release
     from quantlab.study.report import report as report
@@ -65,6 +66,7 @@ __all__ = [
     "compare",
     "convert",
     "diff",
+    "exchange",
     "fit",
     "generate",
     "imatrix",
