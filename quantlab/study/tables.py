@@ -28,6 +28,7 @@ from quantlab.transform.mixture import find_ftype, is_quantizable
 from quantlab.transform.plan import SizeTable, sizes
 
 __all__ = ["SizePpl", "beside_published", "both_rules", "collect", "measured", "pareto", "published", "size_ppl"]
+__dir__ = __all__.copy  # what `dir` and completion show
 
 # the rows of llama.cpp's table of 2023, widest first; BF16 is as large as F16 there
 FTYPES = [name for name, ftype in mixture.FTYPES.items() if "2023-12" in ftype.rules and name != "BF16"]
@@ -84,10 +85,8 @@ def beside_published(table: SizeTable) -> pd.DataFrame:
     digits = [len(size.partition(".")[2]) for size in found["size"]]
     rounded = [f"{value:.{n}f}" for value, n in zip(found["exact"], digits, strict=True)]
     found["agrees"] = found["size"] == rounded
-    found["published is"] = [
-        "" if agrees else _other_rounding(value, float(size))
-        for agrees, value, size in zip(found["agrees"], found["exact"], found["size"], strict=True)
-    ]
+    triples = zip(found["agrees"], found["exact"], found["size"], strict=True)
+    found["published is"] = ["" if agrees else _other_rounding(x, float(size)) for agrees, x, size in triples]
     found = found.rename(columns={"size": "published", "size_unit": "unit"})
     order = [ftype for ftype in exact.index if ftype in set(found["ftype"])]
     found = found.sort_values("ftype", key=lambda column: column.map(order.index), kind="stable")
@@ -497,7 +496,3 @@ def _protocol_label(protocol: Mapping) -> str:
     p = {key: protocol.get(key) for key in _COMPARABLE}
     digest = hashlib.sha256(json.dumps(p).encode()).hexdigest()[:6]
     return f"{p['text']}, {p['chunks']} × {p['n_ctx']}, {p['name']}, {p['mode']}, {digest}"
-
-
-def __dir__() -> list[str]:
-    return __all__
