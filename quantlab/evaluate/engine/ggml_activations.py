@@ -33,7 +33,7 @@ class Blocks:
     d : np.ndarray [shape=(nrows, blocks of a row), dtype=float32]
         Scale of each block.
     sums : np.ndarray [shape=(nrows, n_per_row // 32), dtype=float32; of Q8_K (nrows, n_per_row // run), int16]
-        Of Q8_0 and Q8_1 scale times sum of a block's codes, in float16; of Q8_K the sums of runs.
+        Of Q8_1 scale times sum of a block's codes, in float16; of Q8_K the sums of runs. Of Q8_0 there are none.
     starts : np.ndarray [shape=(nrows, n_per_row // run or, without VNNI, 0), dtype=int32]
         Minus 128 times the sums of runs.
     """
@@ -49,7 +49,7 @@ class Blocks:
             _sum_runs(self.codes, run, np.int16(1), self.sums)
         else:
             self.d = workers.scratch("d", n_rows, n_in // 32)
-            self.sums = workers.scratch("sums_of_blocks", n_rows, n_in // 32)
+            self.sums = workers.scratch("sums_of_blocks", n_rows, n_in // 32 if qtype == "Q8_1" else 0)
             _round_q8_0(x, self.codes, self.d, self.sums)
         if VNNI:
             _sum_runs(self.codes, run, np.int32(-128), self.starts)
@@ -109,7 +109,7 @@ def _largest(row, at, n):
     return np.int32(highest(top)).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _round_q8_0(x, codes, d, sums):
     """Blocks of 32 with a float16 scale; Q8_1's are the same, but for the sums."""
     row = np.empty(x.shape[1], np.float32)  # contiguous, whatever `x` is a part of
@@ -121,10 +121,11 @@ def _round_q8_0(x, codes, d, sums):
             inverse = _127 / top if top > _ZERO else _ZERO
             whole = _code_lanes(row, 32 * b, 32, inverse, code)
             d[r, b] = half(top / _127)
-            sums[r, b] = half(np.float32(top / _127) * np.float32(whole))
+            if sums.shape[1] > 0:
+                sums[r, b] = half(np.float32(top / _127) * np.float32(whole))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _round_q8_k(x, codes, d):
     """Super-blocks of 256 with a float32 scale; the number of greatest magnitude becomes -127."""
     row = np.empty(x.shape[1], np.float32)
@@ -143,10 +144,20 @@ def _round_q8_k(x, codes, d):
 
 @njit(nogil=True, cache=True)
 def _sum_runs(codes, run, factor, out):
-    """out[r, i] = factor · Σ codes over the i-th run of each row."""
+    """out[r, i] = factor · Σ codes over the i-th run of each row; to know the length of a run makes a fast loop."""
+    if run == 4:
+        _sum_runs_of(codes, 4, factor, out)
+    elif run == 16:
+        _sum_runs_of(codes, 16, factor, out)
+    else:
+        _sum_runs_of(codes, 32, factor, out)
+
+
+@njit(nogil=True, forceinline=True)
+def _sum_runs_of(codes, run, factor, out):
     for r in range(out.shape[0]):
         for i in range(out.shape[1]):
             whole = np.int32(0)
-            for j in range(i * run, (i + 1) * run):
-                whole += np.int32(codes[r, j])
+            for j in range(run):
+                whole += np.int32(codes[r, i * run + j])
             out[r, i] = np.int32(factor) * whole

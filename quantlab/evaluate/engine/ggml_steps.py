@@ -20,7 +20,7 @@ from quantlab.quants.compiled import intrinsic, njit
 from quantlab.quants.lanes import FLOATS
 
 KEYS = 64  # keys that flash attention takes at a time (GGML_FA_TILE_KV)
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.int32(-(2**31))
 
 
 @intrinsic
@@ -35,7 +35,7 @@ def fma(typing, a, b, c):
     return kind(kind, kind, kind), build
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def rms_norm(x, weight, eps, out):
     """out = x / sqrt(mean(x²) + eps) · weight, row by row; `out` may be `x` (ggml_compute_forward_rms_norm)."""
     n = x.shape[1]
@@ -108,7 +108,7 @@ def exp32(x):
     return value
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def silu_mul(gate_up, out):
     """out = silu(gate) · up, where gate and up are the halves of each row (ggml_vec_swiglu_f32)."""
     n = out.shape[1]
@@ -128,7 +128,7 @@ def _total16(v, at, half):
     return np.float32(np.float32(half[2] + half[0]) + np.float32(half[3] + half[1]))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def flash_attention(q, k, v, first, scale, out, keys, values):
     """Attention of the query heads that share one k and v head (ggml_compute_forward_flash_attn_ext_tiled).
 
@@ -169,21 +169,30 @@ def flash_attention(q, k, v, first, scale, out, keys, values):
 
 
 @njit(inline="always")
+def _ordered(bits):
+    """Turn the bits of a float32 into an integer that compares as the number does, or back."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@njit(inline="always")
 def _weigh(score, seen, scale, top, total, r, half):
     """Turn scores of up to KEYS keys into weights and add them to the row's total; return what came before shrinks by.
 
     `seen` of the keys count; the others get no weight.
     """
-    shrink, highest = _ONE, np.float32(-np.inf)
-    for j in range(seen):
-        score[j] = np.float32(score[j] * scale)
-        highest = max(highest, score[j])
-    if highest > top[r]:
-        shrink = np.float32(math.exp(np.float32(top[r] - highest)))
-        total[r] *= shrink
-        top[r] = highest
+    shrink, highest = _ONE, _LOWEST
     for j in range(KEYS):
-        score[j] = exp32(np.float32(score[j] - top[r])) if j < seen else _ZERO
+        scaled = np.float32(score[j] * scale)
+        score[j] = scaled
+        highest = max(highest, _ordered(scaled.view(np.int32)) if j < seen else _LOWEST)
+    top_score = np.int32(_ordered(highest)).view(np.float32)
+    if highest > _LOWEST and top_score > top[r]:
+        shrink = np.float32(math.exp(np.float32(top[r] - top_score)))
+        total[r] *= shrink
+        top[r] = top_score
+    for j in range(KEYS):
+        weight = exp32(np.float32(score[j] - top[r]))
+        score[j] = weight if j < seen else _ZERO
     if seen > 0:
         whole = 0.0
         for j in range(0, KEYS, 16):
