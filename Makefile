@@ -17,7 +17,7 @@ ifeq ($(shell uname -s),Linux)
 TORCH_ON_CPU := --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)+cpu
 endif
 
-.PHONY: help table test lab docs types coverage bench scale pictures check-long fuzz lint format clean
+.PHONY: help table test lab docs coverage bench scale pictures check-long fuzz lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -65,11 +65,9 @@ fuzz: $(VENV)/.test  ## spoiled files for every reader, MINUTES=18 each (atheris
 	    $(BIN)/python tests/fuzz_readers.py $$reader data/runs/fuzz/$$reader -max_total_time=$$((60 * $(MINUTES))) || exit 1; \
 	done
 
-lint: $(VENV)/.test  ## ruff: lint and format
+lint: $(VENV)/.test  ## ruff: lint and format; basedpyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: $(VENV)/.test  ## basedpyright: types
 	$(BIN)/basedpyright
 
 docs: $(VENV)/.docs  ## the documentation, in data/runs/docs/; a broken link stops it

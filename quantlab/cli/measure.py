@@ -207,7 +207,7 @@ def imatrix(
         else:
             options = {"process_output": process_output, "in_files": files}
             options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-            matrix = imatrix(model, text or "sampled", n_ctx=context_size(model, n_ctx), chunks=chunks, **options)
+            matrix = imatrix(model, text or "sampled", n_ctx=context_size(model, n_ctx), chunks=chunks, **options)  # pyright: ignore[reportArgumentType]
         matrix.save(part, legacy=legacy, overwrite=True)
     typer.echo(str(outfile), err=prints_to(json, outfile))
     if show_statistics or json:
@@ -279,7 +279,7 @@ def refine(
     judge = judge or ("none" if "primer" in texts else "primer")
     if judge in texts:
         raise typer.BadParameter("is a calibration text, name another or none", param_hint="--judge")
-    n_ctx = context_size(files[0], n_ctx)
+    n_ctx = context_size(files[0], n_ctx)  # pyright: ignore[reportAssignmentType]
     path = refine(
         files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,
         chunks=None if chunks == -1 else chunks,

@@ -1,5 +1,7 @@
 """The words that prove and publish: report, release."""
 
+# pyright: reportInvalidTypeForm=false
+
 from pathlib import Path
 from typing import Annotated
 
@@ -165,4 +167,4 @@ def release(
     specs = [spec for given in ftypes for spec in given.split(",") if spec]
     matrix = None if imatrix == "none" else imatrix
     n_ctx = n_ctx or open_model(model).hparams.n_ctx
-    show(release(model, out, ftypes=specs, imatrix=matrix, texts=texts, n_ctx=n_ctx, **options), json, overwrite)
+    show(release(model, out, ftypes=specs, imatrix=matrix, texts=texts, n_ctx=n_ctx, **options), json, overwrite)  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,7 @@
 """The words that choose types: sensitivity, recipe."""
 
+# pyright: reportInvalidTypeForm=false
+
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,7 +184,7 @@ def recipe(
     given |= {"refined": refined or None}
     _check_recipe(given | {"text": text}, sensitivity, criterion, exchanges, minutes, gguf)
     found = sensitivity or _measured(base, text, given | {"n_ctx": context_size(model, n_ctx)}, asked, where, mode)
-    best = recipe(found, base, **sizes, **asked)
+    best = recipe(found, base, **sizes, **asked)  # pyright: ignore[reportArgumentType]
     if criterion == "kld" and exchanges != 0:
         count = EXCHANGES if exchanges is None else exchanges
         best = exchange(best, found, base, text, exchanges=count, minutes=minutes, imatrix=imatrix, **where)

@@ -101,7 +101,7 @@ def _put_typing(array, i, v):
 
 def _item_lower(context, builder, sig, args):
     item, size = _item(sig.args[0])
-    value = builder.load(_pointer(context, builder, sig.args[0], *args, item), align=size)
+    value = builder.load(_pointer(context, builder, sig.args[0], *args, item), align=size)  # pyright: ignore[reportCallIssue]
     if sig.args[0].dtype in (types.uint8, types.uint16):
         return builder.zext(value, INT32)
     return builder.sext(value, INT32) if sig.args[0].dtype in (types.int8, types.int16) else value

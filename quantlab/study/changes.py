@@ -99,8 +99,8 @@ def plan_changes(
             given = {name: fitting(qtype, model.tensor(name).shape[-1]) for name in group}
             if None in given.values() or left_out.intersection(given.values()):
                 continue
-            if not any(_wants_imatrix(*pair, model, weighted) for pair in given.items()):
-                changes.setdefault((key, *given.values()), Change(key, _asked(qtype, given), given))
+            if not any(_wants_imatrix(*pair, model, weighted) for pair in given.items()):  # pyright: ignore[reportArgumentType]
+                changes.setdefault((key, *given.values()), Change(key, _asked(qtype, given), given))  # pyright: ignore[reportArgumentType]
     if not changes:
         raise ValueError(
             f"types={','.join(types)}: nothing can be changed to them. "

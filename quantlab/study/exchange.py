@@ -108,8 +108,8 @@ def exchange(
         device_memory=device_memory, memory=memory, threads=1 if executor is not None and threads is None else threads,
         cache=cache, **{key: said[key] for key in _CALIBRATION},
     )  # fmt: skip
-    if study.record.tokens_sha256 != said["tokens_sha256"]:
-        raise ValueError(f"text={study.record.text}: the sensitivity was measured on another text. Give that one.")
+    if study.record.tokens_sha256 != said["tokens_sha256"]:  # pyright: ignore[reportOptionalMemberAccess]
+        raise ValueError(f"text={study.record.text}: the sensitivity was measured on another text. Give that one.")  # pyright: ignore[reportOptionalMemberAccess]
     end = None if minutes is None else time.monotonic() + 60 * minutes
     with ThreadpoolController().limit(limits=1, user_api="blas"), ExitStack() as stack:
         if said.get("refined"):

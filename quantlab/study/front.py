@@ -203,7 +203,7 @@ def judge(
         measured = compare(model, [*others, *recipes], text, **options)
     chunks = by_chunk(measured)
     names = [row["variant"] for row in measured.rows[1:]]
-    theirs = [names[others.index(other)] for other in held] if against is None else names
+    theirs = [names[others.index(other)] for other in held] if against is None else names  # pyright: ignore[reportArgumentType]
     kept = ("variant", "bytes", "bpw", "kld_mean", "kld_se")
     rows = [{key: row[key] for key in kept} for row in measured.rows]
     for row in rows:

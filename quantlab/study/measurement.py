@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -93,7 +94,7 @@ class Study:
     def measure(self, changes: Sequence[Change], executor: Executor | None, progress: bool) -> dict[int, dict]:
         """Damage by id of the change, from the cache where it is known."""
         cache, keys = DamageCache(self.folder), [self._key(change) for change in changes]
-        found = [cache.get(key) for key in keys]
+        found: list[Any] = [cache.get(key) for key in keys]
         missing = [i for i, damage_ in enumerate(found) if damage_ is None]
         if missing:
             cache.prepare()
@@ -104,7 +105,7 @@ class Study:
         bundles = [[missing[j] for j in bundle] for bundle in damage.cut(n_layer, firsts)]
         tasks = [self._bundle([changes[i] for i in bundle], [keys[i] for i in bundle]) for bundle in bundles]
         work = [damage.work_of(task) for task in tasks]
-        shown = dict(
+        shown: dict[str, Any] = dict(
             desc=f"{len(missing)} changes", unit="tokens", unit_scale=1 / (n_layer + 1), disable=not (progress and work)
         )
         bar_format = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt} [{elapsed}<{remaining}]"
@@ -119,8 +120,8 @@ class Study:
     def _bundle(self, changes: Sequence[Change], keys: Sequence[dict]) -> damage.Bundle:
         return damage.Bundle(
             model=self.base.path.absolute(),
-            windows=self.windows,
-            choice=self.choice,
+            windows=self.windows,  # pyright: ignore[reportArgumentType]
+            choice=self.choice,  # pyright: ignore[reportArgumentType]
             memory=self.memory,
             start=self.start.types,
             imatrix=dict(self.start.imatrix),
@@ -135,7 +136,7 @@ class Study:
         """Everything that a damage depends on."""
         types = self.start.types | change.types
         altered = {name: qtype for name, qtype in types.items() if qtype != self.base.tensor(name).qtype}
-        record = asdict(self.record) | {"text": None, "rules": None}
+        record = asdict(self.record) | {"text": None, "rules": None}  # pyright: ignore[reportArgumentType]
         used = {name: w for name, w in self.start.imatrix.items() if name in altered}
         start = json_digest(self.start.types)
         how = {} if self.refined is None else {"refined": self.refined.digest}
@@ -200,7 +201,7 @@ class Study:
     def document(self) -> dict:
         """Return what every result says of the study."""
         record = {"text": None, "chunks": 0, "n_ctx": 0} if self.record is None else asdict(self.record)
-        noise = {} if self.record is None else half_noise(self.base, self.windows, self.choice)
+        noise = {} if self.record is None else half_noise(self.base, self.windows, self.choice)  # pyright: ignore[reportArgumentType]
         return record | noise | {
             "model": self.base.path.stem if self.base.path.is_file() else self.base.path.name,
             "model_sha256": self.digest,

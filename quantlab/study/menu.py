@@ -95,7 +95,7 @@ def _apart(groups: Mapping[str, list[dict]], base: Model) -> list[str]:
 
 def _pairs(types: Types) -> Iterable[tuple[str, str]]:
     """Expressions over names and types, from a mapping or a list."""
-    return types.items() if isinstance(types, Mapping) else types
+    return list(types.items()) if isinstance(types, Mapping) else types  # pyright: ignore[reportReturnType]
 
 
 def _parsed(types: Types, names: Sequence[str]) -> list[tuple[Callable[[str], bool], str]]:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import quantlab
 from quantlab.evaluate.check import check_model
@@ -52,6 +53,8 @@ class Making:
         self.repository = repository_of(self.model.path.absolute()) if self.model.is_checkpoint else None
         self.name = release_plan.release_name(self.model, name)
         self.prompt: str | None = None
+        self.about: Any = None  # what the card says of the model
+        self.calibration: Any = None  # a Text where something is collected or refined
         self.said: dict[str, str | None] = {}  # options for the card
 
     # ---- before anything is written
@@ -104,7 +107,7 @@ class Making:
 
     def files_of(self, job: Job) -> tuple[str, ...]:
         """Return the names of the files that a job writes."""
-        return tuple(output.path.name for output in job.outputs)
+        return tuple(output.path.name for output in job.outputs)  # pyright: ignore[reportOptionalMemberAccess]
 
     def layout_name(self, item: Item) -> str:
         """Return the name of the list of an item's types."""
@@ -177,7 +180,7 @@ class Making:
         given = {"calibration": self.windows, "text": self.calibration, "texts": self.texts}
         given |= {"refine_chunks": self.refine_chunks()}
         seconds = release_plan.seconds(self.model, pairs, **given, **self.cut, **self.how)
-        sizes = {output.path.name: _output_bytes(output) for job in self.jobs for output in job.outputs}
+        sizes = {output.path.name: _output_bytes(output) for job in self.jobs for output in job.outputs}  # pyright: ignore[reportOptionalMemberAccess]
         names = self.names().items()
         return [{"file": n, "what": what, "bytes": sizes.get(n), "sha256": None} for n, what in names], seconds
 
@@ -215,7 +218,7 @@ class Making:
             matrix = self.matrix_given
             if self.collects:
                 matrix = collect(self.model, self.calibration, progress=self.progress, **self.cut, **self.how)
-            matrix.save(path, overwrite=True)
+            matrix.save(path, overwrite=True)  # pyright: ignore[reportOptionalMemberAccess]
             folder.finish(self.matrix_name)
         return read_imatrix(path)
 
@@ -275,7 +278,7 @@ class Making:
         variants = [f"{model.label}={self.out / model.files[0]}" for model in models]
         texts = {name: source for name, (source, _) in self.texts.items()}
         given = {"rules": self.rules, "prompt": self.prompt, "scratch": folder.work("report")}
-        found = report(self.model, variants, texts, progress=self.progress, **given, **self.cut, **self.how)
+        found = report(self.model, variants, texts, progress=self.progress, **given, **self.cut, **self.how)  # pyright: ignore[reportArgumentType]
         found = replace(found, commands=({"what": "these files and this report", "command": self.command()},))
         found.save(self.out / PAGE, overwrite=True)
         folder.finish(PAGE, FIGURES)

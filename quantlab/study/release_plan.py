@@ -136,7 +136,7 @@ def _nearest_ftype(model: Model, variant: Variant, rules: str, imatrix: bool) ->
 
 def expected_matrix(model: Model, text: Text, windows: Windows) -> ImportanceMatrix:
     """Return a matrix with the names, shapes and counts that collecting will give, all columns alike."""
-    record, hparams = arch.find(model.hparams.arch), model.hparams
+    record, hparams = arch.known(model.hparams.arch), model.hparams
     sums, counts = {}, {}
     for index in range(hparams.n_layer):
         for names in record.layer_at(hparams, index).products.values():
@@ -226,7 +226,7 @@ def _windows(text: TextCut) -> Windows:
     """What is evaluated of a text."""
     if text.windows is not None:
         return text.windows
-    tokens, _ = text.turns.windows(max(4, text.protocol.n_ctx))
+    tokens, _ = text.turns.windows(max(4, text.protocol.n_ctx))  # pyright: ignore[reportOptionalMemberAccess]
     return Windows(tokens, tokens[:, 1:].copy(), 0)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -59,7 +59,7 @@ def quantize_together(jobs: Sequence[Job], *, progress: bool = True) -> None:
         steps = [job.steps for job in jobs]
         slabs = list(_slabs(steps[0], [len(target.records) for target in targets]))
         total = sum(slab.n_weights() for slab in slabs)
-        shown = dict(unit="weights", unit_scale=True, desc=f"{len(jobs)} files", disable=not progress)
+        shown: dict[str, Any] = dict(unit="weights", unit_scale=True, desc=f"{len(jobs)} files", disable=not progress)
         taken = kernels_in_order(partial(_take, steps), slabs, _Slab.n_weights)
         with tqdm(total=total, **shown) as bar, closing(taken):
             for slab, encoded in taken:
@@ -93,10 +93,10 @@ def in_shards(job: Job, max_size: str | int) -> Job:
     groups = groups_within(tensors, max_size=max_size)
     if len(groups) == 1:
         return job
-    stem, count = output.path.name.removesuffix(".gguf"), len(groups)
+    stem, count = output.path.name.removesuffix(".gguf"), len(groups)  # pyright: ignore[reportOptionalMemberAccess]
     outputs = []
     for i, group in enumerate(groups):
-        path = output.path.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}.gguf")
+        path = output.path.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}.gguf")  # pyright: ignore[reportOptionalMemberAccess]
         metadata = (output.metadata if i == 0 else {}) | shard_numbers(i, count, len(tensors))
         outputs.append(Output(path, metadata, tuple(by_name[tensor.name] for tensor in group)))
     return replace(job, outputs=tuple(outputs))
