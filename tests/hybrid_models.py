@@ -22,7 +22,7 @@ FAMILIES = {
     "qwen3next": ("Qwen3NextForCausalLM", "qwen3_next", _EXPERTS | {"partial_rotary_factor": 0.5}),
 }
 KINDS = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
-WRITTEN = ("F32-1", "F16-1", "BF16-1", "BF16-3")  # types of weights, and files
+WRITTEN = ("F32-1", "F16-1", "BF16-1", "BF16-3", "BF16-1-mtp")  # types of weights, files, layers that guess ahead
 
 
 def _mixer(name: str, kind: str) -> dict[str, tuple[int, ...]]:

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer .* is not in lla
 
 @pytest.mark.parametrize("kind", DIGESTS)
 def test_files_equal_the_converters(tmp_path, kind):
-    name, dtype, n_shards = kind.split("-")
-    src = hybrid_models.write_model(tmp_path / "made", name, dtype, int(n_shards))
-    file = ql.convert(src, outtype=dtype.lower(), as_llama_cpp=True, progress=False)
+    name, dtype, n_shards, *mtp = kind.split("-")
+    src = hybrid_models.write_model(tmp_path / "made", name, dtype, int(n_shards), mtp=bool(mtp))
+    file = ql.convert(src, outtype=dtype.lower(), as_llama_cpp=True, progress=False, mtp=bool(mtp))
     assert hashlib.sha256(file.read_bytes()).hexdigest() == DIGESTS[kind]
 
 
@@ -39,7 +39,30 @@ def test_torch_computes_the_same(tmp_path):
     assert np.abs(found - expected).max() <= 1e-4 * np.ptp(expected)
 
 
+@pytest.mark.parametrize("name", ["qwen35", "qwen3next"])
+def test_layers_that_guess_ahead_are_kept_and_not_computed(name, tmp_path):
+    src = hybrid_models.write_model(tmp_path / "made", name, mtp=True)
+    with pytest.warns(UserWarning, match="left out, as llama.cpp's converter does with --no-mtp. mtp=True"):
+        expected = logits(ql.open(src), TOKENS[:20])
+    model = ql.open(ql.convert(src, tmp_path / "whole.gguf", mtp=True, progress=False))
+    assert (model.hparams.n_layer, model.hparams.n_layer_nextn) == (4, 1)
+    np.testing.assert_array_equal(logits(model, TOKENS[:20]), expected)
+    assert ql.fit(model.path, vram="1GiB").n_layer == 4
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    options = {"types": ["Q8_0"], "groups": "kind", "chunks": 1, "n_ctx": 64, "progress": False}
+    found = ql.sensitivity(model.path, tmp_path / "text.txt", **options)
+    assert found.rows and not any("nextn" in name or "blk.4." in name for row in found.rows for name in row["types"])
+    small = ql.open(ql.quantize(model.path, tmp_path / "small.gguf", ftype="Q8_0"))
+    assert small.tensor("blk.4.nextn.eh_proj.weight").qtype == "Q8_0"
+
+
 # ---- bad input
+
+
+def test_without_such_layers_none_can_be_written(tmp_path):
+    src = hybrid_models.write_model(tmp_path, "qwen35")
+    with pytest.raises(ValueError, match="mtp=True, no layers here guess several tokens at once. Leave mtp out"):
+        ql.convert(src, mtp=True, progress=False)
 
 
 def test_rows_that_are_not_those_of_the_heads(tmp_path):

@@ -85,6 +85,10 @@ class Hparams:
     expert_scale : float
         What the weights of the chosen experts are multiplied by.
     rope_scaling : RopeScaling or None
+    n_layer_nextn : int
+        Layers after those that guess several tokens at once: `n_layer` does not count them, nobody computes them.
+    nextn : int or tuple of int
+        1 in such a layer, see `whole`.
     tied_embeddings : bool
         Whether the output layer is the token embedding.
 
@@ -134,6 +138,8 @@ class Hparams:
     ssm_heads: int = 0
     ssm_inner: int = 0
     attention_interval: int = 0
+    n_layer_nextn: int = 0
+    nextn: PerLayer = 0
     tied_embeddings: bool = False
 
     def __post_init__(self):
@@ -155,6 +161,28 @@ class Hparams:
         if not self.varies:
             return self
         return replace(self, **{name: getattr(self, name)[layer] for name in self.varies})
+
+    @property
+    def n_layer_all(self) -> int:
+        """Layers of a file."""
+        return self.n_layer + self.n_layer_nextn
+
+    @property
+    def whole(self) -> "Hparams":
+        """The same with layers that guess several tokens at once counted as others, and told apart by `nextn`."""
+        if not self.n_layer_nextn:
+            return self
+        more = self.n_layer_nextn
+        varied = {name: getattr(self, name) + getattr(self, name)[-1:] * more for name in self.varies}
+        varied |= {"nextn": (0,) * self.n_layer + (1,) * more, "n_layer": self.n_layer_all, "n_layer_nextn": 0}
+        if "recurrent" in varied:
+            varied["recurrent"] = (*self.recurrent, *(0,) * more)
+        return replace(self, **varied)
+
+    @property
+    def n_embd_twice(self) -> int:
+        """Columns of a hidden state beside an embedding."""
+        return 2 * self.n_embd
 
     @property
     def window_size(self) -> int:
@@ -183,8 +211,8 @@ class Hparams:
 
     @property
     def recurrent_layers(self) -> list[bool]:
-        """Whether each layer is recurrent."""
-        return [self.at(i).recurrent > 0 for i in range(self.n_layer)]
+        """Whether each layer of a file is recurrent."""
+        return [self.at(i).recurrent > 0 for i in range(self.n_layer)] + [False] * self.n_layer_nextn
 
     @property
     def n_q_gate(self) -> int:

@@ -49,6 +49,14 @@ NORMS = (
     plus_one("attn_norm", "n_embd", "input_layernorm"),
     plus_one("post_attention_norm", "n_embd", "post_attention_layernorm"),
 )
+NEXTN = (  # of layers that guess several tokens at once
+    Tensor(
+        "blk.{}.nextn.eh_proj.weight", "n_embd n_embd_twice", "other", ("model.layers.{}.eh_proj.weight",), only="nextn"
+    ),
+    plus_one("nextn.enorm", "n_embd", "enorm", "nextn"),
+    plus_one("nextn.hnorm", "n_embd", "hnorm", "nextn"),
+    plus_one("nextn.shared_head_norm", "n_embd", "shared_head.norm", "nextn"),
+)
 ENDS = (
     Tensor("output_norm.weight", "n_embd", "norm", ("model.norm.weight",), ADD_ONE),
     Tensor("output.weight", "n_vocab n_embd", "output", ("lm_head.weight",), optional=True),
@@ -80,6 +88,7 @@ SIZES = {
     "attention_interval": "full_attention_interval",
 }
 METADATA = {
+    "nextn_predict_layers": "n_layer_nextn",
     "ssm.conv_kernel": "ssm_conv",
     "ssm.state_size": "ssm_state",
     "ssm.group_count": "ssm_groups",
@@ -113,6 +122,7 @@ ARCH = Architecture(
         matrix("ffn_down", "n_embd n_ff", "mlp.down_proj"),
         matrix("ffn_gate", "n_ff n_embd", "mlp.gate_proj"),
         matrix("ffn_up", "n_ff n_embd", "mlp.up_proj"),
+        *NEXTN,
         *ENDS,
     ),
     layer=GATED,

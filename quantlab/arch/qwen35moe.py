@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from quantlab.arch.llama import EMBEDDING, ROUTED, matrix
 from quantlab.arch.qwen3moe import EXPERTS
-from quantlab.arch.qwen35 import ATTENTION, DELTA_NET, ENDS, GATED, METADATA, NORMS, SIZES, USUAL, recurrent
+from quantlab.arch.qwen35 import ATTENTION, DELTA_NET, ENDS, GATED, METADATA, NEXTN, NORMS, SIZES, USUAL, recurrent
 from quantlab.arch.record import Architecture, Tensor
 
 SHARED = (
@@ -29,7 +29,7 @@ _LAYER = replace(
 ARCH = Architecture(
     name="qwen35moe",
     classes=("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
-    tensors=(EMBEDDING, *NORMS, *DELTA_NET, *ATTENTION, *EXPERTS, *SHARED, *ENDS),
+    tensors=(EMBEDDING, *NORMS, *DELTA_NET, *ATTENTION, *EXPERTS, *SHARED, *NEXTN, *ENDS),
     layer=_LAYER,
     kinds=(("recurrent", recurrent(_LAYER)),),
     defaults=dict.fromkeys(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from quantlab.arch.llama import EMBEDDING
 from quantlab.arch.qwen3moe import EXPERTS
-from quantlab.arch.qwen35 import ATTENTION, ENDS, METADATA, NORMS, SIZES, USUAL, of_delta_net
+from quantlab.arch.qwen35 import ATTENTION, ENDS, METADATA, NEXTN, NORMS, SIZES, USUAL, of_delta_net
 from quantlab.arch.qwen35moe import ARCH as QWEN35MOE
 from quantlab.arch.qwen35moe import SHARED
 from quantlab.arch.record import Architecture
@@ -24,7 +24,7 @@ _RECURRENT = replace(dict(QWEN35MOE.kinds)["recurrent"], attn_qkv=("attn_qkv", "
 ARCH = Architecture(
     name="qwen3next",
     classes=("Qwen3NextForCausalLM",),
-    tensors=(EMBEDDING, *NORMS, *_DELTA_NET, *ATTENTION, *EXPERTS, *SHARED, *ENDS),
+    tensors=(EMBEDDING, *NORMS, *_DELTA_NET, *ATTENTION, *EXPERTS, *SHARED, *NEXTN, *ENDS),
     layer=QWEN35MOE.layer,
     kinds=(("recurrent", _RECURRENT),),
     defaults={

@@ -226,7 +226,7 @@ class Architecture:
     packed : tuple of str
         Quantizers, by the names of `packed_by`, whose weights the converter reads.
     left_out : tuple of str
-        Starts of names of tensors that do not belong to the model: layers that guess several tokens at once.
+        Starts of names of tensors of layers that guess several tokens at once, which are written where it is asked for.
     window_period : int
         Every how many layers one sees all tokens, the others a window, where the metadata does not say which; 0: the
         architecture knows no windows.
@@ -311,6 +311,7 @@ class Architecture:
 
     def expand(self, hparams: Hparams) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
         """Yield name, record and shape of every tensor that such a model can have: each layer's own, in file order."""
+        hparams = hparams.whole
         layers = [hparams.at(i) for i in range(hparams.n_layer)]
         inner = [tensor for tensor in self.tensors if tensor.is_layered]
         first = self.tensors.index(inner[0]) if inner else len(self.tensors)
@@ -332,6 +333,7 @@ class Architecture:
         The change of one of many experts is `("stack", number)`.
         """
         found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        hparams = hparams.whole
         layers = [hparams.at(i) for i in range(hparams.n_layer)]
         for tensor in self.tensors:
             forms = [(name, tensor.change) for name in tensor.checkpoint] + [(tensor.meta, ())] * bool(tensor.meta)

@@ -37,12 +37,15 @@ def convert(
     model_name: Annotated[
         str | None, typer.Option("--model-name", help="Name in the file's metadata (default: the card's or folder's).")
     ] = None,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Write layers that guess several tokens at once (Qwen3.5, Qwen3-Next).")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint to GGUF: safetensors, .bin, .pth, .pt; Llama 1-3, Mistral, Yi, SmolLM, Qwen 2 and 3."""
     from quantlab.transform.convert import convert
 
-    options = {"outtype": outtype, "as_llama_cpp": as_llama_cpp, "model_name": model_name}
+    options = {"outtype": outtype, "as_llama_cpp": as_llama_cpp, "model_name": model_name, "mtp": mtp}
     path = convert(src, outfile, overwrite=overwrite, **options)
     typer.echo(str(path), err=prints_to(outfile))
 

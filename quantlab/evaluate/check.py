@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from quantlab.arch import Architecture, architectures, find
+from quantlab.transform.rules import layer_of
 
 ROPE_SCALINGS = ("linear", "yarn")
 VARYING = (
@@ -70,6 +71,8 @@ def _check_tensors(model, record: Architecture) -> None:
     used = {name.partition(".")[0] for name in used}
     for name in model.names:
         tensor = record.tensor(name)
+        if layer_of(name) >= hparams.n_layer and tensor is not None:
+            continue  # where it is not expected, it is refused below
         if tensor is None or tensor.is_layered and name.split(".")[2] not in used:
             raise ValueError(f"{model.path}: {name} has no place in a {hparams.arch}. Evaluate it in llama.cpp.")
     if "token_embd.weight" in model:

@@ -322,7 +322,7 @@ def _by_layer(variant: Variant) -> list[list[tuple]]:
     """Identities of the embeddings, of layer 0's tensors, of layer 1's, …"""
     found = [[] for _ in range(variant.model.hparams.n_layer + 1)]
     for name in variant.types:
-        if not name.startswith("output"):
+        if not name.startswith("output") and layer_of(name) < len(found) - 1:
             found[layer_of(name) + 1].append(identity(variant, name))
     return found
 

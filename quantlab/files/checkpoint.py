@@ -42,6 +42,15 @@ __all__ = ["OUTTYPES", "RangeLoss", "open_checkpoint"]
 OUTTYPES = {"auto": None, "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
+# parts of layers that guess several tokens at once → their names as a layer's
+_GUESSING = {
+    "fc": "eh_proj",
+    "pre_fc_norm_embedding": "enorm",
+    "pre_fc_norm_hidden": "hnorm",
+    "norm": "shared_head.norm",
+}
+
+
 @dataclass
 class RangeLoss:
     """How many values became infinite or zero in F16, by tensor; filled while rows are read."""
@@ -57,6 +66,7 @@ def open_checkpoint(
     loss: RangeLoss | None = None,
     as_llama_cpp: bool = False,
     model_name: str | None = None,
+    mtp: bool = False,
 ) -> Model:
     """Open a checkpoint lazily as the GGUF model that it would be converted to.
 
@@ -72,6 +82,8 @@ def open_checkpoint(
         Whether vocabulary and activation are those of llama.cpp where quantlab differs on purpose.
     model_name : str, optional
         `general.name`. Default: that of the model card, or one made from the folder's name.
+    mtp : bool
+        Whether layers that guess several tokens at once are kept.
 
     Returns
     -------
@@ -98,6 +110,8 @@ def open_checkpoint(
     if not as_llama_cpp:
         check_computed(folder, config)
     stored = _read_sources(path, config)
+    if mtp:
+        stored, config = _with_guessing(folder, stored, config)
     config = _with_sizes(folder, config, stored)
     sources = dict(_gguf_sources(folder, stored, config))
     roles = _check_shapes(folder, sources, config)
@@ -166,6 +180,24 @@ def _with_sizes(folder: Path, config: Config, stored: Mapping[str, Source]) -> C
     return replace(config, n_vocab=n_vocab, n_ff=n_ff)
 
 
+def _with_guessing(folder: Path, stored: Mapping[str, Source], config: Config) -> tuple[dict[str, Source], Config]:
+    """Name the layers that guess several tokens at once as layers after the others, and count them."""
+    found, numbers = {}, set()
+    for name, source in stored.items():
+        start = next((start for start in config.record.left_out if name.startswith(start)), None)
+        kind, _, rest = name[len(start) :].partition(".") if start else ("", "", "")
+        if kind == "layers" and rest.partition(".")[0].isdecimal():
+            number, _, rest = rest.partition(".")
+            numbers.add(int(number))
+            name = f"model.layers.{config.n_layer + int(number)}.{rest}"
+        elif kind in _GUESSING:
+            name = f"model.layers.{config.n_layer}.{_GUESSING[kind]}.{rest}"
+        found[name] = source
+    if not numbers or numbers != set(range(len(numbers))):
+        raise ValueError(f"{folder}: mtp=True, no layers here guess several tokens at once. Leave mtp out.")
+    return found, replace(config, n_layer_nextn=len(numbers))
+
+
 def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) -> Iterator[tuple[str, Source]]:
     """Give tensors their GGUF names and row order."""
     names = config.record.checkpoint_names(complete(config))
@@ -174,7 +206,7 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
     if left := [name for name in stored if config.record.left_out and name.startswith(config.record.left_out)]:
         warnings.warn(
             f"{folder}: {len(left)} tensors of layers that guess several tokens at once are left out, as llama.cpp's "
-            f"converter does with --no-mtp.",
+            f"converter does with --no-mtp. mtp=True (--mtp) writes them.",
             stacklevel=4,
         )
     for name, source in stored.items():

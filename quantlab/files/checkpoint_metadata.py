@@ -372,7 +372,7 @@ def _llama3_factors(config: Config) -> np.ndarray:
 def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
     """Return the `ARCH.*` keys, the file type and the quantization version."""
     keys: dict[str, Any] = {
-        "block_count": np.uint32(config.n_layer),
+        "block_count": np.uint32(config.n_layer_all),
         "context_length": np.uint32(config.n_ctx),
         "embedding_length": np.uint32(config.n_embd),
         **({"feed_forward_length": _counts(config.n_ff)} if config.n_ff else {}),

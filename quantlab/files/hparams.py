@@ -40,11 +40,13 @@ def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source
     """
     keys = _Keys(metadata, source)
     given = None if keys.is_known else 0  # without a file in `arch/`, types of tensors are all that follows from these
-    n_layer = keys.whole("block_count", given, least=1 if keys.is_known else 0, most=MAX_LAYERS)
+    n_all = keys.whole("block_count", given, least=1 if keys.is_known else 0, most=MAX_LAYERS)
+    n_layer = n_all - _guessing(keys, n_all)
     n_head = keys.per_layer("attention.head_count", n_layer, given)
     tokens = metadata.get("tokenizer.ggml.tokens")
     n_tokens = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else 0
     sizes = {
+        "n_layer_nextn": n_all - n_layer,
         "n_embd": keys.loosely(lambda: keys.whole("embedding_length"), 0),
         "n_vocab": keys.loosely(lambda: keys.whole("vocab_size", n_tokens, least=0), n_tokens),
         "n_ctx": keys.loosely(lambda: keys.whole("context_length"), 0),
@@ -86,12 +88,12 @@ def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
             found[name] = keys.positive(key) if kind is float else keys.whole(key, least=0)
     recurrent = keys.get("attention.recurrent_layers")
     if "attention.recurrent_layers" in record.metadata and isinstance(recurrent, list | np.ndarray):
-        if len(recurrent) != n_layer:
+        if len(recurrent) not in (n_layer, n_layer + _guessing(keys)):
             raise ValueError(
                 f"{keys.source}: {keys.arch}.attention.recurrent_layers={short(recurrent)}, need one for each of "
                 f"{n_layer} layers. Convert the checkpoint again."
             )
-        found["recurrent"] = tuple(int(bool(item)) for item in recurrent)
+        found["recurrent"] = tuple(int(bool(item)) for item in recurrent[:n_layer])
     if record.window_period:
         size = keys.whole("attention.sliding_window", record.window, least=0)
         pattern = keys.get("attention.sliding_window_pattern")
@@ -109,6 +111,14 @@ def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
             found["window"] = size
         found["rope_base_window"] = keys.positive("rope.freq_base_swa") if keys.get("rope.freq_base_swa") else 0.0
     return found
+
+
+def _guessing(keys: "_Keys", n_all: int = MAX_LAYERS) -> int:
+    """Return how many layers guess several tokens at once: the last ones, where the architecture knows them."""
+    record = find(keys.arch)
+    if record is None or "nextn_predict_layers" not in record.metadata:
+        return 0
+    return keys.whole("nextn_predict_layers", 0, least=0, most=n_all - 1)
 
 
 class _Keys:

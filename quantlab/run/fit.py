@@ -279,12 +279,13 @@ class Weights:
 
     def __init__(self, hparams, shapes: Mapping[str, tuple[int, ...]], qtypes: Mapping[str, str]):
         self.hparams = hparams
+        shapes = {name: shape for name, shape in shapes.items() if not _is_skipped(name, hparams)}
         sizes = {name: tensor_bytes(shape, qtypes[name]) for name, shape in shapes.items()}
         for name in ("token_embd.weight", "output_norm.weight"):
             if name not in sizes:
                 raise ValueError(f"{name}: missing from the model. Convert the checkpoint again.")
         for name in sizes:
-            if name.startswith("blk.") and not 0 <= layer_of(name) < hparams.n_layer:
+            if name.startswith("blk.") and not 0 <= layer_of(name) < hparams.n_layer_all:
                 raise ValueError(f"{name}: the metadata has {hparams.n_layer} layers. Convert the checkpoint again.")
         self.layers, self.repacked, self.largest = ([0] * hparams.n_layer for _ in range(3))
         for name, size in sizes.items():
@@ -300,6 +301,11 @@ class Weights:
         self.output_repacked = sum(
             sizes[name] * _is_repacked(shapes[name], qtypes[name]) for name in shapes if name == "output.weight"
         )
+
+
+def _is_skipped(name: str, hparams) -> bool:
+    """Whether llama.cpp does not load a tensor: one of a layer that guesses several tokens at once."""
+    return hparams.n_layer <= layer_of(name) < hparams.n_layer_all
 
 
 def _is_repacked(shape: tuple[int, ...], qtype: str) -> bool:

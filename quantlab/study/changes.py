@@ -74,7 +74,8 @@ def plan_changes(
     ValueError
         If a type or a group is not known, or nothing is left.
     """
-    names = [tensor.name for tensor in model if is_quantizable(tensor.name, tensor.shape)]
+    computed = [tensor for tensor in model if layer_of(tensor.name) < model.hparams.n_layer]
+    names = [tensor.name for tensor in computed if is_quantizable(tensor.name, tensor.shape)]
     place = partial(_place, kinds=_kinds(model.hparams.arch))
     names.sort(key=place)
     if groups is None:

@@ -33,6 +33,7 @@ def convert(
     outtype: str = "auto",
     as_llama_cpp: bool = False,
     model_name: str | None = None,
+    mtp: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -53,6 +54,8 @@ def convert(
     model_name : str, optional
         `general.name` of the file. Default: that of the model card, or one made from the name of the folder or of the
         hub's repository.
+    mtp : bool
+        Write layers that guess several tokens at once, which llama.cpp can draft with. Nothing here computes them.
     overwrite : bool
         Whether a file of that name may be replaced.
     progress : bool
@@ -85,7 +88,7 @@ def convert(
     """
     check_path(src=src, **({} if outfile is None else {"outfile": outfile}))
     src, loss = find_checkpoint(src), RangeLoss()
-    model = open_checkpoint(src, outtype, loss=loss, as_llama_cpp=as_llama_cpp, model_name=model_name)
+    model = open_checkpoint(src, outtype, loss=loss, as_llama_cpp=as_llama_cpp, model_name=model_name, mtp=mtp)
     name = OUTTYPES[outtype] or _own_type(model)
     folder = src if src.is_dir() else src.parent
     outfile = _checked(outfile, default_folder(src) / f"ggml-model-{name}.gguf", overwrite)

@@ -189,8 +189,8 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     hparams = read_hparams(model.metadata | overrides, model.names, source=str(model.path))
     tensors, pruned_keys = {tensor.name: tensor for tensor in model}, {}
     if options.prune_layers:
-        pruned_keys = pruned_metadata(model.metadata, hparams.n_layer, options.prune_layers)
-        names = pruned_names(tensors, hparams.n_layer, options.prune_layers)
+        pruned_keys = pruned_metadata(model.metadata, hparams.n_layer_all, options.prune_layers)
+        names = pruned_names(tensors, hparams.n_layer_all, options.prune_layers)
         tensors = {name: replace(tensors[old], name=name) for old, name in names.items()}
         shards = [[names[old] for old in shard if old in names] for shard in shards]
         matrix = {names[old]: weights for old, weights in matrix.items() if old in names}

@@ -129,7 +129,7 @@ class CurrentRules:
 
     def __init__(self, ftype: str, hparams: Hparams, shapes: Mapping[str, tuple[int, ...]], imatrix: bool):
         self.ftype, self.imatrix, self.arch = ftype, imatrix, hparams.arch
-        self.n_layer, self.n_expert = hparams.n_layer, hparams.n_expert
+        self.n_layer, self.n_expert = hparams.n_layer_all, hparams.n_expert
         first = hparams.at(0) if hparams.n_layer else hparams
         self.gqa = first.n_head // first.n_head_kv if first.n_head_kv else 0
         self.is_70b = hparams.n_layer == _LAYERS_OF_70B.get(hparams.arch)

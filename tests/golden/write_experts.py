@@ -47,10 +47,11 @@ def write(module, stem: str, digests: dict[str, str], *options: str) -> None:
     found = {}
     for name in module.FAMILIES:
         for kind in module.WRITTEN:
-            dtype, n_shards = kind.split("-")
+            dtype, n_shards, *mtp = kind.split("-")
             with tempfile.TemporaryDirectory() as folder:
-                model = module.write_model(Path(folder) / "made", name, dtype, int(n_shards))
-                digests[f"{name}-{kind}"] = digest(model, dtype.lower(), *options)
+                more = {"mtp": True} if mtp else {}
+                model = module.write_model(Path(folder) / "made", name, dtype, int(n_shards), **more)
+                digests[f"{name}-{kind}"] = digest(model, dtype.lower(), *([] if mtp else options))
                 if kind == "F32-1" and name != "gemma4-e":  # which is not evaluated
                     found[name] = logits(model, TOKENS)[SEEN]
     here = Path(__file__).parent
