@@ -163,7 +163,7 @@ def read_matrix(folder: Path, raw: bytes) -> None:
     matrix = attempt(folder, lambda: read_imatrix(path))
     if matrix is not None:
         assert all(np.isfinite(weights).all() for weights in matrix.entries.values())
-        merged = attempt(folder, lambda: merge([matrix]), named="the sum is beyond")
+        merged = attempt(folder, lambda: merge([matrix]), named="the sum exceeds")
         assert merged is None or merged.sums.keys() == matrix.sums.keys()
 
 

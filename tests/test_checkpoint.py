@@ -123,10 +123,10 @@ def test_index_and_shards_that_disagree(tmp_path):
     index = src / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     edit(index, weight_map=weight_map | {"extra.weight": "model-00001-of-00003.safetensors"})
-    refuse(src, "extra.weight.: model.safetensors.index.json names it, no shard holds it")
+    refuse(src, "extra.weight.: model.safetensors.index.json names it, but no shard contains it")
     del weight_map["model.norm.weight"]
     edit(index, weight_map=weight_map)
-    refuse(src, "model.norm.weight.: a shard holds it, model.safetensors.index.json does not name it")
+    refuse(src, "model.norm.weight.: a shard contains it, but model.safetensors.index.json does not name it")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_an_index_that_is_no_table(tmp_path):
     edit(src / "model.safetensors.index.json", weight_map=[1])
     refuse(src, r"weight_map=\[1\], need a table")
     (src / "model.safetensors.index.json").write_text("{")
-    refuse(src, "model.safetensors.index.json: is no JSON")
+    refuse(src, "model.safetensors.index.json: is not JSON")
 
 
 def test_missing_and_unknown_tensors(tmp_path):
@@ -156,54 +156,54 @@ def test_missing_and_unknown_tensors(tmp_path):
     write_safetensors(src / "model.safetensors", weights | {"model.norm.weight": norm, "model.strange.weight": norm})
     refuse(src, "model.strange.weight: no tensor of a llama model with 2 layers has this name")
     write_safetensors(src / "model.safetensors", weights | {"model.norm.weight": norm[:-1]})
-    refuse(src, r"output_norm.weight: shape=\(63,\), the configuration asks for \(64,\)")
+    refuse(src, r"output_norm.weight: shape=\(63,\), the configuration gives \(64,\)")
 
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
 CONFIGS = [
     (
         {"architectures": ["FalconForCausalLM"]},
-        r"architectures=\['FalconForCausalLM'\], need a class of .*llama",
+        r"architectures=\['FalconForCausalLM'\], must be a class of .*llama",
     ),
-    ({"architectures": None}, "architectures=None, need a class of"),
-    ({"hidden_size": None}, "hidden_size=None, need a positive number"),
-    ({"hidden_size": 1 << 40}, "hidden_size=1099511627776, need a positive number"),
-    ({"num_attention_heads": "4"}, "num_attention_heads='4', need a positive number"),
-    ({"num_attention_heads": 5}, "hidden_size=64 is no multiple of num_attention_heads=5"),
+    ({"architectures": None}, "architectures=None, must be a class of"),
+    ({"hidden_size": None}, "hidden_size=None, must be"),
+    ({"hidden_size": 1 << 40}, "hidden_size=1099511627776, must be"),
+    ({"num_attention_heads": "4"}, "num_attention_heads='4', must be"),
+    ({"num_attention_heads": 5}, "hidden_size=64 must be a multiple of num_attention_heads=5"),
     ({"num_hidden_layers": 3}, "blk.2.attn_norm.weight: missing from the weights"),
     ({"num_hidden_layers": 1}, "no tensor of a llama model with 1 layers has this name"),
-    ({"num_attention_heads": 32, "num_key_value_heads": 3}, "64 rows are no 3 heads"),
-    ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0, need a positive number"),
-    ({"rope_scaling": {"type": "strange"}}, "rope_type='strange', need default, linear, yarn or llama3"),
-    ({"rope_scaling": {"type": "linear"}}, "factor=None, need a positive number"),
-    ({"architectures": [["x"]]}, r"architectures=\[\['x'\]\], need a class of"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, need a positive number from 1 to 1024"),
-    ({"vocab_size": 10**12}, "vocab_size=1000000000000, need a positive number"),
-    ({"hidden_size": 10**4000}, "hidden_size=a number of 13288 bits, need a positive number"),
-    ({"num_attention_heads": 0}, "num_attention_heads=0, need a positive number"),
-    ({"head_dim": -1}, "head_dim=-1, need a positive number"),
-    ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1}}, "high_freq_factor=1, the second must be the larger"),
-    ({"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": "x"}}, "original_max_.*='x', need a positive"),
+    ({"num_attention_heads": 32, "num_key_value_heads": 3}, "64 rows cannot be split into 3 heads"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0, must be"),
+    ({"rope_scaling": {"type": "strange"}}, "rope_type='strange', must be default, linear, yarn or llama3"),
+    ({"rope_scaling": {"type": "linear"}}, "factor=None, must be"),
+    ({"architectures": [["x"]]}, r"architectures=\[\['x'\]\], must be a class of"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, must be 1 to 1024"),
+    ({"vocab_size": 10**12}, "vocab_size=1000000000000, must be"),
+    ({"hidden_size": 10**4000}, "hidden_size=a number of 13288 bits, must be"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0, must be"),
+    ({"head_dim": -1}, "head_dim=-1, must be"),
+    ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1}}, "high_freq_factor=1, the second must be larger"),
+    ({"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": "x"}}, "original_max_.*='x', must be 1"),
     (
         {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1 << 40}},
-        "original_max_.* need",
+        "original_max_.* must be",
     ),
-    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": [1]}}, r"beta_fast=\[1\], need a positive number"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": [1]}}, r"beta_fast=\[1\], must be"),
     (
         {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 2.0}},
-        r"rope_parameters=\{.*'factor': 2.0.*\} and rope_scaling=\{.*'factor': 4.0.*\} differ. .* Keep one of them",
+        r"rope_parameters=\{.*'factor': 2.0.*\} and rope_scaling=\{.*'factor': 4.0.*\} differ. .* Keep only",
     ),
     ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 5e5}}, "500000.0.* differ. .* with rope_theta=10000.0"),
     (
         {"rope_parameters": LAYERS | {"sliding_attention": {"rope_theta": 1e4}}},
-        r"rope_parameters=\{'full_attention': .*'sliding_attention': .*need the same table for all layers",
+        r"rope_parameters=\{'full_attention': .*'sliding_attention': .*must be the same for all layers",
     ),
-    ({"rope_parameters": LAYERS, "layer_types": ["sliding_attention"]}, "need the same table for all layers"),
-    ({"rope_scaling": [1]}, r"rope_scaling=\[1\], need a table"),
-    ({"rope_theta": 1e-300}, "rope_theta=1e-300, need a positive number from 1e-12"),
-    ({"rope_theta": float("nan")}, "rope_theta=nan, need a positive number"),
-    ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf, need a positive number"),
-    ({"quantization_config": {"bits": 4}}, "config.json: this is a quantized checkpoint"),
+    ({"rope_parameters": LAYERS, "layer_types": ["sliding_attention"]}, "must be the same for all layers"),
+    ({"rope_scaling": [1]}, r"rope_scaling=\[1\], must be a table"),
+    ({"rope_theta": 1e-300}, "rope_theta=1e-300, must be 1e-12 to"),
+    ({"rope_theta": float("nan")}, "rope_theta=nan, must be"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf, must be"),
+    ({"quantization_config": {"bits": 4}}, "config.json: is a quantized checkpoint"),
 ]
 
 
@@ -241,18 +241,22 @@ def test_the_tokenizer_of_another_model(tmp_path):
     edit(src / "config.json", vocab_size=500)
     weights = {key: x[:500] if x.shape[0] == 640 else x for key, x in tensors("llama1").items()}
     write_safetensors(src / "model.safetensors", weights)
-    refuse(src, "tokenizer has 600 tokens, the embedding has 500 rows. Take the tokenizer of this model")
+    refuse(src, "tokenizer has 600 tokens, the embedding has 500 rows. Use this model's own tokenizer")
     edit(src / "config.json", vocab_size=640)
-    refuse(src, r"token_embd.weight: shape=\(500, 64\), the configuration asks for \(640, 64\)")
+    refuse(src, r"token_embd.weight: shape=\(500, 64\), the configuration gives \(640, 64\)")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("tokenizer.model", b"\xff" * 100, "tokenizer.model: is no SentencePiece model"),
-        ("tokenizer.model", b"", "tokenizer.model: is no SentencePiece model"),
-        ("tokenizer.model", b"\x0a\x0a\x0a\x01\xff\x15\0\0\0\0\x18\x02", "tokenizer.model: is no SentencePiece model"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "a token is there twice, or one of the 256 bytes is not there"),
+        ("tokenizer.model", b"\xff" * 100, "tokenizer.model: is not a SentencePiece model"),
+        ("tokenizer.model", b"", "tokenizer.model: is not a SentencePiece model"),
+        (
+            "tokenizer.model",
+            b"\x0a\x0a\x0a\x01\xff\x15\0\0\0\0\x18\x02",
+            "tokenizer.model: is not a SentencePiece model",
+        ),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "a token occurs twice, or one of the 256 bytes is missing"),
         ("tokenizer.model", b"IQ== 0\nIg== 2\n", r"tokenizer.model: line 2 is b'Ig== 2', need a token in base64 and 1"),
         ("tokenizer.model", b"IQ== 0\n!!! 1\n", r"tokenizer.model: line 2 is b'!!! 1', need a token in base64 and 1"),
         ("added_tokens.json", b'{"a": "b"}', "added token has id 'b', need a whole number"),
@@ -262,7 +266,7 @@ def test_the_tokenizer_of_another_model(tmp_path):
             b'{"a": [' + b"[]," * 2_000_000,
             "added_tokens.json: 4000002 values, need at most 3000000",
         ),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder: 'x' is no token"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder: 'x' is not a token"),
         (
             "tokenizer_config.json",
             b'{"added_tokens_decoder": {"%s": {}}}' % (b"9" * 5000),
@@ -305,7 +309,7 @@ GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
         ({"version": "\x1b[2J"}, r"tokenizer.json cannot be read \(Unknown tokenizer version '\?\[2J'"),
         ({"normalizer": nested("normalizers", 400)}, "tokenizer.json cannot be read"),
         ({"post_processor": nested("processors", 400)}, "tokenizer.json cannot be read"),
-        ({"post_processor": TEMPLATE}, "a template names a token it does not know"),
+        ({"post_processor": TEMPLATE}, "a template names an unknown token"),
         ({"added_tokens": [{"id": 1 << 40, "content": "a"}]}, "tokenizer has 1099511627777 tokens"),
         (
             {"normalizer": {"type": "Sequence", "normalizers": [GROWING] * 12}},
@@ -414,15 +418,15 @@ def test_parts_of_metas_that_do_not_fit(tmp_path):
     refuse(src, "consolidated.01.pth: this part is missing", FileNotFoundError)
     src = write_meta(tmp_path / "n", n_parts=2)
     shutil.copy(write_meta(tmp_path / "one", n_parts=1) / "consolidated.00.pth", src / "consolidated.01.pth")
-    refuse(src, r"parts of shapes \[.*\], need equal ones")
+    refuse(src, r"the parts have shapes \[.*\], must be equal")
     edit(src / "params.json", dim=None)
-    refuse(src, "dim=None, need a positive number")
+    refuse(src, "dim=None, must be")
 
 
 def test_names_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert find_checkpoint(tmp_path) == tmp_path
-    with pytest.raises(FileNotFoundError, match="no such file or folder. Name a checkpoint's folder, or org/model"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder. Give a checkpoint's folder, or org/model"):
         find_checkpoint(tmp_path / "no")
 
 

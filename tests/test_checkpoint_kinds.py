@@ -35,7 +35,7 @@ def edit(path, **changes):
 def test_the_configuration_names_the_quantizer(tmp_path, table, name):
     src = write_checkpoint(tmp_path / "m", "llama1")
     edit(src / "config.json", **table)
-    with pytest.raises(ValueError, match=f"config.json: this is a {name} checkpoint, its weights are packed already"):
+    with pytest.raises(ValueError, match=f"config.json: is a {name} checkpoint, its weights are quantized already"):
         ql.open(src)
 
 
@@ -60,7 +60,7 @@ def test_the_names_of_the_tensors_do_too(tmp_path, ends, name, form):
     weights = tensors("llama1") | {f"{layer}{end}": np.ones(4, np.float32) for end in ends}
     path = src / ("model.safetensors" if form == "safetensors" else "pytorch_model.bin")
     (write_safetensors if form == "safetensors" else write_torch)(path, weights)
-    with pytest.raises(ValueError, match=f"{path.name}: this is a {name} checkpoint"):
+    with pytest.raises(ValueError, match=f"{path.name}: is a {name} checkpoint"):
         ql.open(src)
 
 
@@ -105,7 +105,7 @@ def test_weights_that_were_not_gathered(tmp_path, form):
 def test_another_activation_is_refused(tmp_path, name, activation):
     src = write_checkpoint(tmp_path / "m", name)
     edit(src / "config.json", hidden_act=activation)
-    with pytest.raises(ValueError, match=r"hidden_act=.*, must be silu, which llama.cpp computes for every \w+ model"):
+    with pytest.raises(ValueError, match=r"hidden_act=.*, must be silu, as llama.cpp computes every \w+ model"):
         ql.open(src)
     assert len(open_checkpoint(src, as_llama_cpp=True)) == len(ql.open(write_checkpoint(tmp_path / "n", name)))
 

@@ -149,7 +149,7 @@ def test_whole_numbers_are_refused_as_weights(tmp_path, monkeypatch, dtype, outt
     weights = {name: x.astype(DTYPES["BF16"]) for name, x in tensors("llama1").items()}
     weights["model.layers.0.mlp.up_proj.weight"] = np.ones((N_FF, N_EMBD), PLAIN_DTYPES[dtype])
     write_safetensors(src / "model.safetensors", weights)
-    with pytest.raises(ValueError, match="blk.0.ffn_up.weight: dtype=int.*, need floating-point weights"):
+    with pytest.raises(ValueError, match="blk.0.ffn_up.weight: dtype=int.*, must be floating-point weights"):
         convert(src, outtype=outtype, progress=False)
 
 
@@ -181,7 +181,7 @@ def test_a_matrix_with_strides_gives_the_same_bytes(tmp_path):
 
 
 def test_an_unknown_outtype_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="outtype='q4_k', need one of auto f32 f16 bf16 q8_0"):
+    with pytest.raises(ValueError, match="outtype='q4_k', must be one of auto f32 f16 bf16 q8_0"):
         convert(write_checkpoint(tmp_path / "m", "llama1"), outtype="q4_k", progress=False)
 
 

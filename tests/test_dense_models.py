@@ -46,7 +46,7 @@ def test_phi_says_above_its_rope_how_long_its_context_was(tmp_path):
 def test_fp8_that_does_not_fit_is_refused(tmp_path):
     src = dense_models.write_fp8(tmp_path / "made", "blocks")
     config = json.loads((src / "config.json").read_text())
-    refusals = {"weight_block_size=\\[0, 8\\], need two whole numbers": [0, 8], "shape=.*, need one of": [8, 8]}
+    refusals = {"weight_block_size=\\[0, 8\\], must be two whole numbers": [0, 8], "shape=.*, must be one of": [8, 8]}
     for text, size in refusals.items():
         config["quantization_config"]["weight_block_size"] = size
         (src / "config.json").write_text(json.dumps(config))
@@ -60,9 +60,13 @@ def test_fp8_that_does_not_fit_is_refused(tmp_path):
 
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path):
     for name, change, text in (
-        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers=.*, must be .*which llama.cpp computes"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers=.*, must be .*as llama.cpp computes"),
         ("gemma3", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar=64, must be 32"),
-        ("gemma3", {"layer_types": ["sliding_attention"] * 7}, "layer_types=.*, need every 6th layer without a window"),
+        (
+            "gemma3",
+            {"layer_types": ["sliding_attention"] * 7},
+            "every 6th layer must be without a window",
+        ),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu', must be gelu_pytorch_tanh"),
     ):
         src = dense_models.write_model(tmp_path / name, name)

@@ -154,7 +154,7 @@ def test_scales_that_are_missing(tmp_path):
     path.write_bytes(
         path.read_bytes().replace(b"layers.2.mlp.experts.down_proj_scales", b"layers.2.mlp.experts.down_proj_scaleX")
     )
-    with pytest.raises(ValueError, match="layers.2.mlp.experts.down_proj_blocks: needs its scales, one byte for 16"):
+    with pytest.raises(ValueError, match="down_proj_blocks: must come with its scales, one byte for 16"):
         ql.open(src)
 
 

@@ -36,7 +36,7 @@ def test_expressions_that_never_end_are_refused(text, monkeypatch):
     try:
         assert not any(map(compile_expression(text, names), names))
     except ValueError as error:
-        assert str(error).startswith(f"tensor type: name={text}, must fit or not fit every name within 0.7 s. Write")
+        assert str(error).startswith(f"tensor type: name={text}, must be matched with every name within 0.7 s. Write")
 
 
 def test_the_mixture_refuses_them_too(monkeypatch):
@@ -44,7 +44,7 @@ def test_the_mixture_refuses_them_too(monkeypatch):
     from types import SimpleNamespace
 
     hparams = SimpleNamespace(arch="llama", n_layer=1, n_head=8, n_head_kv=8)
-    with pytest.raises(ValueError, match=r"tensor type: name=\(\.\+\)\+x, must fit or not fit every name"):
+    with pytest.raises(ValueError, match=r"tensor type: name=\(\.\+\)\+x, must be matched with every name"):
         choose_types(
             hparams, {"blk.0.ffn_down_down_down_down.weight": (256, 256)}, "Q4_0", tensor_types=[("(.+)+x", "Q8_0")]
         )

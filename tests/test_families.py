@@ -48,12 +48,12 @@ def test_experts_without_counts_and_new_architectures_are_said(folder):
     for suffix in ("gguf", "dat"):
         matrix = family_imatrix(folder / f"matrix.{suffix}", family, legacy=suffix == "dat")
         n = 3 * sum(name.endswith("ffn_up_exps.weight") for name, _, _ in family["tensors"])
-        text = f"{n} experts have no counts in the importance matrix: all their columns weigh the same"
+        text = f"{n} experts have no counts in the importance matrix: all their columns have the same weight"
         assert text in notes(made, imatrix=matrix)
     assert notes(made) == ()
     keys = {"unheard-of.expert_count": ["uint32", 8], "unheard-of.block_count": ["uint32", 4]}
     (note,) = notes(family_gguf(folder / "new.gguf", family | {"arch": "unheard-of", "keys": keys}))
-    assert note.startswith("architecture=unheard-of: the rules go by tensor names")
+    assert note.startswith("architecture=unheard-of: the rules follow tensor names")
 
 
 def test_verify_tells_a_genuine_from_a_tampered_expert(folder):
@@ -92,7 +92,7 @@ def test_bad_input(folder):
     with pytest.raises(ValueError, match="shape=.*, the metadata has n_expert=4. Convert it again"):
         keys = family["keys"] | {"llama.expert_count": ["uint32", 4]}
         make_job(family_gguf(folder / "four.gguf", family | {"keys": keys}), None, Options(ftype="Q4_0"))
-    with pytest.raises(ValueError, match="ffn_gate_inp.weight: type=Q4_K was asked for, must stay F32"):
+    with pytest.raises(ValueError, match="ffn_gate_inp.weight: type=Q4_K, must stay F32"):
         make_job(made, None, Options(ftype="Q4_0", tensor_types=[("ffn_gate_inp", "Q4_K")]))
     tensors = [[n, [2, *s[1:]] if len(s) > 2 else s, q] for n, s, q in family["tensors"]]
     matrix = family_imatrix(folder / "two.gguf", family | {"tensors": tensors}, legacy=False)

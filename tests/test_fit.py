@@ -235,7 +235,7 @@ def test_bad_input():
         ({"cache_type_k": "q3_k"}, "cache type=q3_k"),
         ({"cache_type_v": "q8_0", "flash_attn": False}, "needs flash attention"),
         ({"n_gpu_layers": -1}, "n_gpu_layers=-1"),
-        ({"ftype": "COPY"}, "no file to copy"),
+        ({"ftype": "COPY"}, "COPY needs a model file"),
         ({"ftype": "Q9"}, "ftype=Q9"),
     ]:
         with pytest.raises(ValueError, match=message):

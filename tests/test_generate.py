@@ -53,9 +53,9 @@ def test_the_first_differing_token_is_marked():
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ValueError, match="must name one at least"):
+    with pytest.raises(ValueError, match="must name at least one"):
         ql.generate([], PROMPT)
-    with pytest.raises(ValueError, match="base=None"):
+    with pytest.raises(ValueError, match="which needs base"):
         ql.generate(["Q4_K_M"], PROMPT)
     with pytest.raises(ValueError, match="ftype=Q9_K"):
         ql.generate(["Q9_K"], PROMPT, base="tiny")

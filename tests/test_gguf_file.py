@@ -73,7 +73,7 @@ BAD = {
     ),
     "text past the end": (gguf([string(b"k") + struct.pack("<IQ", 8, 9999)]), "k ends at byte .*, the file has"),
     "empty key": (gguf([string(b"") + struct.pack("<IB", 0, 1)]), "key 0 is ''"),
-    "same key": (gguf([KEY, KEY]), "key 1 is 'k', need a printable name that is not"),
+    "same key": (gguf([KEY, KEY]), "key 1 is 'k', must be a printable name that occurs once"),
     "value type": (gguf([string(b"k") + struct.pack("<I", 13)]), "k: value type 13, need 0 to 12"),
     "array length": (gguf([ARRAY + struct.pack("<IQ", 4, 1 << 60)]), "k: array of 1152921504606846976 values"),
     "array of texts": (gguf([ARRAY + struct.pack("<IQ", 8, 99)], data=bytes(64)), "k: array of 99 values, only"),
@@ -103,7 +103,7 @@ BAD = {
         gguf([ALIGNMENT + struct.pack("<II", 4, 1 << 31)], [entry()], bytes(256)),
         "x: shape=.* F32 ends at byte 2147483776, the file has",
     ),
-    "key of strange letters": (gguf([string(b"k\xff\x1b[2J") + KEY[9:]]), r"key 0 is 'k\\udcff\\x1b\[2J', need a"),
+    "key of strange letters": (gguf([string(b"k\xff\x1b[2J") + KEY[9:]]), r"key 0 is 'k\\udcff\\x1b\[2J', must be a"),
     "long key": (gguf([string(b"k" * 60000) + struct.pack("<I", 99)]), "k{99}…k{90}.*: value type 99, need 0 to 12"),
     "nested array length": (
         gguf([ARRAY + struct.pack("<IQIQ", 9, 1, 4, 1 << 61)]),
@@ -120,7 +120,7 @@ BAD = {
     "product overflows": (gguf(entries=[entry(shape=(1 << 62, 1 << 62))]), "x: shape=.* ends at byte"),
     "type": (gguf(entries=[entry(qtype=77)]), "x: ggml type 77 is not known. A newer llama.cpp may read it"),
     "removed type": (gguf(entries=[entry(qtype=31)]), r"x: ggml type 31 \(Q4_0_4_4\) was removed from llama.cpp"),
-    "type of a fork": (gguf(entries=[entry(qtype=139)]), "x: ggml type 139 is none of llama.cpp's, ik_llama.cpp has"),
+    "type of a fork": (gguf(entries=[entry(qtype=139)]), "x: ggml type 139 is unknown to llama.cpp; numbers 97 to 399"),
     "row of no block": (gguf(entries=[entry(shape=(31,), qtype=8)]), "x: n_per_row=31 is not a multiple of the Q8_0"),
     "same name": (gguf(entries=[entry(), entry(offset=128)], data=bytes(256)), "x: two tensors have this name"),
     "crooked offset": (gguf(entries=[entry(offset=4)], data=bytes(256)), "x: offset=4 is not a multiple of"),
@@ -198,7 +198,7 @@ def test_a_large_vocabulary_comes_back(tmp_path):
 
 def test_a_pipe_is_called_one(tmp_path):
     os.mkfifo(tmp_path / "a.gguf")
-    with pytest.raises(OSError, match="a.gguf: is a pipe or device, need a file on disk"):
+    with pytest.raises(OSError, match="a.gguf: is a pipe or device, must be a file on disk"):
         ql.open(tmp_path / "a.gguf")
 
 
@@ -238,7 +238,7 @@ def test_bad_files_get_one_line(tmp_path, name, content):
 def test_bad_shards_get_one_line(tmp_path, rng):
     first, second = shards(tmp_path, rng.standard_normal((2, 3, 32), np.float32))
     first.with_name("other.gguf").write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match="need a name that ends in -00001-of-00002.gguf"):
+    with pytest.raises(ValueError, match="so the name must end in -00001-of-00002.gguf"):
         ql.open(first.with_name("other.gguf"))
     whole = second.read_bytes()
     second.write_bytes(first.read_bytes())
@@ -256,9 +256,9 @@ def test_a_file_that_shrinks_while_it_is_open_gets_one_line(tmp_path):
     write(tmp_path / "a.gguf", {}, {"x": np.ones((4, 32), np.float32)})
     tensor = ql.open(tmp_path / "a.gguf").tensor("x")
     (tmp_path / "a.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:-40])
-    with pytest.raises(ValueError, match="file ends at byte .*, 40 bytes early"):
+    with pytest.raises(ValueError, match="file ends at byte .*, 40 bytes too early"):
         tensor.load()
-    with pytest.raises(ValueError, match="x: rows 3:5, need a range within 0:4"):
+    with pytest.raises(ValueError, match="x: rows 3:5, must be a range within 0:4"):
         tensor.rows(3, 5)
 
 
@@ -272,9 +272,9 @@ def test_missing_files_and_tensors_get_one_line(tmp_path):
 
 def test_the_writer_refuses_what_does_not_fit(tmp_path):
     spec, x = [TensorSpec("x", (2, 32), "F32")], np.ones((1, 32), np.float32)
-    with pytest.raises(ValueError, match="x: 128 bytes came"):
+    with pytest.raises(ValueError, match="x: 128 bytes of data"):
         write_gguf(tmp_path / "a.gguf", {}, spec, [x])
-    with pytest.raises(ValueError, match="x: no data came"):
+    with pytest.raises(ValueError, match="x: has no data"):
         write_gguf(tmp_path / "a.gguf", {}, spec, [])
     with pytest.raises(TypeError, match="k: int has no GGUF type"):
         write_gguf(tmp_path / "a.gguf", {"k": 7}, [], [])

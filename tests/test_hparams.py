@@ -57,12 +57,12 @@ def test_what_no_model_has_gets_one_line(key, value, text):
 
 @pytest.mark.parametrize("arch", [None, np.uint32(1), "\x1b[2J", "x" * 999, ["llama"]], ids=range(5))
 def test_strange_architectures_get_one_line(arch):
-    with pytest.raises(ValueError, match="^a.gguf: general.architecture=.*, need a name") as caught:
+    with pytest.raises(ValueError, match="^a.gguf: general.architecture=.*, must be a name") as caught:
         read_hparams(KEYS | {"general.architecture": arch}, [], source="a.gguf")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
 
 def test_an_adapter_is_called_one():
     keys = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
-    with pytest.raises(ValueError, match="^a.gguf: is an adapter .*, need a whole model. Merge it into its base"):
+    with pytest.raises(ValueError, match="^a.gguf: is an adapter .*, must be a whole model. Merge it into its base"):
         read_hparams(keys, [], source="a.gguf")

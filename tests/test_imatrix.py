@@ -142,9 +142,9 @@ def test_bad_input(tmp_path):
         imatrix("tiny", Text.from_bytes("short", b"Too short."), progress=False)
     with pytest.raises(FileNotFoundError, match="no such importance matrix"):
         imatrix("tiny", in_files=[tmp_path / "none.gguf"], progress=False)
-    with pytest.raises(ValueError, match="no importance matrix was given, must be at least one. Give a model"):
+    with pytest.raises(ValueError, match="no importance matrix, must be at least one. Give a model"):
         merge([])
-    with pytest.raises(ValueError, match="shapes .* must be equal to be merged"):
+    with pytest.raises(ValueError, match="shapes .* must be equal"):
         merge(
             [narrow, ImportanceMatrix(dict.fromkeys(narrow.sums, np.ones((1, 4), np.float32)), narrow.counts, 1, 128)]
         )

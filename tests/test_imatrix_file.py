@@ -93,7 +93,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="blk0: nval=-1"):
         read_imatrix(bad)
     write_gguf(bad, {"general.architecture": "llama"}, [], [])
-    with pytest.raises(ValueError, match=r"imatrix\.datasets is missing, must be there in an importance matrix"):
+    with pytest.raises(ValueError, match=r"imatrix\.datasets is missing, but every importance matrix has it"):
         read_imatrix(bad)
     matrix = made(1)
     matrix.sums["blk.0.attn_q.weight"][0, 3] = np.nan
@@ -143,5 +143,5 @@ def test_sums_beyond_float32_are_refused():
     counts = {"a": np.ones(1, np.float32)}
     most = np.full((1, 32), np.finfo(np.float32).max)
     matrix = ImportanceMatrix({"a": most}, counts, 1, 512)
-    with pytest.raises(ValueError, match=r"^a: the sum is beyond 3.403e\+38"):
+    with pytest.raises(ValueError, match=r"^a: the sum exceeds 3.403e\+38"):
         merge([matrix, matrix])

@@ -110,7 +110,7 @@ def test_a_full_disk_keeps_the_state_and_nothing_under_the_final_name(tmp_path):
     run = subprocess.run(["unshare", "-rm", "sh", "-c", mount], env=ENV, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()[-2000:]
     message, went_on, written = run.stdout.split(b"\n", 2)
-    assert b"no space left on the disk after" in message and b"it goes on from there" in message
+    assert b"no space left on the disk after" in message and b"it resumes there" in message
     assert went_on.startswith(b"going on after")
     from quantlab.transform.quantize import quantize
 

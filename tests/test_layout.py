@@ -57,7 +57,7 @@ def test_a_layout_of_another_depth_is_refused_tensor_by_tensor(files, tmp_path):
     _, quantized = files
     deeper = made_gguf(tmp_path / "deep.gguf", WIDE | {"n_layer": 3})
     refusals = plan(deeper, tmp_path / "out.gguf", layout_of=quantized).refusals
-    assert "blk.2.attn_k.weight: is missing from the layout of q.gguf. Take one of the same model." in refusals
+    assert "blk.2.attn_k.weight: is missing from the layout of q.gguf. Use a file of the same model." in refusals
     assert sum(line.startswith("blk.2.") for line in refusals) == len(refusals) == 7
     with pytest.raises(ValueError, match=r"blk.2.attn_k.weight: is missing from the layout of q.gguf"):
         quantize(deeper, tmp_path / "out.gguf", layout_of=quantized)
@@ -74,7 +74,7 @@ def test_bad_input(files, tmp_path):
     write_gguf(other, {"general.architecture": "gpt2"}, [TensorSpec("blk.0.attn_q.weight", x.shape, "F32")], [x])
     with pytest.raises(ValueError, match="other.gguf: architecture=gpt2, must be llama, the source's"):
         quantize(source, tmp_path / "out.gguf", layout_of=other)
-    with pytest.raises(ValueError, match="need exactly one of them"):
+    with pytest.raises(ValueError, match="must be exactly one of them"):
         quantize(source, tmp_path / "out.gguf")
     with pytest.raises(ValueError, match="pure: has no meaning with layout_of"):
         quantize(source, tmp_path / "out.gguf", layout_of=quantized, pure=True)

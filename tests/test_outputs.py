@@ -165,14 +165,14 @@ def test_no_output_replaces_an_input(work, word, option, place):
             arguments[1 + other] = "x.gguf"
         done = invoke(arguments)
         assert done.exit_code != 0 and Path("x.gguf").read_bytes() == before, arguments
-        assert re.search("is the input|is named for two", str(done.exception)), (arguments, done.exception)
+        assert re.search("is the input|is given for two", str(done.exception)), (arguments, done.exception)
 
 
 @pytest.mark.parametrize(("word", "option", "place"), OUTPUTS)
 def test_two_outputs_are_two_files(work, word, option, place):
     for param, _ in parameters(word):
         if param.opts[-1] != option and param.opts[-1].startswith("-") and getattr(param.callback, "written", None):
-            refused(call(word, option, place, "new", param.opts[-1], "new"), "new: is named for two outputs")
+            refused(call(word, option, place, "new", param.opts[-1], "new"), "new: is given for two outputs")
 
 
 @pytest.mark.parametrize(("word", "option", "place"), OUTPUTS)
@@ -254,9 +254,9 @@ def test_standard_output_carries_an_output_alone(work):
 
 def test_read_only_folders_are_refused_before_any_work(work, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written
-    with pytest.raises(PermissionError, match="checkpoint's folder cannot be written. .* outfile=FILE"):
+    with pytest.raises(PermissionError, match="checkpoint's folder is not writable. .* outfile=FILE"):
         ql.convert("checkpoint", progress=False)
-    with pytest.raises(PermissionError, match="cannot be written. Name an output in another folder"):
+    with pytest.raises(PermissionError, match="is not writable. Choose an output in another folder"):
         ql.quantize("whole.gguf", "new.gguf", ftype="Q4_0")
 
 
@@ -371,7 +371,7 @@ def test_shards_are_not_written_to_devices(work):
         lambda: ql.split("whole.gguf", "/dev/null", max_tensors=1),
         lambda: ql.quantize("two-00001-of-00002.gguf", "/dev/null", ftype="Q4_0", keep_split=True),
     ):
-        with pytest.raises(ValueError, match="shards need names of files"):
+        with pytest.raises(ValueError, match="shards must be files"):
             made()
 
 

@@ -184,7 +184,7 @@ def test_an_importance_matrix_is_used_and_named(folder, text, rng):
         ({"n_ctx": 2}, "n_ctx=2, must be at least 4"),
         ({"n_ctx": 4096}, r"text.txt: n_tokens=\d+, must be at least 2 \* n_ctx = 8192"),
         ({"chunks": 0}, "chunks=0, must be at least 1"),
-        ({"memory": "much"}, "memory=much, must be a positive number of bytes such as 8GiB"),
+        ({"memory": "much"}, "memory=much, must be a positive number of bytes"),
         ({"memory": "1KiB"}, r"memory=1KiB, must be at least .* GiB for this model"),
     ],
 )

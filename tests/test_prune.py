@@ -49,7 +49,7 @@ def test_shards_stay_shards(work):
 def test_numbers_of_layers_are_read():
     assert layers_of("3, 1") == (3, 1)
     for text in ("", "a", "1,,2", "-1", "1.5"):
-        with pytest.raises(ValueError, match="prune_layers=.*, must be numbers of layers"):
+        with pytest.raises(ValueError, match="prune_layers=.*, must be layer numbers"):
             layers_of(text)
 
 

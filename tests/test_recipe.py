@@ -223,7 +223,7 @@ def test_the_word(tmp_path, monkeypatch, measured):
     assert Recipe.load("recipe.txt").types.items() <= types.items()
     assert isinstance(CliRunner().invoke(app, words).exception, FileExistsError)
     same = CliRunner().invoke(app, [*words, "--overwrite", "--quantize", "recipe.txt.json"])
-    assert "recipe.txt.json: is named for two outputs" in str(same.exception)
+    assert "recipe.txt.json: is given for two outputs" in str(same.exception)
     same = CliRunner().invoke(app, [*words, "--overwrite", "-o", "s.json"])
     assert "s.json: is the input" in str(same.exception)
     wrong = CliRunner().invoke(app, [*words, "--overwrite", "--chunks", "3"])

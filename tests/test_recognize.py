@@ -16,7 +16,7 @@ from quantlab.files.recognize import looks_like, reason, short
         (b"<!DOCTYPE html>", "web page"),
         (b"{", "JSON"),
         (b"", "empty"),
-        (b"\0" * 64, "no model file"),
+        (b"\0" * 64, "not a model file"),
     ],
 )
 def test_files_are_recognized(start, sentence):

@@ -30,5 +30,5 @@ def test_what_is_written_reads_back():
 
 @pytest.mark.parametrize("raw", [b"", b"\xff" * 100, RAW[:-1], b"\x0a\x03\x0a\x01\xff"])
 def test_what_is_no_model_gets_one_line(raw):
-    with pytest.raises(ValueError, match="a.model: is no SentencePiece model"):
+    with pytest.raises(ValueError, match="a.model: is not a SentencePiece model"):
         read_sentencepiece("a.model", raw)

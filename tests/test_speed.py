@@ -19,9 +19,7 @@ def test_threads_are_as_before_even_after_an_error():
     assert numba.get_num_threads() == before
     most = numba.config.NUMBA_NUM_THREADS
     for wrong in (0, most + 1):
-        with pytest.raises(
-            ValueError, match=f"speed: threads={wrong}, must be from 1 to {most}. Start with NUMBA_NUM_TH"
-        ):
+        with pytest.raises(ValueError, match=f"speed: threads={wrong}, must be 1 to {most}. Start with NUMBA_NUM_TH"):
             with speed.threads(wrong):
                 pass
 

@@ -131,25 +131,25 @@ def test_a_count_that_is_no_number_is_refused(tmp_path, count):
 def test_a_single_file_with_the_keys_of_shards_is_freed_of_them(tmp_path, count):
     path = tmp_path / "a.gguf"
     write_gguf(path, {"general.name": "a", "split.count": np.uint16(count)}, [], [])
-    with pytest.raises(ValueError, match=r"a.gguf: has no numbers to leave out in the output's name. Name the output"):
+    with pytest.raises(ValueError, match=r"a.gguf: has no shard numbers, so the output has no name. Give outfile"):
         ql.merge(path)
     assert read_header(ql.merge(path, tmp_path / "b.gguf")).metadata == {"general.name": "a"}
 
 
 def test_bad_input_is_refused(whole):
-    with pytest.raises(IsADirectoryError, match=r"is a folder, need a GGUF file"):
+    with pytest.raises(IsADirectoryError, match=r"is a folder, must be a GGUF file"):
         ql.split(whole.parent)
-    with pytest.raises(ValueError, match=r"split.count is not there, must be one of several shards"):
+    with pytest.raises(ValueError, match=r"split.count is missing, must be one of several shards"):
         ql.merge(whole)
     shard = ql.split(whole, whole.with_name("x"), max_tensors=40).shards[0].path
     with pytest.raises(ValueError, match=r"is a shard already, must be a whole file"):
         ql.split(shard)
-    with pytest.raises(ValueError, match=r"max_tensors and max_size: only one"):
+    with pytest.raises(ValueError, match=r"max_tensors and max_size: must not both"):
         ql.split(whole, max_tensors=1, max_size="1G")
-    with pytest.raises(ValueError, match=r"max_tensors=0, must be at least 1"):
+    with pytest.raises(ValueError, match=r"max_tensors=0, must be at least 1. Choose a larger number."):
         ql.split(whole, max_tensors=0)
     for size in ("0M", "-1M", "1K", "M", "", "1.5G", "²M", 0):
-        with pytest.raises(ValueError, match=r"max_size=.*, must be a positive whole number"):
+        with pytest.raises(ValueError, match=r"max_size=.*, must be a positive number"):
             ql.split(whole, max_size=size)
     assert read_header(shard).metadata["split.count"] == 2
 

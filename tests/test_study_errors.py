@@ -24,7 +24,9 @@ def test_matrices_come_by_layer_and_fit(model, pair):
     everything = errors.matrices(model)
     assert len(everything) == 58  # 8 layers of 7, the embedding and the output
     assert {t.name for t in everything[:2]} == {"output.weight", "token_embd.weight"}
-    with pytest.raises(ValueError, match=r"tiny: no matrix with rows of whole blocks of 1024 has a name like 'attn_v'"):
+    with pytest.raises(
+        ValueError, match=r"tiny: pattern='attn_v' matches no matrix whose rows are whole blocks of 1024"
+    ):
         errors.matrices(model, "attn_v", block=1024)
 
 

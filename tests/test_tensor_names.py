@@ -54,7 +54,7 @@ def test_a_model_opens_through_its_wrapper(tmp_path):
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="lm_head.weight: two tensors have this name without prefixes"):
+    with pytest.raises(ValueError, match="lm_head.weight: two tensors have this name once prefixes are removed"):
         with pytest.warns(UserWarning):
             plain_names(tmp_path, {"lm_head.weight": 1, "module.lm_head.weight": 2})
 
@@ -66,7 +66,7 @@ def test_a_model_without_its_head_by_its_own_class(tmp_path):
     write_safetensors(src / "model.safetensors", weights)
     with (
         pytest.warns(UserWarning, match="embed_tokens.weight is read as model.embed_tokens.weight, 20 names in all"),
-        pytest.warns(UserWarning, match="there is no lm_head.weight. llama.cpp takes the embedding"),
+        pytest.warns(UserWarning, match="lm_head.weight is missing. llama.cpp uses the embedding"),
     ):
         assert ql.open(src).hparams.tied_embeddings
 
@@ -110,7 +110,7 @@ def test_the_whole_file_is_read_alone(tmp_path, with_shards, index):
     if index == "gone" and not with_shards:
         assert len(index_weights(src)) == len(NAMES)
         return
-    with pytest.warns(UserWarning, match="model.safetensors: read alone, as transformers reads it; .* can be deleted"):
+    with pytest.warns(UserWarning, match="only this file is read, as transformers does; .* can be deleted"):
         model = ql.open(src)
     assert np.array_equal(model.tensor("output_norm.weight").load(), tensors("llama1")["model.norm.weight"] + 1)
 

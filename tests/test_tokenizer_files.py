@@ -114,7 +114,7 @@ def test_added_tokens_of_tokenizer_json_are_there(tmp_path, model, key, extra):
     ]
     assert [kind for _, _, kind in tokens[:3]] == [UNKNOWN, CONTROL, CONTROL]
     if model:
-        with pytest.warns(UserWarning, match=r"5 added tokens of tokenizer.json are taken; there they are \[PADn\]"):
+        with pytest.warns(UserWarning, match=r"5 added tokens of tokenizer.json are kept; llama.cpp writes \[PADn\]"):
             read(folder)
         assert tokens_of(read(folder, as_llama_cpp=True))[600][0] == "[PAD600]"
 
@@ -155,7 +155,7 @@ def trained(**options):
 def test_user_defined_pieces_are_cut_out_of_a_text(tmp_path):
     model = trained(user_defined_symbols=["<code>", "\t\t", "▁▁▁"])
     folder = folder_of(tmp_path, 640, model=model)
-    with pytest.warns(UserWarning, match="3 user-defined pieces are cut out of texts"):
+    with pytest.warns(UserWarning, match="3 user-defined pieces are matched in texts"):
         keys = read(folder)
     assert [(text, kind) for text, _, kind in tokens_of(keys)[3:6]] == [
         ("<code>", USER_DEFINED),

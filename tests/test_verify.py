@@ -141,7 +141,7 @@ def test_a_changed_block_among_fused_ones_is_found(made, tmp_path):
     assert found.verdict == "other" and list(found.tensors.query("verdict == 'other'")["name"]) == [
         "blk.2.ffn_up.weight"
     ]
-    assert "1 of 512 Q5_K blocks are not what the source gives, the first in row 7, weights 0:256" in str(found)
+    assert "1 of 512 Q5_K blocks differ from the source's, the first in row 7, weights 0:256" in str(found)
 
 
 @pytest.mark.parametrize("at", [0, 2, 5, 15, 16, 143])  # d, dmin, scales, codes
@@ -178,9 +178,7 @@ def test_a_changed_norm_is_found(made, tmp_path):
     x[5] = np.nextafter(x[5], np.float32(9))
     found = ql.verify(rewritten(made / "plain.gguf", tmp_path / "q.gguf", output_norm_weight=x), made / "wide.gguf")
     (misfit,) = found.misfits
-    assert misfit.startswith(
-        "output_norm.weight: 1 of 256 F32 values are not what the source gives, the first in row 0, w"
-    )
+    assert misfit.startswith("output_norm.weight: 1 of 256 F32 values differ from the source's, the first in row 0, w")
 
 
 def test_another_source_is_found(made):
@@ -214,7 +212,7 @@ def test_entries_that_were_excluded_are_accepted(made, tmp_path):
         ({"llama.context_length": np.int32(128)}, "metadata llama.context_length: type, uint32 128 → int32 128"),
         ({"general.url": "https://…"}, "metadata general.url: added, string 'https://…'"),
         ({"general.file_type": np.uint32(17)}, "metadata general.file_type: 17 (Q5_K_M), the types are Q4_K_M, rules"),
-        ({"general.file_type": "x"}, "metadata general.file_type: None (no ftype that is known), the types are Q4_K_M"),
+        ({"general.file_type": "x"}, "metadata general.file_type: None (unknown ftype), the types are Q4_K_M"),
         ({"general.quantization_version": np.uint32(1)}, "metadata general.quantization_version: changed, 2 → 1"),
         ({"general.quantization_version": np.int32([2, 2])}, "metadata general.quantization_version: changed, 2 → [2"),
     ],

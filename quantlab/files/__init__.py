@@ -1,1 +1,1 @@
-"""What is on disk: lazy tensors in, streamed tensors out."""
+"""Files on disk: lazy tensors in, streamed tensors out."""

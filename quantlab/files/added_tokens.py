@@ -24,7 +24,7 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is looked for in a text before anything else.
+    """A token that is matched in a text before all others.
 
     `is_special`: it controls the model, so that a text's own characters never become it. `only_in_json`: tokenizer.json
     alone has it.
@@ -67,7 +67,7 @@ def added_tokens(
     Raises
     ------
     ValueError
-        If an entry is no token, or its id lies beyond the embedding.
+        If an entry is not a token, or its id lies beyond the embedding.
     """
     named = set() if as_llama_cpp else special_texts(folder, tokenizer_config)
     tokens = {}
@@ -90,7 +90,7 @@ def added_tokens(
 
 
 def _read(text: str, is_special: bool) -> AddedToken:
-    """Return a token of a file that tells special ones; llama.cpp looks for spaces where text has U+2581."""
+    """Return a token, with U+2581 as a space where the file marks it as special, as llama.cpp does."""
     is_special = is_special or _looks_special(text)
     return AddedToken(text if is_special else text.replace("▁", " "), is_special)
 
@@ -111,15 +111,15 @@ def special_texts(folder: Path, tokenizer_config: dict[str, Any]) -> set[str]:
 
 
 def too_large(folder: Path, n_tokens: int, n_vocab: int) -> ValueError:
-    """Return the error of a tokenizer that has more tokens than the embedding has rows."""
+    """Return the error for a tokenizer with more tokens than the embedding has rows."""
     return ValueError(
         f"{folder}: tokenizer has {n_tokens} tokens, the embedding has {n_vocab} rows. "
-        f"Take the tokenizer of this model, or remove the tokens that were added to it."
+        f"Use this model's own tokenizer, or remove the added tokens."
     )
 
 
 def check_id(folder: Path, token_id: Any, n_vocab: int) -> None:
-    """Refuse an id that no row of the embedding has."""
+    """Refuse an id that has no row in the embedding."""
     if type(token_id) is not int or token_id < 0:
         raise ValueError(
             f"{folder}: added token has id {short(token_id)}, need a whole number. Download the tokenizer again."
@@ -129,19 +129,19 @@ def check_id(folder: Path, token_id: Any, n_vocab: int) -> None:
 
 
 def _decoder_entries(folder: Path, tokenizer_config: dict[str, Any]) -> Iterator[tuple[int, str, bool]]:
-    """Yield (id, text, whether it is marked as special) of the tokens that tokenizer_config.json adds."""
+    """Yield (id, text, special) for each token that tokenizer_config.json adds."""
     table = tokenizer_config.get("added_tokens_decoder", {})
     for key, entry in table.items() if isinstance(table, dict) else ():
         is_token = isinstance(entry, dict) and isinstance(entry.get("content"), str)
         if not re.fullmatch("[0-9]{1,10}", key) or not is_token:
             raise ValueError(
-                f"{folder}: added_tokens_decoder: {short(key)} is no token. Download tokenizer_config.json again."
+                f"{folder}: added_tokens_decoder: {short(key)} is not a token. Download tokenizer_config.json again."
             )
         yield int(key), entry["content"], bool(entry.get("special"))
 
 
 def _json_entries(folder: Path, tokenizer: dict[str, Any]) -> Iterator[tuple[int, str, bool]]:
-    """Yield (id, text, whether it is marked as special) of the tokens that tokenizer.json adds."""
+    """Yield (id, text, special) for each token that tokenizer.json adds."""
     added = tokenizer.get("added_tokens") or []
     if not isinstance(added, list):
         raise ValueError(f"{folder}: tokenizer.json: added_tokens={short(added)}, need a list. Download it again.")
@@ -152,7 +152,7 @@ def _json_entries(folder: Path, tokenizer: dict[str, Any]) -> Iterator[tuple[int
 
 
 def _looks_special(text: str) -> bool:
-    """Say whether a token that is not marked as special is one by its looks."""
+    """Tell whether a token that is not marked as special looks like a special one."""
     if text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
         return True
     brackets = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))

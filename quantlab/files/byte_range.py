@@ -1,4 +1,4 @@
-"""Stretches of bytes in files, read with plain reads: where a memory map would crash, a shrunken file raises."""
+"""Byte ranges of files, read with plain reads: a file that shrank raises, and a memory map would crash."""
 
 from dataclasses import dataclass
 from math import prod
@@ -20,14 +20,14 @@ STORED_DTYPES = PLAIN_DTYPES | {"U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3
 
 @dataclass(frozen=True)
 class ByteRange:
-    """`nbytes` bytes of file `path` from `offset` on."""
+    """A range of `nbytes` bytes of the file `path` that begins at `offset`."""
 
     path: Path
     offset: int
     nbytes: int
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Read bytes `start:stop` of the stretch.
+        """Read bytes `start:stop` of the range.
 
         Returns
         -------
@@ -41,7 +41,10 @@ class ByteRange:
         """
         stop = self.nbytes if stop is None else stop
         if not 0 <= start <= stop <= self.nbytes:
-            raise ValueError(f"{self.path}: bytes {start}:{stop} lie outside the {self.nbytes} bytes of this tensor.")
+            raise ValueError(
+                f"{self.path}: bytes {start}:{stop} lie outside the {self.nbytes} bytes of this tensor. "
+                f"Open the file again."
+            )
         out = np.empty(stop - start, np.uint8)
         view, done = memoryview(out), 0
         with open(self.path, "rb", buffering=0) as file:
@@ -51,7 +54,7 @@ class ByteRange:
                 if not got:
                     raise ValueError(
                         f"{self.path}: file ends at byte {self.offset + start + done}, "
-                        f"{len(out) - done} bytes early. Download or write it again."
+                        f"{len(out) - done} bytes too early. Download or write it again."
                     )
                 done += got
         return out
@@ -83,7 +86,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StridedTensor(StoredTensor):
-    """A matrix or vector whose values do not lie side by side; `strides` are those of a row and of a column, in values.
+    """A matrix or vector with gaps between its values; `strides` counts values per row and column.
 
     `data` reaches from the first value to the last.
     """
@@ -91,7 +94,7 @@ class StridedTensor(StoredTensor):
     strides: tuple[int, int]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Read rows `start:stop` of the tensor seen as (nrows, n_per_row), with all that lies between their values."""
+        """Read rows `start:stop` of the tensor seen as (nrows, n_per_row), and skip the gaps."""
         number, n_per_row = np.dtype(PLAIN_DTYPES[self.dtype]), self.shape[-1]
         down, across = (stride * number.itemsize for stride in self.strides)
         if start == stop:

@@ -1,4 +1,4 @@
-"""What a converter does with a checkpoint's tensors on their way: each change is a tensor whose rows come changed.
+"""Changes that a converter applies to a checkpoint's tensors; each is a tensor that yields changed rows.
 
 A source has `shape`, `dtype` (a key of `PLAIN_DTYPES`), `nrows` and `rows(start, stop)`, as a stored tensor has.
 """
@@ -54,7 +54,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Permuted(Changed):
-    """Rows or biases of q or k, in each head from halves (Hugging Face) to pairs (GGUF)."""
+    """The rows or biases of q or k, reordered in each head from halves (Hugging Face) to pairs (GGUF)."""
 
     n_head: int
 
@@ -70,7 +70,7 @@ class Permuted(Changed):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _pairs(self, start: int, stop: int, head_dim: int) -> np.ndarray:
-        """Rows of whole heads, or of a part of one: then of both halves only what is needed, as heads may be large."""
+        """Read the rows of whole heads, or the needed part of both halves of one large head."""
         head = start // head_dim * head_dim
         if start == head and stop % head_dim == 0:
             halves = self.source.rows(start, stop).reshape(-1, 2, head_dim // 2, self.source.shape[-1])
@@ -84,7 +84,7 @@ class Permuted(Changed):
 
 @dataclass(frozen=True)
 class Added(Changed):
-    """Values plus a number: in float16 for float16 values, as torch adds, else in float32."""
+    """Values plus a number, added in float16 for float16 values (as torch does), else in float32."""
 
     number: float
 
@@ -99,7 +99,7 @@ class Added(Changed):
 
 @dataclass(frozen=True)
 class Tiled(Changed):
-    """The last rows, columns or values in another order, so that heads of v take turns for the heads of k."""
+    """The last rows, columns or values, reordered so that heads of v alternate between the heads of k."""
 
     order: tuple[int, ...]
     is_columns: bool
@@ -147,7 +147,7 @@ def _rows_at(source: Source, index: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts of one tensor put side by side: axis 0 stacks rows, axis 1 lengthens them."""
+    """The parts of one tensor, joined: axis 0 stacks rows, axis 1 lengthens them."""
 
     parts: tuple[Source, ...]
     axis: int
@@ -178,7 +178,7 @@ class Joined:
 
 
 def change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
-    """Return a tensor with the change that an architecture's record asks for.
+    """Apply the change that an architecture's record asks for to a tensor.
 
     Parameters
     ----------
@@ -215,7 +215,10 @@ def change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
         return Tiled(source, tuple(order.tolist()), kind == "tile_columns", kind == "tile_decay")
     n_head = getattr(config, argument)
     if source.shape[0] % (2 * n_head):
-        raise ValueError(f"{where}: {source.shape[0]} rows are no {n_head} heads. Check its configuration.")
+        raise ValueError(
+            f"{where}: {source.shape[0]} rows cannot be split into {n_head} heads. "
+            f"Check num_attention_heads in config.json."
+        )
     return Permuted(source, n_head)
 
 

@@ -53,7 +53,7 @@ def template_metadata(folder: Path, tokenizer_config: dict[str, Any], *, as_llam
 
 
 def _from_files(folder: Path, *, needs_default: bool) -> str | list[dict[str, str]] | None:
-    """Return what the folder's template files hold: one text, or several by name."""
+    """Read the folder's template files: one text, or several by name."""
     default = folder / "chat_template.jinja"
     named = [{"name": "default", "template": _read_text(default)}] if default.is_file() else []
     if named or not needs_default:

@@ -1,4 +1,4 @@
-"""Checkpoints, opened as the GGUF model that they would be converted to: Hugging Face and Meta folders, single files.
+"""Checkpoints (Hugging Face and Meta folders, single files), opened as the GGUF model they convert to.
 
 Names, order and row order of the tensors are those of llama.cpp's converter: in a Hugging Face checkpoint the rows of
 q and k are permuted back, because GGUF's rotary positions turn neighbouring pairs. Meta's weights have that order.
@@ -53,7 +53,7 @@ _GUESSING = {
 
 @dataclass
 class RangeLoss:
-    """How many values became infinite or zero in F16, by tensor; filled while rows are read."""
+    """Numbers of values that became infinite or zero in F16, by tensor, counted while rows are read."""
 
     overflowed: dict[str, int] = field(default_factory=dict)
     vanished: dict[str, int] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def open_checkpoint(
     model_name: str | None = None,
     mtp: bool = False,
 ) -> Model:
-    """Open a checkpoint lazily as the GGUF model that it would be converted to.
+    """Open a checkpoint lazily as the GGUF model that it converts to.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def open_checkpoint(
     """
     path = Path(path)
     if outtype not in OUTTYPES:
-        raise ValueError(f"outtype={outtype!r}, need one of {' '.join(OUTTYPES)}. Quantize in a second step.")
+        raise ValueError(f"outtype={outtype!r}, must be one of {' '.join(OUTTYPES)}. Convert first, then quantize.")
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
     if not as_llama_cpp:
@@ -134,7 +134,7 @@ def open_checkpoint(
 
 
 def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse texts that no file can hold: JSON can write half a character."""
+    """Refuse texts that cannot be stored: JSON can hold half a surrogate pair."""
     for key, value in metadata.items():
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         try:
@@ -144,7 +144,7 @@ def _check_texts(folder: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _read_sources(path: Path, config: Config) -> dict[str, Source]:
-    """Index the weights; parts of Meta's are joined."""
+    """Index the weights and join the parts of Meta's checkpoints."""
     if path.is_file():
         return plain_names(path, read_weights(path))
     parts = meta_parts(path) if config.is_meta else []
@@ -157,20 +157,22 @@ def _read_sources(path: Path, config: Config) -> dict[str, Source]:
 
 
 def _join(folder: Path, name: str, parts: list[StoredTensor], n_vocab: int) -> Source:
-    """Join the parts of one tensor: wo, w2 and Llama 1 and 2's embedding are cut along the row, the others across."""
+    """Join the parts of a tensor: wo, w2 and Llama 1 and 2's embedding by columns, the others by rows."""
     first = parts[0]
     if len(parts) == 1 or len(first.shape) == 1:
         return first
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
         shapes = [part.shape for part in parts]
-        raise ValueError(f"{folder}: {name}: parts of shapes {shapes}, need equal ones. Download the checkpoint again.")
+        raise ValueError(
+            f"{folder}: {name}: the parts have shapes {shapes}, must be equal. Download the checkpoint again."
+        )
     whole_rows = name == "tok_embeddings.weight" and first.shape[0] == n_vocab
     along_row = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
     return Joined(tuple(parts), 1 if along_row or whole_rows else 0)
 
 
 def _with_sizes(folder: Path, config: Config, stored: Mapping[str, Source]) -> Config:
-    """Fill in the sizes that Meta's configuration leaves to the weights."""
+    """Fill in the sizes that Meta's configuration does not give from the weights."""
     if not config.is_meta:
         return config
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
@@ -205,7 +207,7 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
     waiting: dict[str, dict[str, dict[int, Source]]] = {}  # layer → GGUF name → expert → its matrix
     if left := [name for name in stored if config.record.left_out and name.startswith(config.record.left_out)]:
         warnings.warn(
-            f"{folder}: {len(left)} tensors of layers that guess several tokens at once are left out, as llama.cpp's "
+            f"{folder}: {len(left)} tensors of multi-token prediction layers are left out, as llama.cpp's "
             f"converter does with --no-mtp. mtp=True (--mtp) writes them.",
             stacklevel=4,
         )
@@ -235,12 +237,12 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
 
 
 def _most_experts(config: Config) -> int:
-    """Experts of a layer that has some."""
+    """Return the largest number of experts in a layer."""
     return max(config.n_expert) if isinstance(config.n_expert, tuple) else config.n_expert
 
 
 def _stacked(folder: Path, layer: dict[str, dict[int, Source]], config: Config) -> Iterator[tuple[str, Source]]:
-    """Stack a layer's experts once the last of them has come; `layer` is empty then."""
+    """Stack a layer's experts once the last one is known, and empty `layer`."""
     kinds = [tensor.name.rpartition("{}")[2] for tensor in config.record.tensors if tensor.change == ("stack",)]
     n_expert = _most_experts(config)
     if len(layer) < len(kinds) or any(len(parts) < n_expert for parts in layer.values()):
@@ -248,25 +250,29 @@ def _stacked(folder: Path, layer: dict[str, dict[int, Source]], config: Config) 
     for name in sorted(layer, key=lambda name: next(i for i, kind in enumerate(kinds) if name.endswith(kind))):
         parts = [layer[name][e] for e in range(n_expert)]
         if any((part.shape, part.dtype) != (parts[0].shape, parts[0].dtype) for part in parts):
-            raise ValueError(f"{folder}: {name}: experts differ in shape or type. Download the checkpoint again.")
+            raise ValueError(
+                f"{folder}: {name}: experts must have the same shape and type. Download the checkpoint again."
+            )
         yield name, Stacked(parts[0], tuple(parts))
     layer.clear()
 
 
 def _packed(folder: Path, stored: Mapping[str, Source], names: Mapping[str, list]) -> Iterator[tuple[str, Source]]:
-    """Give what is stored as MXFP4, blocks and scales; a converter writes it before all else."""
+    """Yield the tensors stored as MXFP4 (blocks and scales), which a converter writes first."""
     for name, source in stored.items():
         for gguf_name, how in names.get(name, ()):
             if how[:1] == ("mxfp4",):
                 scales = stored.get(name.removesuffix("_blocks") + "_scales")
                 shapes = source.shape[:-1], source.shape[-1:], source.dtype
                 if scales is None or shapes != (scales.shape, (16,), scales.dtype) or scales.dtype != "U8":
-                    raise ValueError(f"{folder}: {name}: needs its scales, one byte for 16. Download it again.")
+                    raise ValueError(
+                        f"{folder}: {name}: must come with its scales, one byte for 16. Download it again."
+                    )
                 yield gguf_name, Mxfp4(source, scales, *map(int, how[1:]))
 
 
 def _check_shapes(folder: Path, sources: Mapping[str, Source], config: Config) -> dict[str, str]:
-    """Check that the tensors are there and have the shapes that the configuration promises; return their roles."""
+    """Check that every tensor exists with the shape that the configuration gives; return their roles."""
     roles = {}
     for name, tensor, shape in config.record.expand(complete(config)):
         if name not in sources:
@@ -275,7 +281,7 @@ def _check_shapes(folder: Path, sources: Mapping[str, Source], config: Config) -
             raise ValueError(f"{folder}: {name}: missing from the weights. Download the whole checkpoint.")
         if sources[name].shape != shape:
             raise ValueError(
-                f"{folder}: {name}: shape={sources[name].shape}, the configuration asks for {shape}. "
+                f"{folder}: {name}: shape={sources[name].shape}, the configuration gives {shape}. "
                 f"Weights and configuration belong to different models."
             )
         roles[name] = tensor.role
@@ -283,7 +289,7 @@ def _check_shapes(folder: Path, sources: Mapping[str, Source], config: Config) -
 
 
 def _speak_of_the_head(folder: Path, sources: Mapping[str, Source]) -> None:
-    """Warn where llama.cpp takes another output matrix than transformers; a few rows tell a stored copy."""
+    """Warn if llama.cpp and transformers use different output matrices; compare a few rows."""
     is_tied = read_json(folder / "config.json").get("tie_word_embeddings")
     head, embedding = sources.get("output.weight"), sources.get("token_embd.weight")
     if is_tied is True and head is not None:
@@ -292,18 +298,18 @@ def _speak_of_the_head(folder: Path, sources: Mapping[str, Source]) -> None:
         if not all(np.array_equal(head.rows(*place), embedding.rows(*place)) for place in places):  # pyright: ignore[reportOptionalMemberAccess]
             warnings.warn(
                 f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding. It is kept, as "
-                "llama.cpp's converter keeps it; transformers takes the embedding.",
+                "llama.cpp's converter does; transformers uses the embedding.",
                 stacklevel=4,
             )
     if is_tied is False and head is None:
         warnings.warn(
-            f"{folder}: tie_word_embeddings is false, but there is no lm_head.weight. llama.cpp takes the embedding.",
+            f"{folder}: tie_word_embeddings is false, but lm_head.weight is missing. llama.cpp uses the embedding.",
             stacklevel=4,
         )
 
 
 def _own_type(sources: Mapping[str, Source]) -> str:
-    """Return the type of the first matrix that is 16 bits wide; F32 where there is none."""
+    """Return the type of the first 16-bit matrix (default: F32)."""
     for source in sources.values():
         if len(source.shape) > 1 and source.dtype in ("BF16", "F16"):
             return source.dtype
@@ -346,14 +352,14 @@ def _read_as(source: Source, name: str, qtype: str, loss: RangeLoss | None, star
 
 
 def _widen(rows: np.ndarray) -> np.ndarray:
-    """Convert to float32; bfloat16 by its bits, which is faster than a cast."""
+    """Convert to float32; shift the bits of bfloat16, which is faster than a cast."""
     if rows.dtype == ml_dtypes.bfloat16:
         return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return rows.astype(np.float32, copy=False)
 
 
 def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
-    """Refuse NaN, infinity and what float32 rounds to infinity: without their sign, such bits are above a ceiling."""
+    """Refuse NaN, infinity and values that float32 rounds to infinity, by comparing the bits without sign."""
     bits, ceiling = {
         "bfloat16": (np.uint16, 0x7F80),
         "float16": (np.uint16, 0x7C00),
@@ -362,7 +368,7 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
     }.get(rows.dtype.name, (None, None))
     if bits is None:
         raise ValueError(
-            f"{name}: dtype={rows.dtype.name}, need floating-point weights. Take an unquantized checkpoint."
+            f"{name}: dtype={rows.dtype.name}, must be floating-point weights. Use an unquantized checkpoint."
         )
     if not rows.size:
         return
@@ -378,7 +384,7 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
 
 
 def _count_loss(rows: np.ndarray, halves: np.ndarray, name: str, loss: RangeLoss) -> None:
-    """Count what became infinite or zero; `halves` are the float16 bits."""
+    """Count the values that became infinite or zero; `halves` holds the float16 bits."""
     bits, overflowed, vanished = halves & 0x7FFF, 0, 0
     if bits.max() == 0x7C00:  # seldom, and faster to find out than to count
         overflowed = int(np.count_nonzero(bits == 0x7C00))

@@ -1,4 +1,4 @@
-"""Checkpoints that hold no plain model: adapters, packed weights, weights that were not gathered; each by its name."""
+"""Unsupported checkpoints, named by kind: adapters, packed weights, weights that were not gathered."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ def check_no_adapter(folder: Path, table: Mapping[str, Any] | None = None) -> No
     of = f" of {short(base)}" if isinstance(base, str) and base else ""
     raise ValueError(
         f"{folder}: {found[0]} says that this is {kind}{of}, not a model. Merge it into its base first "
-        "(merge_and_unload of peft), or remove the adapter's files to convert the model that lies beside them."
+        "(merge_and_unload of peft), or remove the adapter's files to convert the model in the same folder."
     )
 
 
@@ -63,13 +63,13 @@ def check_not_packed(path: Path, names: Iterable[str], table: Mapping[str, Any] 
     method = packed_by(names, table or {})
     if method is not None:
         raise ValueError(
-            f"{path}: this is a {method} checkpoint, its weights are packed already. "
-            "Take the unquantized checkpoint that it was made from."
+            f"{path}: is a {method} checkpoint, its weights are quantized already. "
+            "Use the unquantized checkpoint that it was made from."
         )
 
 
 def packed_by(names: Iterable[str], table: Mapping[str, Any]) -> str | None:
-    """Name the quantizer that packed the weights of a checkpoint, None where they are plain.
+    """Name the quantizer that packed a checkpoint's weights (None: they are plain).
 
     Examples
     --------
@@ -93,7 +93,7 @@ def packed_by(names: Iterable[str], table: Mapping[str, Any]) -> str | None:
 
 
 def empty_tensors(what: str) -> str:
-    """Say why tensors have no values; the end of an error's text."""
+    """Explain why tensors have no values, as the end of an error text."""
     return (
         f"{what} without any values: the weights were partitioned when they were saved (DeepSpeed ZeRO-3, FSDP). "
         "Gather the parameters and save the model again."

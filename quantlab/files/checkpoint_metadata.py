@@ -60,12 +60,12 @@ class Config(Hparams):
 
     @property
     def orig_ctx(self) -> int:
-        """Context length before rotary positions were stretched."""
+        """Context length before rotary positions were extended."""
         return self.rope.get("original_max_position_embeddings", self.n_ctx)
 
     @property
     def yarn_log_mul(self) -> float | None:
-        """How much of YaRN's magnitude is taken back, where the configuration says so."""
+        """The part of YaRN's magnitude that the configuration removes."""
         return self.rope.get("mscale_all_dim")
 
 
@@ -84,19 +84,19 @@ def read_config(folder: Path) -> Config:
         return _hugging_face(folder / "config.json")
     if (folder / "params.json").is_file():
         return _meta(folder)
-    raise FileNotFoundError(f"{folder}: holds neither config.json nor params.json. Name a checkpoint's folder.")
+    raise FileNotFoundError(f"{folder}: holds neither config.json nor params.json. Give a checkpoint's folder.")
 
 
 def _tables(path: Path) -> tuple[Architecture, dict[str, Any], str]:
-    """Return the architecture of a configuration, what it says of the text model with defaults, and who packed it."""
+    """Return a configuration's architecture, the text model's settings with defaults, and the packer."""
     whole = read_json(path)
     classes = whole.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
     record = find_class(name) if isinstance(name, str) else None
     if record is None:
         raise ValueError(
-            f"{path}: architectures={short(classes)}, need a class of {', '.join(architectures())}. Convert it with "
-            "llama.cpp's convert_hf_to_gguf.py; quantize, inspect and compare take the file."
+            f"{path}: architectures={short(classes)}, must be a class of {', '.join(architectures())}. Convert it with "
+            "llama.cpp's convert_hf_to_gguf.py; quantize, inspect and compare work with its file."
         )
     packed = packed_by((), whole) or ""
     if packed not in record.packed:
@@ -107,19 +107,20 @@ def _tables(path: Path) -> tuple[Architecture, dict[str, Any], str]:
     if isinstance(text, dict) and model_type not in record.defaults:
         known = ", ".join(record.defaults)
         raise ValueError(
-            f"{path}: model_type={short(model_type)} of the text model, need one of {known}. Use llama.cpp's converter."
+            f"{path}: model_type={short(model_type)} of the text model, must be one of {known}. "
+            f"Use llama.cpp's converter."
         )
     defaults = record.defaults.get(model_type, {}) if isinstance(model_type, str) else {}
     return record, {**defaults, **{key: value for key, value in table.items() if value is not None}}, packed
 
 
 def _heads(path: Path, table: dict[str, Any], rope: dict[str, Any]) -> dict[str, int]:
-    """Return the sizes of a layer's heads; `rope` is the table that says which share of them is rotated."""
+    """Return the sizes of a layer's heads; `rope` gives the share of them that is rotated."""
     n_embd, n_head = number(path, table, "hidden_size"), number(path, table, "num_attention_heads")
     head_dim = table.get("head_dim") or None
     if n_embd % n_head and not head_dim:
         raise ValueError(
-            f"{path}: hidden_size={n_embd} is no multiple of num_attention_heads={n_head}. Check the configuration."
+            f"{path}: hidden_size={n_embd} must be a multiple of num_attention_heads={n_head}. Check config.json."
         )
     head_dim = number(path, {"head_dim": head_dim}, "head_dim", n_embd // n_head)
     key = "partial_rotary_factor"
@@ -168,7 +169,7 @@ def _hugging_face(path: Path) -> Config:
 
 
 def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
-    """Return how many experts there are and how many a token sees, where a configuration knows experts."""
+    """Return the numbers of experts and of experts per token (empty: not a mixture of experts)."""
     found = {}
     for field, names in (("n_expert", _EXPERTS), ("n_expert_used", _EXPERTS_USED)):
         key = next((key for key in names if table.get(key) is not None), None)
@@ -183,7 +184,7 @@ def _experts(path: Path, table: dict[str, Any]) -> dict[str, int]:
 
 
 def _rope(path: Path, table: dict[str, Any], base_window: float, n_ctx: int, is_two_sizes: bool) -> dict[str, Any]:
-    """Gather what old (`rope_scaling`, `rope_theta`) and new (`rope_parameters`) files say of rotary positions."""
+    """Read rotary positions from old (`rope_scaling`, `rope_theta`) and new (`rope_parameters`) keys."""
     rope = _rope_table(path, table)
     kind = rope["rope_type"]
     kinds = ("proportional",) if is_two_sizes else ("default", "linear", "yarn", "llama3", "dynamic", "su", "longrope")
@@ -207,15 +208,15 @@ def _rope(path: Path, table: dict[str, Any], base_window: float, n_ctx: int, is_
     if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         raise ValueError(
-            f"{path}: low_freq_factor={low}, high_freq_factor={high}, the second must be the larger. "
-            f"Take the configuration of this checkpoint."
+            f"{path}: low_freq_factor={low}, high_freq_factor={high}, the second must be larger. "
+            f"Use the config.json that came with this checkpoint."
         )
     base = number(path, rope, "rope_theta", table.get("rope_theta") or DEFAULT_BASE, whole=False)
     return {"rope_base": base, "rope_base_window": base_window, "rope": rope}
 
 
 def _rope_table(path: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """Return the one table of rotary positions; where both are given, `rope_scaling` counts, as in transformers."""
+    """Return the table of rotary positions; as in transformers, `rope_scaling` has precedence."""
     given = {}
     for key in ("rope_parameters", "rope_scaling"):
         rope = _of_one_layer_type(path, key, table.get(key) or {}, table.get("layer_types"))
@@ -229,16 +230,16 @@ def _rope_table(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     if (parameters.get("rope_theta") or base) != base or parameters["rope_type"] != "default" and same[0] != same[1]:
         raise ValueError(
             f"{path}: rope_parameters={short(parameters, 200)} and rope_scaling={short(scaling, 200)} differ. "
-            f"transformers takes the second with rope_theta={short(base)}. Keep one of them, with its rope_theta."
+            f"transformers uses the second with rope_theta={short(base)}. Keep only one of them, with its rope_theta."
         )
     return scaling | {"rope_theta": base}
 
 
 def _of_one_layer_type(path: Path, key: str, rope: Any, layer_types: Any) -> dict[str, Any]:
-    """Return the table that all layers share, where a configuration has one per layer type."""
+    """Return the rotary table that all layer types of a configuration share."""
     if not isinstance(rope, dict):
         raise ValueError(
-            f"{path}: {key}={short(rope)}, need a table. Use the config.json that came with this checkpoint."
+            f"{path}: {key}={short(rope)}, must be a table. Use the config.json that came with this checkpoint."
         )
     names = [name for name, value in rope.items() if isinstance(value, dict)]
     if not names:
@@ -247,14 +248,14 @@ def _of_one_layer_type(path: Path, key: str, rope: Any, layer_types: Any) -> dic
     tables = [rope.get(name) for name in sorted(used or names)]
     if not all(isinstance(value, dict) and value == tables[0] for value in tables):
         raise ValueError(
-            f"{path}: {key}={short(rope, 200)}, need the same table for all layers of this architecture. "
+            f"{path}: {key}={short(rope, 200)}, must be the same for all layers of this architecture. "
             f"Use llama.cpp's converter."
         )
     return {name: value for name, value in rope.items() if name not in names} | tables[0]  # pyright: ignore[reportOperatorIssue]
 
 
 def check_computed(folder: Path, config: Config) -> None:
-    """Refuse what llama.cpp computes otherwise for every model of an architecture.
+    """Refuse settings that llama.cpp ignores for every model of an architecture.
 
     Raises
     ------
@@ -276,13 +277,13 @@ def check_computed(folder: Path, config: Config) -> None:
         given = table.get(key)
         if given is not None and given not in allowed:
             raise ValueError(
-                f"{path}: {key}={short(given)}, must be {allowed[0]}, which llama.cpp computes for every {record.name} "
-                "model. A converted file would give other results; as_llama_cpp=True writes it all the same."
+                f"{path}: {key}={short(given)}, must be {allowed[0]}, as llama.cpp computes every {record.name} "
+                "model. The converted file would give wrong results; as_llama_cpp=True writes it anyway."
             )
 
 
 def _meta(folder: Path) -> Config:
-    """Read Meta's `params.json`; n_vocab and n_ff, which it does not give, are 0 and follow from the weights."""
+    """Read Meta's `params.json`; n_vocab and n_ff stay 0 and follow from the weights."""
     path = folder / "params.json"
     table = read_json(path)
     n_embd, n_head = number(path, table, "dim"), number(path, table, "n_heads")
@@ -312,7 +313,7 @@ def _meta(folder: Path) -> Config:
 
 
 def rope_factors(config: Config) -> dict[str, np.ndarray]:
-    """Return what rotary frequencies are divided by, as tensors by name: Llama 3's, and Phi's for long contexts.
+    """Return the divisors of rotary frequencies as tensors by name: Llama 3's, or Phi's for long contexts.
 
     Returns
     -------
@@ -337,7 +338,7 @@ def rope_factors(config: Config) -> dict[str, np.ndarray]:
         numbers = isinstance(factors, list) and all(type(x) in (int, float) and 0 < x < 1e9 for x in factors)
         if not numbers or len(factors) != config.n_pairs:  # pyright: ignore[reportArgumentType]
             raise ValueError(
-                f"{kind}_factor={short(factors)}, need {config.n_pairs} positive numbers. "
+                f"{kind}_factor={short(factors)}, must be {config.n_pairs} positive numbers. "
                 f"Use the config.json that came with this checkpoint."
             )
         found[f"rope_factors_{kind}.weight"] = np.array(factors, np.float32)
@@ -345,7 +346,7 @@ def rope_factors(config: Config) -> dict[str, np.ndarray]:
 
 
 def early_metadata(config: Config) -> dict[str, Any]:
-    """Return the keys that the converter writes before all others: the magnitude that goes with `long_factor`."""
+    """Return the keys that the converter writes first: the magnitude that belongs to `long_factor`."""
     if not any("long" in name for name in rope_factors(config)):
         return {}
     scale = config.n_ctx / config.orig_ctx

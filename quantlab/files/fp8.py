@@ -1,4 +1,4 @@
-"""Weights published in FP8, one byte each, with scales: for blocks of a matrix, for rows, or for all of it.
+"""Weights published in FP8 (one byte each), with scales for blocks, for rows or for the whole matrix.
 
     weight            F8_E4M3 [n_out, n_in]
     weight_scale_inv  what blocks of `weight_block_size` are multiplied by; one number without blocks
@@ -27,7 +27,7 @@ _FLOATS = ("float-quantized", "naive-quantized")  # formats of compressed-tensor
 
 
 def is_fp8(table: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config describes weights of this kind.
+    """Tell whether a quantization_config describes FP8 weights.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def is_fp8(table: Mapping[str, Any]) -> bool:
 
 
 def without_scales(folder: Path, stored: Mapping[str, Source], table: Any) -> dict[str, Source]:
-    """Return tensors with their scales applied, and without the scales.
+    """Apply the scales to the tensors and drop the scale tensors.
 
     Parameters
     ----------
@@ -68,23 +68,23 @@ def without_scales(folder: Path, stored: Mapping[str, Source], table: Any) -> di
             continue
         weight = name.removesuffix("_scale_inv").removesuffix("_scale")
         if weight not in found:
-            raise ValueError(f"{folder}: {name}: there is no {weight}. Download the whole checkpoint.")
+            raise ValueError(f"{folder}: {name}: {weight} is missing. Download the whole checkpoint.")
         source, scale = found[weight], stored[name]
         fits = _fitting_shapes(source.shape, block)
         if scale.shape not in fits:
             raise ValueError(
-                f"{folder}: {name}: shape={scale.shape}, need one of {fits} for weights of {source.shape}. "
-                f"Check weight_block_size in its configuration."
+                f"{folder}: {name}: shape={scale.shape}, must be one of {fits} for weights of {source.shape}. "
+                f"Check weight_block_size in config.json."
             )
         found[weight] = _Scaled(source, scale, block)
     bare = next((name for name, source in found.items() if source.dtype.startswith("F8_")), None)
     if bare:
-        raise ValueError(f"{folder}: {bare}: FP8 weights without a scale. Download the whole checkpoint.")
+        raise ValueError(f"{folder}: {bare}: FP8 weights must have a scale. Download the whole checkpoint.")
     return found
 
 
 def _block(folder: Path, table: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return rows and columns of a block, None where scales are of rows or of whole tensors."""
+    """Return the rows and columns of a block (None: scales of rows or of whole tensors)."""
     groups = table.get("config_groups")
     given = table.get("weight_block_size")
     if isinstance(groups, dict):
@@ -92,7 +92,7 @@ def _block(folder: Path, table: Mapping[str, Any]) -> tuple[int, int] | None:
     if given is None:
         return None
     if not isinstance(given, list) or len(given) != 2 or not all(type(size) is int and size > 0 for size in given):
-        raise ValueError(f"{folder}: weight_block_size={short(given)}, need two whole numbers. Check its config.json.")
+        raise ValueError(f"{folder}: weight_block_size={short(given)}, must be two whole numbers. Check config.json.")
     return given[0], given[1]
 
 
@@ -111,7 +111,7 @@ def _decoded(dtype: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Scaled(Changed):
-    """Weights times their scales, in float32."""
+    """The product of weights and scales, in float32."""
 
     scale: Source
     block: tuple[int, int] | None

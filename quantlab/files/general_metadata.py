@@ -86,7 +86,7 @@ def _read(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _leave_out(path: Path, why: str, stacklevel: int = 5) -> None:
-    """Warn the caller of `open` or `convert`."""
+    """Warn the caller of `open` or `convert` about metadata that is left out."""
     warnings.warn(f"{path}: left out, {why}. The weights do not depend on it.", stacklevel=stacklevel)
 
 
@@ -119,7 +119,7 @@ def _collect(
 
 
 def _shares(tensors: Sequence[LazyTensor]) -> tuple[int, int, int]:
-    """Return weights that all tokens see, those of one expert, and the number of experts."""
+    """Return the number of weights shared by all tokens, the weights per expert, and the number of experts."""
     stacks = [tensor for tensor in tensors if "_exps." in tensor.name and len(tensor.shape) > 2]
     shared = sum(tensor.n_weights for tensor in tensors) - sum(tensor.n_weights for tensor in stacks)
     each = sum(tensor.n_weights // tensor.shape[0] for tensor in stacks)
@@ -127,7 +127,7 @@ def _shares(tensors: Sequence[LazyTensor]) -> tuple[int, int, int]:
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
-    """Read a model card's front matter, unless it is too long to be parsed, or refers to itself and so may explode."""
+    """Read a model card's front matter, unless it is too long or refers to its own parts."""
     if not path.is_file():
         return {}
     with open(path, "rb") as file:

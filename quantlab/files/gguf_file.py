@@ -1,4 +1,4 @@
-"""GGUF files: a distrustful header reader and a streaming writer.
+"""GGUF files: a header reader that trusts no size, and a streaming writer.
 
 A GGUF file (version 3, little-endian; version 2 is laid out alike):
 
@@ -77,7 +77,7 @@ class TensorInfo(TensorSpec):
 
 
 class Strings(Sequence):
-    """An array of strings of a file: its bytes, as they are copied into another; a sequence of str for who looks.
+    """An array of strings in a file: bytes that can be copied, and a sequence of str for readers.
 
     A vocabulary has hundreds of thousands; to unpack and pack them takes longer than to quantize a small model.
 
@@ -118,7 +118,7 @@ class Strings(Sequence):
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before a GGUF file's tensor data."""
+    """The header of a GGUF file: everything before the tensor data."""
 
     path: Path
     version: int
@@ -130,7 +130,7 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read the metadata and the tensor table of one GGUF file; the tensor data is not touched.
+    """Read the metadata and the tensor table of one GGUF file, but not the tensor data.
 
     Parameters
     ----------
@@ -161,9 +161,9 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, need a GGUF file. Run quantlab convert first.")
+        raise IsADirectoryError(f"{path}: is a folder, must be a GGUF file. Run quantlab convert first.")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path}: is a pipe or device, need a file on disk. Save the model in a file first.")
+        raise OSError(f"{path}: is a pipe or device, must be a file on disk. Save the model in a file first.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Check the name, or run quantlab convert or fetch first.")
     with open(path, "rb") as file:
@@ -178,7 +178,7 @@ def read_header(path: str | Path) -> Header:
 
 
 class _Cursor:
-    """Reads the start of a file piece by piece and refuses to go past its end or past MAX_HEADER."""
+    """A reader for the start of a file that refuses to go past its end or past MAX_HEADER."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self.path, self.file, self.size = path, file, size
@@ -191,7 +191,7 @@ class _Cursor:
         return ValueError(f"{self.path}: {what}. {remedy}")
 
     def have(self, end: int, what: str) -> bytes:
-        """Return the buffer after making sure that it reaches byte `end`."""
+        """Read on until the buffer reaches byte `end`, and return it."""
         if end > len(self.buffer):
             if end > self.size:
                 raise self.bad(f"{what} ends at byte {end}, the file has {self.size}")
@@ -220,7 +220,7 @@ class _Cursor:
         return text
 
     def strings(self, count: int, what: str) -> Strings:
-        """Read `count` strings: some one by one, many at once, because a vocabulary has hundreds of thousands."""
+        """Read `count` strings: few one by one, many at once (a vocabulary has hundreds of thousands)."""
         self.n_strings += count
         if self.n_strings > MAX_STRINGS:
             raise self.bad(f"{what} brings the file to {self.n_strings} strings, need at most {MAX_STRINGS}")
@@ -244,7 +244,7 @@ class _Cursor:
 
 
 def _short_strings(buffer: bytes, pos: int, most: int) -> tuple[int, int]:
-    """Return how many strings, at most `most`, lie one behind the other from `pos` on, and where the next one begins.
+    """Return the number of adjacent strings from `pos` on (at most `most`), and where the next one begins.
 
     It finds those of fewer than 256 bytes in the next WINDOW bytes: a length that is followed by seven zeros can only
     be a string's start where the string before it ends there.
@@ -261,6 +261,9 @@ def _short_strings(buffer: bytes, pos: int, most: int) -> tuple[int, int]:
     return n, pos + int(starts[n])
 
 
+_TRUNCATED = "It is truncated or damaged; get it again from its source."
+
+
 def _read_start(cursor: _Cursor) -> tuple[int, int, int]:
     """Read magic, version and the two counts."""
     magic = cursor.file.read(64)
@@ -269,14 +272,14 @@ def _read_start(cursor: _Cursor) -> tuple[int, int, int]:
     cursor.buffer, cursor.pos = magic, 4
     version = cursor.number("I", "version")
     if version & 0xFFFF == 0:
-        raise cursor.bad(f"version={version:#x}, this is a big-endian file", "Convert it on a little-endian machine.")
+        raise cursor.bad(f"version={version:#x}, need little-endian, this file is big-endian", "Convert it again.")
     if version not in (2, 3):
         raise cursor.bad(f"version={version}, need 2 or 3", "Convert the checkpoint again with a current tool.")
     n_tensors, n_keys = cursor.number("Q", "number of tensors"), cursor.number("Q", "number of keys")
     if n_tensors > min(MAX_TENSORS, cursor.size // 25):  # the shortest tensor entry has 25 bytes
-        raise cursor.bad(f"n_tensors={n_tensors}, more than {min(MAX_TENSORS, cursor.size // 25)} cannot be there")
+        raise cursor.bad(f"n_tensors={n_tensors}, a file of {cursor.size} bytes has fewer", _TRUNCATED)
     if n_keys > min(MAX_KEYS, cursor.size // 14):  # the shortest key entry has 14 bytes
-        raise cursor.bad(f"n_kv={n_keys}, more than {min(MAX_KEYS, cursor.size // 14)} cannot be there")
+        raise cursor.bad(f"n_kv={n_keys}, a file of {cursor.size} bytes has fewer", _TRUNCATED)
     return version, n_tensors, n_keys
 
 
@@ -285,7 +288,7 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
     for i in range(n_keys):
         key = cursor.string(f"key {i}", MAX_KEY)
         if not key or key in metadata or not key.isprintable():
-            raise cursor.bad(f"key {i} is {short(key)}, need a printable name that is not there already")
+            raise cursor.bad(f"key {i} is {short(key)}, must be a printable name that occurs once")
         value_type = cursor.number("I", key)
         metadata[key] = _read_value(cursor, value_type, key, 0)
     return metadata
@@ -354,18 +357,18 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
 
 
 def _unknown_type(cursor: _Cursor, name: str, number: int) -> ValueError:
-    """Say whose type a number is that llama.cpp does not use."""
+    """Explain a type number that llama.cpp does not know."""
     if number in _REMOVED:
         what = f"{name}: ggml type {number} ({_REMOVED[number]}) was removed from llama.cpp"
         return cursor.bad(what, "Quantize the model again from its source.")
     if number in _FORKS:
-        what = f"{name}: ggml type {number} is none of llama.cpp's, ik_llama.cpp has its own types from 97 to 399"
+        what = f"{name}: ggml type {number} is unknown to llama.cpp; numbers 97 to 399 are ik_llama.cpp's own types"
         return cursor.bad(what, "Use the program that wrote it.")
     return cursor.bad(f"{name}: ggml type {number} is not known", "A newer llama.cpp may read it.")
 
 
 def _place(cursor: _Cursor, infos: list, data_offset: int, alignment: int) -> tuple[TensorInfo, ...]:
-    """Check that every tensor lies in the file, aligned, apart from the others; turn offsets into file positions."""
+    """Check that every tensor is inside the file, aligned and separate; turn offsets into file positions."""
     tensors: list[TensorInfo] = []
     seen: set[str] = set()
     for name, shape, qtype, offset in infos:
@@ -434,11 +437,14 @@ def write_gguf(
     for spec in specs:
         item = next(items, None)
         if item is None:
-            raise ValueError(f"{spec.name}: no data came for this tensor. Give one item per spec.")
+            raise ValueError(f"{spec.name}: has no data, must have one item of `parts`. Give one item per spec.")
         blocks = [item] if isinstance(item, np.ndarray) else item
         nbytes = sum(_write_block(path_or_file, block, progress) for block in blocks)
         if nbytes != spec.nbytes:
-            raise ValueError(f"{spec.name}: {nbytes} bytes came, {spec.shape} {spec.qtype} needs {spec.nbytes}.")
+            raise ValueError(
+                f"{spec.name}: {nbytes} bytes of data, {spec.shape} {spec.qtype} needs {spec.nbytes}. "
+                f"Give whole tensors."
+            )
         padding = bytes(-nbytes % alignment)
         path_or_file.write(padding)
         written += nbytes + len(padding)

@@ -14,7 +14,7 @@ MAX_SHARDS = 1000
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:
-    """Return the name of shard `number` (from 1) of `count`, given the name of any one of them.
+    """Return the name of shard `number` (from 1) of `count`, given any shard's name.
 
     Raises
     ------
@@ -29,25 +29,25 @@ def shard_path(path: Path, number: int, count: int) -> Path:
     match = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", path.name)
     if match is None:
         raise ValueError(
-            f"{path}: split.count={count}, need a name that ends in -00001-of-{count:05d}.gguf. "
-            f"Give the shards the names they were published with."
+            f"{path}: split.count={count}, so the name must end in -00001-of-{count:05d}.gguf. "
+            f"Rename the shards to their published names."
         )
     return path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
 
 
 def shard_count(header: Header) -> int:
-    """Return the number of shards that a file says it is one of; 0 where it says nothing.
+    """Return the number of shards that a file's metadata gives (0: none).
 
     Raises
     ------
     ValueError
-        If what it says is no number.
+        If its value is not a number.
     """
     return _whole(header, "split.count", 0)
 
 
 def shard_headers(header: Header) -> list[Header]:
-    """Return the headers of all shards that `header` belongs to, in order; of one file, just itself.
+    """Return the headers of all shards in order, given one of them (a single file: just its own).
 
     Raises
     ------
@@ -64,7 +64,9 @@ def shard_headers(header: Header) -> list[Header]:
     paths = [shard_path(header.path, number, count) for number in range(1, count + 1)]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: this shard of {count} is missing. Download it beside the others.")
+            raise FileNotFoundError(
+                f"{path}: this shard of {count} is missing. Download it into the folder of the others."
+            )
     headers = [read_header(path) for path in paths]
     for index, shard in enumerate(headers):
         number = _whole(shard, "split.no", -1)

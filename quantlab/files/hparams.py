@@ -1,4 +1,4 @@
-"""Hyper-parameters out of GGUF metadata."""
+"""Hyper-parameters, read from GGUF metadata."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields, replace
@@ -17,7 +17,7 @@ _YARN = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "log_mul": "log_mul
 
 
 def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata") -> Hparams:
-    """Read the hyper-parameters out of GGUF metadata.
+    """Read the hyper-parameters from GGUF metadata.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
     if "attention.recurrent_layers" in record.metadata and isinstance(recurrent, list | np.ndarray):
         if len(recurrent) not in (n_layer, n_layer + _guessing(keys)):
             raise ValueError(
-                f"{keys.source}: {keys.arch}.attention.recurrent_layers={short(recurrent)}, need one for each of "
+                f"{keys.source}: {keys.arch}.attention.recurrent_layers={short(recurrent)}, must have one for each of "
                 f"{n_layer} layers. Convert the checkpoint again."
             )
         found["recurrent"] = tuple(int(bool(item)) for item in recurrent[:n_layer])
@@ -100,7 +100,7 @@ def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
         if isinstance(pattern, list | np.ndarray):
             if len(pattern) != n_layer:
                 raise ValueError(
-                    f"{keys.source}: {keys.arch}.attention.sliding_window_pattern={short(pattern)}, need one "
+                    f"{keys.source}: {keys.arch}.attention.sliding_window_pattern={short(pattern)}, must have one "
                     f"for each of {n_layer} layers. Convert the checkpoint again."
                 )
             found["window"] = tuple(size if windowed else 0 for windowed in pattern)
@@ -128,11 +128,11 @@ class _Keys:
         arch = metadata.get("general.architecture")
         if metadata.get("general.type") == "adapter":
             raise ValueError(
-                f"{source}: is an adapter (general.type), need a whole model. Merge it into its base first."
+                f"{source}: is an adapter (general.type), must be a whole model. Merge it into its base first."
             )
         if not isinstance(arch, str) or not arch.isprintable() or len(arch) > MAX_NAME:
             raise ValueError(
-                f"{source}: general.architecture={short(arch)}, need a name. This is not a language model's file."
+                f"{source}: general.architecture={short(arch)}, must be a name. Give a language model's file."
             )
         self.metadata, self.arch, self.source = metadata, arch, source
         self.is_known = find(arch) is not None
@@ -149,7 +149,7 @@ class _Keys:
         return value.item() if isinstance(value, np.generic) else value
 
     def loosely(self, read: Callable[[], Any], default: Any) -> Any:
-        """Return what `read` reads; where an architecture without a file here has something else, the default."""
+        """Return what `read` reads, or the default for an architecture without a record."""
         try:
             return read()
         except ValueError:
@@ -158,7 +158,7 @@ class _Keys:
             return default
 
     def whole(self, key: str, default: Any = None, least: int = 1, most: int = _MOST, *, optional: bool = False) -> Any:
-        """Return a whole number; None for an optional one that is not given."""
+        """Return a whole number (None: optional and not given)."""
         if optional and self.get(key) is None:
             return None
         value = self.number(key, default)
@@ -169,7 +169,7 @@ class _Keys:
         return value
 
     def per_layer(self, key: str, n_layer: int, default: Any = None) -> Any:
-        """Return a whole number, or a tuple of one for each layer where they differ."""
+        """Return a whole number, or a tuple with one per layer if they differ."""
         values = self.get(key, default)
         if isinstance(values, tuple):  # a default that varies
             return values

@@ -1,4 +1,4 @@
-"""Checkpoints by path or by their name on the Hugging Face hub."""
+"""Checkpoints, found by path or by their name on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -11,39 +11,41 @@ _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md",
 
 
 def find_checkpoint(src: str | Path) -> Path:
-    """Return the path of a checkpoint; one on the hub (`org/model`) is downloaded into the hub's cache.
+    """Return the path of a checkpoint, downloaded into the hub's cache if it is named `org/model`.
 
     Raises
     ------
     ValueError
         If it is a GGUF file already.
     FileNotFoundError
-        If there is nothing at that path and it is no name on the hub, or the hub cannot be reached.
+        If there is nothing at that path and it is not a name on the hub, or the hub cannot be reached.
     ImportError
         If a name on the hub is asked for and huggingface_hub is not installed.
     """
     path = Path(src) if bundled_path(str(src)) is None else model_path(src)
     if path.suffix == ".gguf" and path.is_file():
-        raise ValueError(f"{src}: is a GGUF file already, need a checkpoint. Use it as it is, or quantize it.")
+        raise ValueError(f"{src}: is a GGUF file already, must be a checkpoint. Use the file directly, or quantize it.")
     if path.exists():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(src)):
-        raise FileNotFoundError(f"{src}: no such file or folder. Name a checkpoint's folder, or org/model on the hub.")
+        raise FileNotFoundError(f"{src}: no such file or folder. Give a checkpoint's folder, or org/model on the hub.")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError(f"{src}: no such folder; a name on the hub needs the package huggingface_hub.") from None
+        raise ImportError(
+            f"{src}: no such folder, and a name on the hub needs huggingface_hub. Run pip install huggingface_hub."
+        ) from None
     try:
         return Path(snapshot_download(str(src), allow_patterns=_WANTED))
     except Exception as error:  # network, authorization and naming errors come from several libraries
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise FileNotFoundError(
-            f"{src}: no such folder, and the hub does not give it ({reason}). Check the name and the network."
+            f"{src}: no such folder, and the hub did not provide it ({reason}). Check the name and the network."
         ) from None
 
 
 def repository_of(folder: Path) -> str | None:
-    """Return the name on the hub, `org/model`, of a folder in the hub's cache; None for any other folder.
+    """Return the hub name, `org/model`, of a folder in the hub's cache (None: any other folder).
 
     Examples
     --------
@@ -57,7 +59,7 @@ def repository_of(folder: Path) -> str | None:
 
 
 def default_folder(src: Path) -> Path:
-    """Return the folder for outputs of a checkpoint or file: its own, but never one in a cache or of bundled models."""
+    """Return the folder for outputs of a checkpoint or file: its own, but never a cache or bundled folder."""
     folder = src if src.is_dir() else src.parent
     is_cached = any(map(repository_of, (folder.absolute(), *folder.absolute().parents)))
     return Path() if is_cached or is_own(folder) else folder

@@ -1,4 +1,4 @@
-"""Importance matrices on disk: both of llama.cpp's formats, recognized by content; read, written, merged.
+"""Importance matrices on disk, in both of llama.cpp's formats: read, written and merged.
 
 An importance matrix holds, for the matrix of each tensor, the sum of the squared input activations per column and the
 number of rows summed. The quantizers weight the error of column j with the mean, ``sum[j] / count``.
@@ -44,7 +44,7 @@ _MAX_NAME = 1 << 10  # bytes
 
 @dataclass(frozen=True, repr=False)
 class ImportanceMatrix(Result):
-    """Squared activations by tensor name.
+    """The squared activations of a model, by tensor name.
 
     Attributes
     ----------
@@ -68,16 +68,16 @@ class ImportanceMatrix(Result):
 
     @property
     def is_legacy(self) -> bool:
-        """Whether it comes from an older file, which holds means instead of sums."""
+        """True if it was read from an older file, which holds means instead of sums."""
         return self.chunk_size == 0
 
     @property
     def entries(self) -> dict[str, np.ndarray]:
-        """The weights per column that the quantizers take: tensor name → float32 (n_mat · n_per_row,)."""
+        """The weights per column for the quantizers: tensor name → float32 (n_mat · n_per_row,)."""
         return {name: self.weights(name) for name in self.sums}
 
     def weights(self, name: str) -> np.ndarray:
-        """Return one tensor's weights per column, derived as llama-quantize derives them.
+        """Return one tensor's weights per column, as llama-quantize computes them.
 
         Returns
         -------
@@ -113,7 +113,7 @@ class ImportanceMatrix(Result):
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
-    """Read an importance matrix of either format, whatever the file's name ends in.
+    """Read an importance matrix of either format, which its content decides.
 
     Raises
     ------
@@ -125,9 +125,9 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     check_path(imatrix=path)
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise OSError(f"{path}: is no file on disk, need one with an importance matrix. Save it in a file first.")
+        raise OSError(f"{path}: is not a file on disk, must be an importance matrix.  Save it in a file first.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such importance matrix. Check the name, or collect one first.")
+        raise FileNotFoundError(f"{path}: no such importance matrix. Check the name, or run quantlab imatrix first.")
     with open(path, "rb") as file:
         is_gguf = file.read(4) == b"GGUF"
     matrix = _read_gguf(path) if is_gguf else _read_legacy(path)
@@ -145,7 +145,7 @@ MatrixLike = str | Path | ImportanceMatrix
 
 
 def as_matrix(matrix: MatrixLike | None) -> ImportanceMatrix | None:
-    """Return an importance matrix, or None, as it is; read a file of one."""
+    """Return an importance matrix or None unchanged, or read it from a file."""
     return matrix if matrix is None or isinstance(matrix, ImportanceMatrix) else read_imatrix(matrix)
 
 
@@ -153,17 +153,17 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     header = read_header(path)
     missing = [key for key in _KEYS if key not in header.metadata]
     if missing:
-        raise ValueError(f"{path}: {missing[0]} is missing, must be there in an importance matrix. Check the name.")
+        raise ValueError(f"{path}: {missing[0]} is missing, but every importance matrix has it. Check the name.")
     datasets, chunk_count, chunk_size = (header.metadata[key] for key in _KEYS)
     if not isinstance(datasets, Strings):
-        raise ValueError(f"{path}: imatrix.datasets={short(datasets)}, must be names. The file is damaged.")
+        raise ValueError(f"{path}: imatrix.datasets={short(datasets)}, must be names. Collect the matrix again.")
     if not all(isinstance(number, np.integer) for number in (chunk_count, chunk_size)) or chunk_size < 1:
         what = f"imatrix.chunk_count={short(chunk_count)}, imatrix.chunk_size={short(chunk_size)}"
-        raise ValueError(f"{path}: {what}, must be whole numbers, the second positive. The file is damaged.")
+        raise ValueError(f"{path}: {what}, must be whole numbers, the second positive. Collect the matrix again.")
     values: dict[str, np.ndarray] = {}
     for tensor in header.tensors:
         if tensor.qtype != "F32":
-            raise ValueError(f"{path}: {tensor.name}: type={tensor.qtype}, must be F32. The file is damaged.")
+            raise ValueError(f"{path}: {tensor.name}: type={tensor.qtype}, must be F32. Collect the matrix again.")
         values[tensor.name] = ByteRange(path, tensor.offset, tensor.nbytes).read().view(np.float32)
     sums, counts = {}, {}
     for full, value in values.items():
@@ -171,12 +171,14 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         if name != full and full.endswith(_SUMS):
             count = values.get(name + _COUNTS)
             if count is None or value.size % count.size:
-                raise ValueError(f"{path}: {name}: sums and counts do not match. The file is damaged.")
+                raise ValueError(f"{path}: {name}: sums and counts do not match. Collect the matrix again.")
             sums[name] = value.reshape(count.size, -1)
             with np.errstate(invalid="ignore"):  # a NaN is refused later
                 counts[name] = np.floor(count + np.float32(0.5))
     if 2 * len(sums) != len(values):
-        raise ValueError(f"{path}: {len(values)} tensors, must be {_SUMS} and {_COUNTS} in pairs. The file is damaged.")
+        raise ValueError(
+            f"{path}: {len(values)} tensors, must be {_SUMS} and {_COUNTS} in pairs. Collect the matrix again."
+        )
     return ImportanceMatrix(sums, counts, int(chunk_count), int(chunk_size), tuple(datasets))
 
 
@@ -193,7 +195,7 @@ def _read_fields(path: Path, file: BinaryIO, size: int) -> ImportanceMatrix:
         if n < 0 or pos + n > size:
             raise ValueError(
                 f"{path}: {what} takes {n} bytes at byte {pos}, the file has {size}. "
-                f"It is no importance matrix, or was cut off."
+                f"It is not an importance matrix, or it is truncated."
             )
         return file.read(n)
 
@@ -210,7 +212,7 @@ def _read_fields(path: Path, file: BinaryIO, size: int) -> ImportanceMatrix:
     if not 1 <= n_entries <= _MAX_ENTRIES:
         raise ValueError(
             f"{path}: first 4 bytes are {struct.pack('<i', n_entries)!r}, must be b'GGUF' or a number of entries. "
-            f"This is no importance matrix; collect one with llama-imatrix or quantlab imatrix."
+            f"It is not an importance matrix; collect one with llama-imatrix or quantlab imatrix."
         )
     sums, counts = {}, {}
     for i in range(n_entries):
@@ -279,7 +281,7 @@ def _write_gguf(matrix: ImportanceMatrix, path: Path) -> None:
 
 
 def _legacy_parts(matrix: ImportanceMatrix) -> Iterable[bytes]:
-    """Yield the pieces of an older file; entries without any count are left out."""
+    """Yield the pieces of an older file, without entries that were never counted."""
     names = [name for name in sorted(matrix.sums) if matrix.is_legacy or matrix.counts[name].any()]
     yield struct.pack("<i", len(names))
     for name in names:
@@ -297,7 +299,7 @@ def _legacy_parts(matrix: ImportanceMatrix) -> Iterable[bytes]:
 
 
 def merge(matrices: Iterable[ImportanceMatrix], *, chunk_size: int = 512) -> ImportanceMatrix:
-    """Add importance matrices up, as llama-imatrix does with several ``--in-file``.
+    """Add up importance matrices, as llama-imatrix does with several ``--in-file``.
 
     Parameters
     ----------
@@ -319,16 +321,14 @@ def merge(matrices: Iterable[ImportanceMatrix], *, chunk_size: int = 512) -> Imp
         for name in matrix.sums:
             if name in sums and sums[name].shape != matrix.sums[name].shape:
                 shapes = f"{sums[name].shape} and {matrix.sums[name].shape}"
-                raise ValueError(f"{name}: shapes {shapes}, must be equal to be merged")
+                raise ValueError(f"{name}: shapes {shapes}, must be equal. Merge matrices of one model.")
             with np.errstate(over="ignore"):
                 sums[name] = matrix.sums[name] * scale + sums.get(name, np.float32(0))
                 counts[name] = matrix.counts[name] * scale + counts.get(name, np.float32(0))
             if not (np.isfinite(sums[name]).all() and np.isfinite(counts[name]).all()):
-                raise ValueError(f"{name}: the sum is beyond {np.finfo(np.float32).max:.4g}. The files are damaged.")
+                raise ValueError(f"{name}: the sum exceeds {np.finfo(np.float32).max:.4g}. Collect the matrices again.")
         datasets += matrix.datasets
     if not sums:
-        raise ValueError(
-            "merge: no importance matrix was given, must be at least one. Give a model, or files (in_files)."
-        )
+        raise ValueError("merge: no importance matrix, must be at least one. Give a model, or files (in_files).")
     most = max(int(count.max()) for count in counts.values())
     return ImportanceMatrix(sums, counts, most // chunk_size, chunk_size, datasets)

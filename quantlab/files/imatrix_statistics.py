@@ -1,4 +1,4 @@
-"""What an importance matrix says about each tensor's inputs, as figures.
+"""Statistics of an importance matrix: figures about each tensor's inputs.
 
 Source: llama-imatrix --show-statistics (tools/imatrix/imatrix.cpp of llama.cpp), whose columns these are; computed in
 float64. They describe the activations; which tensor deserves more bits they do not tell.
@@ -65,7 +65,7 @@ def _row(matrix: ImportanceMatrix, name: str) -> dict:
 
 
 def _cosine(matrix: ImportanceMatrix, name: str, other: str) -> float:
-    """Cosine of the angle between two tensors' sums."""
+    """Return the cosine of the angle between two tensors' sums."""
     if other not in matrix.sums or matrix.sums[other].shape != matrix.sums[name].shape:
         return 0.0
     a, b = (matrix.sums[n].astype(np.float64).reshape(-1) for n in (name, other))

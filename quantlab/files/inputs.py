@@ -1,4 +1,4 @@
-"""All files that are read where a file, a folder or a name is given: what no output of the same call may replace."""
+"""Input files behind a file, folder or name: an output of the same call must not replace them."""
 
 import re
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)$")
 
 
 def input_files(names: Iterable[object]) -> list[Path]:
-    """Return every file that is read where these are named, links as they are; what does not exist is left out.
+    """Return every existing file that is read for these inputs; links are not resolved.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def input_files(names: Iterable[object]) -> list[Path]:
 
 
 def _behind(path: Path) -> list[Path]:
-    """Return the files that are read with one path: a checkpoint's, all shards, digests."""
+    """Return the files that are read for one path: a checkpoint's, all shards, digests."""
     try:
         if path.is_dir():
             return _checkpoint(path)
@@ -55,11 +55,11 @@ def _behind(path: Path) -> list[Path]:
 
 
 def _literal(name: str) -> str:
-    """Return a name as a glob that only it fits."""
+    """Return a glob that matches only this name."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _checkpoint(folder: Path) -> list[Path]:
-    """Return a folder's files that a checkpoint consists of; reports and digests in it are outputs of other calls."""
+    """Return the files of a checkpoint's folder, without reports and digests of other calls."""
     files = [file for file in folder.iterdir() if file.suffix in _OF_CHECKPOINTS or file.name in _TEXTS_OF_CHECKPOINTS]
     return [file for file in files if file.suffix != ".json" or not (is_report(file) or is_digests(file))]

@@ -1,4 +1,4 @@
-"""GGUF metadata as a table for people: long texts and arrays are shortened, nothing in them reaches a terminal raw."""
+"""GGUF metadata as a table: long values are shortened, control characters are written out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def metadata_table(metadata: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _type(value: Any) -> str:
-    """Name the type of a value, arrays with their length."""
+    """Name the type of a value, with the length of an array."""
     if isinstance(value, list | Strings):
         item = "string" if not value or isinstance(value[0], str) else "array"
         return f"{item}[{len(value)}]"
@@ -51,7 +51,7 @@ def _type(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as text of at most MAX_SHOWN characters, control characters written out."""
+    """Return a value as text of at most MAX_SHOWN characters, with control characters written out."""
     if isinstance(value, list | Strings | np.ndarray):
         items = [_shown(item) for item in value[:N_ITEMS]] + ["…"] * (len(value) > N_ITEMS)
         text = f"[{', '.join(items)}]"

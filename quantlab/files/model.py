@@ -34,7 +34,7 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # names of single files of we
 
 @dataclass(frozen=True, repr=False)
 class LazyTensor:
-    """A tensor that is read from disk when its values are asked for.
+    """A tensor that is read from disk when its values are requested.
 
     Attributes
     ----------
@@ -88,7 +88,9 @@ class LazyTensor:
             If the rows do not exist, or the file ends before them.
         """
         if not 0 <= start <= stop <= self.nrows:
-            raise ValueError(f"{self.name}: rows {start}:{stop}, need a range within 0:{self.nrows}.")
+            raise ValueError(
+                f"{self.name}: rows {start}:{stop}, must be a range within 0:{self.nrows}. Give a smaller range."
+            )
         return self.read_rows(start, stop)
 
     def load(self) -> np.ndarray:
@@ -97,7 +99,7 @@ class LazyTensor:
         return rows.reshape(*self.shape[:-1], rows.shape[-1])
 
     def floats(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Read rows `start:stop` as float32; the whole tensor in `shape` when no range is given.
+        """Read rows `start:stop` as float32 (default: the whole tensor, in `shape`).
 
         Returns
         -------
@@ -139,7 +141,7 @@ class LazyTensor:
 
 
 class Model:
-    """A model on disk; nothing but its header is in memory.
+    """A model on disk, of which only the header is in memory.
 
     Parameters
     ----------
@@ -174,12 +176,12 @@ class Model:
 
     @cached_property
     def vocab(self) -> Vocab:
-        """Vocabulary: text to token ids and back; as many tokens as the embedding has rows."""
+        """Vocabulary: text to token ids and back."""
         vocab = Vocab.from_metadata(self.metadata, source=str(self.path))
         rows = self._tensors["token_embd.weight"].nrows if "token_embd.weight" in self._tensors else vocab.n_vocab
         if rows != vocab.n_vocab:
             raise ValueError(
-                f"{self.path}: token_embd.weight has {rows} rows, the vocabulary {vocab.n_vocab} tokens: "
+                f"{self.path}: token_embd.weight has {rows} rows, but the vocabulary has {vocab.n_vocab} tokens: "
                 f"llama.cpp refuses the file. Convert the checkpoint again."
             )
         return vocab
@@ -219,7 +221,7 @@ class Model:
 
     @property
     def ftype(self) -> int | None:
-        """Mixture number that the file gives (`general.file_type`), None where it is no whole number."""
+        """Mixture number of the file, `general.file_type` (None: missing or not a whole number)."""
         number = self.metadata.get("general.file_type")
         return int(number) if isinstance(number, np.integer) else None
 
@@ -232,7 +234,7 @@ class Model:
             If there is none.
         """
         if name not in self._tensors:
-            raise KeyError(f"{self.path}: no tensor is called {name}. See its .names.")
+            raise KeyError(f"{self.path}: no tensor is called {name}. See its .names for all.")
         return self._tensors[name]
 
     def __contains__(self, name: str) -> bool:
@@ -250,7 +252,7 @@ class Model:
 
     def _repr_html_(self) -> str:
         tables = (metadata_table(self.metadata).to_html(index=False), self.tensors.to_html(max_rows=12, index=False))
-        return f"<p>{escape(repr(self))}</p>" + "".join(tables)  # tables escape by themselves; names are strangers'
+        return f"<p>{escape(repr(self))}</p>" + "".join(tables)  # tables escape by themselves; names are untrusted
 
 
 def open(path: str | PathLike[str]) -> Model:
@@ -302,12 +304,12 @@ ModelLike = str | PathLike[str] | Model
 
 
 def as_model(model: ModelLike) -> Model:
-    """Return a model that is opened already as it is, any other as `open` opens it."""
+    """Return an open model unchanged; open any other."""
     return model if isinstance(model, Model) else open(model)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether `open` takes what is at `path` for a checkpoint: a folder, or one file of weights."""
+    """Tell whether `open` treats a path as a checkpoint: a folder, or one file of weights."""
     return path.is_dir() or (path.suffix in WEIGHTS and path.is_file() and not _starts_as_gguf(path))
 
 
@@ -325,6 +327,6 @@ def _lazy_tensors(header: Header) -> Iterator[LazyTensor]:
 
 
 def _read_stored(stored: ByteRange, row_bytes: int, dtype: type, start: int, stop: int) -> np.ndarray:
-    """Read rows as they are stored."""
+    """Read rows in their stored type."""
     raw = stored.read(start * row_bytes, stop * row_bytes)
     return raw.view(dtype).reshape(stop - start, row_bytes // np.dtype(dtype).itemsize)

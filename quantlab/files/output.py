@@ -1,4 +1,4 @@
-"""Where an output may go, and how it gets there: written beside its final name, renamed when it is whole.
+"""Safe outputs: checked before any work, written beside the final name, renamed when complete.
 
 Every output of every word and function goes through `check_output` and `replacing`. The rules: never a file that the
 same call reads; never a folder; a device or pipe is written into, not replaced; a link is followed to its target; a
@@ -45,7 +45,7 @@ Own = Callable[[Path], bool]
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, own: Own | None = None) -> Path:
-    """Refuse an output that must not be written, before any work is done.
+    """Refuse an output that must not be written, before any work.
 
     Parameters
     ----------
@@ -79,27 +79,27 @@ def check_output(path: str | Path, *, overwrite: bool = False, own: Own | None =
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: folder {folder} does not exist. Create it first.")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{path}: folder {folder} cannot be written. Name an output in another folder.")
+        raise PermissionError(f"{path}: folder {folder} is not writable. Choose an output in another folder.")
     return path
 
 
 def _check_existing(path: Path, mode: int, overwrite: bool, own: Own | None) -> None:
-    """Refuse what must not be replaced."""
+    """Refuse to replace a file that must be kept."""
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path}: is a folder, need the name of a file. Name the output file.")
+        raise IsADirectoryError(f"{path}: is a folder, must be a file. Give the name of the output file.")
     if not stat.S_ISREG(mode):
-        raise OSError(f"{path}: is a disk or a socket, need a file, device or pipe. Name another output.")
+        raise OSError(f"{path}: is a disk or a socket, must be a file, device or pipe. Choose another output.")
     if own is not None and own(path):
         return
     if not overwrite:
         what, remedy = _OTHERS.get(own, ("", "Choose another name or pass overwrite=True"))  # pyright: ignore[reportCallIssue, reportArgumentType]
         raise FileExistsError(f"{path}: exists already{what}. {remedy}.")
     if own is is_report and b"\0" in _start(path):
-        raise ValueError(f"{path}: is a binary file, a report may replace only text. Name another file.")
+        raise ValueError(f"{path}: is a binary file, a report may replace only text. Choose another name.")
 
 
 def check_apart(path: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is one of the files that the same call reads, also under another name.
+    """Refuse an output that the same call reads, under the same name or another.
 
     Raises
     ------
@@ -107,13 +107,13 @@ def check_apart(path: Path, inputs: Iterable[Path]) -> None:
         If `path` is one of `inputs`.
     """
     if path.exists() and not is_stream(path) and any(path.samefile(file) for file in inputs if file.exists()):
-        raise ValueError(f"{path}: is the input, must be another file. Name another output.")
+        raise ValueError(f"{path}: is the input, must be another file. Choose another output.")
 
 
 def check_outputs(
     outputs: Iterable[Path], inputs: Iterable[Path] = (), *, overwrite: bool = False, own: Own | None = None
 ) -> None:
-    """Refuse several outputs of one call: each must be possible, no input, and no other output.
+    """Check the outputs of one call: each must be writable, different from the inputs and the others.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def check_outputs(
         check_apart(path, inputs)
         check_output(path, overwrite=overwrite, own=own)
         if follow(path) in seen:
-            raise ValueError(f"{path}: is named for two outputs, must be for one. Name another output.")
+            raise ValueError(f"{path}: is given for two outputs, must be for one. Choose another output.")
         if not is_stream(path):
             seen.add(follow(path))
 
@@ -144,12 +144,12 @@ def check_outputs(
 
 
 def follow(path: str | Path) -> Path:
-    """Return the place that a path leads to, through links, whether or not something is there."""
+    """Return the path that links lead to; it need not exist."""
     return Path(os.path.realpath(path))
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether a path is written into, never replaced: a pipe, a device such as /dev/null, an open file's number."""
+    """Tell whether a path is written into, not replaced: a pipe, a device, an open file's number."""
     if descriptor(path) is not None:
         return True
     try:
@@ -160,7 +160,7 @@ def is_stream(path: str | Path) -> bool:
 
 
 def descriptor(path: str | Path) -> int | None:
-    """Return the number of the open file that a path such as /dev/stdout stands for, None where it stands for none."""
+    """Return the open file's number behind a path such as /dev/stdout (None: any other path)."""
     path = str(path)
     for _ in range(40):  # as many links as Linux follows
         folder, name = os.path.split(os.path.abspath(path))
@@ -175,7 +175,7 @@ def descriptor(path: str | Path) -> int | None:
 
 
 def open_stream(path: str | Path) -> BinaryIO:
-    """Open a pipe, device or open file's number for writing, behind what was printed so far."""
+    """Open a pipe, device or open file's number for writing, after flushing the printed text."""
     number = descriptor(path)
     if number is None:
         return open(path, "wb")
@@ -190,18 +190,18 @@ def _flush() -> None:
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a report that `--json` or `save` wrote: JSON of `schema`, `protocol` and `rows`."""
+    """Tell whether a file is a report of `--json` or `save`: JSON of `schema`, `protocol` and `rows`."""
     found = _json(path)
     return _has(found, schema=int, protocol=dict, rows=list)
 
 
 def is_digests(path: Path) -> bool:
-    """Whether a file holds the digests of a quantized file: JSON of `schema`, `header` and `tensors`."""
+    """Tell whether a file holds a quantized file's digests: JSON of `schema`, `header` and `tensors`."""
     return _has(_json(path), schema=int, header=str, tensors=dict)
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a PNG picture that quantlab wrote."""
+    """Tell whether a file is a PNG picture that quantlab wrote."""
     return SOFTWARE in _start(path)
 
 
@@ -217,7 +217,7 @@ def _has(document: object, **types: type) -> bool:
 
 
 def _json(path: Path) -> object:
-    """Return a file's JSON, None where it holds none."""
+    """Return a file's JSON (None: it holds none)."""
     if not _start(path).lstrip().startswith(b"{"):
         return None
     try:
@@ -238,13 +238,13 @@ def _start(path: Path) -> bytes:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """Return the path that stands beside `path` with `suffix` added to its name."""
+    """Return the path in the same folder with `suffix` added to the name."""
     return path.with_name(path.name + suffix)
 
 
 @contextmanager
 def replacing(path: str | Path, *, overwrite: bool = False, own: Own | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise.
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
     Where `path` is a device or a pipe, the block writes into it. Where it is a link, the link's target is replaced.
 
@@ -291,7 +291,7 @@ def replacing(path: str | Path, *, overwrite: bool = False, own: Own | None = No
 
 @contextmanager
 def _into(path: Path) -> Iterator[Path]:
-    """Yield a path to write a device or pipe under; a file that is open is given the bytes when the block ends well."""
+    """Yield a path for writing a device or pipe; an open file gets its bytes on success."""
     _flush()
     number = descriptor(path)
     if number is None or not stat.S_ISREG(os.fstat(number).st_mode):

@@ -1,4 +1,4 @@
-"""llama.cpp's list of byte-level BPE pre-tokenizers, by the SHA-256 of the ids that a test text gives.
+"""llama.cpp's list of byte-level BPE pre-tokenizers, by the SHA-256 of a test text's ids.
 
 Source: `get_vocab_base_pre` in `conversion/base.py` of llama.cpp; the text and the digests are data that must be equal.
 """

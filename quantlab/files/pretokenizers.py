@@ -1,4 +1,4 @@
-"""How a byte-level BPE vocabulary cuts text into words before merging, by the name that GGUF gives it.
+"""Pre-tokenizers: cuts of text into words before byte-level BPE merges, by their GGUF names.
 
 GGUF's `tokenizer.ggml.pre` names a cut; the names and the cuts are llama.cpp's (`llama-vocab.cpp`), the regular
 expressions those of the models' own tokenizer files.
@@ -33,9 +33,9 @@ _GPT4O = rf"{_CASED}{_CONTRACTION}?|{_CAPITALS}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """The expressions are applied one after the other; what one matches, and what lies between, goes to the next.
+    """Regular expressions applied in turn: each one's matches, and the text between, go to the next.
 
-    `ignore_merges`: a piece that is a token stays whole, whatever the merges say. `add_bos`: the default where the
+    `ignore_merges`: a piece that is a token stays whole, against the merges. `add_bos`: the default where the
     metadata does not say. `of_bytes`: merges start from bytes; if not, from characters with U+2581 for a space, as in
     SentencePiece, and lines are the pieces.
     """
@@ -46,7 +46,7 @@ class PreTokenizer:
     of_bytes: bool = True
 
     def build(self) -> Any:
-        """Return the cut as the tokenizers library's pre-tokenizer."""
+        """Build the tokenizers library's pre-tokenizer."""
         from tokenizers import Regex, pre_tokenizers
 
         steps: list[Any] = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in self.regexes]
@@ -93,7 +93,7 @@ _BY_NAME = {name: cut for cut, names in _BY_CUT.items() for name in names.split(
 
 
 def pre_tokenizer(name: str, *, source: str = "vocabulary") -> PreTokenizer:
-    """Return the cut called `name`; `source` starts the error text.
+    """Return the pre-tokenizer called `name`; `source` starts the error text.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def pre_tokenizer(name: str, *, source: str = "vocabulary") -> PreTokenizer:
 
 
 def name_of_regexes(regexes: tuple[str, ...], ignore_merges: bool) -> str | None:
-    """Return a name under which GGUF knows these expressions, or None.
+    """Return a GGUF name for these expressions (None: unknown).
 
     Examples
     --------
@@ -128,7 +128,7 @@ def name_of_regexes(regexes: tuple[str, ...], ignore_merges: bool) -> str | None
 
 
 def name_of_pieces(pre_tokenizer: Any, text: str, ignore_merges: bool) -> str | None:
-    """Return a name whose cut of `text` is that of the tokenizers library's `pre_tokenizer`, or None."""
+    """Return a name that cuts `text` as `pre_tokenizer` does (None: unknown)."""
     wanted = [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)]
     for cut, names in _BY_CUT.items():
         if cut.ignore_merges == ignore_merges:

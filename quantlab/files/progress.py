@@ -1,4 +1,4 @@
-"""What long work says before it starts, above its bar."""
+"""Progress texts of long work, shown above its bar."""
 
 import sys
 from functools import cache
@@ -9,7 +9,7 @@ __all__ = ["announce", "announce_compilation"]
 
 
 def announce(line: str) -> None:
-    """Print a line above the bars: on stderr, but on stdout in a notebook, where stderr is shown in red."""
+    """Print a line above the bars, on stderr (in a notebook: on stdout, since stderr is red there)."""
     from tqdm.notebook import tqdm_notebook  # brings ipywidgets along
 
     tqdm.write(line, file=sys.stdout if issubclass(tqdm, tqdm_notebook) else sys.stderr)
@@ -17,7 +17,7 @@ def announce(line: str) -> None:
 
 @cache
 def announce_compilation() -> None:
-    """Let the first compilation of a kernel in this process be announced: it takes long, and nothing else shows."""
+    """Announce the first compilation of a kernel in this process, which takes a minute."""
     from numba.core import event  # only where kernels are used
 
     class Announcement(event.Listener):
@@ -30,6 +30,6 @@ def announce_compilation() -> None:
                 announce("compiling kernels for this machine: 20 to 90 s; later runs load them")
 
         def on_end(self, event) -> None:
-            """Say nothing at the end."""
+            """Ignore the end of a compilation."""
 
     event.register("numba:compile", Announcement())

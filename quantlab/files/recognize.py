@@ -1,4 +1,4 @@
-"""Say what a stranger's file is by its first bytes, and what a value or an error in it is, in few characters."""
+"""Short descriptions of untrusted files, and of values and errors found in them."""
 
 import struct
 from typing import Any
@@ -18,7 +18,7 @@ _STARTS = [
 
 
 def looks_like(start: bytes) -> str:
-    """Return one sentence, with a remedy, on what a file that begins with `start` (64 bytes will do) probably is.
+    """Return one sentence, with a remedy, about the likely kind of a file that begins with `start`.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def looks_like(start: bytes) -> str:
         return "This looks like a safetensors file; run quantlab convert first."
     if not start:
         return "The file is empty; download it again."
-    return "This is no model file that quantlab knows."
+    return "It is not a model file that quantlab knows."
 
 
 def short(value: Any, most: int = 80) -> str:
@@ -57,7 +57,7 @@ def short(value: Any, most: int = 80) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what a library says of a stranger's file, as text that fits an error line.
+    """Return the first line of a library's error about an untrusted file, short enough for an error text.
 
     Examples
     --------

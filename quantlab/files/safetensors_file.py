@@ -1,4 +1,4 @@
-"""Safetensors files: where each tensor's bytes lie. An own reader, because the library maps files and hides positions.
+"""Safetensors files: the positions of each tensor's bytes, which the library's reader hides.
 
     0   8   length n of the header, uint64
     8   n   JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, .., "__metadata__": {..}}
@@ -28,7 +28,7 @@ _DAMAGED = "The file is damaged or hostile; download it again."
 
 
 def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
-    """Read the header of a safetensors file; the tensor data is not touched.
+    """Read the header of a safetensors file, but not the tensor data.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the header is no safetensors header or contradicts itself or the file's size.
+        If the header is not a safetensors header, or contradicts itself or the file's size.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,15 +75,15 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: header is no JSON that counts ({reason(error)}). {_DAMAGED}") from None
+        raise ValueError(f"{path}: the header is not valid JSON ({reason(error)}). {_DAMAGED}") from None
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise ValueError(f"{path}: header needs a table of at most {MAX_TENSORS} tensors. {_DAMAGED}")
+        raise ValueError(f"{path}: the header must be a table of at most {MAX_TENSORS} tensors. {_DAMAGED}")
     header.pop("__metadata__", None)
     return header
 
 
 def _check_not_empty(path: Path, header: dict[str, Any]) -> None:
-    """Refuse tensors without values: what each process of a partitioned training has of those that it does not own."""
+    """Refuse tensors without values, which a partitioned training leaves in each process's file."""
     empty = [name for name, entry in header.items() if isinstance(entry, dict) and _is_empty(entry.get("shape"))]
     if empty:
         names = ", ".join(map(short, sorted(empty)[:3])) + f" and {len(empty) - 3} more" * (len(empty) > 3)
@@ -99,12 +99,12 @@ def _tensor(path: Path, name: str, entry: Any, data_offset: int, size: int) -> S
     if not name.isprintable() or len(name) > MAX_NAME:
         raise ValueError(f"{path}: tensor name {name[:80]!r}, need at most {MAX_NAME} printable characters. {_DAMAGED}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{path}: {name}: entry needs dtype, shape and data_offsets. {_DAMAGED}")
+        raise ValueError(f"{path}: {name}: must have dtype, shape and data_offsets. {_DAMAGED}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise ValueError(
             f"{path}: {name}: dtype={short(dtype)}, need one of {' '.join(STORED_DTYPES)}. "
-            f"Take an unquantized checkpoint."
+            f"Use an unquantized checkpoint."
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or len(shape) > 8:
         what = f"shape={short(shape)}, data_offsets={short(offsets)}"

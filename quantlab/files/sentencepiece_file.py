@@ -58,13 +58,13 @@ def read_sentencepiece(path: Path, raw: bytes) -> SentencePieces:
             elif number == 3:
                 normalizer = dict(_fields(value))
     except (RuntimeError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{path}: is no SentencePiece model ({reason(error)}). Download it again.") from None
+        raise ValueError(f"{path}: is not a SentencePiece model ({reason(error)}). Download it again.") from None
     model_type = _MODEL_TYPES.get(trainer.get(3, 1), "unknown")
     return SentencePieces(tokens, scores, types, model_type, bool(normalizer.get(3, 1)))
 
 
 def pack_sentencepiece(pieces: Iterable[tuple[str, float, int]], *, unknown: int, byte_fallback: bool) -> bytes:
-    """Encode a BPE model of pieces (text, score, type); its normalizer leaves the text alone but for spaces.
+    """Encode a BPE model of pieces (text, score, type) whose normalizer changes only spaces.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def pack_sentencepiece(pieces: Iterable[tuple[str, float, int]], *, unknown: int
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of a message's fields; numbers of fixed width come as bytes."""
+    """Yield the number and value of a message's fields, fixed-width numbers as bytes."""
     at = 0
     while at < len(raw):
         tag, at = _unpacked(raw, at)
@@ -100,7 +100,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _unpacked(raw: bytes, at: int) -> tuple[int, int]:
-    """Read a number of seven bits per byte; return it and where it ends."""
+    """Read a number of seven bits per byte; return it and its end."""
     value = shift = 0
     while raw[at] > 0x7F:
         value |= (raw[at] & 0x7F) << shift

@@ -85,7 +85,7 @@ def _content(entry: Any) -> Any:
 def _from_tokenizer_config(
     tokenizer: dict, config: dict, roles: list[str], ids: dict[str, int], adds: dict[str, bool]
 ) -> None:
-    """Look the roles' texts up among the added tokens; what the template said of adding them stands."""
+    """Look up the roles' texts among the added tokens, and keep the template's add_bos and add_eos."""
     added = _added_ids(tokenizer)
     for role in roles:
         adds_role = config.get(f"add_{role}_token")
@@ -98,7 +98,7 @@ def _from_tokenizer_config(
 
 
 def _added_ids(tokenizer: dict) -> dict[str, Any]:
-    """Return what tokenizer.json gives as the ids of its added tokens, by text."""
+    """Return the ids of tokenizer.json's added tokens, by text."""
     added: dict[str, Any] = {}
     for entry in tokenizer.get("added_tokens") or []:
         if isinstance(entry, dict) and isinstance(entry.get("content"), str):
@@ -107,7 +107,7 @@ def _added_ids(tokenizer: dict) -> dict[str, Any]:
 
 
 def _added_by_template(tokenizer: dict, config: dict, roles: list[str]) -> dict[str, bool]:
-    """Read from the post-processor which tokens it puts around a text; roles that only it knows go into `config`."""
+    """Read the tokens that the post-processor puts around a text; add missing roles to `config`."""
     adds: dict[str, bool] = {}
     if config:
         for role, stand_in in (("bos", "cls"), ("eos", "sep")):
@@ -131,7 +131,7 @@ def _special(item: Any) -> str | None:
 
 
 def _named(item: Any, kind: str) -> str | None:
-    """Return the id of a template's item if it is of this kind."""
+    """Return the id of a template's item of this kind (None: another kind)."""
     entry = item.get(kind) if isinstance(item, dict) else None
     name = entry.get("id") if isinstance(entry, dict) else None
     return name if isinstance(name, str) else None
@@ -170,7 +170,7 @@ def _read_template(step: dict, config: dict, roles: list[str], adds: dict[str, b
 
 
 def _separates(pair: list, first: str | None, last: str | None, config: dict, eos: Any) -> bool | None:
-    """Say whether the template for two texts parts them by a separator; None where nothing stands between them."""
+    """Tell whether the template for two texts has a separator between them (None: nothing between)."""
     begin = 1 if pair and first and _special(pair[0]) == first else 0
     end = len(pair) - 1 if pair and last and _special(pair[-1]) == last else len(pair)
     middle = pair[begin:end]

@@ -1,4 +1,4 @@
-"""Experts as checkpoints hold them, one by one or several projections in one tensor, seen as GGUF's stacks of matrices.
+"""Experts of a checkpoint, stored one by one or fused, seen as GGUF's stacks of matrices.
 
 See `changes.py` for what a source is. A stack has the shape (n_expert, n_out, n_in); its rows are those of all experts.
 """
@@ -17,7 +17,7 @@ __all__ = ["STACK_CHANGES", "Stacked", "stack_change"]
 
 @dataclass(frozen=True)
 class _Stack:
-    """A source whose shape is not that of what it is made from."""
+    """A source whose shape differs from that of the tensors it is made from."""
 
     source: Source
 
@@ -55,7 +55,7 @@ class _Stack:
 
 @dataclass(frozen=True)
 class Stacked(_Stack):
-    """Matrices of one shape, one for each expert, as one tensor; `source` is the first."""
+    """One matrix per expert, all of one shape, as one tensor; `source` is the first."""
 
     parts: tuple[Source, ...]
 
@@ -112,7 +112,7 @@ class Columns(_Stack):
 
 @dataclass(frozen=True)
 class Transposed(_Stack):
-    """The matrix of each expert with rows for columns. The last expert read is remembered: its rows come in pieces."""
+    """The transposed matrix of each expert; the last expert read is cached, as its rows come in pieces."""
 
     _last: dict = field(default_factory=dict, compare=False)
 
@@ -132,7 +132,7 @@ class Transposed(_Stack):
 
 @dataclass(frozen=True)
 class Mxfp4(_Stack):
-    """Blocks of 32 codes of 4 bits, with their scales beside them in another tensor, as GGUF's MXFP4: only bits move.
+    """MXFP4 codes and their scales from two tensors, as GGUF's MXFP4 blocks.
 
     checkpoint: code 2j in the low half of byte j, 2j + 1 in the high one
     GGUF:       the scale, then code j in the low half of byte j, j + 16 in the high one
@@ -166,7 +166,7 @@ STACK_CHANGES = ("half", "every", "columns", "transpose")
 
 
 def stack_change(source: Source, how: tuple[str, ...]) -> Source:
-    """Return a stack with the change that a record asks for: one of `STACK_CHANGES`, and which part is wanted."""
+    """Apply a record's change to a stack: one of `STACK_CHANGES`, with the wanted part."""
     kind, *part = how
     if kind == "transpose":
         source = Transposed(source)

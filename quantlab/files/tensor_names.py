@@ -1,4 +1,4 @@
-"""Names of a checkpoint's tensors, as they were before wrappers of training put their own parts into them."""
+"""Names of a checkpoint's tensors, without the prefixes that training wrappers add."""
 
 import re
 import warnings
@@ -56,12 +56,14 @@ def plain_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]
     plain = {names[name]: source for name, source in stored.items()}
     if len(plain) < len(names):
         twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
-        raise ValueError(f"{folder}: {twice}: two tensors have this name without prefixes. Save the checkpoint again.")
+        raise ValueError(
+            f"{folder}: {twice}: two tensors have this name once prefixes are removed. Save the checkpoint again."
+        )
     return plain
 
 
 def text_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]:
-    """Return the tensors of the text model of a checkpoint that also sees or hears, by its own names.
+    """Return the tensors of the text model within a multimodal checkpoint, by their plain names.
 
     Warns
     -----
@@ -74,7 +76,7 @@ def text_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]:
         parts = sorted({name.removeprefix("model.").partition(".")[0] for name in left})
         warnings.warn(
             f"{folder}: the text model is converted; {len(left)} tensors of {', '.join(parts)} are left out. "
-            f"llama.cpp's converter makes a file of them with --mmproj.",
+            f"llama.cpp's converter writes them with --mmproj.",
             stacklevel=4,
         )
     return {name.replace("language_model.", ""): source for name, source in kept.items()}

@@ -1,4 +1,4 @@
-"""The vocabulary file of Meta's Llama 3, `tokenizer.model` of tiktoken: per line a token's bytes in base64, its rank.
+"""tiktoken's `tokenizer.model` of Meta's Llama 3: each line is a token's bytes in base64 and its rank.
 
 The rank is the id, and the order of merging: of all neighbours that form a token, those of the lowest rank are merged
 first. So every cut of a token into two tokens is a merge, in order of the ranks. The special tokens are in no file.
@@ -22,7 +22,7 @@ N_SPECIAL = 256
 
 
 def is_tiktoken(start: bytes) -> bool:
-    """Say whether a file that begins so is one of tiktoken's."""
+    """Tell whether a file with this beginning is tiktoken's."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\n", start) is not None
 
 
@@ -32,14 +32,14 @@ def read_tiktoken(path: Path, raw: bytes) -> tuple[list[str], list[str]]:
     Raises
     ------
     ValueError
-        If a line is no token with its rank, a rank is not the line's number, or a byte has no token.
+        If a line is not a token with its rank, a rank is not the line's number, or a byte has no token.
     """
     tokens: list[bytes] = []
     for line in raw.splitlines():
         tokens.append(_token(path, line, len(tokens)))
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if len(ranks) != len(tokens) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
-        raise ValueError(f"{path}: a token is there twice, or one of the 256 bytes is not there. Download it again.")
+        raise ValueError(f"{path}: a token occurs twice, or one of the 256 bytes is missing. Download it again.")
     merges = []
     for token in tokens:
         cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
@@ -63,7 +63,7 @@ def _token(path: Path, line: bytes, rank: int) -> bytes:
 
 
 def special_tokens(*, is_3_1: bool) -> list[str]:
-    """Return the 256 special tokens that follow the others; Llama 3.1 and later gave names to more of them.
+    """Return the 256 special tokens that follow the others; Llama 3.1 names more of them.
 
     Examples
     --------

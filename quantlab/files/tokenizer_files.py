@@ -50,7 +50,7 @@ _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 @dataclass(frozen=True)
 class _Files:
-    """The tables of a checkpoint's tokenizer, and how to read them."""
+    """The tokenizer files of a checkpoint, and the settings for reading them."""
 
     folder: Path
     tokenizer: dict[str, Any]
@@ -70,7 +70,7 @@ class _Tokens:
     types: list[int]
 
     def pad(self, n_vocab: int, score: float) -> None:
-        """Add tokens that no text becomes, up to the embedding's rows."""
+        """Add unused tokens up to the number of the embedding's rows."""
         ids = range(len(self.texts), n_vocab)
         self.texts += [f"[PAD{i}]" for i in ids]
         self.scores += [score] * len(ids)
@@ -123,7 +123,7 @@ def vocab_metadata(folder: Path, config: Config, *, as_llama_cpp: bool = False) 
     if is_llama and config.n_vocab == 49152:  # the converter's rule for small Granite models
         keys["tokenizer.ggml.add_bos_token"] = False
     if template_metadata(folder, tokenizer_config) != template_metadata(folder, tokenizer_config, as_llama_cpp=True):
-        files.differences.append("the chat template is the one that transformers takes")
+        files.differences.append("the chat template is the one that transformers uses")
     if files.differences and not as_llama_cpp:
         warnings.warn(
             f"{folder}: the vocabulary differs from what llama.cpp's converter writes: {'; '.join(files.differences)}. "
@@ -134,7 +134,7 @@ def vocab_metadata(folder: Path, config: Config, *, as_llama_cpp: bool = False) 
 
 
 def _vocabulary(files: _Files, config: Config) -> dict[str, Any]:
-    """Read the tokenizer of whatever kind it is."""
+    """Read the tokenizer, of any supported kind."""
     raw = _read_model(files.folder / "tokenizer.model")
     if config.record.vocab == "gemma4" and isinstance(files.tokenizer.get("model"), dict):
         return _gemma4(files)
@@ -163,7 +163,7 @@ def _keys(kind: str, pre: str, texts: list[str], scores: list[float] | None, typ
 
 
 def _check_texts_differ(folder: Path, texts: list[str]) -> None:
-    """Refuse two tokens of one text: llama.cpp aborts when it loads such a file."""
+    """Refuse two tokens with the same text: llama.cpp aborts when it loads such a file."""
     ids = {text: i for i, text in enumerate(texts) if text}
     if len(ids) + texts.count("") == len(texts):
         return
@@ -175,7 +175,7 @@ def _check_texts_differ(folder: Path, texts: list[str]) -> None:
 
 
 def _read_model(path: Path) -> bytes | None:
-    """Return the bytes of tokenizer.model, None where there is none."""
+    """Return the bytes of tokenizer.model (None: missing)."""
     if not path.is_file():
         return None
     if path.stat().st_size > MAX_MODEL:
@@ -184,7 +184,7 @@ def _read_model(path: Path) -> bytes | None:
 
 
 def _tiktoken(folder: Path, raw: bytes, config: Config) -> dict[str, Any]:
-    """Read Meta's Llama 3; what the tokenizer.json of the same model says of its special tokens is written out here."""
+    """Read Meta's Llama 3 vocabulary; its special tokens are written out here."""
     texts, merges = read_tiktoken(folder / "tokenizer.model", raw)
     special = special_tokens(is_3_1=config.rope["rope_type"] == "llama3")
     n_tokens = len(texts) + len(special)
@@ -208,7 +208,7 @@ def _sentencepiece(files: _Files, raw: bytes) -> dict[str, Any]:
     if ours and pieces.model_type != "bpe":
         raise ValueError(
             f"{path}: model_type={pieces.model_type}, need bpe: GGUF's 'llama' vocabulary merges as BPE does. "
-            f"as_llama_cpp (--as-llama-cpp) writes it all the same; its ids differ."
+            f"as_llama_cpp (--as-llama-cpp) writes it anyway, with other ids."
         )
     tokens = _Tokens(list(pieces.tokens), list(pieces.scores), list(pieces.types))
     user_defined = [i for i, kind in enumerate(tokens.types) if kind == USER_DEFINED]
@@ -217,7 +217,7 @@ def _sentencepiece(files: _Files, raw: bytes) -> dict[str, Any]:
         tokens.texts[i] = tokens.texts[i].replace("▁", " ") if ours else tokens.texts[i]
     if ours and user_defined:
         files.differences.append(
-            f"{len(user_defined)} user-defined pieces are cut out of texts; there no text has them"
+            f"{len(user_defined)} user-defined pieces are matched in texts; llama.cpp's file never matches them"
         )
     tokens.pad(n_vocab, _PADDING_SCORE)
     _add(files, tokens)
@@ -226,7 +226,7 @@ def _sentencepiece(files: _Files, raw: bytes) -> dict[str, Any]:
 
 
 def _add(files: _Files, tokens: _Tokens) -> None:
-    """Put the added tokens of other files in their places."""
+    """Put the added tokens of other files at their ids."""
     tables = files.folder, files.tokenizer, files.tokenizer_config, files.n_vocab
     theirs = added_tokens(*tables, beside_model=True, as_llama_cpp=True)
     added = theirs if files.as_llama_cpp else added_tokens(*tables, beside_model=True)
@@ -242,13 +242,13 @@ def _add(files: _Files, tokens: _Tokens) -> None:
         changes["type"] += token_id in theirs and theirs[token_id].type != token.type
         changes["new"] += token.only_in_json
     if changes["new"]:
-        files.differences.append(f"{changes['new']} added tokens of tokenizer.json are taken; there they are [PADn]")
+        files.differences.append(f"{changes['new']} added tokens of tokenizer.json are kept; llama.cpp writes [PADn]")
     if changes["type"]:
         files.differences.append(f"{changes['type']} added tokens have the type that transformers gives them")
 
 
 def _without_scores(files: _Files) -> dict[str, Any]:
-    """Read a SentencePiece vocabulary that is there as tokenizer.json alone; it keeps no scores."""
+    """Read a SentencePiece vocabulary from tokenizer.json, which stores no scores."""
     texts = read_texts(files.folder, files.tokenizer, files.n_vocab)
     added = added_tokens(files.folder, files.tokenizer, files.tokenizer_config, files.n_vocab)
     n_base, n_tokens = len(texts), len(texts | added)
@@ -273,7 +273,7 @@ def _without_scores(files: _Files) -> dict[str, Any]:
         tokens.scores.append(float(-ranks.get(text, len(merges))))
         tokens.types.append(kind)
     tokens.pad(files.n_vocab, float(-len(merges)))
-    files.differences.append("scores are -rank of the merges, so that texts get the original ids; there all are -1000")
+    files.differences.append("scores are -rank of the merges, so texts get the original ids; llama.cpp writes -1000")
     if n_tokens < files.n_vocab:
         files.differences.append(f"padded to the embedding's {files.n_vocab} rows, so that llama.cpp loads the file")
     keys = _keys("llama", "default", tokens.texts, tokens.scores, tokens.types) | _special(files, n_vocab=files.n_vocab)
@@ -281,7 +281,7 @@ def _without_scores(files: _Files) -> dict[str, Any]:
 
 
 def _as_llama_hf(files: _Files, texts: dict[int, str], n_base: int) -> dict[str, Any]:
-    """Return what llama.cpp's converter makes of a tokenizer.json with byte fallback."""
+    """Build the vocabulary that llama.cpp's converter makes from a tokenizer.json with byte fallback."""
     ordered, types = _texts_and_types(files, texts, n_base)
     keys = _keys("llama", "default", ordered, [_ADDED_SCORE] * len(ordered), types)
     return keys | _special(files, n_vocab=len(ordered))
@@ -313,15 +313,15 @@ def _texts_and_types(files: _Files, texts: dict[int, str], n_base: int) -> tuple
 
 
 def _without_space(files: _Files) -> dict[str, Any]:
-    """Return the key that keeps llama.cpp from putting a space before a text, where no setting decides."""
+    """Return the key that stops llama.cpp from putting a space before a text."""
     if files.as_llama_cpp or isinstance(files.tokenizer_config.get("add_prefix_space"), bool):
         return {}
-    files.differences.append("no space is put before a text, as the tokenizer says; there one is")
+    files.differences.append("no space is put before a text, as the tokenizer says; llama.cpp's file adds one")
     return {"tokenizer.ggml.add_space_prefix": False}
 
 
 def _with_merges(files: _Files, pre: str | None = None) -> dict[str, Any]:
-    """Read a BPE vocabulary of bytes, or of characters as Gemma's, with its merges; `pre` where it is known already."""
+    """Read a BPE vocabulary of bytes (or of characters, as Gemma's) with its merges."""
     texts = read_texts(files.folder, files.tokenizer, files.n_vocab)
     added = added_tokens(files.folder, files.tokenizer, files.tokenizer_config, files.n_vocab)
     tokens, types = [], []

@@ -1,4 +1,4 @@
-"""tokenizer.json, a tokenizer of Hugging Face's library: which kind it is, its tokens, merges and pre-tokenizer.
+"""tokenizer.json of Hugging Face's tokenizers: its kind, tokens, merges and pre-tokenizer.
 
 Two kinds become GGUF: BPE over bytes (`gpt2`), and BPE over characters with bytes for the rest, as SentencePiece has it
 (`llama`). Others are refused, because no text would be cut as it was in training.
@@ -30,7 +30,7 @@ MAX_GROWTH = 64  # times that a normalizer may lengthen the text that the pre-to
 
 
 def is_byte_level(folder: Path, tokenizer: dict[str, Any]) -> bool:
-    """Say whether a tokenizer.json is BPE over bytes; if not, it is SentencePiece's.
+    """Tell whether a tokenizer.json is byte-level BPE (False: SentencePiece's).
 
     Raises
     ------
@@ -49,7 +49,7 @@ def is_byte_level(folder: Path, tokenizer: dict[str, Any]) -> bool:
     what = f"model type {short(kind)}" + (f" with {short(marks)}" if marks else "")
     raise ValueError(
         f"{folder}: tokenizer.json: {what}, need BPE with ByteLevel or with byte_fallback. "
-        f"GGUF cannot hold it; use a model with another tokenizer, or add its tokenizer.model."
+        f"GGUF has no such vocabulary; use another model, or add its tokenizer.model."
     )
 
 
@@ -80,12 +80,12 @@ def read_texts(folder: Path, tokenizer: dict[str, Any], n_vocab: int) -> dict[in
 
 
 def read_merges(folder: Path, tokenizer: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges in order of priority; old files have them as `"left right"`, new ones as pairs.
+    """Return the merges in order of priority, from `"left right"` texts or from pairs.
 
     Raises
     ------
     ValueError
-        If they are no list of these.
+        If they are not a list of these.
     """
     merges = tokenizer["model"].get("merges") or []
     if not isinstance(merges, list):
@@ -100,7 +100,7 @@ def read_merges(folder: Path, tokenizer: dict[str, Any]) -> list[tuple[str, str]
 
 
 def byte_level_merges(merges: list[tuple[str, str]]) -> list[str]:
-    """Return merges as GGUF has them, `"left right"`; a space inside a part is encoded as byte-level BPE encodes it.
+    """Return merges as GGUF's `"left right"`, with spaces inside a part encoded as in byte-level BPE.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def byte_level_merges(merges: list[tuple[str, str]]) -> list[str]:
 
 
 def adds_space(tokenizer: dict[str, Any]) -> bool:
-    """Say whether a text starts as if a space stood before it: a normalizer or Metaspace puts it there."""
+    """Tell whether a normalizer or Metaspace puts a space before a text."""
     if any(step.get("type") == "Prepend" for step in _normalizers(tokenizer)):
         return True
     metaspaces = [s for s in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers") if s.get("type") == "Metaspace"]
@@ -119,12 +119,12 @@ def adds_space(tokenizer: dict[str, Any]) -> bool:
 
 
 def known_pre_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> str | None:
-    """Recognize the pre-tokenizer by what it makes of a test text, as llama.cpp does; None where it is not known."""
+    """Recognize the pre-tokenizer by a test text's ids, as llama.cpp does (None: unknown)."""
     return NAME_BY_HASH.get(_digest(_library(folder, tokenizer)))
 
 
 def pre_tokenizer_name(folder: Path, tokenizer: dict[str, Any]) -> str:
-    """Recognize the pre-tokenizer as llama.cpp does, else by its expressions or how it cuts the test text."""
+    """Recognize the pre-tokenizer as llama.cpp does, else by its expressions or its cut of the test text."""
     library = _library(folder, tokenizer)
     digest = _digest(library)
     if digest in NAME_BY_HASH:
@@ -135,7 +135,8 @@ def pre_tokenizer_name(folder: Path, tokenizer: dict[str, Any]) -> str:
         name = name_of_pieces(library.pre_tokenizer, CHECK_TEXT, ignore_merges)
     what = f"its expressions are those of {name!r}" if name else "taking 'default'"
     warnings.warn(
-        f"{folder}: pre-tokenizer {digest[:16]} is not in llama.cpp's list; {what}. Compare the ids of a text.",
+        f"{folder}: pre-tokenizer {digest[:16]} is not in llama.cpp's list; {what}. "
+        f"Compare a text's ids with transformers'.",
         stacklevel=2,
     )
     return name or "default"
@@ -146,7 +147,7 @@ def _digest(library: Any) -> str:
 
 
 def _library(folder: Path, tokenizer: dict[str, Any]) -> Any:
-    """Open tokenizer.json with its library, and have it encode the test text once."""
+    """Open tokenizer.json with its library, and encode the test text once."""
     from tokenizers import Tokenizer
 
     if _growth(tokenizer.get("normalizer")) > MAX_GROWTH:
@@ -155,7 +156,7 @@ def _library(folder: Path, tokenizer: dict[str, Any]) -> Any:
             f"The file is hostile."
         )
     if not _templates_fit(tokenizer.get("post_processor")):
-        raise ValueError(f"{folder}: tokenizer.json: a template names a token it does not know. Download it again.")
+        raise ValueError(f"{folder}: tokenizer.json: a template names an unknown token. Download it again.")
     try:
         library = Tokenizer.from_file(str(folder / "tokenizer.json"))
         library.encode(CHECK_TEXT)
@@ -172,7 +173,7 @@ def _normalizers(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _steps(entry: Any, key: str) -> list[dict[str, Any]]:
-    """Return a normalizer's or post-processor's steps, those of sequences within sequences (under `key`) too."""
+    """Return the steps of a normalizer or post-processor, with nested sequences (under `key`) unpacked."""
     steps, waiting = [], [entry]
     while waiting:
         step = waiting.pop()
@@ -183,7 +184,7 @@ def _steps(entry: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _templates_fit(post_processor: Any) -> bool:
-    """Say whether every template describes the tokens it names; the library panics where one does not."""
+    """Tell whether every template describes the tokens it names; if not, the library panics."""
     for step in _steps(post_processor, "processors"):
         items = [item for key in ("single", "pair") if isinstance(step.get(key), list) for item in step[key]]
         tokens = [item.get("SpecialToken") for item in items if isinstance(item, dict)]
@@ -195,7 +196,7 @@ def _templates_fit(post_processor: Any) -> bool:
 
 
 def _growth(normalizer: Any) -> int:
-    """Return how many times longer a normalizer may make a text; it is enough to know that it is more than allowed."""
+    """Return a bound on how many times longer a normalizer can make a text."""
     growth = 1
     for step in _steps(normalizer, "normalizers"):
         growth *= max(1, *(len(step[key]) for key in ("content", "prepend") if isinstance(step.get(key), str)), 1)
@@ -205,7 +206,7 @@ def _growth(normalizer: Any) -> int:
 
 
 def _regexes(entry: Any) -> tuple[str, ...]:
-    """Return the expressions of a tokenizer.json's pre_tokenizer, those that its named steps stand for written out."""
+    """Return the expressions of a tokenizer.json's pre_tokenizer, with named steps written out."""
     if not isinstance(entry, dict):
         return ()
     kind = entry.get("type")

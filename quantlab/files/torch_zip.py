@@ -1,4 +1,4 @@
-"""Torch checkpoints (.pth .pt .bin) without torch: where each tensor's bytes lie.
+"""Torch checkpoints (.pth .pt .bin), read without torch: the positions of each tensor's bytes.
 
 A torch file holds a pickle, a program for a stack machine that may call any function it names. Here an own machine runs
 it that knows nothing but tables, lists, tuples, plain values and tensors: any other name is refused, and nothing is
@@ -52,7 +52,7 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class _Storage:
-    """What a pickle says of a storage: element type, key, number of elements."""
+    """A pickle's description of a storage: element type, key, number of elements."""
 
     dtype: str
     key: str
@@ -61,7 +61,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _View:
-    """What a pickle says of a tensor: a storage seen from `offset` on, in `shape`; offset and `strides` in elements."""
+    """A pickle's description of a tensor: a view of a storage; `offset` and `strides` count elements."""
 
     storage: _Storage
     offset: int
@@ -70,21 +70,21 @@ class _View:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the elements lie side by side, in C order."""
+        """True if the elements are adjacent, in C order."""
         dense = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         return all(s == d for s, d, n in zip(self.strides, dense, self.shape, strict=True) if n > 1)
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A global name that the pickle may use; `build` makes the result of calling it."""
+    """A global name that a pickle may use; `build` makes the result of a call."""
 
     text: str
     build: Callable[..., Any] | None = None
 
 
 def read_torch(path: str | Path) -> dict[str, StoredTensor]:
-    """Index the tensors of a torch file; nothing in it is run, and the tensor data is not touched.
+    """Index the tensors of a torch file, without running its code or reading tensor data.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is no torch file, names anything but tensors, or contradicts itself.
+        If the file is not a torch file, names anything but tensors, or is inconsistent.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,14 +135,18 @@ def _read_zip(path: Path) -> dict[str, StoredTensor]:
         for info in entries.values():
             if info.compress_type != zipfile.ZIP_STORED:  # no bombs then, and every tensor lies in the file as it is
                 raise ValueError(
-                    f"{path}: {short(info.filename)} is compressed, torch does not. Save it with torch again."
+                    f"{path}: {short(info.filename)} is compressed, must be stored as torch stores it. "
+                    f"Save it with torch again."
                 )
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"{path}: {len(pickles)} entries called data.pkl, need one. This is no torch file.")
+            raise ValueError(f"{path}: {len(pickles)} entries called data.pkl, need one. Give a file that torch saved.")
         root = pickles[0].removesuffix("data.pkl")
         if entries[pickles[0]].file_size > MAX_PICKLE:
-            raise ValueError(f"{path}: data.pkl has {entries[pickles[0]].file_size} bytes, need at most {MAX_PICKLE}.")
+            raise ValueError(
+                f"{path}: data.pkl has {entries[pickles[0]].file_size} bytes, need at most {MAX_PICKLE}. "
+                f"Give a checkpoint's weights."
+            )
         order = entries.get(root + "byteorder")
         if order is not None and (order.file_size != 6 or archive.read(order) != b"little"):
             raise ValueError(f"{path}: byte order is not little-endian. Save it again on a little-endian machine.")
@@ -188,7 +192,7 @@ def _read_legacy(path: Path) -> dict[str, StoredTensor]:
         size = os.fstat(file.fileno()).st_size
         stream = io.BytesIO(file.read(MAX_PICKLE))
         if _run(path, stream) != _LEGACY_MAGIC:
-            raise ValueError(f"{path}: is a pickle, but none that torch wrote. Name a checkpoint's weights.")
+            raise ValueError(f"{path}: is a pickle that torch did not write. Give a checkpoint's weights.")
         _run(path, stream)  # protocol
         _run(path, stream)  # system
         table, keys = _run(path, stream), _run(path, stream)
@@ -216,7 +220,7 @@ def _views(path: Path, table: Any) -> dict[str, _View]:
             table = table[name]
     if not isinstance(table, dict):
         raise ValueError(
-            f"{path}: holds a {type(table).__name__}, need a table of tensors. Name a checkpoint's weights."
+            f"{path}: holds a {type(table).__name__}, need a table of tensors. Give a checkpoint's weights."
         )
     views = {name: value for name, value in table.items() if isinstance(value, _View) and isinstance(name, str)}
     for name in views:
@@ -225,7 +229,7 @@ def _views(path: Path, table: Any) -> dict[str, _View]:
                 f"{path}: tensor name {short(name)}, need at most {MAX_NAME} printable characters. {_DAMAGED}"
             )
     if not views:
-        raise ValueError(f"{path}: holds no tensors. Name a checkpoint's weights.")
+        raise ValueError(f"{path}: holds no tensors. Give a checkpoint's weights.")
     return views
 
 
@@ -248,12 +252,12 @@ def _stored(path: Path, table: Any, locate: Callable[[_Storage], int]) -> dict[s
 
 
 def _reach(view: _View) -> int:
-    """Return the number of elements from a tensor's first to its last."""
+    """Return the distance in elements from a tensor's first element to its last."""
     return 1 + sum(stride * (n - 1) for stride, n in zip(view.strides, view.shape, strict=True))
 
 
 def _run(path: Path, stream: io.BytesIO) -> Any:
-    """Run one pickle on the machine and return what it leaves."""
+    """Run one pickle on the machine and return its result."""
     machine = _Machine(path)
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -261,9 +265,7 @@ def _run(path: Path, stream: io.BytesIO) -> Any:
                 raise ValueError(f"{path}: pickle takes more than {MAX_STEPS} steps. {_DAMAGED}")
             machine.step(opcode.name, argument)
     except (IndexError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
-        raise ValueError(
-            f"{path}: pickle breaks off or contradicts itself ({type(error).__name__}). {_DAMAGED}"
-        ) from None
+        raise ValueError(f"{path}: pickle is truncated or inconsistent ({type(error).__name__}). {_DAMAGED}") from None
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise
@@ -294,7 +296,7 @@ class _Machine:
             self.memo[len(self.memo) if argument is None else int(argument)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             if int(argument) not in self.memo:
-                raise ValueError(f"{self.path}: pickle asks for memo {argument}, which is not there. {_DAMAGED}")
+                raise ValueError(f"{self.path}: pickle reads memo {argument}, which does not exist. {_DAMAGED}")
             stack.append(self.memo[int(argument)])
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             module, attribute = argument.split(" ") if argument else (stack.pop(-2), stack.pop())
@@ -324,7 +326,7 @@ class _Machine:
             raise ValueError(f"{self.path}: pickle uses {name}, which no checkpoint needs. The file is hostile.")
 
     def _group(self, name: str) -> None:
-        """Take the items down to the last mark and put them where the opcode says."""
+        """Pop the items down to the last mark and store them as the opcode says."""
         stack = self.stack
         if not self.marks:
             raise ValueError(f"{self.path}: pickle closes a group that it did not open. {_DAMAGED}")
@@ -372,7 +374,9 @@ class _Machine:
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Name) or function.build is None or not isinstance(arguments, tuple):
-            raise ValueError(f"{self.path}: pickle calls what is no tensor builder. Do not load this file with torch.")
+            raise ValueError(
+                f"{self.path}: pickle calls a function that does not build tensors. Do not load this file with torch."
+            )
         try:
             return function.build(*arguments)
         except ValueError as error:
@@ -384,7 +388,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> _View:
-    """Check a tensor against its storage; the remaining arguments concern gradients."""
+    """Check a tensor against its storage (the other arguments concern gradients)."""
     counts = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or len(shape) != len(stride) or not all(map(_is_count, counts)):
         raise TypeError(storage)

@@ -34,7 +34,7 @@ _TYPES |= {f"{name}_token_id": np.uint32 for name in _IDS.split()}
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; in a token, a byte that is no UTF-8
 
-# tokens that llama.cpp treats as control tokens whatever their type says: they end a generation or fill in the middle
+# tokens that llama.cpp treats as control tokens despite their type: they end a generation or fill in the middle
 _ALWAYS_CONTROL = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
     "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> "
@@ -157,14 +157,14 @@ class Vocab:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides how a text is encoded."""
+        """SHA-256 of everything that affects how a text is encoded."""
         rules = (self.kind, self.pre, self.bos_id, self.eos_id, self.add_bos, self.add_eos, self.add_space_prefix)
         sha = hashlib.sha256(repr((rules, self.tokens, self.merges)).encode("utf-8", "surrogateescape"))
         sha.update(self.types.tobytes() + self.scores.tobytes())
         return sha.hexdigest()
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> np.ndarray:
-        """Turn text into token ids.
+        """Convert text to token ids.
 
         Parameters
         ----------
@@ -212,12 +212,12 @@ class Vocab:
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Turn token ids into text; control tokens are left out unless `special`.
+        """Convert token ids to text, without control tokens unless `special`.
 
         Bytes that do not form a character come out as U+FFFD.
         """
         ids = [int(i) for i in ids]
-        raw = b"".join(self._pieces[i] for i in ids if special or self._kinds[i] not in (CONTROL, UNKNOWN))
+        raw = b"".join(self.pieces[i] for i in ids if special or self._kinds[i] not in (CONTROL, UNKNOWN))
         text = raw.decode("utf-8", "replace")
         return text.removeprefix(" ") if self.add_space_prefix else text
 
@@ -228,7 +228,7 @@ class Vocab:
 
     @cached_property
     def _kinds(self) -> list[int]:
-        """Token types after llama.cpp's corrections."""
+        """The token types after llama.cpp's corrections."""
         pairs = zip(self.types.tolist(), self.tokens, strict=True)
         kinds = [
             CONTROL if token in _ALWAYS_CONTROL else USER_DEFINED if token in _HARMONY else kind
@@ -245,13 +245,13 @@ class Vocab:
 
     @cached_property
     def _special(self) -> dict[bool, list[tuple[str, int]]]:
-        """By `parse_special`: tokens that are looked for in a text before anything else, longest (in bytes) first."""
+        """Tokens that are matched in a text before all others, longest (in bytes) first, by `parse_special`."""
         wanted = {False: (USER_DEFINED,), True: (USER_DEFINED, CONTROL, UNKNOWN)}
         order = sorted(range(self.n_vocab), key=lambda i: -len(self.tokens[i].encode("utf-8", "surrogateescape")))
         return {key: [(self.tokens[i], i) for i in order if self._kinds[i] in kinds] for key, kinds in wanted.items()}
 
     def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
-        """Cut text at special tokens, one token after the other, so that longer ones win."""
+        """Cut text at special tokens, longer ones first."""
         fragments: list[str | int] = [text] if text else []
         for token, token_id in self._special[parse_special]:
             if token not in text:
@@ -291,7 +291,7 @@ class Vocab:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """A tokenizer of the tokenizers library with this vocabulary; special tokens are cut out before it."""
+        """A tokenizer of the tokenizers library with this vocabulary, for text without special tokens."""
         from tokenizers import Tokenizer, models
 
         cut = pre_tokenizer(self.pre)
@@ -311,12 +311,12 @@ class Vocab:
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or not {left, right, left + right} <= ids.keys():
-            raise ValueError(f"{self.source}: merge {short(merge)} names tokens that are not there. Convert again.")
+            raise ValueError(f"{self.source}: merge {short(merge)} names missing tokens. Convert the checkpoint again.")
         return left, right
 
     @cached_property
-    def _pieces(self) -> list[bytes]:
-        """Bytes that each token stands for."""
+    def pieces(self) -> list[bytes]:
+        """The bytes of each token."""
         return [self._piece(token, kind) for token, kind in zip(self.tokens, self._kinds, strict=True)]
 
     def _piece(self, token: str, kind: int) -> bytes:
@@ -358,12 +358,12 @@ def text_of_bytes(raw: bytes) -> str:
 def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
     value = metadata.get(key)
     if not isinstance(value, list | Strings) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"{source}: {key} is missing or no list of strings. Convert the checkpoint again.")
+        raise ValueError(f"{source}: {key} is missing or is not a list of strings. Convert the checkpoint again.")
     return list(value)
 
 
 def _check_types(metadata: Mapping[str, Any], source: str) -> None:
-    """Refuse values of another type than llama.cpp takes."""
+    """Refuse values whose type llama.cpp does not accept."""
     for name, wanted in _TYPES.items():
         value = metadata.get(f"tokenizer.ggml.{name}")
         if value is not None and type(value) is not wanted:

@@ -20,7 +20,7 @@ MAX_VALUES = 3_000_000  # in a JSON file; that tokenizer has 2 million
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON table; an empty one where the file is missing.
+    """Read a JSON table (missing file: an empty table).
 
     Raises
     ------
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON ({reason(error)}). Download it again.") from None
+        raise ValueError(f"{path}: is not JSON ({reason(error)}). Download it again.") from None
     if not isinstance(table, dict):
         raise ValueError(f"{path}: holds a {type(table).__name__}, need a JSON table. Download it again.")
     return table
@@ -56,12 +56,12 @@ def read_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def index_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Index the shards of a Hugging Face folder: safetensors where there are any, else `pytorch_model*.bin`.
+    """Index the shards of a Hugging Face folder: safetensors, else `pytorch_model*.bin`.
 
     Raises
     ------
     FileNotFoundError
-        If there are no weights, or a shard that the index names is missing.
+        If weights are missing, or a shard that the index names is missing.
     ValueError
         If index and shards disagree, or the index names anything but plain file names.
     """
@@ -73,12 +73,12 @@ def index_weights(folder: Path) -> dict[str, StoredTensor]:
         if parts or index_path.is_file():
             return _index_parts(folder, parts, index_path)
     raise FileNotFoundError(
-        f"{folder}: holds no model*.safetensors, pytorch_model*.bin or consolidated.*.pth. Name a checkpoint's folder."
+        f"{folder}: holds no model*.safetensors, pytorch_model*.bin or consolidated.*.pth. Give a checkpoint's folder."
     )
 
 
 def _is_left_over(whole: Path, index_path: Path, parts: list[str]) -> bool:
-    """Whether a whole file lies among an index or shards of an earlier saving: transformers takes the file alone."""
+    """Tell whether a whole file is accompanied by older shards, which transformers ignores."""
     shards = [part for part in parts if re.search(r"-\d+-of-\d+\.", part)]
     try:
         named = read_json(index_path).get("weight_map", {})
@@ -89,7 +89,8 @@ def _is_left_over(whole: Path, index_path: Path, parts: list[str]) -> bool:
         return False
     others = [index_path.name] * index_path.is_file() + shards
     warnings.warn(
-        f"{whole}: read alone, as transformers reads it; {', '.join(others[:3])}{', …' * (len(others) > 3)} beside it "
+        f"{whole}: only this file is read, as transformers does; {', '.join(others[:3])}{', …' * (len(others) > 3)} "
+        f"in the same folder "
         "can be deleted.",
         stacklevel=4,
     )
@@ -107,18 +108,20 @@ def _index_parts(folder: Path, parts: list[str], index_path: Path) -> dict[str, 
             raise FileNotFoundError(f"{folder / part}: this shard is missing. Download the whole checkpoint.")
         for name, tensor in read_weights(folder / part).items():
             if name in tensors:
-                raise ValueError(f"{folder / part}: {name}: another shard holds it too. Download the checkpoint again.")
+                raise ValueError(
+                    f"{folder / part}: {name}: another shard also contains it. Download the checkpoint again."
+                )
             tensors[name] = tensor
     if weight_map and weight_map.keys() != tensors.keys():
         missing, extra = sorted(weight_map.keys() - tensors.keys()), sorted(tensors.keys() - weight_map.keys())
-        what = f"{short(missing[0])}: {index_path.name} names it, no shard holds it" if missing else ""
-        what = what or f"{short(extra[0])}: a shard holds it, {index_path.name} does not name it"
+        what = f"{short(missing[0])}: {index_path.name} names it, but no shard contains it" if missing else ""
+        what = what or f"{short(extra[0])}: a shard contains it, but {index_path.name} does not name it"
         raise ValueError(f"{folder}: {what}. Download the whole checkpoint again.")
     return tensors
 
 
 def _check_weight_map(index_path: Path, weight_map: Any) -> None:
-    """Refuse an index that is no table of names, or that points out of its folder."""
+    """Refuse an index that is not a table of names, or that points outside its folder."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path}: weight_map={short(weight_map)}, need a table. Download it again.")
     for name, part in weight_map.items():

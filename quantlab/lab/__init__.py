@@ -1,1 +1,1 @@
-"""What single notebooks need: their runs, blocks bit by bit, theory, timing, sliders."""
+"""Tools for single notebooks: runs, blocks bit by bit, theory, timing, drawings, sliders."""

@@ -1,4 +1,4 @@
-"""What types lose on a model's tensors: per tensor and type, as distributions, and by place."""
+"""Errors of types on a model's tensors: per tensor and type, as distributions, and by place."""
 
 import re
 from collections.abc import Iterable
@@ -43,19 +43,19 @@ def matrices(model: Model, pattern: str = "", *, block: int = 1) -> list[LazyTen
     kept = [tensor for tensor in kept if tensor.shape[-1] % block == 0]
     if not kept:
         raise ValueError(
-            f"{model.path.name}: no matrix with rows of whole blocks of {block} has a name like {pattern!r}. "
+            f"{model.path.name}: pattern={pattern!r} matches no matrix whose rows are whole blocks of {block}. "
             "Choose other tensors or types."
         )
     return sorted(kept, key=lambda tensor: (layer_of(tensor.name), tensor.name))
 
 
 def _kind(name: str) -> str:
-    """What all layers have alike: `ffn_down` of `blk.3.ffn_down.weight`."""
+    """Return the part of a name that all layers share: `ffn_down` of `blk.3.ffn_down.weight`."""
     return re.sub(r"^blk\.\d+\.|\.weight$", "", name)
 
 
 def _rms(x: np.ndarray) -> float:
-    """Root mean square; 1 for zeros, which then stay zeros in units of it."""
+    """Return the root mean square (zeros: 1, so that they stay zeros in units of it)."""
     return float(np.sqrt(np.square(x, dtype=np.float64).mean())) or 1.0
 
 
@@ -98,13 +98,13 @@ def tails(tensors: Iterable[LazyTensor]) -> pd.DataFrame:
 
 
 def _kurtosis(x: np.ndarray) -> float:
-    """Fourth moment around the mean over the squared variance, less the 3 of normal numbers."""
+    """Return the excess kurtosis: fourth central moment over the squared variance, minus 3."""
     squares = np.square(x - x.mean(dtype=np.float64), dtype=np.float64)
     return float(np.square(squares).mean() / squares.mean() ** 2 - 3) if squares.any() else 0.0
 
 
 def by_type(tensors: Iterable[LazyTensor], qtypes: Iterable[str]) -> pd.DataFrame:
-    """Measure what each type loses on each tensor.
+    """Measure the errors of each type on each tensor.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def by_type(tensors: Iterable[LazyTensor], qtypes: Iterable[str]) -> pd.DataFram
 
 
 def together(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add up what `by_type` measured: a row per type, all tensors as one.
+    """Add up the errors of `by_type`: one row per type, all tensors as one.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def together(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def percentiles(tensors: Iterable[LazyTensor], qtype: str) -> pd.DataFrame:
-    """Sum up how large the errors of a type are: percentiles of their magnitude, in each tensor.
+    """Summarize the errors of a type in each tensor by percentiles of their magnitude.
 
     Returns
     -------
@@ -223,7 +223,7 @@ def code_counts(tensor: LazyTensor, qtypes: Iterable[str]) -> pd.DataFrame:
 
 
 def entropy(counts: pd.DataFrame) -> pd.DataFrame:
-    """How many bits the codes would need if each took what its frequency asks for.
+    """Return the entropy of codes: the bits they would need with a length according to frequency.
 
     Returns
     -------
@@ -242,7 +242,7 @@ def entropy(counts: pd.DataFrame) -> pd.DataFrame:
 
 
 def error_map(tensor: LazyTensor, qtype: str, *, cells: int = 64) -> pd.DataFrame:
-    """Find where a tensor's errors sit: their rms in each cell of a grid laid over rows and columns.
+    """Map a tensor's errors: their rms in each cell of a grid over rows and columns.
 
     Parameters
     ----------

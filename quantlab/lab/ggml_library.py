@@ -1,4 +1,4 @@
-"""ggml's own C functions, where the PyPI package libggml-python is installed: the judge of our bytes and speed."""
+"""ggml's own C functions from the package libggml-python, as reference for bytes and speed."""
 
 import ctypes
 from functools import cache
@@ -57,7 +57,7 @@ def version() -> str:
 
 
 def traits(qtype):
-    """Block size, block bytes and row functions of a type."""
+    """Return block size, block bytes and row functions of a type."""
     return library().ggml_get_type_traits(GGML_TYPES[qtype].number).contents
 
 

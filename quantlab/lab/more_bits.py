@@ -1,4 +1,4 @@
-"""What llama.cpp's rule for more bits picks, beside what the measurement would pick with the same bytes.
+"""Tensors that llama.cpp's rule for more bits picks, compared with a measurement's choice of the same bytes.
 
 Q4_K_M and Q5_K_M give Q6_K to `attn_v` and `ffn_down` in the first and the last eighth of the layers and in every third
 one between. The rule was found on one model; a sensitivity says what each such widening gains on this one.
@@ -16,7 +16,7 @@ _WIDE = "Q6_K"
 
 
 def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M", *, rules: str = "current") -> pd.DataFrame:
-    """List what widening each tensor of the layers gains, and who would pick it.
+    """List the gain of widening each tensor of the layers, and whether rule and measurement pick it.
 
     Parameters
     ----------
@@ -42,7 +42,9 @@ def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M", *, rules: str = 
         If the ftype has no such rule, or a tensor was not measured at one of its types.
     """
     if find_ftype(ftype).name not in _WITH_RULE:
-        raise ValueError(f"ftype={ftype}, must be {' or '.join(_WITH_RULE)}, which have the rule for more bits.")
+        raise ValueError(
+            f"ftype={ftype}, must be {' or '.join(_WITH_RULE)}, which have the rule for more bits. Choose one of them."
+        )
     plain = choose_types(model.hparams, model.shapes, ftype, rules=rules, pure=True)
     rule = choose_types(model.hparams, model.shapes, ftype, rules=rules)
     kld = {(row["group"], row["qtype"]): row["delta_kld"] for row in found.rows}
@@ -63,7 +65,7 @@ def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M", *, rules: str = 
 
 
 def _greedy(frame: pd.DataFrame, left: int) -> pd.Series:
-    """Pick rows by gain per byte, as many as fit into `left` bytes."""
+    """Pick rows by gain per byte until `left` bytes are spent."""
     picked, sizes = pd.Series(False, index=frame.index), frame["bytes"].to_dict()
     for i in frame["gain_per_kib"].sort_values(ascending=False, kind="stable").index:
         if sizes[i] <= left:

@@ -21,16 +21,16 @@ from quantlab.files.output import SOFTWARE, is_picture, replacing
 
 _LARGE_PICTURE = 100_000  # bytes
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-_NO_KERNEL = "<p><em>In JupyterLab, while the notebook's kernel runs, a control stands here.</em></p>"
+_NO_KERNEL = "<p><em>In JupyterLab, a control appears here while the notebook's kernel runs.</em></p>"
 
 
 def names() -> list[str]:
-    """The bundled notebooks' names, sorted. Their index is a text to read, not to run."""
+    """Return the sorted names of the bundled notebooks, without the index."""
     return sorted(path.stem for path in notebooks_dir().glob("*.ipynb") if path.stem != "index")
 
 
 def results(out: str | Path, name: str) -> Path:
-    """The folder for a notebook's results: `out`, or the notebook's own below the runs folder; made if missing."""
+    """Make and return the folder for a notebook's results: `out`, or its own in the runs folder."""
     folder = Path(out) if str(out) else runs_dir() / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -49,13 +49,13 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     import yaml
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file. There are: {', '.join(map(str, _parameter_files()))}")
+        raise FileNotFoundError(f"{path}: no such file. Choose one of: {', '.join(map(str, _parameter_files()))}")
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a YAML file of parameters, must hold lines `KEY: VALUE`.")
+        raise ValueError(f"{path}: must be a YAML file of lines `KEY: VALUE`. Check the file.")
     return found
 
 
@@ -96,7 +96,7 @@ def run(name: str, parameters: Mapping[str, Any] | None = None, *, overwrite: bo
         If papermill is not installed.
     """
     if name not in names():
-        raise FileNotFoundError(f"{name}: no such notebook. There are: {', '.join(names())}")
+        raise FileNotFoundError(f"{name}: no such notebook. Choose one of: {', '.join(names())}")
     try:
         import papermill
     except ImportError:
@@ -154,7 +154,7 @@ def picture(name: str, folder: Path, path: str | Path, *, overwrite: bool = Fals
         output.data for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
     if not figures:
-        raise ValueError(f"{name}: shows no figure. See {folder / name}.ipynb")
+        raise ValueError(f"{name}: shows no figure. Look at {folder / name}.ipynb.")
     data = base64.b64decode(figures[0]["image/png"])
     with replacing(path, overwrite=overwrite, own=is_picture) as part:
         part.write_bytes(_signed(data if len(data) < _LARGE_PICTURE else _in_256_colours(data)))
@@ -162,14 +162,14 @@ def picture(name: str, folder: Path, path: str | Path, *, overwrite: bool = Fals
 
 
 def _signed(png: bytes) -> bytes:
-    """Return a PNG with the program's name in it, by which a later run recognizes it."""
+    """Return a PNG that contains the program's name, so that a later run recognizes it."""
     begin = png.index(b"IHDR") + 4 + 13 + 4  # behind the first chunk: type, 13 bytes, checksum
     checksum = zlib.crc32(SOFTWARE).to_bytes(4, "big")
     return png[:begin] + (len(SOFTWARE) - 4).to_bytes(4, "big") + SOFTWARE + checksum + png[begin:]
 
 
 def _in_256_colours(data: bytes) -> bytes:
-    """The same picture as PNG with a palette, which takes about half the bytes."""
+    """Return the picture as a PNG with a palette, which takes about half the bytes."""
     from PIL import Image
 
     small = io.BytesIO()
@@ -178,7 +178,7 @@ def _in_256_colours(data: bytes) -> bytes:
 
 
 def _folder_name(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The notebook's name, the parameters that are not the default as far as they fit, and a digest of all."""
+    """Return a folder name: the notebook, its changed parameters as far as they fit, a digest of all."""
     run = _all_but_out(values, defaults)
     told = [f"{key}={_in_a_name(value)}" for key, value in run.items() if value != defaults[key]]
     readable = "-".join([name, *told]).encode()[:100].decode(errors="ignore")
@@ -186,7 +186,7 @@ def _folder_name(name: str, values: Mapping[str, Any], defaults: Mapping[str, An
 
 
 def _all_but_out(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters, in the notebook's order; where results go does not make another run."""
+    """Return all parameters that identify a run, in the notebook's order, without `out`."""
     return {key: values.get(key, default) for key, default in defaults.items() if key != "out"}
 
 
@@ -196,13 +196,13 @@ def _in_a_name(value: Any) -> str:
 
 
 def _prepare(folder: Path, executed: Path, values: Mapping, defaults: Mapping, overwrite: bool) -> None:
-    """Make the folder of a run; refuse one whose files the run could replace, but not a run that did not finish."""
+    """Make the folder of a run; refuse one with other files, but not that of an unfinished run."""
     page = executed.with_suffix(".html")  # is written last
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         earlier = _parameters_of(executed)
         if earlier is None or _all_but_out(earlier, defaults) != _all_but_out(values, defaults):
             raise FileExistsError(
-                f"{folder}: holds files of something else. Name another folder with out, or pass overwrite=True."
+                f"{folder}: holds other files. Choose another folder with out, or pass overwrite=True."
             )
         if page.exists():
             raise FileExistsError(
@@ -213,7 +213,7 @@ def _prepare(folder: Path, executed: Path, values: Mapping, defaults: Mapping, o
 
 
 def _parameters_of(executed: Path) -> dict[str, Any] | None:
-    """The parameters of an executed notebook, None where there is none."""
+    """Return the parameters of an executed notebook (None: it does not exist)."""
     try:
         return dict(json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -221,7 +221,7 @@ def _parameters_of(executed: Path) -> dict[str, Any] | None:
 
 
 def _checked(name: str, given: Mapping[str, Any], declared: Mapping[str, Mapping]) -> dict[str, Any]:
-    """The given values as the types that the notebook declares."""
+    """Return the given values in the types that the notebook declares."""
     values = {}
     for key, value in given.items():
         if key not in declared:
@@ -255,7 +255,7 @@ def _read(text: str, kind: str, complaint: str) -> Any:
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Whether a value is of the declared type."""
+    """Tell whether a value has the declared type."""
     if kind.startswith("list["):
         return isinstance(value, list) and all(_fits(item, kind[len("list[") : -1]) for item in value)
     wanted = {"str": str, "int": int, "float": (int, float), "bool": bool}[kind]
@@ -263,7 +263,7 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _write_html(executed: Path) -> None:
-    """Write the HTML copy of an executed notebook beside it, without what only a running kernel can show."""
+    """Write the HTML copy of an executed notebook beside it, without widgets."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -277,7 +277,7 @@ def _write_html(executed: Path) -> None:
 
 
 def _on_a_page(output):
-    """An output as a page shows it: no messages and progress bars, and for sliders, which need a kernel, a sentence."""
+    """Return an output for a page: without messages and progress bars, with a sentence for sliders."""
     from nbformat.v4 import new_output
 
     if output.get("name") == "stderr":

@@ -15,7 +15,7 @@ from quantlab.files.model import as_model
 
 
 def layer_inputs(model, name: str, text="sampled", *, n_ctx: int = 512, chunks: int | None = 16) -> np.ndarray:
-    """Return what a matrix of a layer is multiplied by while the model reads a text.
+    """Return the inputs of a layer's matrix while the model reads a text.
 
     Parameters
     ----------
@@ -51,12 +51,14 @@ def layer_inputs(model, name: str, text="sampled", *, n_ctx: int = 512, chunks: 
         budget = engine.plan([as_is(opened)], windows, None, keep_states=False, observed=True)
         found = ForwardPass([as_is(opened)], windows, engine, budget).run(_Inputs(opened, name))
     if not found:
-        raise ValueError(f"{name}: must be the matrix of a layer, such as blk.0.ffn_down.weight. Look with inspect.")
+        raise ValueError(
+            f"{name}: must be the matrix of a layer, such as blk.0.ffn_down.weight. Run quantlab inspect for the names."
+        )
     return np.concatenate(found)
 
 
 class _Inputs:
-    """Consumer of a `ForwardPass` that keeps the inputs of one product."""
+    """A consumer of a `ForwardPass` that keeps the inputs of one product."""
 
     def __init__(self, model, name: str):
         self._model, self._name, self._found = model, name, []
@@ -69,14 +71,14 @@ class _Inputs:
             self._found.append(inputs.copy())
 
     def output(self, forward_pass: ForwardPass) -> list[np.ndarray]:
-        """Return what was kept, in the order of the chunks."""
+        """Return the kept inputs, in the order of the chunks."""
         return self._found
 
 
 def refined(
     weights: np.ndarray, inputs: np.ndarray, qtype: str, *, damping: float = 0.1, sweeps: int = 2
 ) -> np.ndarray:
-    """Return weights that went through a type and back, codes and scales chosen for these inputs.
+    """Return weights quantized and decoded, with codes and scales chosen for these inputs.
 
     This is what `quantlab.refine` does with a matrix, without making up for the layers before it.
 

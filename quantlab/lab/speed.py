@@ -1,4 +1,4 @@
-"""How fast the kernels are: beside ggml's own, and beside what this machine's memory allows."""
+"""Speed of the kernels, compared with ggml's own and with this machine's memory bandwidth."""
 
 import platform
 import time
@@ -20,7 +20,7 @@ from quantlab.quants.ggml_types import GGML_TYPES
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Let the kernels take `n` threads, and as many as before when the block ends.
+    """Let the kernels use `n` threads inside the block, and the former number after it.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def threads(n: int) -> Iterator[None]:
     """
     most, before = config.NUMBA_NUM_THREADS, numba.get_num_threads()
     if not 1 <= n <= most:
-        raise ValueError(f"speed: threads={n}, must be from 1 to {most}. Start with NUMBA_NUM_THREADS={n} for more.")
+        raise ValueError(f"speed: threads={n}, must be 1 to {most}. Start with NUMBA_NUM_THREADS={n} for more.")
     numba.set_num_threads(n)
     try:
         yield
@@ -43,13 +43,13 @@ def machine() -> str:
 
 
 def thread_counts() -> list[int]:
-    """1, 2, 4, … up to the number of threads that numba was started with, that number included."""
+    """Return 1, 2, 4, … up to and including the number of numba's threads."""
     most = config.NUMBA_NUM_THREADS
     return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
 
 
 def rows_of(model: Model, nrows: int, n_per_row: int = 4096) -> np.ndarray:
-    """Cut rows from a model's matrices, one after another; from the first one again when they do not suffice.
+    """Take rows from a model's matrices in turn, and start again if they do not suffice.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def rows_of(model: Model, nrows: int, n_per_row: int = 4096) -> np.ndarray:
 def pair(
     what: str, qtype: str, x: np.ndarray, n_threads: int, imatrix: np.ndarray | None = None
 ) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """Make two functions that do the same work, ours and ggml's (None where the library is missing).
+    """Make two functions for the same work, this package's and ggml's (None: the library is missing).
 
     ggml's functions handle one thread's rows; they are shared out among Python threads, which those functions let run.
 
@@ -109,7 +109,7 @@ def pair(
 
 
 def rate(function: Callable[[], object], n: int, *, clock: Callable[[], float], seconds: float = 0.1) -> float:
-    """Million weights per second of a function that handles `n`, called again and again for at least `seconds`."""
+    """Return a function's speed in million weights per second, from calls with `n` for `seconds`."""
     calls, start = 0, clock()
     while calls == 0 or clock() - start < seconds:
         function()
@@ -120,7 +120,7 @@ def rate(function: Callable[[], object], n: int, *, clock: Callable[[], float], 
 def measure(
     qtypes: Iterable[str], x: np.ndarray, n_threads: Iterable[int], *, repetitions: int = 5, seconds: float = 0.05
 ) -> pd.DataFrame:
-    """Measure how fast types are encoded and decoded, ours and ggml's in turns.
+    """Measure the speed of encoding and decoding types, in turns with ggml's.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def measure(
 
 
 def _in_turns(functions, n: int, repetitions: int, clock, seconds: float) -> dict[str, list[float]]:
-    """Speeds of both functions, measured in turns; one alone where the other is None."""
+    """Return the speeds of both functions, measured in turns (None: skip that one)."""
     named = {by: function for by, function in zip(("quantlab", "ggml"), functions, strict=True) if function}
     for function in named.values():
         function()  # compiles, fills caches
@@ -200,7 +200,7 @@ def bandwidth(n_threads: int, *, mib: int = 256, repeats: int = 5) -> float:
 
 
 def _best(function: Callable[[], object], n_threads: int, repeats: int) -> float:
-    """Seconds of the quickest call."""
+    """Return the seconds of the fastest call."""
     clock, times = _clock(n_threads), []
     for _ in range(repeats):
         start = clock()
@@ -210,5 +210,5 @@ def _best(function: Callable[[], object], n_threads: int, repeats: int) -> float
 
 
 def _clock(n_threads: int) -> Callable[[], float]:
-    """Processor time with one thread, so that other programs do not count; else elapsed time."""
+    """Return the clock: processor time for one thread, so that other programs do not count; else elapsed time."""
     return time.process_time if n_threads == 1 else time.perf_counter

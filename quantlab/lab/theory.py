@@ -1,4 +1,4 @@
-"""What theory says about rounding numbers to few bits: bounds and plain quantizers to hold the types against."""
+"""Theory of rounding numbers to few bits: bounds and plain quantizers to compare the types with."""
 
 from math import erf, exp, log2, log10, pi, sqrt
 
@@ -107,12 +107,12 @@ def snr(x: np.ndarray, rounded: np.ndarray) -> float:
 
 
 def _levels_each_side(step: float) -> int:
-    """How many levels on each side reach eight standard deviations."""
+    """Return the number of levels on each side that reach eight standard deviations."""
     return int(np.ceil(8 / step))
 
 
 def _below(t: float) -> float:
-    """The share of normal numbers below `t`."""
+    """Return the share of normal numbers below `t`."""
     return (1 + erf(t / sqrt(2))) / 2
 
 
@@ -129,7 +129,7 @@ def _squared_error_between(left: float, right: float, level: float) -> float:
 
 
 def _squared_error(step: float, levels: int) -> float:
-    """The mean squared error of normal numbers rounded to `levels` levels, `step` apart, around zero."""
+    """Return the mean squared error of normal numbers rounded to `levels` levels, `step` apart, around zero."""
     error = 0.0
     for i in range(levels // 2):  # the other half is its mirror image
         left, right = i * step, (i + 1) * step if i < levels // 2 - 1 else float("inf")

@@ -50,10 +50,10 @@ def _in_bytes(columns: slice, record: GgmlType) -> slice:
 
 
 def check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: str) -> None:
-    """Raise ValueError unless dtype, shape, type and importance matrix go together."""
+    """Refuse a dtype, shape, type or importance matrix that does not fit the others."""
     record = ggml_type(qtype)
     if not record.can_encode:
-        raise ValueError(f"{name}: qtype={qtype}, cannot be encoded here. Choose one of {', '.join(ENCODED)}.")
+        raise ValueError(f"{name}: qtype={qtype}, has no encoder. Choose one of {', '.join(ENCODED)}.")
     if imatrix is None and not record.encoder:
         raise ValueError(f"{name}: qtype={qtype}, needs an importance matrix. Pass one as imatrix.")
     if x.dtype not in _FLOATS:
@@ -61,7 +61,7 @@ def check_input(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, name: str
             f"{name}: dtype={x.dtype}, must be float32, float16 or bfloat16. Convert it with .astype(np.float32)."
         )
     if x.ndim == 0:
-        raise ValueError(f"{name}: shape={x.shape}, must have at least one axis. Give it whole rows.")
+        raise ValueError(f"{name}: shape={x.shape}, must have at least one axis. Give whole rows.")
     row_bytes(qtype, x.shape[-1], name=name)
     if imatrix is None:
         return
@@ -97,7 +97,7 @@ def float_pieces(
 
 
 def _floats(piece: np.ndarray, check: bool) -> tuple[np.ndarray, bool]:
-    """A piece as float32, and whether it is finite if that is asked for; halves are decoded into `_scratch`."""
+    """Return a piece as float32, and whether it is finite (if checked); halves are decoded into `_scratch`."""
     if piece.dtype == np.float32:
         from quantlab.quants.floats import all_finite
 
@@ -110,7 +110,7 @@ _own = threading.local()
 
 
 def _scratch(shape: tuple[int, int]) -> np.ndarray:
-    """Float32 memory of this thread, used again and again: fresh pages cost more than decoding into them."""
+    """Return this thread's reusable float32 memory: fresh pages cost more than decoding into them."""
     size = prod(shape)
     if size > PIECE:
         return np.empty(shape, np.float32)
@@ -120,7 +120,7 @@ def _scratch(shape: tuple[int, int]) -> np.ndarray:
 
 
 def _refuse(piece: np.ndarray, name: str, row: int, column: int) -> NoReturn:
-    """Raise ValueError naming the first NaN or infinity of a piece that begins at `row`, `column`."""
+    """Raise ValueError that names the first NaN or infinity of a piece beginning at `row`, `column`."""
     r, c = np.argwhere(~np.isfinite(piece))[0]
     raise ValueError(
         f"{name}: value={piece[r, c]} in row {row + r}, column {column + c}, must be finite. "
@@ -129,7 +129,7 @@ def _refuse(piece: np.ndarray, name: str, row: int, column: int) -> NoReturn:
 
 
 def _output(out: np.ndarray | None, shape: tuple, dtype: type) -> np.ndarray:
-    """A new array, or `out` once it is known to fit."""
+    """Return a new array, or `out` if it fits."""
     if out is None:
         return np.empty(shape, dtype)
     if out.dtype != dtype or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
@@ -207,7 +207,7 @@ def quantize(
 
 
 def _check_encoded(data: np.ndarray, x: np.ndarray, qtype: str, name: str, row: int, column: int) -> None:
-    """Refuse what overflowed; F16 becomes infinite as NumPy's does."""
+    """Refuse blocks that overflowed; F16 becomes infinite as in NumPy."""
     if qtype not in ("F32", "F16"):
         from quantlab.quants.validate import check_encoded
 
@@ -215,7 +215,7 @@ def _check_encoded(data: np.ndarray, x: np.ndarray, qtype: str, name: str, row: 
 
 
 def encode(x: np.ndarray, qtype: str, imatrix: np.ndarray | None, out: np.ndarray) -> None:
-    """Encode contiguous rows of float32 into contiguous rows of bytes, all of them checked before."""
+    """Encode contiguous rows of checked float32 into contiguous rows of bytes."""
     record = GGML_TYPES[qtype]
     if imatrix is not None and record.weighted_encoder:
         load(record.weighted_encoder)(x, imatrix, out)
@@ -283,7 +283,7 @@ def dequantize(data: ArrayLike, qtype: str, shape: Sequence[int], *, out: np.nda
     if data.dtype != np.uint8:
         raise ValueError(f"data: dtype={data.dtype}, must be uint8. Pass array.view(np.uint8).")
     if not shape:
-        raise ValueError(f"data: shape={shape}, must have at least one axis. Give it whole rows.")
+        raise ValueError(f"data: shape={shape}, must have at least one axis. Give whole rows.")
     n_bytes = row_bytes(qtype, shape[-1], name="data")
     nrows = prod(shape[:-1])
     if data.size != nrows * n_bytes:
@@ -303,7 +303,7 @@ def dequantize(data: ArrayLike, qtype: str, shape: Sequence[int], *, out: np.nda
 def roundtrip(
     x: ArrayLike, qtype: str, imatrix: ArrayLike | None = None, *, name: str = "x", out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return what is left of an array after quantizing: `dequantize(quantize(x))`, without keeping the bytes.
+    """Quantize an array and decode it again: `dequantize(quantize(x))`, without keeping the bytes.
 
     Parameters
     ----------

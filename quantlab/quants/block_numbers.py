@@ -1,4 +1,4 @@
-"""The numbers in the blocks: what a type's decoder can say, taken out of the bytes and put back.
+"""The numbers in the blocks: everything that a type's decoder can express, unpacked and packed again.
 
     value = d * sc * level[code] - dmin * m
 
@@ -16,7 +16,7 @@ from quantlab.quants.ggml_types import GGML_TYPES, block_bytes, block_size
 
 @dataclass(frozen=True)
 class Grid:
-    """What the decoder of a type can say.
+    """The values that a type's decoder can express.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class Blocks:
         return self.d, self.dmin, self.sc, self.m, self.code
 
     def values(self) -> np.ndarray:
-        """Return what the decoder makes of them [shape=(nrows, n), dtype=float32]."""
+        """Decode the numbers [shape=(nrows, n), dtype=float32]."""
         per = self.grid.super_block // self.grid.sub_block
         scale = np.repeat(np.repeat(self.d, per, 1) * self.sc, self.grid.sub_block, 1)
         low = np.repeat(np.repeat(self.dmin, per, 1) * self.m, self.grid.sub_block, 1)
@@ -198,7 +198,7 @@ GRIDS = {
 
 
 def unpack(data: np.ndarray, qtype: str) -> Blocks:
-    """Take rows of encoded blocks apart.
+    """Unpack the numbers of encoded rows.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def unpack(data: np.ndarray, qtype: str) -> Blocks:
 
 
 def pack(blocks: Blocks) -> np.ndarray:
-    """Put the numbers of some rows into blocks [shape=(nrows, row_bytes), dtype=uint8]."""
+    """Pack the numbers of rows into blocks [shape=(nrows, row_bytes), dtype=uint8]."""
     grid, nrows = blocks.grid, len(blocks.code)
     per, size = grid.super_block // grid.sub_block, block_size(grid.qtype)
     data = np.zeros((blocks.code.size // size, block_bytes(grid.qtype)), np.uint8)

@@ -1,4 +1,4 @@
-"""The codes in the blocks: where each type keeps them, how often each is used, what values they stand for."""
+"""The codes in the blocks: their places, their frequencies, and the values they stand for."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,7 +27,7 @@ def _shifts(place: Bits) -> np.ndarray:
 
 
 def code_values(qtype: str) -> np.ndarray:
-    """Return what `grid` counts its steps by: the codes themselves, or what the type's table has for each.
+    """Return the step numbers of `grid`: the codes themselves, or the type's table entry for each.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""numba's njit, with a cache that no changed kernel meets again.
+"""numba's njit, with a cache that is never used for a changed kernel.
 
 To see whether a compiled kernel is still good, numba looks at the file that the kernel is in. But its machine code
 holds that of the kernels it calls, and its types are classes of this package: after an update that changed only those,

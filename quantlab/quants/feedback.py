@@ -144,7 +144,7 @@ def _weighed_sum(columns, first, n, factors, at):
 def descend(
     n, moments, g, levels, edges, super_block, sub_block, sc_low, sc_high, m_high, d, dmin, sc, m, code, change
 ):
-    """Lower the error of a span: codes, then scales of sub-blocks, then of super-blocks, each to where it is lowest.
+    """Minimize the error of a span over codes, then sub-blocks' scales, then super-blocks' scales.
 
     No step raises ``e H eᵀ`` of a row, e being its decoded - wanted weights.
 
@@ -221,7 +221,7 @@ def _workspace(n, super_block, sub_block):
 
 @kernel
 def _move_codes(ws, moments, levels, edges, n, super_block, sub_block):
-    """Move each code to the level at which the error is lowest, all else as it is."""
+    """Move each code to the level with the lowest error, and keep all else."""
     for c in range(n):
         scale = load(ws.d, c // super_block * 16) * load(ws.sc, c // sub_block * 16)
         old = load(ws.level, 16 * c)
@@ -239,7 +239,7 @@ def _move_codes(ws, moments, levels, edges, n, super_block, sub_block):
 
 @inlined_kernel
 def _apply(ws, moments, n, first, stop):
-    """Take in a move of the columns first … stop: their values, and the gradient of all columns."""
+    """Apply a move of the columns first … stop to their values and to the gradient of all columns."""
     for c in range(first, stop):
         store(ws.change, 16 * c, load(ws.change, 16 * c) + load(ws.step, 16 * c))
     for i in range(n):
@@ -249,13 +249,13 @@ def _apply(ws, moments, n, first, stop):
 
 @inlined_kernel
 def _change_of_error(x, y, gu, gv, uu, uv, vv):
-    """Return by how much the error changes where the values move by ``x * u - y * v``."""
+    """Return the change of the error if the values move by ``x * u - y * v``."""
     return TWO * (x * gu - y * gv) + (x * x * uu - TWO * x * y * uv + y * y * vv)
 
 
 @kernel
 def _move_sub_blocks(ws, moments, n, super_block, sub_block, sc_low, sc_high, m_high):
-    """Move the whole numbers of each sub-block: scales next to the best one, each with the minimum that fits it."""
+    """Move the whole numbers of each sub-block: try scales near the best, each with its best minimum."""
     for j in range(n // sub_block):
         first, stop, at = j * sub_block, (j + 1) * sub_block, 16 * (j * sub_block // super_block)
         gu, gv, uu, uv, vv = lanes(ZERO), lanes(ZERO), lanes(ZERO), lanes(ZERO), ZERO
@@ -298,7 +298,7 @@ def _move_sub_blocks(ws, moments, n, super_block, sub_block, sc_low, sc_high, m_
 
 @kernel
 def _move_super_blocks(ws, moments, n, super_block, sub_block, m_high):
-    """Move the float16 scales of each super-block to where the error is lowest; a sign stays."""
+    """Move the float16 scales of each super-block to the lowest error, and keep their signs."""
     for b in range(n // super_block):
         first, stop, at = b * super_block, (b + 1) * super_block, 16 * b
         gu, gv, uu, uv, vv = lanes(ZERO), lanes(ZERO), lanes(ZERO), lanes(ZERO), lanes(ZERO)

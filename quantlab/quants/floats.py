@@ -25,7 +25,7 @@ SPAN = 1 << 14  # weights that one thread takes at a time
 
 @parallel_kernel
 def all_finite(words):
-    """Whether no float32 of an array (nrows, n_per_row) is NaN or infinite; `words` is the array seen as uint32."""
+    """Tell whether all float32 of an array (nrows, n_per_row), seen as uint32 `words`, are finite."""
     bad = 0
     for row in prange(words.shape[0]):
         largest = np.uint32(0)

@@ -70,5 +70,5 @@ def fused(function):
 
 
 def _fused_kernel(value):
-    """A kernel's fused twin; anything else as it is."""
+    """Return a kernel's fused twin, or any other value unchanged."""
     return fused(value) if isinstance(value, Dispatcher) else value

@@ -1,4 +1,4 @@
-"""What a ggml type is: one record per type, from which every list of types in the project follows.
+"""ggml types: one record per type, from which every list of types in the project follows.
 
 To add a type, write its kernels into a module of this package and a record into `_RECORDS`. Sizes of rows, what can be
 written, the table of types, plots, candidates of recipes and the command line's lists read the records. A record names
@@ -38,8 +38,10 @@ FAMILIES = {
 
 
 class Bits(NamedTuple):
-    """Where a type keeps `width` bits of every code: bytes start..stop of the block, in runs of `run` bytes; the
-    lowest bits of a run's bytes belong to `run` neighbouring weights, the next bits to the next `run` weights."""
+    """The place of `width` bits of every code: bytes start..stop of the block, in runs of `run` bytes.
+
+    The lowest bits of a run's bytes belong to `run` neighbouring weights, the next bits to the next `run` weights.
+    """
 
     start: int
     stop: int
@@ -114,12 +116,12 @@ class GgmlType:
 
     @property
     def can_encode(self) -> bool:
-        """Whether there is an encoder, with or without an importance matrix."""
+        """True if the type has an encoder, with or without an importance matrix."""
         return bool(self.encoder or self.weighted_encoder)
 
 
 def _kernels(module: str, name: str, *, plain: bool = True, weighted: bool = True) -> dict[str, Any]:
-    """Name the kernels of a type whose functions are called after it."""
+    """Name the kernels of a type whose functions have its name in theirs."""
     names = {"decoder": f"{module}:decode_{name}"}
     names |= {"encoder": f"{module}:encode_{name}"} if plain else {}
     return names | ({"weighted_encoder": f"{module}:encode_{name}_imatrix"} if weighted else {})

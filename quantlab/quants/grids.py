@@ -1,4 +1,4 @@
-"""The grids of the I-quants, and which points of a grid are tried for a point that is not on it.
+"""The grids of the I-quants, and the neighbours of every point that is not on a grid.
 
 A *point* is the levels of 8 weights (4 for IQ3), packed into an int: two bits a level (three for IQ3), the first weight
 lowest. A grid is a list of points; what a block stores of 8 weights is a position in that list. An encoder rounds the
@@ -73,7 +73,7 @@ def _all_points(n_levels: int, weights: int) -> np.ndarray:
 
 
 def _neighbours(points: np.ndarray, levels: np.ndarray, n_distances: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many neighbours each point has, and the positions of all neighbours in their order."""
+    """Return the number of neighbours of each point, and the positions of all neighbours in order."""
     left = np.hstack([points, (points * points).sum(1)[:, None], np.ones((len(points), 1))]).astype(np.float32)
     right = np.hstack([-2 * levels, np.ones((len(levels), 1)), (levels * levels).sum(1)[:, None]]).astype(np.float32)
     distance = (left @ right.T).astype(np.uint8)  # of levels, squared: whole numbers, exact

@@ -243,7 +243,7 @@ def _values_of(level, minus):
 
 @kernel
 def _points(ws, n, found, turned):
-    """Turn the limits found into levels, and those into the points of each group of 8."""
+    """Convert the best limits to levels, and the levels to the points of each group of 8."""
     i1, i2 = found >> 8, (found >> 2) & 63
     for i in range(n):
         level = select(i1 > i, 0, select(i2 > i, 1, 2))
@@ -260,7 +260,7 @@ def _points(ws, n, found, turned):
 
 @kernel
 def _to_grid(ws, grid, group, k, scale, minus):
-    """Take the best neighbour where the point of group `k` of those tried is not on the grid; return where that was."""
+    """Use the best neighbour if the point of group `k` is not on the grid; return the lanes that did."""
     for i in range(8):
         v, w = load(ws.floats, X + 128 * group + 16 * i), load(ws.floats, W + 128 * group + 16 * i)
         for level in range(3):
@@ -326,7 +326,7 @@ def _pack_s(ws, d, none):
 
 @kernel
 def _pack_m(ws, d, none):
-    """Quantize the scales of IQ1_M, fit d to what came out, lay out qh and scales."""
+    """Quantize the scales of IQ1_M, fit d to the result, lay out qh and scales."""
     iscale, sum_qx, sum_q2 = ONE / d, lanes(ZERO), lanes(ZERO)
     for j in range(16):
         l = scale_level(load(ws.floats, SCALE + 16 * j), iscale, none, 7)

@@ -57,7 +57,7 @@ from quantlab.quants.superblock import (
     workspace,
 )
 
-# Constants of searches are passed as np.int64(15), not as 15: numba would compile a search anew for every literal.
+# Constants of searches are passed as np.int64(15), not as 15: numba would compile a search again for every literal.
 TWO = np.float32(2)
 
 

@@ -1,4 +1,4 @@
-"""Lanes as numba types: how numba is taught their operators, and functions over them.
+"""Lanes as numba types, with their operators and functions.
 
 `lanes` has the functions that kernels use, and says what a lanes value is.
 """

@@ -1,4 +1,4 @@
-"""What the encoders of the I-quants share: 16 super-blocks, one in each lane, and the search on a grid.
+"""Shared parts of the I-quants' encoders: 16 super-blocks, one in each lane, and the search on a grid.
 
 Weights are handled in groups of 8 (4 for IQ3) whose levels together must be a point of a grid. Scales, levels and sums
 are computed for 16 super-blocks at once. Only the search for the best neighbour goes through the lanes one by one: it
@@ -133,7 +133,7 @@ def read_weights(ws, x, importance, first, stop, factor, floor):
 
 @kernel
 def split_signs(ws, group, even):
-    """Take the signs off 8 weights. With `even`, an odd one out is made up for where it costs least."""
+    """Split 8 weights into signs and magnitudes. With `even`, flip the cheapest sign if their number is odd."""
     first = 128 * group
     signs = lanes(0)
     for i in range(8):

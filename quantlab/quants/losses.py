@@ -1,4 +1,4 @@
-"""What an encoding loses on an array: error measures."""
+"""Error measures of an encoding on an array."""
 
 from dataclasses import dataclass, field
 from math import log10
@@ -14,7 +14,7 @@ from quantlab.result import Result
 
 @dataclass(frozen=True)
 class Errors(Result):
-    """What one encoding lost on one array.
+    """The errors of one encoding on one array.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Errors(Result):
 
     @property
     def rows(self) -> tuple[dict]:
-        """One row with all measures but the histogram."""
+        """Table of one row with all measures except the histogram."""
         return ({key: value for key, value in vars(self).items() if key != "codes"},)
 
     def _document(self) -> dict:
@@ -56,7 +56,7 @@ class Errors(Result):
 
 
 def errors(x: ArrayLike, qtype: str, imatrix: ArrayLike | None = None, *, name: str = "x") -> Errors:
-    """Measure what quantizing an array loses.
+    """Measure the errors of quantizing an array.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def errors(x: ArrayLike, qtype: str, imatrix: ArrayLike | None = None, *, name: 
     imatrix = None if imatrix is None else np.ascontiguousarray(imatrix)
     check_input(x, qtype, imatrix, name)
     if x.size == 0:
-        raise ValueError(f"{name}: shape={x.shape}, must not be empty. There is nothing to measure.")
+        raise ValueError(f"{name}: shape={x.shape}, must not be empty. Give an array with values.")
     noise = signal = largest = 0.0
     codes = np.zeros(0, np.int64)
     for rows, columns, piece in float_pieces(x, ggml_type(qtype).block, imatrix is not None, name):

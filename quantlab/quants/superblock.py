@@ -1,4 +1,4 @@
-"""What types with super-blocks of 256 weights share: 16 super-blocks, one in each lane."""
+"""Shared parts of types with super-blocks of 256 weights: 16 super-blocks, one in each lane."""
 
 from typing import NamedTuple
 

@@ -42,7 +42,7 @@ def is_valid(data: np.ndarray, qtype: str) -> bool:
 
 @parallel_kernel
 def _all_below(words, first, step, ceiling):
-    """Whether every `step`-th 16-bit float of each row, from `first` on, has less than these bits, its sign aside."""
+    """Tell whether every `step`-th 16-bit float from `first` on is below these bits, without its sign."""
     bad = 0
     for row in prange(words.shape[0]):
         largest = np.uint16(0)
@@ -167,11 +167,11 @@ def check_stored(data: np.ndarray, qtype: str, *, name: str, first_row: int = 0)
         If a float or a scale is not finite.
     """
     if not is_valid(data, qtype):
-        raise ValueError(f"{name}: {first_invalid(data, qtype, first_row)}. Check where the file came from.")
+        raise ValueError(f"{name}: {first_invalid(data, qtype, first_row)}. Download the file again.")
 
 
 def first_invalid(data: np.ndarray, qtype: str, first_row: int = 0) -> str:
-    """Say where the first invalid block of rows is and what is wrong with it."""
+    """Describe the place and the fault of the first invalid block of rows."""
     row, block = np.argwhere(invalid_blocks(data, qtype))[0]
     size = block_size(qtype)
     if size == 1:

@@ -1,1 +1,1 @@
-"""USE IT: what a model needs to run, and talking to it, with llama.cpp itself through xllamacpp."""
+"""Run models with llama.cpp itself, through xllamacpp: memory, chat, generation and a server."""

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 
 from quantlab.run.llama_cpp import Engine
 
-HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+HELP = "/clear deletes the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, with llama.cpp's names and defaults.
+    """Options for choosing the next token, with llama.cpp's names and defaults.
 
     Attributes
     ----------
@@ -50,12 +50,12 @@ class Sampling:
         for name in ("temp", "top_p", "min_p", "repeat_penalty"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value}, must be a number of at least 0.")
+                raise ValueError(f"{name}={value}, must be a number of at least 0. Choose another value.")
         if self.repeat_penalty == 0:
             raise ValueError("repeat_penalty=0, must be above 0. 1 changes nothing.")
         for name, most in (("top_k", 2**31 - 1), ("seed", 2**32 - 1), ("n_predict", 2**31 - 1)):
             if not -1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)}, must be -1 to {most}.")
+                raise ValueError(f"{name}={getattr(self, name)}, must be -1 to {most}. Choose another value.")
 
     def request(self) -> dict:
         """Return the options as fields of a request."""
@@ -64,7 +64,7 @@ class Sampling:
 
 
 class Conversation:
-    """What was said so far, and who answers.
+    """The history of a chat, and the model that answers.
 
     Parameters
     ----------
@@ -87,17 +87,17 @@ class Conversation:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything but the system prompt."""
+        """Delete the history, except the system prompt."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.n_tokens, self.seconds = 0, 0.0
 
     @property
     def speed(self) -> float:
-        """Tokens per second of the last answer, from its first token on; 0 where it has fewer than two."""
+        """Tokens per second of the last answer after its first token (0: fewer than two tokens)."""
         return (self.n_tokens - 1) / self.seconds if self.n_tokens > 1 and self.seconds > 0 else 0.0
 
     def ask(self, text: str) -> Generator[str]:
-        """Ask, and yield the answer piece by piece. What was said until it is stopped stays in the history.
+        """Ask, and yield the answer piece by piece; a stopped answer stays in the history.
 
         Raises
         ------
@@ -172,7 +172,7 @@ def _answer(conversation: Conversation, text: str, write: Callable[[str], object
     except KeyboardInterrupt:
         end = ", stopped"
     except ValueError as error:
-        write(f"{error} /clear forgets the conversation; a larger --ctx-size holds more.\n")
+        write(f"{error} Use /clear to start again, or give a larger --ctx-size.\n")
         return
     finally:
         answer.close()

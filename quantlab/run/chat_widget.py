@@ -1,4 +1,4 @@
-"""A small chat for notebooks: a line to ask, buttons to stop and to forget, the conversation above."""
+"""A small chat for notebooks: the conversation, a line for questions, buttons to stop and to clear."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ChatWidget:
         self.box = ipywidgets.VBox([self._shown, buttons])
 
     def ask(self, text: str) -> None:
-        """Ask in the background; does nothing while an answer is being written."""
+        """Ask in the background, unless an answer is still being written."""
         if not text.strip() or (self._answering is not None and self._answering.is_alive()):
             return
         self.line.value = ""
@@ -100,7 +100,7 @@ class ChatWidget:
         self._show()
 
     def _show(self, so_far: str = "", note: str = "") -> None:
-        """Write the conversation, what is being answered, and a last line."""
+        """Show the conversation, the current answer, and a last line."""
         said = [(message["role"], message["content"]) for message in self.conversation.messages]
         said += [("assistant", so_far)] if so_far else []
         lines = [

@@ -1,4 +1,4 @@
-"""How large llama.cpp's compute buffer becomes: all intermediate results of one batch of tokens.
+"""Size of llama.cpp's compute buffer, which holds all intermediate results of one batch of tokens.
 
 The bytes of a result that nothing reads any more are given to another one. The buffer is largest while the
 feed-forward holds gate, up and their product, or while attention holds queries, keys and values (without flash
@@ -53,7 +53,7 @@ def compute_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool 
 
 
 def _feed_forward(hparams) -> int:
-    """Count numbers of a token in gate, up and their product; of experts also what they give, where that is wider.
+    """Count a token's numbers in gate, up and their product (experts: or in their outputs, if wider).
 
     What experts give is put where gate and up lay, unless it does not fit there.
     """
@@ -64,18 +64,18 @@ def _feed_forward(hparams) -> int:
 
 
 def input_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool = True) -> int:
-    """Compute what of the compute buffer is on the CPU when every layer is on the GPU: inputs and embedded tokens."""
+    """Compute the compute buffer's part on the CPU when every layer is on the GPU: inputs and embeddings."""
     n_tokens = min(n_ctx, n_ubatch)
     return _inputs(hparams, n_ctx, n_tokens, flash_attn) + n_tokens * hparams.n_embd * F32
 
 
 def cells(n_ctx: int) -> int:
-    """Round a context up to the cells that its KV cache has."""
+    """Round a context up to the number of cells in its KV cache."""
     return -(-n_ctx // CELLS) * CELLS
 
 
 def _inputs(hparams, n_ctx: int, n_tokens: int, flash_attn: bool) -> int:
-    """Count bytes of what is set before a batch runs: tokens, positions, places in the cache, embeddings, the mask."""
+    """Count the bytes of a batch's inputs: tokens, positions, places in the cache, embeddings, mask."""
     v_places = 1 if flash_attn else hparams.head_dim * hparams.n_head_kv  # without flash attention V lies transposed
     mask = cells(n_ctx) * (F16 if flash_attn else F32)
     embeddings = 2 * hparams.n_embd * F32  # given in place of tokens, as images are; and mixed with them

@@ -1,4 +1,4 @@
-"""What a model takes to run in llama.cpp, and how much of it fits on a graphics card: `quantlab fit`.
+"""Memory that a model needs in llama.cpp, and the part that fits on a graphics card: `quantlab fit`.
 
 Four things take memory: the weights, the cache of keys and values (KV), the compute buffer and the logits. With
 `--n-gpu-layers N` llama.cpp puts the output layer and the last N - 1 of the model's layers on the card, each with its
@@ -32,7 +32,7 @@ KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run: context, batch, types of the KV cache, attention."""
+    """Settings of a run: context, batch, types of the KV cache, attention."""
 
     n_ctx: int
     n_ubatch: int
@@ -43,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class FitRow:
-    """What one ftype takes, and how it is best run.
+    """The memory that one ftype needs, and the best way to run it.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class FitRow:
 
     @property
     def where(self) -> str:
-        """Where it runs: "card", "card and memory", "memory", or "nowhere"."""
+        """The place where it runs: "card", "card and memory", "memory", or "nowhere"."""
         if not self.fits:
             return "nowhere"
         if self.n_gpu_layers == 0:
@@ -94,7 +94,7 @@ class FitRow:
 
 @dataclass(frozen=True, repr=False)
 class Fit(Result):
-    """What a model takes to run, per ftype.
+    """The memory that a model needs to run, per ftype.
 
     Attributes
     ----------
@@ -176,7 +176,7 @@ def fit(
     flash_attn: bool = True,
     rules: str = "current",
 ) -> Fit:
-    """Compute what a model takes to run in llama.cpp, and how it is best divided between card and memory.
+    """Compute the memory that a model needs in llama.cpp, and its best division between card and RAM.
 
     Parameters
     ----------
@@ -236,7 +236,9 @@ def fit(
     name, hparams, shapes, source = look_up(model)
     if find(hparams.arch) is None:
         known = ", ".join(architectures())
-        raise ValueError(f"{name}: architecture={hparams.arch}, must be one of {known}. Ask llama.cpp itself.")
+        raise ValueError(
+            f"{name}: architecture={hparams.arch}, must be one of {known}. Measure this model with llama.cpp."
+        )
     check_whole(n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_ubatch=n_ubatch)
     n_ctx = min(4096, hparams.n_ctx) if n_ctx is None else n_ctx or hparams.n_ctx
     setting = _setting(name, hparams, n_ctx, n_ubatch, cache_type_k, cache_type_v, flash_attn)
@@ -254,7 +256,9 @@ def fit(
         weights = Weights(hparams, shapes, {tensor: choice.qtype for tensor, choice in choices.items()})
         rows.append(_row(one.name, weights, setting, there, n_gpu_layers))
     if not rows:
-        raise ValueError(f"{name}: ftype={ftype}, there is no file to copy, or rules={rules} does not know it.")
+        raise ValueError(
+            f"{name}: ftype={ftype}, must be known to rules={rules}, and COPY needs a model file. Choose another ftype."
+        )
     rows.sort(key=lambda row: -row.bytes)
     return Fit(name, hparams.n_layer, hparams.n_ctx, *there, setting, tuple(rows))
 
@@ -262,15 +266,19 @@ def fit(
 def _setting(name: str, hparams, n_ctx: int, n_ubatch: int, k: str, v: str, flash_attn: bool) -> Setting:
     """Check how the model is to be run."""
     if not 1 <= n_ctx <= hparams.n_ctx:
-        raise ValueError(f"{name}: n_ctx={n_ctx}, must be 1 to {hparams.n_ctx}, the context it was trained for.")
+        raise ValueError(
+            f"{name}: n_ctx={n_ctx}, must be 1 to {hparams.n_ctx}, the context of its training. Choose another context."
+        )
     if n_ubatch < 1:
-        raise ValueError(f"{name}: n_ubatch={n_ubatch}, must be at least 1. llama.cpp's default is 512.")
+        raise ValueError(f"{name}: n_ubatch={n_ubatch}, must be at least 1. Use 512, llama.cpp's default.")
     for kind in (k, v):
         if kind.upper() not in KV_TYPES:
             known = " ".join(KV_TYPES).lower()
-            raise ValueError(f"{name}: cache type={kind}, must be one of: {known}.")
+            raise ValueError(f"{name}: cache type={kind}, must be one of: {known}. Choose another.")
     if not flash_attn and v.upper().startswith("Q"):
-        raise ValueError(f"{name}: cache_type_v={v}, a quantized V cache needs flash attention. Turn it on.")
+        raise ValueError(
+            f"{name}: cache_type_v={v}, a quantized V cache needs flash attention. Turn flash attention on."
+        )
     return Setting(n_ctx, n_ubatch, k.upper(), v.upper(), flash_attn)
 
 
@@ -283,10 +291,12 @@ class Weights:
         sizes = {name: tensor_bytes(shape, qtypes[name]) for name, shape in shapes.items()}
         for name in ("token_embd.weight", "output_norm.weight"):
             if name not in sizes:
-                raise ValueError(f"{name}: missing from the model. Convert the checkpoint again.")
+                raise ValueError(f"{name}: is missing from the model. Convert the checkpoint again.")
         for name in sizes:
             if name.startswith("blk.") and not 0 <= layer_of(name) < hparams.n_layer_all:
-                raise ValueError(f"{name}: the metadata has {hparams.n_layer} layers. Convert the checkpoint again.")
+                raise ValueError(
+                    f"{name}: is beyond the {hparams.n_layer} layers of the metadata. Convert the checkpoint again."
+                )
         self.layers, self.repacked, self.largest = ([0] * hparams.n_layer for _ in range(3))
         for name, size in sizes.items():
             if name.startswith("blk."):
@@ -347,7 +357,7 @@ def needed(weights: Weights, setting: Setting, n_gpu_layers: int) -> tuple[int, 
 
 
 def most_layers(weights: Weights, setting: Setting, vram: int, ram: int) -> int | None:
-    """Return the largest --n-gpu-layers that fits, None if none does."""
+    """Return the largest --n-gpu-layers that fits (None: even 0 does not)."""
     for n_gpu_layers in range(weights.hparams.n_layer + 1 if vram else 0, -1, -1):
         card, memory = needed(weights, setting, n_gpu_layers)
         if card <= vram and memory <= ram:
@@ -356,7 +366,7 @@ def most_layers(weights: Weights, setting: Setting, vram: int, ram: int) -> int 
 
 
 def longest_context(weights: Weights, setting: Setting, vram: int, ram: int, n_gpu_layers: int | None = None) -> int:
-    """Return the longest context, in whole blocks of cells or the model's own, that fits; 0 if none does.
+    """Return the longest context that fits, in whole blocks of cells or the model's own (0: none).
 
     `n_gpu_layers` are the layers on the card (default: as many as fit).
     """
@@ -374,7 +384,7 @@ def longest_context(weights: Weights, setting: Setting, vram: int, ram: int, n_g
 
 
 def _row(name: str, weights: Weights, setting: Setting, there: tuple[int, int], n_gpu_layers: int | None) -> FitRow:
-    """Work out one ftype's row."""
+    """Compute one ftype's row."""
     hparams, (vram, ram) = weights.hparams, there
     best = most_layers(weights, setting, vram, ram) if n_gpu_layers is None else n_gpu_layers
     layers = min(best or 0, hparams.n_layer + 1)
@@ -398,5 +408,5 @@ def _row(name: str, weights: Weights, setting: Setting, there: tuple[int, int], 
 
 
 def _batch(setting: Setting) -> dict:
-    """What compute buffers depend on besides the model."""
+    """The settings that compute buffers depend on, besides the model."""
     return {"n_ctx": setting.n_ctx, "n_ubatch": setting.n_ubatch, "flash_attn": setting.flash_attn}

@@ -1,4 +1,4 @@
-"""The same prompt through several bit widths, side by side: where in the text a quantized model goes another way."""
+"""One prompt continued by several bit widths, with the first token at which a quantized model differs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quantlab.transform.quantize import quantize
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one model wrote.
+    """The continuation that one model wrote.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class Continuation:
 
 @dataclass(frozen=True, repr=False)
 class Generation(Result):
-    """One prompt, continued by several models; the first is what the others are compared with.
+    """One prompt, continued by several models, of which the first is the reference.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ def generate(
     n_threads: int | None = None,
     **options,
 ) -> Generation:
-    """Continue one prompt with several models, by the same seed.
+    """Continue one prompt with several models and the same seed.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def generate(
     check_number(temp=temp)
     models = [models] if isinstance(models, str | Path) else models
     if not models:
-        raise ValueError("generate: models=[], must name one at least. Give GGUF files or ftypes.")
+        raise ValueError("generate: models=[], must name at least one. Give GGUF files or ftypes.")
     Sampling(temp=temp, seed=seed, n_predict=n_predict)  # refuses numbers out of range before the first model is made
     rows: list[Continuation] = []
     for model in models:
@@ -164,13 +164,15 @@ def generate(
 
 
 def _file_of(model: str | Path, base: str | Path | None, folder: Path, options: dict) -> tuple[Path, str]:
-    """The GGUF file of a model or ftype, and what it is called."""
+    """Return the GGUF file of a model or ftype, and its name."""
     if isinstance(model, Path) or bundled_path(str(model)) or Path(model).exists() or str(model).endswith(".gguf"):
         path = as_gguf(model)
         return path, path.stem if Path(model).is_file() else Path(model).name
     ftype = find_ftype(model)
     if base is None:
-        raise ValueError(f"generate: models has the ftype {ftype.name}, and base=None. Give base, what to quantize.")
+        raise ValueError(
+            f"generate: models has the ftype {ftype.name}, which needs base. Give the model to quantize as base."
+        )
     path = folder / f"{ftype.name}.gguf"
     quantize(model_path(base), path, ftype=ftype.name, report=lambda line: None, **options)
     return path, ftype.name
@@ -179,7 +181,7 @@ def _file_of(model: str | Path, base: str | Path | None, folder: Path, options: 
 def _continue(
     path: Path, prompt: str, n_predict: int, seed: int, temp: float, n_threads: int | None
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Token ids of the continuation and their texts."""
+    """Return the token ids of the continuation and their texts."""
     request = {"prompt": prompt, "n_predict": n_predict, "seed": seed, "temperature": temp, "logprobs": 1}
     with Engine(path, Options(n_threads=n_threads)) as engine:
         answer = engine.complete(request)
@@ -189,12 +191,12 @@ def _continue(
 
 
 def _n_same(reference: tuple[int, ...], tokens: tuple[int, ...]) -> int:
-    """Tokens before the first difference; all of them where there is none."""
+    """Return the number of tokens before the first difference."""
     pairs = enumerate(zip(reference, tokens, strict=False))
     return next((i for i, (one, other) in pairs if one != other), min(len(reference), len(tokens)))
 
 
 def _split(row: Continuation) -> tuple[str, str, str]:
-    """The text before, at and after the first token that differs; empty at the end where none does."""
+    """Return the text before, at and after the first token that differs."""
     i = row.n_same
     return "".join(row.pieces[:i]), "".join(row.pieces[i : i + 1]), "".join(row.pieces[i + 1 :])

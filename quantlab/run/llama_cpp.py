@@ -1,4 +1,4 @@
-"""llama.cpp in this process, through the package xllamacpp: a model is loaded once and asked as often as wanted.
+"""llama.cpp in this process, through the package xllamacpp: load a model once, ask it many times.
 
 llama.cpp's server always comes with it: an HTTP server on a port of the loopback address. Unless it is wanted (`serve`)
 it is closed to everybody else by a random key and shows no web page.
@@ -41,7 +41,7 @@ CONTINUED = (
 
 @dataclass(frozen=True)
 class Options:
-    """How llama.cpp runs a model, under llama.cpp's names."""
+    """Options of llama.cpp for running a model, under llama.cpp's names."""
 
     # tokens of context; 0 is the model's own, None is 2048, or the model's own if that is shorter
     n_ctx: int | None = None
@@ -95,16 +95,19 @@ class Engine:
             try:
                 self._server: Any = xllamacpp.Server(params)
             except RuntimeError:
-                raise ValueError(f"{self.path}: llama.cpp cannot load it: {_reason(log)}.") from None
+                raise ValueError(
+                    f"{self.path}: llama.cpp cannot load it: {_reason(log)}. Check the file with quantlab verify. "
+                    f"Check the file with quantlab verify."
+                ) from None
         self.complete({"prompt": "", "n_predict": 1})  # a server that is closed before it runs would wait for ever
 
     @property
     def address(self) -> str:
-        """Where the HTTP server listens: http://host:port."""
+        """Address of the HTTP server: http://host:port."""
         return self._server.listening_address
 
     def complete(self, request: dict) -> dict:
-        """Continue a prompt: a request to /v1/completions, answered when it is complete.
+        """Continue a prompt with a request to /v1/completions, and return the complete answer.
 
         Raises
         ------
@@ -114,7 +117,7 @@ class Engine:
         return self._checked(self._server.handle_completions(request))
 
     def chat(self, request: dict) -> Generator[dict]:
-        """Answer messages: a request to /v1/chat/completions. Yield chunks; closing the iterator stops the answer.
+        """Answer messages with a request to /v1/chat/completions, chunk by chunk; close the iterator to stop.
 
         Raises
         ------
@@ -165,7 +168,7 @@ class Engine:
 
 
 def as_gguf(model: str | Path) -> Path:
-    """Return the path of a GGUF file of a model; a checkpoint is converted into the runs folder, once.
+    """Return the path of a model's GGUF file; convert a checkpoint into the runs folder, once.
 
     Raises
     ------
@@ -190,7 +193,7 @@ def _xllamacpp():
         import xllamacpp
     except ImportError:
         raise ImportError(
-            "xllamacpp is not installed, which runs llama.cpp. Install it with: pip install -e .[run]"
+            "xllamacpp, which runs llama.cpp, is not installed. Install it with: pip install -e .[run]"
         ) from None
     return xllamacpp
 
@@ -204,20 +207,22 @@ def _context(path: Path, n_ctx: int | None) -> int:
         )
     n_ctx = min(USUAL, most) if n_ctx is None else n_ctx or most
     if not 2 <= n_ctx <= most:  # with 1, llama.cpp aborts this process
-        raise ValueError(f"{path.name}: ctx-size={n_ctx}, must be 2 to {most}, the context it was trained for.")
+        raise ValueError(
+            f"{path.name}: ctx-size={n_ctx}, must be 2 to {most}, the context of its training. Choose another context."
+        )
     return n_ctx
 
 
 def _check_whole(name: str, value: int | None, most: int, least: int = 1) -> None:
-    """Refuse numbers with which llama.cpp would abort this process; -1 means its own choice, as on its command line."""
+    """Refuse numbers with which llama.cpp would abort this process (-1: its default)."""
     if value not in (None, -1) and not least <= value <= most:
         raise ValueError(
-            f"{name}={value}, must be {least} to {most}. Leave it out, or give -1, for llama.cpp's choice."
+            f"{name}={value}, must be {least} to {most}. Leave it out, or give -1, for llama.cpp's default."
         )
 
 
 def _check_card(xllamacpp, n_gpu_layers: int | None) -> None:
-    """Warn where layers are wanted on a card that this build of llama.cpp does not know."""
+    """Warn if layers are requested on a card that this build of llama.cpp cannot use."""
     if n_gpu_layers not in (None, -1, 0) and not any(
         "GPU" in device["type"].name for device in xllamacpp.get_device_info()
     ):
@@ -229,9 +234,9 @@ def _check_card(xllamacpp, n_gpu_layers: int | None) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Try to listen where llama.cpp will."""
+    """Check that llama.cpp can listen on a port."""
     if not 0 <= port <= 65535:
-        raise ValueError(f"port={port}, must be 0 to 65535. 0 is any free one.")
+        raise ValueError(f"port={port}, must be 0 to 65535. Give 0 for any free port.")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as trial:
@@ -242,7 +247,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _params(xllamacpp, path: Path, n_ctx: int, options: Options):
-    """llama.cpp's parameters, as its command line would set them."""
+    """Return llama.cpp's parameters, as its command line would set them."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = n_ctx
@@ -262,14 +267,14 @@ def _params(xllamacpp, path: Path, n_ctx: int, options: Options):
 
 
 def _only_continues(path: Path) -> bool:
-    """Whether a model has neither a chat template nor the marks of ChatML, which llama.cpp takes in its stead."""
+    """Tell whether a model lacks a chat template, and also the ChatML tokens of llama.cpp's default."""
     metadata = open_model(path).metadata
     return "tokenizer.chat_template" not in metadata and "<|im_start|>" not in metadata["tokenizer.ggml.tokens"]
 
 
 @contextmanager
 def _captured_stderr():
-    """Keep what C code writes to standard error; yield a function that returns it."""
+    """Capture standard error of C code; yield a function that returns the text."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         kept = os.dup(2)
@@ -287,7 +292,7 @@ def _captured_stderr():
 
 
 def _reason(log: Callable[[], str]) -> str:
-    """The first error of llama.cpp's log, without time and place. A thread of its own writes it: wait for its end."""
+    """Return the first error of llama.cpp's log, without time and place, once its thread has written it."""
     waited = time.monotonic()
     while "exiting due to" not in log() and time.monotonic() - waited < 1:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""llama.cpp's own server: a web page to talk to the model, and an API that OpenAI's clients understand."""
+"""llama.cpp's own server: a chat page, and an API for OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantlab.run.llama_cpp import Engine, Options
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
+    """Tell whether only this machine can reach `host`."""
     if host == "localhost":
         return True
     try:
@@ -45,8 +45,8 @@ def serve(
     """
     if not is_loopback(options.host) and not options.api_key:
         warn(
-            f"warning: --host {options.host} is open to every machine that can reach it, and there is no --api-key: "
-            "anyone there can use this model."
+            f"warning: --host {options.host} is open to every machine that can reach it, without an --api-key: "
+            "anyone there can use this model. Give --api-key."
         )
     with killable():
         engine = Engine(model, replace(options, ui=True))
@@ -61,7 +61,7 @@ def serve(
 
 @contextmanager
 def killable() -> Iterator[None]:
-    """While llama.cpp loads a model nothing but the system can end the process: let Ctrl-C do so."""
+    """Let Ctrl-C end the process while llama.cpp loads a model, which handles no signal itself."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield

@@ -1,1 +1,1 @@
-"""File to file: convert, choose types, plan, quantize."""
+"""Conversion, choice of types, planning and quantization of model files."""

@@ -1,4 +1,4 @@
-"""The engine of `diff` and `verify`: what differs in metadata, in the tensor table, and in the tensors' blocks."""
+"""Comparison of two models, for `diff` and `verify`: metadata, tensor tables and blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quantlab.transform.slabs import in_order, row_ranges
 
 @dataclass(frozen=True)
 class Change:
-    """One key of the metadata that is not the same in both."""
+    """One key of the metadata that differs."""
 
     key: str
     change: str  # "added", "removed", "type" (the same value in another type) or "changed"
@@ -34,7 +34,7 @@ class Change:
 
 
 def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]:
-    """Return what differs from metadata `a` to metadata `b`; the order of the keys does not count."""
+    """Return the differences from metadata `a` to metadata `b`, in any order of the keys."""
     changes = [Change(key, "removed", _text(a[key]), None) for key in a if key not in b]
     for key in b:
         if key not in a:
@@ -47,7 +47,7 @@ def metadata_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two values are the same in type and bits; NaN is the same as NaN."""
+    """Tell whether two values have the same type and bits; NaN equals NaN."""
     if type(a) is not type(b):  # a file's strings, and those that a converter made
         a, b = _listed(a), _listed(b)
     if type(a) is not type(b):
@@ -60,12 +60,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _listed(value: Any) -> Any:
-    """Return a file's strings as a list, anything else as it is."""
+    """Return a file's strings as a list, and any other value unchanged."""
     return list(value) if isinstance(value, Strings) else value
 
 
 def untyped(value: Any) -> Any:
-    """Return a value of the metadata without its GGUF type: as a bool, int, float, str or list of these."""
+    """Return a metadata value without its GGUF type, as a bool, int, float, str or list of these."""
     value = _listed(value)
     if isinstance(value, list):
         return [untyped(item) for item in value]
@@ -73,7 +73,7 @@ def untyped(value: Any) -> Any:
 
 
 def _from_difference(a: Any, b: Any) -> tuple[str, str]:
-    """Two values as text; two lists of one length from their first different item on."""
+    """Return two values as text, two lists of the same length from their first different item on."""
     a, b = _listed(a), _listed(b)
     if isinstance(a, list | np.ndarray) and type(a) is type(b) and len(a) == len(b):
         first = next((i for i in range(len(a)) if not _equal(a[i], b[i])), 0)
@@ -91,7 +91,7 @@ def _text(value: Any) -> str:
 
 @dataclass
 class Tally:
-    """What differs in one tensor, added up over its slabs."""
+    """The differences in one tensor, added up over its slabs."""
 
     # n_blocks, differing: blocks, and those of them with different bytes; weights, for types without blocks; 0 where
     # the types differ
@@ -101,7 +101,7 @@ class Tally:
     largest: float = 0.0  # the largest difference
 
     def add(self, a: np.ndarray, b: np.ndarray, qtypes: tuple[str, str], n_per_row: int) -> np.ndarray | None:
-        """Add rows of two tensors as they are stored; return which blocks differ.
+        """Add stored rows of two tensors; return the blocks that differ.
 
         Returns
         -------
@@ -134,14 +134,14 @@ class Tally:
 
 
 def as_floats(rows: np.ndarray, qtype: str, n_per_row: int) -> np.ndarray:
-    """Return rows as float32 (nrows, n_per_row), given as they are stored; of a type for which `can_decode` holds."""
+    """Decode stored rows to float32 (nrows, n_per_row), for a type that passes `can_decode`."""
     if qtype in PLAIN_DTYPES:
         return np.ascontiguousarray(rows).view(PLAIN_DTYPES[qtype]).reshape(len(rows), n_per_row).astype(np.float32)
     return quants.dequantize(rows.view(np.uint8), qtype, (len(rows), n_per_row))
 
 
 def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple[Any, np.ndarray, np.ndarray, bool]]:
-    """Read pairs of tensors of one shape slab by slab, the next ones ahead; memory holds a few rows.
+    """Read pairs of tensors of one shape slab by slab, a few slabs ahead.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ Cut = tuple[Any, LazyTensor, LazyTensor, int, int]  # item, two tensors, first r
 
 
 def cuts(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[Cut]:
-    """Cut pairs of tensors into slabs that are yet to be read; see `slabs`."""
+    """Cut pairs of tensors into unread slabs; see `slabs`."""
     return ((item, a, b, start, stop) for item, a, b in pairs for start, stop in row_ranges(a))
 
 
@@ -175,13 +175,13 @@ def n_weights(cut: Cut) -> int:
 
 
 def read(cut: Cut) -> tuple[Any, np.ndarray, np.ndarray, bool]:
-    """Read the rows of a cut; see `slabs` for what is returned."""
+    """Read the rows of a cut, and return them as `slabs` does."""
     item, a, b, start, stop = cut
     return item, a.rows(start, stop), b.rows(start, stop), stop == a.nrows
 
 
 def root_mean_square(tensor: LazyTensor) -> float:
-    """Return the root mean square of a tensor's weights, in their unit; NaN where some are NaN."""
+    """Return the root mean square of a tensor's weights, in their unit (NaN if a weight is NaN)."""
     with np.errstate(invalid="ignore", over="ignore"):
         parts = (tensor.floats(start, stop) for start, stop in row_ranges(tensor))
         total = sum(float(np.square(rows, dtype=np.float64).sum()) for rows in parts)
@@ -189,12 +189,12 @@ def root_mean_square(tensor: LazyTensor) -> float:
 
 
 def can_decode(qtype: str) -> bool:
-    """Whether values of this type can be compared, and not only bytes."""
+    """Tell whether values of this type can be compared, and not only bytes."""
     return qtype in PLAIN_DTYPES or ggml_types.can_decode(qtype)
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape without leading ones, which GGUF does not keep."""
+    """Return a shape without leading ones, which GGUF does not store."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape

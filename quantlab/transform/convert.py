@@ -113,14 +113,14 @@ def convert(
 
 
 def _checked(outfile: str | Path | None, default: Path, overwrite: bool) -> Path:
-    """Return the output's path, refused where it must not be written."""
+    """Return the output's path, or refuse one that must not be written."""
     try:
         return check_output(default if outfile is None else outfile, overwrite=overwrite)
     except PermissionError:
         if outfile is not None:
             raise
         raise PermissionError(
-            f"{default}: the checkpoint's folder cannot be written. Name an output elsewhere with outfile=FILE."
+            f"{default}: the checkpoint's folder is not writable. Choose another output with outfile=FILE."
         ) from None
 
 
@@ -133,17 +133,17 @@ def _check_room(outfile: Path, nbytes: int) -> None:
     free = _free(outfile)
     if free is not None and free < nbytes:
         raise OSError(
-            f"{outfile}: needs {nbytes} bytes, the disk has {free} free. Free some space or name another folder."
+            f"{outfile}: needs {nbytes} bytes, the disk has {free} free. Free some space or choose another folder."
         )
 
 
 def _free(outfile: Path) -> int | None:
-    """Return the bytes free where the output will be, None for a device or a pipe."""
+    """Return the free bytes on the output's disk (None: a device or a pipe)."""
     return None if is_stream(outfile) else shutil.disk_usage(follow(outfile).parent).free
 
 
 def _plan_line(src: Path, outfile: Path, model: Model, header: int) -> str:
-    """Return one line on what the conversion reads, writes and takes; the time follows from reading a first piece."""
+    """Return one line about a conversion's input, output, memory and time, estimated from a first read."""
     largest = max(model, key=lambda tensor: tensor.nbytes)
     rows = min(_rows_per_block(largest), largest.nrows)
     largest.rows(0, 1)  # what is loaded for it is loaded once

@@ -1,4 +1,4 @@
-"""What changed from one model file to another: metadata, types, shapes, order, bytes, and by how much."""
+"""Differences between two model files: metadata, types, shapes, order, bytes and weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = ["name", "change", "a", "b", "blocks", "differing", "rmse", "max_abs",
 
 @dataclass(frozen=True)
 class Difference(Result):
-    """What `diff` found.
+    """The result of `diff`.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Difference(Result):
 
     @property
     def is_same(self) -> bool:
-        """Whether metadata, tensors and their order are the same."""
+        """True if metadata, tensors and their order are the same."""
         return not self.metadata and self.same_order and not self.tensors["change"].any()
 
     def to_frame(self) -> pd.DataFrame:
@@ -70,11 +70,11 @@ class Difference(Result):
         names = {"bytes": "with other bytes", "type": "of another type", "shape": "of another shape"}
         lines.append("tensors: " + ", ".join(f"{n} {names.get(change, change)}" for change, n in counts.items()))
         if not self.same_order:
-            lines.append("order: the tensors come in another order")
+            lines.append("order: the tensors are in a different order")
         return lines + self._layout_lines() + [f"metadata {change}" for change in self.metadata]
 
     def _layout_lines(self) -> list[str]:
-        """Say how the layouts differ: each kind of tensor, its two types, and in which layers."""
+        """Describe the differences of layouts: each kind of tensor, its two types, and the layers."""
         changed = self.tensors[self.tensors["change"] == "type"]
         groups: dict[tuple[str, str, str], list[int]] = {}
         for name, a, b in zip(changed["name"], changed["a"], changed["b"], strict=True):
@@ -94,7 +94,7 @@ class Difference(Result):
 
 
 def diff(a: str | Path | Model, b: str | Path | Model) -> Difference:
-    """Compare two models: GGUF files, shards, or checkpoints as they would be converted.
+    """Compare two models: GGUF files, shards, or checkpoints (as if converted).
 
     Memory holds a few slabs of rows; the files are read once, tensors that differ in part twice.
 
@@ -141,7 +141,7 @@ def diff(a: str | Path | Model, b: str | Path | Model) -> Difference:
 
 
 def _row(name: str, a: Model, b: Model) -> dict:
-    """Begin the row of one tensor with what the tensor tables tell."""
+    """Begin the row of one tensor with the figures of the tensor tables."""
     one, other = (model.tensor(name) if name in model else None for model in (a, b))
     row = {"name": name, "change": "", "blocks": 0, "differing": 0, "relative": 0.0, "rmse": 0.0, "max_abs": 0.0}
     row |= {"a": one and f"{one.qtype} {one.shape}", "b": other and f"{other.qtype} {other.shape}"}
@@ -157,7 +157,7 @@ def _row(name: str, a: Model, b: Model) -> dict:
 
 
 def _tallies(pairs: list[tuple]) -> Iterator[tuple[dict, Tally]]:
-    """Compare the tensors of all pairs, the next slabs read meanwhile."""
+    """Compare the tensors of all pairs, and read the next slabs meanwhile."""
     total = sum(one.nbytes + other.nbytes for _, one, other in pairs)
     qtypes = {row["name"]: (one.qtype, other.qtype) for row, one, other in pairs}
     tally = Tally()
@@ -182,7 +182,7 @@ def _runs(numbers: list[int]) -> str:
 
 
 def _shown(table: pd.DataFrame) -> str:
-    """The table of tensors that differ, for a terminal."""
+    """Return the table of tensors that differ, for a terminal."""
     shown = table.copy()
     for column in ("rmse", "max_abs", "relative"):
         shown[column] = [f"{value:.3g}" if value == value else "" for value in shown[column]]

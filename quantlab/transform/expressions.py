@@ -22,7 +22,7 @@ print(*[int(re.search(regex, name) is not None) for name in names])
 
 
 def compile_expression(text: str, names: Iterable[str]) -> Callable[[str], bool]:
-    """Compile an expression, lower-cased as llama-quantize does.
+    """Compile an expression in lower case, as llama-quantize does.
 
     Parameters
     ----------
@@ -52,21 +52,21 @@ def compile_expression(text: str, names: Iterable[str]) -> Callable[[str], bool]
             warnings.simplefilter("error", FutureWarning)  # a class such as [[:digit:]] would fit something else
             regex = re.compile(text.lower())
     except (re.error, FutureWarning) as error:
-        raise ValueError(f"tensor type: name={text}, must be a regular expression ({error})") from None
+        raise ValueError(f"tensor type: name={text}, must be a regular expression ({error}). Correct it.") from None
     if _COULD_TAKE_LONG.search(text):
         return _found_in_time(text, list(names)).__contains__
     return lambda name: regex.search(name) is not None
 
 
 def _found_in_time(text: str, names: list[str]) -> set[str]:
-    """The names in which an expression is found, matched in another process."""
+    """Return the names that an expression matches, by matching in another process."""
     command = [sys.executable, "-I", "-S", "-c", _MATCH]
     question = json.dumps([text.lower(), names])
     try:
         done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=PATIENCE, check=True)
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"tensor type: name={text}, must fit or not fit every name within {PATIENCE:g} s. "
-            "Write it without repetitions inside repetitions."
+            f"tensor type: name={text}, must be matched with every name within {PATIENCE:g} s. "
+            "Write it without nested repetitions."
         ) from None
     return {name for name, is_found in zip(names, done.stdout.split(), strict=True) if is_found == "1"}

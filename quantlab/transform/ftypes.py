@@ -1,4 +1,4 @@
-"""llama-quantize's list: a ftype is a mixture's name, llama.cpp's number for it, and its base type."""
+"""llama-quantize's list of ftypes: a mixture's name, its number in llama.cpp, and its base type."""
 
 import difflib
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ class Ftype:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the base type packs weights into blocks."""
+        """True if the base type packs weights into blocks."""
         return self.qtype is not None and block_size(self.qtype) > 1
 
     @property
     def is_writable(self) -> bool:
-        """Whether the base type has an encoder here; rules alone are known of the others."""
+        """True if the base type has an encoder here; for the others only the rules are known."""
         return self.qtype is None or self.qtype in WRITABLE
 
 
@@ -95,7 +95,7 @@ def find_ftype(ftype: str | int) -> Ftype:
     if found is None:
         if name.isdecimal():
             raise ValueError(
-                f"ftype={ftype}, must be one of {' '.join(map(str, _BY_NUMBER))}, or a name such as Q4_K_M"
+                f"ftype={ftype}, must be one of {' '.join(map(str, _BY_NUMBER))}, or a name such as Q4_K_M."
             )
         near = did_you_mean(name, [*FTYPES, *_BY_ALIAS])
         raise ValueError(f"ftype={ftype}, must be one of {' '.join(FTYPES)}.{near}")
@@ -103,6 +103,6 @@ def find_ftype(ftype: str | int) -> Ftype:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Ask for the known name that is like an unknown one; an empty text where none is."""
+    """Suggest the known name that resembles an unknown one (empty text: none does)."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]}?" if near else ""

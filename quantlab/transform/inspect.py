@@ -1,4 +1,4 @@
-"""What is in a model: metadata, types and sizes of its tensors, and the mixture by which the types were chosen."""
+"""Contents of a model: metadata, types and sizes of its tensors, and the mixture that chose the types."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ __all__ = ["Inspection", "inspect", "mixtures", "text_table"]
 
 @dataclass(frozen=True)
 class Inspection(Result):
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Inspection(Result):
         return [
             repr(str(model.path))[1:-1],
             f"{model.n_weights:,} weights, {model.nbytes:,} bytes, {self._bpw:.4f} bits per weight",
-            f"mixture: {' · '.join(named) or 'none that is known'}",
+            f"mixture: {' · '.join(named) or 'unknown'}",
         ]
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Inspection(Result):
 
 
 def text_table(table: pd.DataFrame) -> str:
-    """Return a table as text, numbers to the right, all else to the left."""
+    """Return a table as text, numbers aligned to the right, other cells to the left."""
     table = table.dropna(axis="columns", how="all")  # tensors of a checkpoint have no offset
     shown = {key: column.map("{:.4f}".format if column.dtype == float else str) for key, column in table.items()}
     lines = []
@@ -84,7 +84,7 @@ def text_table(table: pd.DataFrame) -> str:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a GGUF file or a checkpoint, without reading any weights.
+    """Inspect a GGUF file or a checkpoint, without reading any weights.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def mixtures(model: Model) -> list[dict[str, Any]]:
-    """Find the mixtures that give every tensor the type it has."""
+    """Find the mixtures that give every tensor its type."""
     has = {tensor.name: tensor.qtype for tensor in model}
     found = []
     for ftype, rules, imatrix in product(FTYPES.values(), RULES, (False, True)):
@@ -126,5 +126,5 @@ def mixtures(model: Model) -> list[dict[str, Any]]:
 
 
 def _may_be(ftype: Ftype, types: set[str]) -> bool:
-    """Whether a file of these types can be of a ftype: one of them is its base type or stands in for it."""
+    """Tell whether a file of these types can have a ftype: its base type, or the fallback, is among them."""
     return not types.isdisjoint({ftype.qtype, *(rules.fallback.get(ftype.qtype) for rules in RULE_SETS.values())})

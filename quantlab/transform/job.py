@@ -1,4 +1,4 @@
-"""What one quantization will write: the files, their metadata, their tensors in order, the type and weights of each."""
+"""Outputs of one quantization: files, metadata, tensors in order, and the type and weights of each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FLOATS = tuple(name for name in WRITABLE if GGML_TYPES[name].dtype)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to quantize; the names are llama-quantize's where it has the option.
+    """Options of quantizing, with llama-quantize's names where it has the option.
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor on its way into the output."""
+    """One tensor, to be quantized or copied into the output."""
 
     tensor: LazyTensor
     choice: Choice
@@ -107,7 +107,7 @@ class Step:
 
     @property
     def spec(self) -> TensorSpec:
-        """Name, shape and type in the output; leading dimensions of 1 are dropped, as ggml does."""
+        """Name, shape and type in the output, without leading dimensions of 1, as in ggml."""
         shape = self.tensor.shape
         while len(shape) > 1 and shape[0] == 1:
             shape = shape[1:]
@@ -115,11 +115,11 @@ class Step:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the tensor is copied as it is."""
+        """True if the tensor is copied unchanged."""
         return self.choice.qtype == self.tensor.qtype
 
     def experts(self, start: int, nrows: int) -> Iterator[tuple[slice, np.ndarray | None]]:
-        """Cut `nrows` rows from `start` on where another expert's weights begin; yield slices and those weights."""
+        """Cut `nrows` rows from `start` on by expert; yield slices and each expert's weights."""
         if self.weights is None or self.weights.ndim == 1:
             yield slice(0, nrows), self.weights
             return
@@ -149,13 +149,13 @@ class Output:
 
     @property
     def alignment(self) -> int:
-        """Every tensor starts at a multiple of this."""
+        """The alignment of the tensors, in bytes."""
         return int(self.metadata.get("general.alignment", 32))
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is known before the first weight is read."""
+    """All decisions of a quantization, made before the first weight is read."""
 
     source: Path
     files: tuple[Path, ...]  # those that hold the source's weights
@@ -172,7 +172,7 @@ class Job:
 
 
 def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, options: Options) -> Job:
-    """Work out what a quantization will write.
+    """Decide everything that a quantization will write.
 
     Raises
     ------
@@ -184,7 +184,9 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
     shards = _shards(model, options.keep_split)
     overrides = dict(parse_override(text) for text in options.override_kv)
     if "general.alignment" in overrides:
-        raise ValueError("override: key=general.alignment, must be left alone: the tensors' places depend on it.")
+        raise ValueError(
+            "override: key=general.alignment, must keep its value, as tensors' offsets depend on it. Leave it out."
+        )
     matrix, matrix_keys = matrix_of(options)
     hparams = read_hparams(model.metadata | overrides, model.names, source=str(model.path))
     tensors, pruned_keys = {tensor.name: tensor for tensor in model}, {}
@@ -214,32 +216,33 @@ def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, opt
 def _notes(
     model: Model, steps: Mapping[str, Step], options: Options, matrix: Mapping[str, np.ndarray]
 ) -> Iterator[str]:
-    """Yield what a user should know, one sentence per kind."""
+    """Yield notes for the user, one sentence per kind."""
     if not options.via and model.is_checkpoint and any(tensor.qtype in ("BF16", "F32") for tensor in model):
         yield "weights keep the checkpoint's precision; via=f16 rounds them as a conversion to F16 would"
     idle = [text for text, _ in options.tensor_types if not any(map(compile_expression(text, steps), steps))]
     if idle:
-        yield f"tensor types: no tensor has a name that fits {', '.join(idle)}"
+        yield f"tensor types: no tensor name matches {', '.join(idle)}"
     if options.imatrix is not None and not matrix:
-        yield "the weights that are included or not excluded leave no entry of the importance matrix"
+        yield "include_weights and exclude_weights leave no entry of the importance matrix"
     missing = [name for name, step in steps.items() if matrix and step.weights is None and not step.is_kept]
     if missing:
         yield f"{len(missing)} tensors have no entry in the importance matrix: {_first(missing)}"
     idle_experts = sum(int((step.weights == 1).all(axis=1).sum()) for step in steps.values() if _has_experts(step))
     if idle_experts:
-        yield f"{idle_experts} experts have no counts in the importance matrix: all their columns weigh the same"
+        yield f"{idle_experts} experts have no counts in the importance matrix: all their columns have the same weight"
     if model.metadata["general.architecture"] not in COMPARED:
         yield (
-            f"architecture={model.metadata['general.architecture']}: the rules go by tensor names; "
-            f"no file of it was compared with llama-quantize's here"
+            f"architecture={model.metadata['general.architecture']}: the rules follow tensor "
+            f"names. No file of this architecture was compared with llama-quantize's."
         )
 
 
 def _ftype_or_layout(options: Options) -> tuple[Ftype, Model | None]:
-    """Return the mixture that was asked for, or the model whose layout was, with the ftype that it records."""
+    """Return the requested mixture, or the model of the requested layout with its recorded ftype."""
     if (options.ftype is None) == (options.layout_of is None):
         raise ValueError(
-            f"ftype={options.ftype}, layout_of={options.layout_of}, need exactly one of them. Name a mixture or a file."
+            f"ftype={options.ftype}, layout_of={options.layout_of}, must be exactly one of them. "
+            f"Give a mixture or a file."
         )
     if options.layout_of is None:
         return find_ftype(options.ftype), None  # pyright: ignore[reportArgumentType]
@@ -257,17 +260,17 @@ _TYPE_OPTIONS = ("pure", "leave_output_tensor", "output_tensor_type", "token_emb
 
 
 def _has_experts(step: Step) -> bool:
-    """Whether a step has weights for each of several experts."""
+    """Tell whether a step has weights for each of several experts."""
     return step.weights is not None and step.weights.ndim == 2
 
 
 def _first(names: Sequence[str], n: int = 3) -> str:
-    """The first names of a list, for a message."""
+    """Return the first names of a list, for a message."""
     return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
 
 def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable[str]:
-    """Yield why these steps must not be taken, one sentence per kind."""
+    """Yield reasons for refusing these steps, one sentence per kind."""
     steps = list(steps)
     packed = [s for s in steps if not s.is_kept and s.tensor.qtype not in FLOATS]
     if packed and not options.allow_requantize:
@@ -298,9 +301,9 @@ def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable
 
 
 def _open(src: str | Path | Model, options: Options) -> Model:
-    """Open the source, a checkpoint in the way that is asked for."""
+    """Open the source, a checkpoint with the given options."""
     if options.via not in (None, "f16"):
-        raise ValueError(f"via={options.via}, must be f16 or left out")
+        raise ValueError(f"via={options.via}, must be f16. Give f16, or leave it out.")
     if not options.via and not options.as_llama_cpp:
         return as_model(src)
     if isinstance(src, Model) or not is_checkpoint(model_path(src)):
@@ -310,7 +313,7 @@ def _open(src: str | Path | Model, options: Options) -> Model:
 
 
 def _shards(model: Model, keep_split: bool) -> list[list[str]]:
-    """Return the tensor names of each output in the source's order; one output unless shards are kept."""
+    """Return the tensor names of each output (without keep_split: one output) in the source's order."""
     if not keep_split:
         return [model.names]
     if model.is_checkpoint or not model.files:
@@ -320,9 +323,9 @@ def _shards(model: Model, keep_split: bool) -> list[list[str]]:
 
 
 def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the weights per tensor that the options leave over, and the metadata keys that record them."""
+    """Return the weights of the tensors that the options select, and the metadata keys that record them."""
     if options.include_weights and options.exclude_weights:
-        raise ValueError("include_weights and exclude_weights: only one of them may be given")
+        raise ValueError("include_weights and exclude_weights: must not both be given. Leave one out.")
     if options.imatrix is None:
         if options.include_weights or options.exclude_weights:
             raise ValueError("include_weights and exclude_weights choose entries of a matrix. Pass imatrix too.")
@@ -344,7 +347,7 @@ def matrix_of(options: Options) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def weights_of(tensor: LazyTensor, choice: Choice, matrix: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Return the weights of one tensor's columns, None where it is kept or the matrix has none.
+    """Return the weights of one tensor's columns (None: it is copied, or the matrix has no entry).
 
     Returns
     -------
@@ -365,18 +368,18 @@ def weights_of(tensor: LazyTensor, choice: Choice, matrix: Mapping[str, np.ndarr
         needed = f"{n_per_row}" if n_expert == 1 else f"{n_per_row} for each of {n_expert} experts"
         raise ValueError(
             f"{tensor.name}: the importance matrix has {weights.size} columns, must have {needed}. "
-            f"It was collected on another model."
+            f"Collect a matrix of this model."
         )
     return weights.reshape(n_expert, n_per_row) if n_expert > 1 else weights
 
 
 def n_experts(shape: tuple[int, ...]) -> int:
-    """Return how many matrices a tensor stacks; 1 for a plain one."""
+    """Return the number of matrices in a stack of experts (1: a plain tensor)."""
     return shape[-3] if len(shape) > 2 else 1
 
 
 def _check_experts(hparams: Hparams, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Refuse stacks of experts that are not as many as the metadata says."""
+    """Refuse stacks with another number of experts than the metadata gives."""
     for name, shape in shapes.items():
         if re.search(r"\.ffn_(gate|up|gate_up|down)_exps\.weight$", name) and n_experts(shape) != hparams.n_expert:
             raise ValueError(
@@ -388,7 +391,7 @@ def _check_experts(hparams: Hparams, shapes: Mapping[str, tuple[int, ...]], sour
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Parse one ``KEY=TYPE:VALUE`` of ``--override-kv`` as llama-quantize writes it: an int becomes an unsigned one.
+    """Parse one ``KEY=TYPE:VALUE`` of ``--override-kv``; an int becomes unsigned, as in llama-quantize.
 
     Raises
     ------
@@ -403,25 +406,31 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, _, rest = text.partition("=")
     kind, colon, value = rest.partition(":")
     if not key or not colon or len(key) > MAX_STRING or len(value.encode()) > MAX_STRING:
-        raise ValueError(f"override={text}, must read KEY=TYPE:VALUE, key and value at most {MAX_STRING} bytes")
+        raise ValueError(
+            f"override={text}, must be KEY=TYPE:VALUE, key and value of at most {MAX_STRING} bytes. Correct it."
+        )
     try:
         if kind == "int":
             return key, np.uint32(abs(int(value)))
         if kind == "float":
             return key, np.float32(value)
     except ValueError:
-        raise ValueError(f"override={text}, must give a number after {kind}:") from None
+        raise ValueError(f"override={text}, must have a number after {kind}:. Correct it.") from None
     except OverflowError:
-        raise ValueError(f"override={text}, must be at most {2**32 - 1}, as an int is written in 32 bits") from None
+        raise ValueError(
+            f"override={text}, must be at most {2**32 - 1}, as an int is written in 32 bits. Give a smaller value."
+        ) from None
     if kind == "bool" and value in ("true", "false"):
         return key, value == "true"
     if kind == "str":
         return key, value
-    raise ValueError(f"override={text}, must have a type of int, float, bool (true or false) or str before the colon")
+    raise ValueError(
+        f"override={text}, must have the type int, float, bool (true or false) or str before the colon. Correct it."
+    )
 
 
 def metadata_of(source: Mapping[str, Any], ftype: int, *more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the source's keys in their order without those of shards; what is set anew moves to the end."""
+    """Return the source's keys in order, without those of shards; keys that are set move to the end."""
     version = np.uint32(QUANTIZATION_VERSION)
     metadata = {key: value for key, value in source.items() if not key.startswith("split.")}
     for keys in ({"general.quantization_version": version, "general.file_type": np.uint32(ftype)}, *more):
@@ -430,7 +439,7 @@ def metadata_of(source: Mapping[str, Any], ftype: int, *more: Mapping[str, Any])
 
 
 def _present_ftype(model: Model) -> int:
-    """Return the ftype number a file has, or the one that its commonest type stands for."""
+    """Return a file's ftype number, or the number for its most common type."""
     if model.ftype is not None:
         return model.ftype
     commonest = Counter(tensor.qtype for tensor in model).most_common(1)[0][0]
@@ -439,7 +448,7 @@ def _present_ftype(model: Model) -> int:
 
 
 def _cut(text: str) -> str:
-    """Return the first 127 bytes of a text, as the C string of an override holds it."""
+    """Return the first 127 bytes of a text, the most that an override's C string holds."""
     return text.encode("utf-8", "surrogateescape")[:MAX_STRING].decode("utf-8", "surrogateescape")
 
 
@@ -455,7 +464,7 @@ def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) ->
         stem = path.name.removesuffix(".gguf")
         first = path.with_name(f"{stem}-00001-of-{count:05d}.gguf")
         if is_stream(path):
-            raise ValueError(f"{path}: is a device or a pipe, shards need names of files. Name another output.")
+            raise ValueError(f"{path}: is a device or a pipe, shards must be files. Choose another output.")
         paths = [shard_path(first, number, count) for number in range(1, count + 1)]
     else:
         paths = [path]
@@ -463,7 +472,7 @@ def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) ->
 
 
 def _outputs(paths: Sequence[Path | None], shards, steps: Mapping[str, Step], metadata: dict) -> tuple[Output, ...]:
-    """Distribute the steps over the files; the first file has all metadata, the others only their number."""
+    """Distribute the steps over the files; the first gets all metadata, the others only their number."""
     if len(paths) == 1:
         return (Output(paths[0], metadata, tuple(steps.values())),)
     outputs = []

@@ -1,4 +1,4 @@
-"""Layouts: which type each tensor of a file has, taken from one file and applied to another."""
+"""Layouts: the types of a file's tensors, read from one file and applied to another."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ def layout(model: Model) -> dict[str, str]:
 
 
 def layout_lines(types: Mapping[str, str]) -> list[str]:
-    r"""Return a layout as the lines of a `--tensor-type-file`, which llama-quantize reads as well.
+    r"""Return a layout as the lines of a `--tensor-type-file`, which llama-quantize also reads.
 
     Examples
     --------
@@ -32,7 +32,7 @@ def layout_lines(types: Mapping[str, str]) -> list[str]:
 
 
 def apply_layout(model: Model, other: Model) -> tuple[dict[str, Choice], list[str]]:
-    """Give the tensors of `model` the types that those of the same name have in `other`.
+    """Give each tensor of `model` the type of the same tensor in `other`.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def apply_layout(model: Model, other: Model) -> tuple[dict[str, Choice], list[st
     if model.hparams.arch != other.hparams.arch:
         raise ValueError(
             f"{other.path}: architecture={other.hparams.arch}, must be {model.hparams.arch}, the source's. "
-            f"Take the layout of a file of the same model."
+            f"Use the layout of a file of the same model."
         )
     given, choices, misfits = layout(other), {}, []
     for name in in_file_order(model.names):
@@ -66,9 +66,9 @@ def apply_layout(model: Model, other: Model) -> tuple[dict[str, Choice], list[st
 
 
 def _misfit(tensor: LazyTensor, qtype: str | None, other: str) -> str:
-    """Say why a tensor cannot get a type of the layout of `other`; nothing where it can."""
+    """Explain why a tensor cannot get its type in the layout of `other` (None: it can)."""
     if qtype is None:
-        return f"{tensor.name}: is missing from the layout of {other}. Take one of the same model."
+        return f"{tensor.name}: is missing from the layout of {other}. Use a file of the same model."
     block = block_size(qtype)
     if tensor.shape[-1] % block:
         return f"{tensor.name}: n_per_row={tensor.shape[-1]} is not a multiple of the {qtype} block size {block}."

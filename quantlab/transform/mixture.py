@@ -1,4 +1,4 @@
-"""Which type each tensor gets: ftype, tensor name and shape in, a ggml type per tensor out.
+"""Choice of types: from ftype, tensor names and shapes to a ggml type per tensor.
 
 A *ftype* such as ``Q4_K_M`` is a mixture: most matrices get its base type, a few that matter more get more bits.
 The rules stand in `rules.py`; here options of the user come before them, and rows that fit no block after them.
@@ -65,7 +65,7 @@ def find_qtype(qtype: str, of: str = "tensor type") -> str:
 
 
 def converted_type(name: str, shape: tuple[int, ...]) -> str:
-    """Return the type in which an F16 conversion holds a tensor: F32 for what is never quantized, else F16."""
+    """Return a tensor's type in an F16 conversion: F32 if it is never quantized, else F16."""
     return "F16" if is_quantizable(name, shape) else "F32"
 
 
@@ -137,14 +137,19 @@ def choose_types(
     F16 or F32 turned ``output.weight`` into Q6_K; here F16 and F32 hold what they say under both rule sets.
     """
     if rules not in RULES:
-        raise ValueError(f"rules={rules}, must be one of {' '.join(RULES)}")
+        raise ValueError(f"rules={rules}, must be one of {' '.join(RULES)}. Choose one of them.")
     found = find_ftype(ftype)
     if rules not in found.rules:
-        raise ValueError(f"ftype={found.name}: rules={rules}, must be {found.rules[0]}, where this ftype exists")
+        raise ValueError(
+            f"ftype={found.name}: rules={rules}, must be {found.rules[0]}, which has this ftype. Choose other rules."
+        )
     names = [*shapes, _PER_LAYER]
     asked = [(compile_expression(text, names), find_qtype(q, f"tensor type {text}")) for text, q in tensor_types]
     if asked and not found.is_quantized:
-        raise ValueError(f"tensor types: ftype={found.name}, must be a quantized one for them to apply")
+        raise ValueError(
+            f"tensor types: ftype={found.name}, must be a quantized one. "
+            f"Choose another ftype, or leave tensor types out."
+        )
     mixture = RULE_SETS[rules](found.name, hparams, shapes, imatrix)
     ends = {
         "output.weight": output_tensor_type and find_qtype(output_tensor_type, "output tensor type"),
@@ -175,7 +180,7 @@ def choose_types(
 
 
 def fitting(qtype: str, n_per_row: int, fallback: Mapping[str, str]) -> str:
-    """Return `qtype`, or what stands in for it where its blocks do not divide the row."""
+    """Return `qtype`, or its fallback if its blocks do not divide the row."""
     if n_per_row % block_size(qtype) == 0:
         return qtype
     second = fallback.get(qtype, qtype)
@@ -183,13 +188,13 @@ def fitting(qtype: str, n_per_row: int, fallback: Mapping[str, str]) -> str:
 
 
 def _check_asked(asked: Iterable[tuple[Callable[[str], bool], str]], choices: Mapping[str, Choice]) -> None:
-    """Refuse expressions that ask for nothing but tensors which keep another type: a router, a norm."""
+    """Refuse expressions that match only tensors which are never quantized: a router, a norm."""
     for is_found, qtype in asked:
         names = [name for name in choices if is_found(name)]
         kept = [name for name in names if choices[name].why == "kept" and choices[name].qtype != qtype]
         if kept and len(kept) == len(names) and "output.weight" not in kept:
             raise ValueError(
-                f"{kept[0]}: type={qtype} was asked for, must stay {choices[kept[0]].qtype}: tensors of this name "
+                f"{kept[0]}: type={qtype}, must stay {choices[kept[0]].qtype}: tensors of this name "
                 f"are never quantized. Leave this tensor type out."
             )
 
@@ -204,12 +209,12 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
     """
     name, _, qtype = text.partition("=")
     if not name or not qtype:
-        raise ValueError(f"tensor type={text}, must read NAME=TYPE. Example: attn_v=Q6_K")
+        raise ValueError(f"tensor type={text}, must be NAME=TYPE. Example: attn_v=Q6_K.")
     return name, qtype
 
 
 def read_tensor_types(path: str | Path) -> list[tuple[str, str]]:
-    """Read a ``--tensor-type-file``: ``name=type`` entries between white space.
+    """Read a ``--tensor-type-file``: ``name=type`` entries separated by white space.
 
     Raises
     ------
@@ -230,7 +235,7 @@ def read_tensor_types(path: str | Path) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A type for each tensor by name, beyond what any ftype gives.
+    """A type for each tensor by name, independent of ftypes.
 
     Attributes
     ----------
@@ -251,11 +256,11 @@ class Recipe:
         return "recipe"
 
     def tensor_types(self) -> list[tuple[str, str]]:
-        """Return the recipe as expressions for `choose_types`, each anchored so that it fits one tensor alone."""
+        """Return the recipe as expressions for `choose_types`, each anchored so that it matches only one tensor."""
         return [("^" + name.replace(".", r"\.") + "$", qtype) for name, qtype in self.types.items()]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the recipe as a ``--tensor-type-file``, which llama-quantize reads as well.
+        """Write the recipe as a ``--tensor-type-file``, which llama-quantize also reads.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What a quantization will cost, before it starts: the bytes of every ftype, what falls back, memory, disk and time."""
+"""Plans of quantizations: the bytes of every ftype, fallbacks, memory, disk and time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SAMPLE = 1 << 17  # weights of the calibration
 
 @dataclass(frozen=True)
 class SizeRow:
-    """One ftype's size: bytes of tensor data (header and padding aside) and bits per weight."""
+    """One ftype's size: bytes of tensor data (without header and padding) and bits per weight."""
 
     ftype: str
     bytes: int
@@ -124,7 +124,7 @@ def sizes(shape_or_file: str | Path, *, rules: str = "current") -> SizeTable:
 
 
 def look_up(shape_or_file: str | Path):
-    """Return a model's name, hyper-parameters, shapes and, where there is a file, present types."""
+    """Return a model's name, hyper-parameters, shapes and (for a file) present types."""
     name = str(shape_or_file)
     if bundled.is_shape(name):
         shape = bundled.shape(name)
@@ -137,14 +137,14 @@ def look_up(shape_or_file: str | Path):
 
 
 def _from_config(folder: Path) -> tuple[Hparams, dict[str, tuple[int, ...]]]:
-    """Return hyper-parameters and shapes that a checkpoint's configuration promises."""
+    """Return the hyper-parameters and shapes of a checkpoint's configuration."""
     config = read_config(folder)
     factors = rope_factors(config)
     return complete(config), tensor_shapes(config) | {name: values.shape for name, values in factors.items()}
 
 
 def _of_config_alone(path: Path) -> Path | None:
-    """Return a checkpoint's folder where only its configuration counts: named itself, or without weights beside it."""
+    """Return a checkpoint's folder if only its configuration is used: given itself, or without weights."""
     if path.name in ("config.json", "params.json") and path.is_file():
         return path.parent
     configured = path.is_dir() and any((path / name).is_file() for name in ("config.json", "params.json"))
@@ -152,7 +152,7 @@ def _of_config_alone(path: Path) -> Path | None:
 
 
 def fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...]]) -> pd.DataFrame:
-    """Account for the tensors whose rows did not fit the type that was wanted.
+    """List the tensors whose rows do not fit the wanted type, with their fallback.
 
     Parameters
     ----------
@@ -190,7 +190,7 @@ def _fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ..
 
 
 def tensor_bytes(shape: tuple[int, ...], qtype: str) -> int:
-    """Return the bytes of a tensor's data, padding aside."""
+    """Return the bytes of a tensor's data, without padding."""
     return math.prod(shape[:-1]) * row_bytes(qtype, shape[-1])
 
 
@@ -204,7 +204,7 @@ def bits_per_weight(qtype: str) -> float:
 
 @dataclass(frozen=True)
 class Plan(Result):
-    """What one quantization will read, write and need.
+    """The input, output and resources of one quantization.
 
     Attributes
     ----------
@@ -232,16 +232,18 @@ class Plan(Result):
 
     @property
     def refusals(self) -> tuple[str, ...]:
-        """Why it cannot be done; empty where it can."""
+        """Reasons why the quantization cannot run (empty: it can)."""
         refusals = list(self.job.refusals)
         path = self.job.outputs[0].path
         if self.free_disk is not None and self.bytes_written > self.free_disk:
             refusals.append(
                 f"{path}: needs {self.bytes_written} bytes, the disk has {self.free_disk} free. "
-                f"Free some space or name another folder."
+                f"Free some space or choose another folder."
             )
         if self.peak_memory > self.memory:
-            refusals.append(f"{path}: needs {self.peak_memory} bytes of memory, this machine has {self.memory}.")
+            refusals.append(
+                f"{path}: needs {self.peak_memory} bytes of memory, this machine has {self.memory}. Use a larger one."
+            )
         return tuple(refusals)
 
     @property
@@ -252,7 +254,7 @@ class Plan(Result):
 
     @property
     def fallbacks(self) -> pd.DataFrame:
-        """The account of tensors whose rows did not fit; see `fallbacks`."""
+        """The tensors whose rows do not fit the wanted type; see `fallbacks`."""
         return fallbacks(*self._choices())
 
     def _choices(self) -> tuple[dict[str, Choice], dict[str, tuple[int, ...]]]:
@@ -260,7 +262,7 @@ class Plan(Result):
         return {s.tensor.name: s.choice for s in steps}, {s.tensor.name: s.tensor.shape for s in steps}
 
     def check(self) -> None:
-        """Raise ValueError or OSError if it cannot be done."""
+        """Raise ValueError or OSError if the quantization cannot run."""
         if self.refusals:
             raise (ValueError if self.job.refusals else OSError)(self.refusals[0])
 
@@ -289,7 +291,7 @@ class Plan(Result):
         return {"protocol": protocol | {"fallbacks": self.fallbacks}, "rows": self.to_frame()}
 
     def _totals(self) -> list[tuple[str, str]]:
-        """Return what is said of the whole, the title first."""
+        """Return the lines about the whole file, the title first."""
         job, steps = self.job, self.job.steps
         name = job.source.name if job.source.name.isprintable() else short(job.source.name)
         return [
@@ -306,7 +308,7 @@ class Plan(Result):
         lines = [f"{what:>11} {value}" for what, value in self._totals()]
         fallen = [(*row[:4], f"{row[4]:.4f}", f"{row[5]:.4f}") for row in _fallbacks(*self._choices())]
         if fallen:
-            lines.append("fallback, rows that the wanted type's blocks do not divide:")
+            lines.append("fallback, because the wanted type's blocks do not divide the rows:")
             lines += [" ".join(f"{cell:>10}" for cell in row) for row in [_ACCOUNT, *fallen]]
         return "\n".join([*lines, *self.job.notes, *self.refusals])
 
@@ -319,7 +321,7 @@ class Plan(Result):
 
 
 def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, **options) -> Plan:
-    """Work out what a quantization will read, write and need, and try the kernels for a moment.
+    """Compute the input, output, memory and time of a quantization, with a short run of the kernels.
 
     Parameters
     ----------
@@ -335,7 +337,7 @@ def plan(src: str | Path | Model, outfile: str | Path | BinaryIO | None = None, 
 
 
 def plan_of(job: Job) -> Plan:
-    """Work out what a job that is known will read, write and need; see `plan`."""
+    """Compute the plan of a given job; see `plan`."""
     import numba  # only here: sizes on paper need no kernels
 
     steps = job.steps
@@ -360,7 +362,7 @@ def plan_of(job: Job) -> Plan:
 
 @cache
 def _seconds_per_weight(source: str, qtype: str, is_weighted: bool) -> float:
-    """Load or compile the kernels for one kind of step by using them for a moment, then measure them on a sample."""
+    """Load or compile the kernels for one kind of step, then time them on a sample."""
     ones = np.ones(block_size(qtype), np.float32)
     quants.quantize(
         ones.astype(PLAIN_DTYPES[source]) if source in FLOATS else ones, qtype, ones if is_weighted else None
@@ -372,7 +374,7 @@ def _seconds_per_weight(source: str, qtype: str, is_weighted: bool) -> float:
 
 
 def _free_disk(paths: Sequence[Path]) -> int | None:
-    """Return the bytes free where `paths` will be, those of unfinished outputs of these names included."""
+    """Return the free bytes on the disk of `paths`, plus those of their unfinished outputs."""
     if not paths or is_stream(paths[0]):
         return None
     folder = follow(paths[0]).parent
@@ -383,7 +385,7 @@ def _free_disk(paths: Sequence[Path]) -> int | None:
 
 
 def _work(job: Job) -> dict[tuple[str, str, bool], int]:
-    """Return how many weights go from each type to each, and whether an importance matrix weights them."""
+    """Return the number of weights per source type, target type and use of an importance matrix."""
     work: dict[tuple[str, str, bool], int] = {}
     for step in job.steps:
         if not step.is_kept:
@@ -407,5 +409,5 @@ def parse_bytes(text: str | int, name: str = "memory") -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
     if not found or not float(found[1]):
-        raise ValueError(f"{name}={text}, must be a positive number of bytes such as 8GiB.")
+        raise ValueError(f"{name}={text}, must be a positive number of bytes. Give for example 8GiB.")
     return int(float(found[1]) * _UNITS[found[2].upper()])

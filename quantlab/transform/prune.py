@@ -1,4 +1,4 @@
-"""Leave layers out of a model: the names that the tensors of the others get, and the metadata that no longer fits."""
+"""Pruning of layers: new names of the remaining tensors, and new metadata."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +26,12 @@ def layers_of(text: str) -> tuple[int, ...]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise ValueError(f"prune_layers={text}, must be numbers of layers with commas between them, such as 1,3.")
+        raise ValueError(f"prune_layers={text}, must be layer numbers separated by commas. Give for example 1,3.")
     return tuple(map(int, parts))
 
 
 def pruned_names(names: Iterable[str], n_layer: int, layers: Sequence[int]) -> dict[str, str]:
-    """Return the new name of every tensor that stays: the layers that stay are numbered from 0 without gaps.
+    """Return the new name of every remaining tensor; the remaining layers are numbered from 0.
 
     Parameters
     ----------
@@ -55,10 +55,12 @@ def pruned_names(names: Iterable[str], n_layer: int, layers: Sequence[int]) -> d
     """
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not 0 <= layer < n_layer:
-            raise ValueError(f"prune_layers={layer}, must be 0 to {n_layer - 1}, the model has {n_layer} layers.")
+            raise ValueError(f"prune_layers={layer}, must be 0 to {n_layer - 1}. Choose a layer of the model.")
     stay = sorted(set(range(n_layer)) - set(layers))
     if not stay:
-        raise ValueError(f"prune_layers={','.join(map(str, layers))}, must leave at least one of {n_layer} layers.")
+        raise ValueError(
+            f"prune_layers={','.join(map(str, layers))}, must leave at least one of {n_layer} layers. Leave out fewer."
+        )
     number = {layer: i for i, layer in enumerate(stay)}
     found = {}
     for name in names:
@@ -71,7 +73,7 @@ def pruned_names(names: Iterable[str], n_layer: int, layers: Sequence[int]) -> d
 
 
 def pruned_metadata(metadata: Mapping[str, Any], n_layer: int, layers: Sequence[int]) -> dict[str, Any]:
-    """Return the keys to be set: the new number of layers.
+    """Return the changed metadata: the new number of layers.
 
     Raises
     ------
@@ -81,5 +83,5 @@ def pruned_metadata(metadata: Mapping[str, Any], n_layer: int, layers: Sequence[
     arch = metadata.get("general.architecture")
     for key, value in metadata.items():
         if key.startswith(f"{arch}.") and np.ndim(value) == 1 and len(value) == n_layer:
-            raise ValueError(f"{key}: has a value per layer, layers can be left out only of models without such keys.")
+            raise ValueError(f"{key}: has a value per layer, which pruning does not support. Leave prune_layers out.")
     return {f"{arch}.block_count": np.uint32(n_layer - len(set(layers)))}

@@ -110,7 +110,7 @@ def quantize(
     _check_apart(job, reuse)
     old = _Reusable(Path(reuse)) if reuse is not None else None
     if dry_run:
-        for line in _foretell(job, old, overwrite):
+        for line in _preview(job, old, overwrite):
             report(line) if report is not None else tqdm.write(str(line))
         return None
     _check_outputs(job, overwrite)
@@ -139,7 +139,7 @@ def quantize(
 
 
 def _check_apart(job: Job, reuse: str | Path | None) -> None:
-    """Refuse outputs that the call reads."""
+    """Refuse outputs that the same call reads."""
     read = [job.options.imatrix, job.options.layout_of, reuse]
     inputs = input_files([job.source, *(given for given in read if isinstance(given, str | Path))])
     for path in _paths(job):
@@ -147,7 +147,7 @@ def _check_apart(job: Job, reuse: str | Path | None) -> None:
 
 
 def _check_outputs(job: Job, overwrite: bool) -> None:
-    """Refuse outputs that exist, and a file in the place of the digests that is something else."""
+    """Refuse outputs that exist, and another file with the name of the digests."""
     paths = _paths(job)
     check_outputs(paths, overwrite=overwrite)
     if paths and not is_stream(paths[0]):
@@ -159,23 +159,23 @@ def _paths(job: Job) -> list[Path]:
 
 
 def _digests_path(path: Path) -> Path:
-    """Return the place of the digests of a quantized file."""
+    """Return the path of the digests of a quantized file."""
     return beside(follow(path), DIGESTS)
 
 
-def _foretell(job: Job, old: _Reusable | None, overwrite: bool) -> Iterator[Plan | str]:
-    """Yield the plan and what else a run would meet."""
+def _preview(job: Job, old: _Reusable | None, overwrite: bool) -> Iterator[Plan | str]:
+    """Yield the plan, and notes about existing outputs and reusable tensors."""
     yield plan_of(job)
     for output in job.outputs:
         if not overwrite and output.path is not None and output.path.exists() and not is_stream(output.path):
             yield f"{output.path}: exists; the run needs overwrite=True or another name"
     if old is not None:
         same = sum(old.has_same_type(step) for step in job.steps)
-        yield f"{same} of {len(job.steps)} tensors can be reused where their source has not changed"
+        yield f"{same} of {len(job.steps)} tensors can be reused if their source is unchanged"
 
 
 def _run(job: Job, target: Unfinished | Sink, old: _Reusable | None, histogram: bool, report) -> None:
-    """Take all steps that `target` does not have yet: slabs in all threads at once, written in their order."""
+    """Process all steps that `target` lacks: slabs in all threads, written in order."""
     steps = job.steps
     done = len(target.records)
     if report is not None and done:
@@ -219,7 +219,7 @@ class _Slab(NamedTuple):
 
 
 def _slabs(steps: Iterable[Step], old: _Reusable | None) -> Iterator[_Slab]:
-    """Yield the slabs of all tensors, those of an older output where it has the same."""
+    """Yield the slabs of all tensors, from an older output if it has the same tensor."""
     for step in steps:
         tensor = old and old.find(step) or step.tensor
         for start, stop in row_ranges(tensor):
@@ -238,7 +238,7 @@ def _take(slab: _Slab, histogram: bool) -> tuple[_Slab, np.ndarray, bytes, np.nd
 
 
 def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
-    """Return rows in their new type, as valid as llama-quantize wants them; `start` is the number of the first one."""
+    """Encode rows and validate them as llama-quantize does; `start` is the first row's number."""
     from quantlab.quants.validate import check_encoded, check_stored  # numba, which a plan on paper does without
 
     tensor, qtype = step.tensor, step.choice.qtype
@@ -261,7 +261,7 @@ def encode(step: Step, rows: np.ndarray, start: int = 0) -> np.ndarray:
 
 
 def _tensor_line(i: int, n: int, step: Step, is_old: bool, codes: np.ndarray) -> str:
-    """Return one tensor's line: number, name, shape, type and size before and after, how, shares of the codes."""
+    """Return one tensor's line: number, name, shape, types, sizes, reason, shares of the codes."""
     tensor, choice = step.tensor, step.choice
     shape = " × ".join(map(str, tensor.shape))
     sizes = f"{tensor.nbytes / MIB:.2f} → {step.spec.nbytes / MIB:.2f} MiB"
@@ -281,12 +281,12 @@ def _digest(weights: np.ndarray | None) -> str | None:
 
 
 def _digest_of(rows: np.ndarray) -> bytes:
-    """Digest a slab of a tensor's source, at the speed of memory: against accidents, not against forgers."""
+    """Return a fast digest of a slab of a tensor's source, against accidents, not against attacks."""
     return xxh3_128_digest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
 
 def identity(job: Job) -> str:
-    """Return a digest of all that the output's bytes depend on; source files count by name, size and time."""
+    """Return a digest of everything that decides the output's bytes (source files: name, size, time)."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in job.files]
     headers, weights = [output.digest for output in job.outputs], [_digest(step.weights) for step in job.steps]
     return hashlib.sha256(json.dumps([SCHEMA, stats, job.options.via, headers, weights]).encode()).hexdigest()
@@ -313,7 +313,9 @@ class _Reusable:
         sidecar, old = _digests_path(path), beside(path, ".json")
         sidecar = old if old.is_file() and not sidecar.is_file() else sidecar
         if not sidecar.is_file():
-            raise FileNotFoundError(f"{sidecar}: not there, {path.name} cannot be reused without its digests.")
+            raise FileNotFoundError(
+                f"{sidecar}: is missing, but reusing {path.name} needs its digests. Leave reuse out."
+            )
         try:
             stored = json.loads(sidecar.read_text(encoding="utf-8"))
             self._digests = stored["tensors"]
@@ -345,11 +347,11 @@ class _Reusable:
         return self._model.tensor(step.tensor.name) if digest.hexdigest() == self.source(step) else None
 
     def has_same_type(self, step: Step) -> bool:
-        """Whether the old tensor was made from the same type, to the same type, with the same weights."""
+        """Tell whether the old tensor has the same source type, type and weights."""
         wanted = {"from": step.tensor.qtype, "type": step.choice.qtype, "imatrix": _digest(step.weights)}
         stored = self._digests.get(step.tensor.name)
         return stored is not None and all(stored.get(key) == value for key, value in wanted.items())
 
     def source(self, step: Step) -> str:
-        """Return the digest of the source of a tensor that `find` found."""
+        """Return the digest of the source of a tensor that `find` returned."""
         return self._digests[step.tensor.name].get("source", "")

@@ -1,4 +1,4 @@
-"""Refined files: what tells them, which of their tensors have refined bytes, and how far those may be from the source.
+"""Refined files: their marks, their refined tensors, and bounds on the distance from the source.
 
 `quantlab refine` chooses codes and scales for the outputs of a layer, on a text. Without that text nobody can say which
 codes it must choose, so blocks are held against the source by distance alone. Two things move a weight:
@@ -31,7 +31,7 @@ NOTHING = 0.9  # the same over the weights' own size, at most
 
 
 def has_refined_bytes(tensor: LazyTensor, qtype: str) -> bool:
-    """Whether a source's tensor gets refined bytes at a type: a matrix of a layer or the output, on a grid.
+    """Tell whether a tensor gets refined bytes at a type: a matrix of a layer or the output, on a grid.
 
     Experts do not: few tokens come to each.
     """
@@ -40,13 +40,13 @@ def has_refined_bytes(tensor: LazyTensor, qtype: str) -> bool:
 
 
 def declaration(model: Model) -> str:
-    """Return what a file says of its refinement; empty if nothing."""
+    """Return a file's metadata about refinement (empty: none)."""
     said = {key.removeprefix(PREFIX): value for key, value in model.metadata.items() if key.startswith(PREFIX)}
     return ", ".join(f"{key} {short(untyped(value))}" for key, value in said.items())
 
 
 class Distance:
-    """How far the blocks of a refined tensor are from their weights, beside ordinary encoding.
+    """The distance of a refined tensor's blocks from their weights, compared with ordinary encoding.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Distance:
         self._signal = self._noise = 0.0
 
     def add(self, x: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> float:
-        """Take in rows as they are stored: the weights, ordinary encoding's, the file's; return the weights' square."""
+        """Add stored rows of the weights, ordinary encoding and the file; return the weights' square."""
         qtype, n_per_row = self._tensor.qtype, self._tensor.shape[-1]
         weights = as_floats(x, self._source, n_per_row)
         own, far = (as_floats(rows, qtype, n_per_row) - weights for rows in (ours, theirs))
@@ -88,19 +88,19 @@ class Distance:
 
     @property
     def misfit(self) -> str:
-        """What is wrong where the largest distance is too large."""
+        """A description of the fault if the largest distance is too large."""
         row, block = self._place
         return (
             f"{self._tensor.name}: the block in row {row}, weights {block * self._size}:{(block + 1) * self._size}, is "
-            f"{self.largest:.2f} of their size from the source's, refining leaves less"
+            f"{self.largest:.2f} of their size from the source's, more than refining causes"
         )
 
     @property
     def ordinary(self) -> float:
-        """Distance of ordinary encoding, over the size of the weights, of the whole tensor."""
+        """Distance of ordinary encoding for the whole tensor, relative to the weights' size."""
         return float(np.sqrt(self._noise / self._signal)) if self._signal else 0.0
 
 
 def bound(distances: list[Distance]) -> float:
-    """Return how far a block of a file with these tensors may be."""
+    """Return the largest allowed distance of a block in a file with these tensors."""
     return min(NOTHING, FAR * max((distance.ordinary for distance in distances), default=0.0))

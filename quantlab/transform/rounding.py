@@ -1,4 +1,4 @@
-"""Whether a block that is not ours is the same search under another compiler's rounding.
+"""Recognition of blocks that come from the same search with another compiler's rounding.
 
 Two things are held against a block that differs from what our encoders make of the same weights:
 
@@ -36,7 +36,7 @@ MAX_ERROR = 10.0  # of a block that is left over, as a multiple of ours
 def is_other_rounding(
     x: np.ndarray, ours: np.ndarray, theirs: np.ndarray, qtype: str, imatrix: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Judge the blocks of rows.
+    """Tell which blocks of rows can come from another compiler's rounding.
 
     Parameters
     ----------
@@ -73,12 +73,12 @@ def is_other_rounding(
 
 
 def allowed(left: int, n_blocks: int) -> bool:
-    """Whether so many blocks may be neither ours nor the fused ones."""
+    """Tell whether this number of blocks may be neither this package's nor the fused ones."""
     return left <= max(FEW, MAX_LEFT * n_blocks)
 
 
 def _codes_are_nearest(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.ndarray:
-    """Whether each block's codes are the nearest under its own scales; codes under a scale of 0 mean nothing."""
+    """Tell whether each block's codes are nearest under its own scales (ignored: scales of 0)."""
     first, step = quants.grid(blocks, qtype)
     top = len(GGML_TYPES[qtype].levels) - 1
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -88,7 +88,7 @@ def _codes_are_nearest(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.ndar
 
 
 def _codes_are_on_a_line(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.ndarray:
-    """Whether some `slope * x + shift` rounds to each block's codes; without a minimum, the shift is that of code 0."""
+    """Tell whether some `slope * x + shift` rounds to each block's codes (no minimum: code 0's shift)."""
     levels = np.array(GGML_TYPES[qtype].levels, np.float64)
     codes, lowest, highest = levels[quants.codes(blocks, qtype)], levels.min(), levels.max()
     low = np.where(codes == lowest, -np.inf, codes - 0.5)  # beyond the last codes everything is rounded to them
@@ -96,7 +96,7 @@ def _codes_are_on_a_line(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.nd
     step = quants.grid(blocks, qtype)[1][:, :1].astype(np.float64)
 
     def room(slope):
-        """How far the best shift keeps all weights from the middles of their codes; negative where it cannot."""
+        """Return the margin of the best shift to the middles between codes (negative: no shift works)."""
         floor, ceiling = (low - slope * x).max(axis=1), (high - slope * x).min(axis=1)
         return (ceiling - floor) / 2 if lowest == 0 else np.minimum(ceiling, -floor)
 
@@ -110,13 +110,13 @@ def _codes_are_on_a_line(x: np.ndarray, blocks: np.ndarray, qtype: str) -> np.nd
 
 
 def _errors(x: np.ndarray, blocks: np.ndarray, qtype: str, weights: np.ndarray, power: int) -> np.ndarray:
-    """The error of each block that the search minimizes."""
+    """Return the error of each block that the search minimizes."""
     difference = np.abs(x - quants.dequantize(blocks, qtype, x.shape)).astype(np.float64)
     return (weights * difference**power).sum(axis=1)
 
 
 def _error_weights(x: np.ndarray, qtype: str, imatrix: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """The weights by which the search of a type counts errors, and the power of the errors.
+    """Return the weights of errors in a type's search, and the power of the errors.
 
     Source: `quantize_row_*_ref` and `quantize_row_*_impl` of ggml-quants.c.
     """

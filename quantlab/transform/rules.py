@@ -1,4 +1,4 @@
-"""Rule sets of mixtures: which tensors may be quantized, and which type a ftype gives to each of them.
+"""Rule sets of mixtures: the tensors that may be quantized, and the type that a ftype gives each.
 
 Names and shapes of tensors decide, and a few hyper-parameters: any architecture can be quantized. Two sets are kept,
 `current` and `2023-12` (llama.cpp 948ff137, which the published tables for LLaMA-7B belong to). A rule set counts
@@ -71,7 +71,7 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 
 
 def is_quantizable(name: str, shape: tuple[int, ...], arch: str = "") -> bool:
-    """Tell whether the current rules quantize a tensor at all: matrices called `…weight` but for small, special ones.
+    """Tell whether the current rules quantize a tensor: a matrix called `…weight`, not a small special one.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def is_quantizable(name: str, shape: tuple[int, ...], arch: str = "") -> bool:
 
 
 def category(name: str) -> str:
-    """Return what a tensor is to the rules; `other` where they do not ask."""
+    """Return a tensor's category in the rules (default: `other`)."""
     if name == "output.weight":
         return "output"
     if name in EMBEDDINGS:
@@ -182,7 +182,7 @@ class CurrentRules:
         return "Q5_K" if self.ftype in (*_SMALLEST, "IQ3_XXS") else "Q6_K"
 
     def _smallest(self, kind: str, base: str) -> str:
-        """Types in files of one and two bits."""
+        """Return the type of a tensor in files of one and two bits."""
         better = "IQ3_S" if self.ftype in _IQ2_S else "Q2_K"
         if kind in _LIKE_V:
             self.i_attn_v += 1
@@ -270,14 +270,14 @@ class CurrentRules:
         return "IQ3_XXS" if self.ftype == "IQ3_XS" and is_middle else base
 
     def _layer(self, name: str, count: int) -> int:
-        """Return the number of a feed-forward tensor's layer: as counted, or in a mixture of experts as named."""
+        """Return a feed-forward tensor's layer number, counted or (mixture of experts) from its name."""
         if self.n_expert <= 1:
             return count
         layer = layer_of(name)
         if not 0 <= layer < self.n_layer:
             raise ValueError(
                 f"{name}: layer={layer}, must be within 0:{self.n_layer}, the layers in the metadata. "
-                f"Check the file's block_count."
+                f"Check block_count in the metadata."
             )
         return layer
 
@@ -297,7 +297,7 @@ class Rules2023:
             )
         stacked = next((name for name, shape in shapes.items() if len(shape) > 2 and shape[-3] > 1), None)
         if stacked is not None:
-            raise ValueError(f"{stacked}: has 3 dimensions, unknown to rules=2023-12. Use the current rules.")
+            raise ValueError(f"{stacked}: has 3 dimensions, which rules=2023-12 do not know. Use the current rules.")
         self.ftype, self.is_falcon, self.n_expert = ftype, hparams.arch == "falcon", hparams.n_expert
         self.is_70b = hparams.arch == "llama" and hparams.n_layer == 80 and hparams.n_head != hparams.n_head_kv
         self.n_attn_v = sum("attn_v.weight" in name or "attn_qkv.weight" in name for name in shapes)

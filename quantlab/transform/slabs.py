@@ -1,4 +1,4 @@
-"""Slabs: rows of a tensor that are read and worked on at once, in other threads, ahead of who takes the results."""
+"""Slabs: rows of a tensor that other threads read and process together, ahead of the consumer."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -15,7 +15,7 @@ BATCH = 2 * SLAB  # weights, or more, that a thread takes at once
 
 
 def row_ranges(tensor: LazyTensor) -> Iterator[tuple[int, int]]:
-    """Yield first row and end of each slab of a tensor: rows of one expert, or several whole experts."""
+    """Yield the first row and end of each slab: rows of one expert, or several whole experts."""
     expert = tensor.shape[-2] if len(tensor.shape) > 2 else tensor.nrows
     n = max(1, SLAB // tensor.shape[-1])  # pyright: ignore[reportGeneralTypeIssues]
     if expert <= n:
@@ -34,7 +34,7 @@ def in_order(
     kernel_threads: int | None = None,
     ahead: int = 2,
 ) -> Generator:
-    """Yield ``work(item)`` for each item, in their order, while the next ones are worked on in other threads.
+    """Yield ``work(item)`` for each item in order, while other threads process the next ones.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def in_order(
 
 
 def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Callable[[Any], int]) -> Generator:
-    """Yield ``work(item)`` as `in_order` does, in as many threads as numba has; `work` spends its time in kernels.
+    """Yield ``work(item)`` as `in_order` does, with numba's number of threads, for kernel-bound `work`.
 
     One thread that takes a slab from reading to encoding waits for nobody; threads that share a kernel wait for the
     slowest of them, slab after slab. To hand an item to a thread and its result back takes as long as a small tensor
@@ -88,7 +88,7 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
         return
     threads = numba.get_num_threads()
     batches = _batches(items, n_weights)
-    taken = in_order(partial(_taken, work), batches, threads=threads, kernel_threads=1, ahead=threads + 1)
+    taken = in_order(partial(_until_error, work), batches, threads=threads, kernel_threads=1, ahead=threads + 1)
     with closing(taken):
         for results, error in taken:
             yield from results
@@ -97,13 +97,13 @@ def kernels_in_order(work: Callable[[Any], Any], items: Iterable, n_weights: Cal
 
 
 def weights_in_flight(slab: int, threads: int) -> int:
-    """Return how many weights `kernels_in_order` holds at most, as read, decoded and encoded, if slabs have `slab`."""
+    """Return the largest number of weights that `kernels_in_order` holds with slabs of `slab` weights."""
     batches = threads + 4  # in work or done, taken, the one before, and as much that is free but not given back
     return batches * (BATCH + slab) + threads * (slab + max(slab, PIECE))
 
 
 def _batches(items: Iterable, n_weights: Callable[[Any], int]) -> Iterator[list]:
-    """Yield neighbours together that have BATCH weights or more: at most three slabs."""
+    """Yield batches of adjacent slabs with BATCH weights or more, at most three slabs each."""
     batch, n = [], 0
     for item in items:
         batch.append(item)
@@ -115,8 +115,8 @@ def _batches(items: Iterable, n_weights: Callable[[Any], int]) -> Iterator[list]
         yield batch
 
 
-def _taken(work: Callable[[Any], Any], batch: list) -> tuple[list, Exception | None]:
-    """Return the results of a batch up to the first error, and that."""
+def _until_error(work: Callable[[Any], Any], batch: list) -> tuple[list, Exception | None]:
+    """Return the results of a batch up to the first error, and the error."""
     results: list = []
     try:
         for item in batch:

@@ -29,7 +29,7 @@ MAX_TENSORS = 128  # of a shard, where no limit is given
 
 @dataclass(frozen=True)
 class Shard:
-    """One file that is written: its path, its metadata, and its tensors where they lie now."""
+    """One file of the output: its path, its metadata, and the present places of its tensors."""
 
     path: Path
     metadata: dict[str, Any]
@@ -45,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split(Result):
-    """How a GGUF file is, or would be, distributed over shards.
+    """The distribution of a GGUF file over shards, written or planned.
 
     Attributes
     ----------
@@ -126,9 +126,9 @@ def split(
     groups = groups_within(header.tensors, max_tensors=max_tensors, max_size=max_size)
     groups = [[], *groups] if no_tensor_first_split else groups
     if len(groups) > MAX_SHARDS:
-        raise ValueError(f"{header.path}: {len(groups)} shards, must be at most {MAX_SHARDS}. Raise the limit.")
+        raise ValueError(f"{header.path}: {len(groups)} shards, must be at most {MAX_SHARDS}. Use larger shards.")
     if outfile is not None and is_stream(outfile):
-        raise ValueError(f"{outfile}: is a device or a pipe, shards need names of files. Name another output.")
+        raise ValueError(f"{outfile}: is a device or a pipe, shards must be files. Choose another output.")
     result = Split(header.path, tuple(_shards(header, Path(outfile or header.path), groups)))
     check_outputs([shard.path for shard in result.shards], [header.path], overwrite=overwrite)
     if not dry_run:
@@ -137,7 +137,7 @@ def split(
 
 
 def merge(src: str | Path, outfile: str | Path | None = None, *, overwrite: bool = False) -> Path:
-    """Put the shards of a GGUF file together again: the bytes that were split.
+    """Merge the shards of a GGUF file into the bytes that were split.
 
     llama-gguf-split leaves the keys ``split.no``, ``split.count`` (0) and ``split.tensors.count`` in what it merges;
     here they go, so that a hash of the file that was split holds.
@@ -167,7 +167,9 @@ def merge(src: str | Path, outfile: str | Path | None = None, *, overwrite: bool
     header = read_header(src)
     headers = shard_headers(header)
     if "split.count" not in header.metadata:
-        raise ValueError(f"{header.path}: split.count is not there, must be one of several shards. It is whole.")
+        raise ValueError(
+            f"{header.path}: split.count is missing, must be one of several shards. Use the file directly."
+        )
     path = _without_numbers(header.path) if outfile is None else Path(outfile)
     check_apart(path, input_files([header.path]))
     metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
@@ -181,30 +183,32 @@ def _without_numbers(shard: Path) -> Path:
     """Return the name of a whole file, given the name of one of its shards."""
     name, found = re.subn(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", shard.name)
     if not found:
-        raise ValueError(f"{shard}: has no numbers to leave out in the output's name. Name the output.")
+        raise ValueError(f"{shard}: has no shard numbers, so the output has no name. Give outfile.")
     return shard.with_name(name)
 
 
 def _limits(max_tensors: int | None, max_size: str | int | None) -> tuple[int | None, int | None]:
-    """Return the two limits as numbers, checked."""
+    """Check the two limits and return them as numbers."""
     if max_tensors is not None and max_size is not None:
-        raise ValueError("max_tensors and max_size: only one of them may be given")
+        raise ValueError("max_tensors and max_size: must not both be given. Leave one out.")
     if max_size is None:
         max_tensors = MAX_TENSORS if max_tensors is None else max_tensors
         if max_tensors < 1:
-            raise ValueError(f"max_tensors={max_tensors}, must be at least 1")
+            raise ValueError(f"max_tensors={max_tensors}, must be at least 1. Choose a larger number.")
         return max_tensors, None
     unit = {"M": 10**6, "G": 10**9}.get(str(max_size)[-1:], 1)
     digits = str(max_size)[:-1] if unit > 1 else str(max_size)
     if not (digits.isascii() and digits.isdecimal()) or not 0 < int(digits) * unit < 1 << 63:
-        raise ValueError(f"max_size={max_size}, must be a positive whole number of bytes, or one with M or G after it")
+        raise ValueError(
+            f"max_size={max_size}, must be a positive number of bytes, or one followed by M or G. Correct it."
+        )
     return None, int(digits) * unit
 
 
 def groups_within(
     tensors: Sequence[TensorInfo], *, max_tensors: int | None = None, max_size: str | int | None = None
 ) -> list[list[TensorInfo]]:
-    """Distribute the tensors in their order; a shard is full when the next tensor would break its limit.
+    """Distribute the tensors in order; a shard is full if the next tensor would exceed its limit.
 
     Raises
     ------
@@ -226,7 +230,7 @@ def groups_within(
 
 
 def _shards(header: Header, stem: Path, groups: Sequence[Sequence[TensorInfo]]) -> Iterator[Shard]:
-    """Yield the shards: all metadata in the first, the numbers in each."""
+    """Yield the shards, with all metadata in the first and the numbers in each."""
     prefix = stem.name.removesuffix(".gguf")
     own = {key: value for key, value in header.metadata.items() if not key.startswith("split.")}
     for i, group in enumerate(groups):
@@ -245,7 +249,7 @@ def shard_numbers(i: int, count: int, n_tensors: int) -> dict[str, Any]:
 
 
 def _write(shards: Sequence[Shard], places: dict[str, Path], overwrite: bool) -> None:
-    """Write all files beside their names, and rename them when all are whole."""
+    """Write all files beside their final names, and rename them when all are complete."""
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     with ExitStack() as stack, tqdm(total=total, unit="B", unit_scale=True) as bar:
         parts = [stack.enter_context(replacing(shard.path, overwrite=overwrite)) for shard in shards]

@@ -1,4 +1,4 @@
-"""Output files that are not finished: written beside their final names, with a journal from which a later run goes on.
+"""Unfinished output files: written beside their final names, with a journal for resuming.
 
 For an output ``m.gguf`` there is ``m.gguf.part``, which only ever grows, and ``m.gguf.part.json``: one line that
 identifies the job, then one line per tensor, written once the tensor's bytes are in the file. A process that is killed
@@ -28,7 +28,7 @@ _JOURNAL = b'{"identity": '  # how every journal begins
 
 
 class Unfinished:
-    """The files of one job on their way; a context manager.
+    """The unfinished files of one job, as a context manager.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class Unfinished:
         return self
 
     def _check_own(self) -> None:
-        """Refuse to write where files have the names of unfinished ones but are something else."""
+        """Refuse to write if other files have the names of unfinished ones."""
         try:
             with open(self._journal_path, "rb") as file:
                 start = file.read(len(_JOURNAL))
@@ -79,7 +79,9 @@ class Unfinished:
         except FileNotFoundError:
             others = [part for part in self._parts if os.path.lexists(part)]
         for path in others:
-            raise FileExistsError(f"{path}: is not an unfinished output of quantlab. Move it, or name another output.")
+            raise FileExistsError(
+                f"{path}: is not an unfinished output of quantlab. Move it, or choose another output."
+            )
 
     def _survivors(self, journal: bytes) -> list[dict]:
         """Return the records of an earlier run whose bytes are in the files."""
@@ -94,7 +96,7 @@ class Unfinished:
         return records
 
     def write(self, block: np.ndarray) -> None:
-        """Append bytes of the tensor that comes next."""
+        """Append bytes of the next tensor."""
         if self._file is None:
             self._open_part()
         view = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
@@ -102,7 +104,7 @@ class Unfinished:
             view = view[self._file.write(view) :]  # pyright: ignore[reportOptionalMemberAccess]
 
     def _open_part(self) -> None:
-        """Open the file of the tensor that comes next, at its place."""
+        """Open the file of the next tensor at its position."""
         i, _, start, _ = self._places[len(self.records)]
         is_first = len(self.records) == 0 or self._places[len(self.records) - 1][0] != i
         self._file = open(self._parts[i], "wb" if is_first else "r+b", buffering=0)
@@ -112,7 +114,7 @@ class Unfinished:
         self._file.seek(start)
 
     def finish(self, source: str) -> None:
-        """Pad the tensor whose bytes are written, and note it in the journal."""
+        """Pad the finished tensor, and record it in the journal."""
         i, name, _, end = self._places[len(self.records)]
         self.write(np.zeros(end - self._file.tell(), np.uint8))
         self.records.append({"name": name, "source": source})
@@ -122,7 +124,7 @@ class Unfinished:
             self._file = None
 
     def rename(self) -> None:
-        """Give the files, now whole, their final names; the first shard last."""
+        """Give the complete files their final names, the first shard last."""
         for part, output in zip(self._parts, self._outputs, strict=True):
             if not output.steps:  # a vocabulary alone, or a first shard for the metadata
                 part.write_bytes(output.header)
@@ -140,12 +142,12 @@ class Unfinished:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 f"{self._outputs[0].path}: no space left on the disk after {len(self.records)} of {len(self._places)} "
-                f"tensors. Free some space and run the same command again; it goes on from there."
+                f"tensors. Free some space and run the same command again; it resumes there."
             ) from error
 
 
 class Sink:
-    """Any object with ``.write`` in the place of `Unfinished`: one output, nothing to resume."""
+    """One output to an object with ``.write``, without a journal for resuming."""
 
     def __init__(self, file: BinaryIO, output: Output):
         self.records: list[dict] = []
@@ -154,7 +156,7 @@ class Sink:
             file.write(output.header)
 
     def write(self, block: np.ndarray) -> None:
-        """Append bytes of the tensor that comes next."""
+        """Append bytes of the next tensor."""
         if not self._at:
             self._at += len(self._output.header)
             self._file.write(self._output.header)
@@ -162,7 +164,7 @@ class Sink:
         self._at += block.nbytes
 
     def finish(self, source: str) -> None:
-        """Pad the tensor whose bytes are written."""
+        """Pad the finished tensor."""
         self._file.write(bytes(-self._at % self._output.alignment))
         self._at += -self._at % self._output.alignment
         self.records.append({"name": self._output.steps[len(self.records)].tensor.name, "source": source})
@@ -173,7 +175,7 @@ def _line(record: dict) -> bytes:
 
 
 def _places(outputs: Sequence[Output]):
-    """Yield the output number, name, first byte and byte behind the padding of every tensor."""
+    """Yield every tensor's output number, name, first byte and end including padding."""
     for i, output in enumerate(outputs):
         start = len(output.header)
         for step in output.steps:

@@ -1,4 +1,4 @@
-"""Whether a quantized file comes from the model it names: quantize again in memory, and hold block against block."""
+"""Verification that a quantized file comes from a model: quantize again in memory, compare blocks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ IDENTICAL, ROUNDING, REFINED, OTHER = VERDICTS = ("identical", "rounding", "refi
 MEANING = {
     IDENTICAL: "identical",
     ROUNDING: "same type, rules and matrix, another compiler's rounding",
-    REFINED: "same type and rules, refined: no block farther from its weights than refining leaves it",
+    REFINED: "same type and rules, refined: every block is as near to its weights as refining allows",
     OTHER: "other",
 }
 COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "relative"]
@@ -62,7 +62,7 @@ SHOWN = 20  # tensors and keys that do not fit, on a terminal
 
 @dataclass(frozen=True)
 class Verification(Result):
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class Verification(Result):
 
     @property
     def is_genuine(self) -> bool:
-        """Whether the file comes from the source: the verdict is not "other"."""
+        """True if the file comes from the source: the verdict is not "other"."""
         return self.verdict != OTHER
 
     def to_frame(self) -> pd.DataFrame:
@@ -110,7 +110,7 @@ class Verification(Result):
         return lines + [f"does not fit: {misfit}" for misfit in self.misfits[:SHOWN]] + more
 
     def _shown(self) -> pd.DataFrame:
-        """Tensors and blocks by type and verdict."""
+        """Return tensors and blocks by type and verdict."""
         groups = self.tensors.groupby(["qtype", "verdict"], sort=False)
         sums = {key: (key, "sum") for key in ("blocks", "differing", "fused", "left")}
         return groups.agg(tensors=("name", "size"), **sums).reset_index()
@@ -122,7 +122,7 @@ class Verification(Result):
 def verify(
     quant: str | Path, source: str | Path, *, imatrix: str | Path | ImportanceMatrix | None = None
 ) -> Verification:
-    """Check whether a quantized file was made from a model, by quantizing that model again in memory.
+    """Check that a quantized file was made from a model, by quantizing the model again in memory.
 
     Types are taken from the file, tensor by tensor, and the mixture they belong to is looked up. Memory holds a few
     slabs of rows; reading, quantizing and comparing overlap.
@@ -179,7 +179,7 @@ def verify(
 
 
 def _bases(path: Path) -> Iterator[Model]:
-    """Yield the source in every precision in which it may have been converted."""
+    """Yield the source in every precision that a conversion may have used."""
     model = open_model(path)
     yield model
     if not model.is_checkpoint:
@@ -191,12 +191,12 @@ def _bases(path: Path) -> Iterator[Model]:
 
 
 def _precision(model: Model) -> str:
-    """The type of a model's first matrix."""
+    """Return the type of a model's first matrix."""
     return next((tensor.qtype for tensor in model if len(tensor.shape) > 1), "F32")
 
 
 def _nearest(model: Model, bases: list[Model], matrix: dict[str, np.ndarray]) -> tuple[Model, list[dict]]:
-    """Return the base that the file comes from, and the rows of its tensors.
+    """Return the most likely base of the file, and the rows of its tensors.
 
     A checkpoint's precisions may differ in a handful of weights. Where the starts of a few tensors leave more than one
     base, all blocks decide.
@@ -217,7 +217,7 @@ def _nearest(model: Model, bases: list[Model], matrix: dict[str, np.ndarray]) ->
 
 
 def _share_found(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> float:
-    """The share of blocks, at the start of a few tensors, that quantizing this base gives."""
+    """Return the share of blocks, at the start of a few tensors, that quantizing this base gives."""
     tally = Tally()
     wanted = [t for t in model if len(t.shape) > 1 and t.name in base and t.qtype in WRITABLE]
     for tensor in wanted[:: max(1, len(wanted) // 4)]:
@@ -233,13 +233,13 @@ def _share_found(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> fl
 
 
 def _step(tensor: LazyTensor, qtype: str, matrix: dict[str, np.ndarray]) -> Step:
-    """How one tensor of the source gets the type that it has in the file."""
+    """Return the step that gives a tensor of the source its type in the file."""
     choice = Choice(qtype, qtype, "asked")
     return Step(tensor, choice, weights_of(tensor, choice, matrix) if qtype in WEIGHTED else None)
 
 
 def _can_encode(step: Step) -> bool:
-    """Tell whether there is an encoder for a step's type, and the importance that some of them need."""
+    """Tell whether a step's type has an encoder, and the importance that some encoders need."""
     qtype = step.choice.qtype
     return qtype in WRITABLE and (step.weights is not None or bool(ggml_type(qtype).encoder))
 
@@ -248,7 +248,7 @@ def _can_encode(step: Step) -> bool:
 
 
 def _mixture(model: Model, base: Model) -> tuple[str, list[str]]:
-    """Name the mixture whose types the file has; tell what does not fit the ftype that the file itself gives."""
+    """Name the mixture of the file's types, and report a conflict with the ftype in its metadata."""
     found = mixtures(model)
     numbers: dict[int | None, str] = {ftype.number: ftype.name for ftype in FTYPES.values() if ftype.number is not None}
     given = numbers.get(model.ftype)
@@ -258,13 +258,13 @@ def _mixture(model: Model, base: Model) -> tuple[str, list[str]]:
     misfits = []
     if given not in [m["ftype"] for m in found]:
         misfits.append(
-            f"metadata general.file_type: {model.ftype} ({given or 'no ftype that is known'}), the types are {named[0]}"
+            f"metadata general.file_type: {model.ftype} ({given or 'unknown ftype'}), the types are {named[0]}"
         )
     return " · ".join(dict.fromkeys(named)), misfits
 
 
 def _like(model: Model, base: Model, given: str | None) -> str:
-    """Describe types that no ftype gives by the mixture that comes nearest; they are taken as they are."""
+    """Describe types without a ftype by the most similar mixture."""
     has = {tensor.name: tensor.qtype for tensor in model if tensor.name in base}
     shapes = {name: base.tensor(name).shape for name in has}
     nearest: tuple[int, str] | None = None
@@ -278,11 +278,11 @@ def _like(model: Model, base: Model, given: str | None) -> str:
             name = f"{given} --pure" if pure else f"{given}, rules {rules}"
             text = f"{name}, but {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else name
             nearest = min(nearest or (len(others), text), (len(others), text), key=lambda item: item[0])
-    return nearest[1] if nearest else "none that is known; types are taken as they are"
+    return nearest[1] if nearest else "unknown; the file's types are used"
 
 
 def _metadata_misfits(model: Model, base: Model, matrix_keys: dict[str, Any]) -> list[str]:
-    """Compare the metadata with a source's; a checkpoint's vocabulary may be that of llama.cpp's converter too."""
+    """Compare the metadata with a source's (a checkpoint: also with llama.cpp's vocabulary of it)."""
     misfits = _misfits_with(model, base.metadata, matrix_keys)
     if misfits and base.is_checkpoint:
         theirs = _misfits_with(model, open_checkpoint(base.path, as_llama_cpp=True).metadata, matrix_keys)
@@ -291,7 +291,7 @@ def _metadata_misfits(model: Model, base: Model, matrix_keys: dict[str, Any]) ->
 
 
 def _misfits_with(model: Model, metadata: dict[str, Any], matrix_keys: dict[str, Any]) -> list[str]:
-    """What a quantizer copies from the source's metadata must be there; what it sets itself must make sense."""
+    """Report metadata that a quantizer should have copied, and values that it cannot have set."""
     expected = metadata_of(metadata, 0)
     own = {key: value for key, value in model.metadata.items() if OWN_KEYS.fullmatch(key)}
     changes = metadata_changes(
@@ -308,7 +308,7 @@ def _misfits_with(model: Model, metadata: dict[str, Any], matrix_keys: dict[str,
 
 
 def _table_misfits(model: Model, base: Model) -> list[str]:
-    """Tensors that only one of the two has, or that have another shape."""
+    """Report tensors that only one of the two has, or that differ in shape."""
     misfits = [f"{name}: is not in the source" for name in model.names if name not in base]
     misfits += [f"{name}: is missing" for name in base.names if name not in model]
     for tensor in model:
@@ -322,7 +322,7 @@ def _table_misfits(model: Model, base: Model) -> list[str]:
 
 
 class _Case:
-    """One tensor on trial."""
+    """The comparison of one tensor."""
 
     def __init__(self, tensor: LazyTensor, step: Step, is_refined: bool):
         self.tensor, self.step, self.tally = tensor, step, Tally()
@@ -334,7 +334,7 @@ class _Case:
         self.is_bare = False  # whether the matrix turned out not to have been used
 
     def add(self, x: np.ndarray, theirs: np.ndarray, ours: np.ndarray | None, step: Step) -> None:
-        """Compare a slab of the file with what quantizing the source's rows by `step` gave; None: it is invalid."""
+        """Compare a slab of the file with the source's rows quantized by `step` (None: invalid)."""
         if ours is None:
             self._add_invalid(theirs)
             return
@@ -374,7 +374,7 @@ class _Case:
             self.first = (start + int(rows[row]), int(block))
 
     def _add_invalid(self, theirs: np.ndarray) -> None:
-        """Count a slab with blocks that llama.cpp refuses; there is nothing to compare them with."""
+        """Count a slab with blocks that llama.cpp refuses, without a comparison."""
         bad = invalid_blocks(theirs.view(np.uint8), self.tensor.qtype)
         start = self.tally.n_blocks // bad.shape[1]
         self.invalid = self.invalid or first_invalid(theirs.view(np.uint8), self.tensor.qtype, start)
@@ -384,7 +384,7 @@ class _Case:
         self.left += int(bad.sum())
 
     def _without_matrix(self, x: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-        """Drop the matrix for this tensor if the first slab is not made with it, but is without it."""
+        """Drop the matrix for this tensor if the first slab matches only without it."""
         bare = replace(self.step, weights=None)
         if np.array_equal(ours, theirs) or not _can_encode(bare):
             return ours
@@ -397,7 +397,7 @@ class _Case:
         return ours
 
     def row(self, other_build: bool, farthest: float) -> dict:
-        """The tensor's verdict.
+        """Return the tensor's verdict.
 
         `other_build`: whether the file is one of a compiler that fuses. `farthest`: bound of refined blocks' distance.
         """
@@ -416,14 +416,14 @@ class _Case:
         return row | {"misfit": self._misfit(left, relative) if verdict == OTHER else ""}
 
     def _misfit(self, left: int, relative: float) -> str:
-        """Say what is wrong with the blocks, where, and how far their rows are from the source's."""
+        """Describe the wrong blocks: their place, and the distance of their rows from the source's."""
         size, of = quants.block_size(self.tensor.qtype), self.tally.n_blocks
         unit = f"{self.tensor.qtype} {'blocks' if size > 1 else 'values'}"
         if self.invalid:
             return f"{self.tensor.name}: {self.invalid}; llama.cpp refuses it"
         if self.distance is not None:
             return self.distance.misfit
-        text = f"{self.tensor.name}: {left} of {of} {unit} are not what the source gives"
+        text = f"{self.tensor.name}: {left} of {of} {unit} differ from the source's"
         if self.first is None:
             text += ", though their codes fit their scales, as with another importance matrix"
         else:
@@ -433,7 +433,7 @@ class _Case:
 
 
 def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[dict]:
-    """Return the row of every tensor that both have in one shape; slabs are quantized in all threads at once."""
+    """Return the row of every tensor with the same shape in both, and quantize slabs in all threads."""
     cases, rows = [], []
     declared = bool(refined.declaration(model))
     for tensor in model:
@@ -449,7 +449,7 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
     total = sum(case.step.tensor.nbytes for case in cases)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
         pairs = cuts((case, case.step.tensor, case.tensor) for case in cases)
-        for case, *slab in kernels_in_order(_tried, pairs, n_weights):
+        for case, *slab in kernels_in_order(_requantize, pairs, n_weights):
             case.add(*slab)
             bar.update(slab[0].nbytes)
     other_build = sum(case.fused for case in cases) >= sum(case.good for case in cases)
@@ -457,8 +457,8 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
     return [case.row(other_build, farthest) for case in cases] + rows
 
 
-def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray | None, Step]:
-    """Read the rows of a cut, and quantize the source's as things stand; None where the file's are invalid."""
+def _requantize(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray | None, Step]:
+    """Read the rows of a cut and quantize the source's (None: the file's rows are invalid)."""
     case, x, theirs, _ = read(cut)
     step, start = case.step, cut[3]
     if not is_valid(theirs.view(np.uint8), case.tensor.qtype):
@@ -467,10 +467,10 @@ def _tried(cut: Cut) -> tuple[_Case, np.ndarray, np.ndarray, np.ndarray | None, 
 
 
 def _unknown(tensor: LazyTensor) -> dict:
-    """The row of a tensor of a type that has no encoder here."""
+    """Return the row of a tensor whose type has no encoder here."""
     row = dict.fromkeys(COLUMNS, 0) | {"name": tensor.name, "qtype": tensor.qtype, "verdict": OTHER, "relative": np.nan}
     why = "without an importance matrix" if tensor.qtype in WRITABLE else "here"
-    misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized {why}, so that nothing is known of it"
+    misfit = f"{tensor.name}: {tensor.qtype} cannot be quantized {why}, so it is not verified"
     return row | {"imatrix": False, "is_bare": False, "misfit": misfit}
 
 
@@ -478,12 +478,12 @@ def _unknown(tensor: LazyTensor) -> dict:
 
 
 def _matrix_notes(model: Model, matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:
-    """Say what the bytes and the metadata tell of an importance matrix."""
+    """Describe the evidence of an importance matrix in bytes and metadata."""
     keys = [key for key in ("quantize.imatrix.file", "quantize.imatrix.entries_count") if key in model.metadata]
     used = [row["name"] for row in rows if row["imatrix"]]
     bare = [row["name"] for row in rows if row["is_bare"]]
     if matrix:
-        text = f"importance matrix: of use to {len(used)} tensors"
+        text = f"importance matrix: fits  {len(used)} tensors"
         return [text + (f"; {len(bare)} fit better without it: {', '.join(bare[:3])}" if bare else "")]
     if not keys:
         return ["importance matrix: none given, none recorded"]
@@ -492,7 +492,7 @@ def _matrix_notes(model: Model, matrix: dict[str, np.ndarray], rows: list[dict])
 
 
 def _matrix_misfits(matrix: dict[str, np.ndarray], rows: list[dict]) -> list[str]:
-    """A matrix that was given must have been of use."""
+    """Report a given matrix that the file was not made with."""
     asked = [row for row in rows if row["imatrix"] or row["is_bare"]]
     if matrix and asked and all(row["is_bare"] for row in asked):
         return ["importance matrix: the file was made without this one"]
