@@ -69,3 +69,33 @@ def test_an_outlier_hurts_its_neighbours_and_through_shared_scales_the_rest(rng)
 def test_a_type_without_codes_is_refused():
     with pytest.raises(ValueError, match="qtype='Q8_K', has no table of codes"):
         blocks.bit_map("Q8_K")
+
+
+@pytest.mark.parametrize("qtype", ["Q4_K", "IQ2_XXS", "IQ2_XS"])
+def test_fields_of_a_layout_are_those_that_the_decoder_reads(qtype, rng):
+    """Flip the first bit of every field: the weights that change are those that the field is about."""
+    fields = blocks.layout(qtype)
+    assert fields["n_bits"].sum() == 8 * quants.block_bytes(qtype)
+    assert (fields["bit"] + fields["n_bits"]).tolist()[:-1] == fields["bit"].tolist()[1:]
+    x = (rng.standard_normal(256) + 3).astype(np.float32)
+    importance = np.ones(256, np.float32) if qtype.startswith("IQ") else None
+    block = quants.quantize(x, qtype, importance)
+    before = quants.dequantize(block, qtype, (256,))
+    for row in fields.itertuples():
+        bits = np.unpackbits(block, bitorder="little")
+        bits[row.bit] ^= 1
+        change = np.flatnonzero(quants.dequantize(np.packbits(bits, bitorder="little"), qtype, (256,)) != before)
+        if row.field == "index":
+            first = int(row.label.split()[-1].split("–")[0])
+            assert set(change) <= set(range(first, first + 8)) and len(change)
+        elif row.field == "signs":
+            assert len(change) == 2  # the eighth sign follows from the others
+        elif row.field == "scale":
+            assert 0 < len(change) <= 32 and np.ptp(change) < 32
+        elif row.field == "codes":
+            assert len(change) == 1 and f"weights {64 * (row.line - 1)} to" in row.label
+
+
+def test_layouts_that_are_not_described_are_refused():
+    with pytest.raises(ValueError, match="qtype='F16', must be one of Q4_K, IQ2_XXS, IQ2_XS. Choose one of them."):
+        blocks.layout("F16")

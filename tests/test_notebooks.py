@@ -36,6 +36,12 @@ def read(name: str) -> nbformat.NotebookNode:
 INDEX = "\n".join(cell.source for cell in read("index").cells)
 
 
+def about(name: str) -> str:
+    """The title's cell and the one behind the parameters: the answer, what is read and written, how long it takes."""
+    cells = read(name).cells
+    return f"{cells[0].source}\n\n{cells[2].source}"
+
+
 def code_of(name: str) -> list[str]:
     return [cell.source for cell in read(name).cells if cell.cell_type == "code"]
 
@@ -53,8 +59,32 @@ def test_the_title_is_the_question_and_the_second_cell_the_parameters(name):
     first, second, *_ = read(name).cells
     title = first.source.splitlines()[0]
     assert title.startswith("# ") and title.endswith("?")
-    assert "**The answer.**" in first.source and "data/runs/" in first.source
+    assert "**The answer.**" in first.source and "data/runs/" in about(name)
     assert second.metadata["tags"] == ["parameters"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_short_and_solutions_are_collapsed(name):
+    exercises = False
+    for cell in read(name).cells:
+        exercises |= "## Exercises" in cell.source
+        if cell.cell_type == "markdown":
+            prose = [line for line in cell.source.splitlines() if not line.startswith(("#", "    "))]
+            assert sum(word.isalpha() or len(word) > 2 for word in " ".join(prose).split()) <= 60, cell.source
+        elif exercises:
+            assert cell.metadata["jupyter"]["source_hidden"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comprehensions_are_simple(name):
+    """No comprehension that takes a pair apart holds another one, or lies in one."""
+    kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    for source in code_of(name):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, kinds):
+                found = [inner for inner in ast.walk(node) if isinstance(inner, kinds)]
+                parts = [part for inner in found for part in inner.generators]
+                assert len(parts) == 1 or not any(isinstance(part.target, ast.Tuple) for part in parts), source
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -200,7 +230,7 @@ def test_the_index_maps_every_notebook():
     assert sorted(name for _, name, *_ in rows) == NAMES
     seen = set()
     for picture, name, question, time, before in rows:
-        first = read(name).cells[0].source
+        first = about(name)
         assert picture == f"pictures/{name}.png"
         assert first.startswith(f"# {question}\n") and time in first and "2 cores" in first
         wanted = re.findall(r"\[(\w+)\]", re.search(r"^Before it: (.+)$", first, re.M)[1])
@@ -229,11 +259,11 @@ def test_ready_parameters_are_parameters_of_their_notebook(path):
 
 
 def test_files_of_parameters_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"a.yaml: no such file. There are: .*size_ppl_table-llama-7b.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"a.yaml: no such file. Choose one of: .*size_ppl_table-llama-7b.yaml"):
         notebooks.read_parameters(tmp_path / "a.yaml")
     for content in (b"just words", b"- a\n- list", b"a: [1", b"\xff\xfe"):
         (tmp_path / "b.yaml").write_bytes(content)
-        with pytest.raises(ValueError, match="b.yaml: not a YAML file of parameters"):
+        with pytest.raises(ValueError, match="b.yaml: must be a YAML file of lines"):
             notebooks.read_parameters(tmp_path / "b.yaml")
 
 
@@ -300,11 +330,11 @@ def test_a_finished_run_is_never_replaced_silently(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="holds a finished run of these parameters. Pass overwrite=True"):
         notebooks.run("a", {"scale": 2.0, "row": 3})
     assert notebooks.run("a", {"row": 3, "scale": 2}, overwrite=True) == first
-    with pytest.raises(FileExistsError, match="holds files of something else"):
+    with pytest.raises(FileExistsError, match="holds other files"):
         notebooks.run("a", {"row": 4, "out": str(first)})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "row.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="mine: holds files of something else"):
+    with pytest.raises(FileExistsError, match="mine: holds other files"):
         notebooks.run("a", {"out": "mine"})
     assert (tmp_path / "mine" / "row.txt").read_text() == "mine"
     (tmp_path / "fail").touch()
@@ -327,7 +357,7 @@ def test_bad_parameters_are_refused_before_anything_runs(tmp_path):
 
 
 def test_an_unknown_notebook_is_refused():
-    with pytest.raises(FileNotFoundError, match="nothing: no such notebook. There are: .*size_ppl_table"):
+    with pytest.raises(FileNotFoundError, match="nothing: no such notebook. Choose one of: .*size_ppl_table"):
         notebooks.run("nothing")
 
 

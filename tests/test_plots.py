@@ -42,7 +42,7 @@ def test_bpw_against_ppl_shows_every_quantized_row(frame):
     assert sorted(text.get_text() for text in ax.texts) == ["Q2_K", "Q4_K_M", "Q4_K_S", "Q8_0"]
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
     assert legend == [
-        "the model as it is: 6.00 ± 0.30",
+        "unquantized: 6.00 ± 0.30",
         "k-quants (super-blocks of 256)",
         "legacy types (blocks of 32)",
     ]
@@ -57,6 +57,25 @@ def test_the_bars_are_the_paired_errors(frame):
 def test_labels_do_not_overlap(frame):
     ax = plots.bpw_against_ppl(frame)
     boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_published_points_are_increases_in_percent(frame):
+    published = pd.DataFrame({"ftype": ["F16", "Q4_0"], "bpw": [16.0, 4.5], "ppl": [5.0, 5.5], "delta_ppl": [0, 0.5]})
+    ax = plots.bpw_against_ppl(frame, published=published)
+    (points,) = [line for line in ax.lines if line.get_label().startswith("LLaMA-7B")]
+    assert points.get_xydata().tolist() == [[4.5, pytest.approx(10)]]
+    assert ax.get_ylabel() == "increase of the perplexity (%)"
+    measured = sorted(float(y) for bars in ax.containers for y in bars.lines[0].get_ydata())
+    assert measured == pytest.approx([0, 100 / 60, 100 / 60, 100 / 6])
+
+
+def test_a_label_without_a_free_place_is_left_out():
+    ax = plots.style.new_axes((3, 2))
+    ax.plot([0, 1], [0, 1], "o")
+    plots.style.label_points(ax, ["Q4_K_M"] * 300, [0.5] * 300, [0.5] * 300)
+    boxes = [text.get_window_extent() for text in ax.texts if text.arrow_patch is None]
+    assert 5 < len(ax.texts) < 300
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
@@ -81,7 +100,7 @@ def test_a_picture_is_small_enough_for_the_web(frame, tmp_path):
 
 
 def test_nothing_to_show(frame):
-    with pytest.raises(ValueError, match="no quantized row has a perplexity. Measure the model first."):
+    with pytest.raises(ValueError, match="needs a quantized row with a perplexity. Measure the model first."):
         plots.bpw_against_ppl(frame[frame["ftype"] == "F16"])
 
 
@@ -97,7 +116,7 @@ def test_size_against_kld_draws_a_front_per_rule_set_and_what_both_have_once():
     assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "KL divergence (nats per token)")
     by_encoder = plots.size_against_kld(now.assign(encoder="refined"), by="encoder")
     assert "Pareto front, encoder refined" in [line.get_label() for line in by_encoder.lines]
-    with pytest.raises(ValueError, match="size_against_kld: no quantized row has a KL divergence"):
+    with pytest.raises(ValueError, match="size_against_kld: needs a quantized row with a KL divergence"):
         plots.size_against_kld(now[:1])
 
 

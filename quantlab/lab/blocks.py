@@ -1,4 +1,4 @@
-"""What is in a block: whose each bit is, which values its weights could take, and what became of them."""
+"""Contents of a block: the owner of each bit, the values its weights can take, and their errors."""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from quantlab.quants.ggml_types import ggml_type
 
 
 def bit_map(qtype: str) -> pd.DataFrame:
-    """Find out whose each bit of a block is, by flipping it and looking at which weights change, and how.
+    """Find the owner of each bit of a block: flip it, and see which weights change, and how.
 
     A bit that changes one weight belongs to its code. One that changes a sub-block belongs to its scale, if it moves
     large codes more than small ones, or to its minimum, if it moves all alike; one that changes more belongs to a
@@ -58,12 +58,12 @@ def bit_map(qtype: str) -> pd.DataFrame:
 
 
 def _sub_block(qtype: str) -> int:
-    """Weights that share a scale."""
+    """Return the number of weights that share a scale."""
     return ggml_type(qtype).sub_block or block_size(qtype)
 
 
 def _owner(change: np.ndarray) -> tuple[str, int, int, int, float]:
-    """Field, sub-block, weight, number of sub-blocks, largest change: what flipping a bit says of it."""
+    """Return field, sub-block, weight, number of sub-blocks and largest change for a flipped bit."""
     changed = np.flatnonzero(change)
     touched = np.flatnonzero(change.any(axis=1))
     by = float(np.abs(change).max())
@@ -108,7 +108,7 @@ def with_outlier(x: np.ndarray, size: float, at: int = 100) -> np.ndarray:
 
 
 def weights(x: np.ndarray, qtype: str) -> pd.DataFrame:
-    """List what becomes of each weight of a block, or of some blocks in a row.
+    """List the code, value and error of each weight of a block, or of some adjacent blocks.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def weights(x: np.ndarray, qtype: str) -> pd.DataFrame:
 
 
 def outliers(x: np.ndarray, qtypes: list[str], sizes: list[float], at: int = 100) -> pd.DataFrame:
-    """Measure what an outlier does to the other weights of its block.
+    """Measure the errors that an outlier causes in the other weights of its block.
 
     Parameters
     ----------
@@ -170,3 +170,65 @@ def outliers(x: np.ndarray, qtypes: list[str], sizes: list[float], at: int = 100
             errors = {where: np.sqrt(np.mean(np.square(part))) / rms for where, part in (("near", near), ("far", far))}
             rows.append({"type": qtype, "size": size, **errors})
     return pd.DataFrame(rows)
+
+
+def layout(qtype: str) -> pd.DataFrame:
+    """List the fields of a block as runs of bits, for a drawing.
+
+    Parameters
+    ----------
+    qtype : str
+        Q4_K, IQ2_XXS or IQ2_XS.
+
+    Returns
+    -------
+    pd.DataFrame
+        A row per run: `line` of the drawing, `bit` (the first one, of the whole block), `n_bits`, `field`, `label`.
+
+    Raises
+    ------
+    ValueError
+        If the layout of `qtype` is not described here.
+
+    Source: `block_q4_K`, `block_iq2_xxs` and `block_iq2_xs` in ggml-common.h of llama.cpp.
+
+    Examples
+    --------
+    >>> layout("Q4_K")["n_bits"].sum() // 8
+    144
+    """
+    if qtype not in _LAYOUTS:
+        raise ValueError(f"qtype={qtype!r}, must be one of {', '.join(_LAYOUTS)}. Choose one of them.")
+    frame = pd.DataFrame(_LAYOUTS[qtype](), columns=["line", "n_bits", "field", "label"])
+    frame.insert(1, "bit", frame["n_bits"].cumsum() - frame["n_bits"])
+    return frame
+
+
+def _layout_q4_k() -> list[tuple[int, int, str, str]]:
+    """Return two floats, 12 bytes of scales and minima, and codes of two sub-blocks per 32 bytes."""
+    head = [(0, 16, "d", "d"), (0, 16, "dmin", "dmin"), (0, 96, "scales", "8 scales and 8 minima, 6 bits each")]
+    lines = (
+        f"codes of weights {64 * j} to {64 * j + 31} (low 4 bits of each byte) and {64 * j + 32} to {64 * j + 63}"
+        for j in range(4)
+    )
+    return head + [(j + 1, 256, "codes", line) for j, line in enumerate(lines)]
+
+
+def _layout_iq2_xxs() -> list[tuple[int, int, str, str]]:
+    """Return a float, and for 32 weights each: four indices, four times seven signs, a scale."""
+    rows = [(0, 16, "d", "d")]
+    for j in range(8):
+        rows += [(j + 1, 8, "index", f"index of {32 * j + 8 * k}–{32 * j + 8 * k + 7}") for k in range(4)]
+        rows += [(j + 1, 7, "signs", "7 signs") for _ in range(4)] + [(j + 1, 4, "scale", "scale")]
+    return rows
+
+
+def _layout_iq2_xs() -> list[tuple[int, int, str, str]]:
+    """Return a float, 32 times an index with seven signs, and 16 scales."""
+    rows = [(0, 16, "d", "d")]
+    for j in range(32):
+        rows += [(1 + j // 4, 9, "index", f"index of {8 * j}–{8 * j + 7}"), (1 + j // 4, 7, "signs", "7 signs")]
+    return rows + [(9, 4, "scale", "scale") for _ in range(16)]
+
+
+_LAYOUTS = {"Q4_K": _layout_q4_k, "IQ2_XXS": _layout_iq2_xxs, "IQ2_XS": _layout_iq2_xs}

@@ -133,7 +133,7 @@ def _search(ws, grid, kind, first, groups, steps):
             most = iscale
         _round_to_grid(ws, grid, first, groups, iscale, scale if last else ONE / iscale, most)
         if last:
-            keep_requantize(ws, first, groups)
+            keep_tried(ws, first, groups)
         sum_qx, sum_q2 = _fit(ws, first, groups)
         better = (sum_q2 > ZERO) & (again if last else sum_qx * sum_qx > best * sum_q2)
         scale = select(better, sum_qx / sum_q2, scale)

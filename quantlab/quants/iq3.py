@@ -124,7 +124,7 @@ def _search(ws, grid, kind, j, steps):
             most = iscale
         _round_to_grid(ws, grid, j, iscale, scale if last else ONE / iscale, most)
         if last:
-            keep_requantize(ws, 8 * j, 8)
+            keep_tried(ws, 8 * j, 8)
         sum_qx, sum_q2 = _fit(ws, j)
         better = (sum_q2 > ZERO) & (again if last else sum_qx * sum_qx > best * sum_q2)
         scale = select(better, sum_qx / sum_q2, scale)

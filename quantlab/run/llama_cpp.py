@@ -96,8 +96,7 @@ class Engine:
                 self._server: Any = xllamacpp.Server(params)
             except RuntimeError:
                 raise ValueError(
-                    f"{self.path}: llama.cpp cannot load it: {_reason(log)}. Check the file with quantlab verify. "
-                    f"Check the file with quantlab verify."
+                    f"{self.path}: llama.cpp cannot load it: {_reason(log)}. Check the file with quantlab verify."
                 ) from None
         self.complete({"prompt": "", "n_predict": 1})  # a server that is closed before it runs would wait for ever
 

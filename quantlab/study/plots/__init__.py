@@ -2,6 +2,7 @@
 
 from quantlab.study.plots.bits import block_search, importance, matrix_gain, recipe_front, type_map
 from quantlab.study.plots.damage import bpw_against_ppl, size_against_kld
+from quantlab.study.plots.drawings import block_layout, number_line, transformer_block
 from quantlab.study.plots.errors import against_tails, by_layer, code_shares, error_map, histograms, percentile_bands
 from quantlab.study.plots.feedback import rounding_plane
 from quantlab.study.plots.protocol import effects, nll_by_position
@@ -18,6 +19,7 @@ __all__ = [
     "against_tails",
     "bit_budget",
     "bit_map",
+    "block_layout",
     "block_search",
     "block_weights",
     "bpw_against_ppl",
@@ -37,6 +39,7 @@ __all__ = [
     "memory",
     "more_bits",
     "nll_by_position",
+    "number_line",
     "percentile_bands",
     "recipe_front",
     "rounding_plane",
@@ -46,6 +49,7 @@ __all__ = [
     "size_against_kld",
     "snr_against_bits",
     "throughput",
+    "transformer_block",
     "type_map",
 ]
 

@@ -4,26 +4,29 @@ import re
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 
-from quantlab.study.plots.style import BLUE, VERMILION, by_family, new_axes
+from quantlab.study.plots.style import BLUE, VERMILION, by_family, label_points, new_axes
 from quantlab.study.tables import pareto
 from quantlab.transform.mixture import FTYPES
 
 _RULE_SETS = ((BLUE, "o", "-"), (VERMILION, "s", "--"))  # colour, marker and line of each curve
 
 
-def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot what each ftype costs: perplexity over bits per weight.
+def bpw_against_ppl(
+    frame: pd.DataFrame, *, published: pd.DataFrame | None = None, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Plot the perplexity of each ftype over bits per weight.
 
-    The bars are one standard error of the difference from the model as it is, the band is that of the model's own
-    perplexity: it moves all points together.
+    The bars are one standard error of the difference from the unquantized model. The band is the error of the model's
+    own perplexity, which moves all points together.
 
     Parameters
     ----------
     frame : pd.DataFrame
-        Columns `ftype`, `bpw` (bits per weight), `ppl`, `ppl_se`, `delta_ppl`, `delta_ppl_se`; rows without a
-        perplexity, and rows that are no quantized type, are left out.
+        Columns `ftype`, `bpw` (bits per weight), `ppl`, `ppl_se`, `delta_ppl`, `delta_ppl_se`. Rows without a
+        perplexity and rows of unquantized types are left out.
+    published : pd.DataFrame, optional
+        Points of another model: `ftype`, `bpw`, `ppl`, `delta_ppl`. The axis is then the increase in percent.
     title : str
         Model and text.
     ax : Axes, optional
@@ -42,19 +45,31 @@ def bpw_against_ppl(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = N
     families = by_family(frame, frame["ftype"].map(_base_type))
     shown = pd.concat([frame.head(0), *(rows for _, rows in families)])
     if shown.empty:
-        raise ValueError("bpw_against_ppl: no quantized row has a perplexity. Measure the model first.")
+        raise ValueError("bpw_against_ppl: needs a quantized row with a perplexity. Measure the model first.")
     ax = ax or new_axes((8, 5))
     base, error = shown["ppl"].iloc[0] - shown["delta_ppl"].iloc[0], shown["ppl_se"].min()
+    marks: list[tuple[float, float]] = []
+    zero, unit = (0, 1) if published is None else (base, 100 / base)  # perplexity, or its increase in percent
     for family, rows in families:
         look = {"fmt": family.marker, "color": family.colour, "ms": 5, "lw": 1, "capsize": 3}
-        ax.errorbar(rows["bpw"], rows["ppl"], yerr=rows["delta_ppl_se"], label=family.label, **look)
-    ax.axhline(base, color="0.4", lw=1, ls="--", label=f"the model as it is: {base:.2f} ± {error:.2f}")
-    ax.set(xlabel="size (bits per weight)", ylabel="perplexity", title=title, ylim=ax.get_ylim())
-    ax.axhspan(base - error, base + error, color="0.92", zorder=0)  # does not stretch the axis
+        bars = rows["delta_ppl_se"] * unit
+        ax.errorbar(rows["bpw"], (rows["ppl"] - zero) * unit, yerr=bars, label=family.label, **look)
+    if published is not None:
+        others = published[published["ftype"].map(_base_type).notna() & published["ppl"].notna()]
+        increase = 100 * others["delta_ppl"] / (others["ppl"] - others["delta_ppl"])
+        marks = list(zip(others["bpw"], increase, strict=True))
+        ax.plot(others["bpw"], increase, "D", mfc="none", mec="0.35", ms=6, label="LLaMA-7B, published by llama.cpp")
+        ax.set_yscale("symlog", linthresh=1)
+        ax.yaxis.set_major_formatter("{x:g}")
+    centre = (base - zero) * unit
+    ax.axhline(centre, color="0.4", lw=1, ls="--", label=f"unquantized: {base:.2f} ± {error:.2f}")
+    ylabel = "perplexity" if published is None else "increase of the perplexity (%)"
+    ax.set(xlabel="size (bits per weight)", ylabel=ylabel, title=title, ylim=ax.get_ylim())
+    ax.axhspan(centre - error * unit, centre + error * unit, color="0.92", zorder=0)  # does not stretch the axis
     ax.margins(x=0.09)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    _label_points(ax, shown)
+    label_points(ax, shown["ftype"], shown["bpw"], (shown["ppl"] - zero) * unit, marks)
     return ax
 
 
@@ -84,7 +99,7 @@ def size_against_kld(frame: pd.DataFrame, *, by: str = "rules", title: str = "",
     """
     shown = frame[frame["ftype"].map(_base_type).notna() & (frame["kld_mean"] > 0)]
     if shown.empty:
-        raise ValueError("size_against_kld: no quantized row has a KL divergence. Measure the model first.")
+        raise ValueError("size_against_kld: needs a quantized row with a KL divergence. Measure the model first.")
     points = shown.drop_duplicates(["ftype", "bpw"])
     ax = ax or new_axes((8, 5))
     for (group, rows), (colour, marker, line) in zip(shown.groupby(by, sort=False), _RULE_SETS, strict=False):
@@ -96,7 +111,7 @@ def size_against_kld(frame: pd.DataFrame, *, by: str = "rules", title: str = "",
     ax.margins(x=0.09)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    _label_points(ax, points, "kld_mean")
+    label_points(ax, points["ftype"], points["bpw"], points["kld_mean"])
     return ax
 
 
@@ -104,23 +119,3 @@ def _base_type(name: str) -> str | None:
     """The base type of a variant's ftype (`Q4_K` of `Q4_K_M+imatrix`); None where that is not a quantized one."""
     ftype = FTYPES.get(re.split(r"\W", name)[0])
     return ftype.qtype if ftype and ftype.is_quantized else None
-
-
-def _label_points(ax: Axes, frame: pd.DataFrame, y: str = "ppl") -> None:
-    """Write each point's ftype beside it, where no other label or point is."""
-    ax.figure.canvas.draw()
-    places = [(7, 0, "left"), (-7, 0, "right"), (7, 9, "left"), (7, -9, "left"), (-7, 9, "right"), (-7, -9, "right")]
-    points = ax.transData.transform(frame[["bpw", y]])
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    for name, x, height in frame[["ftype", "bpw", y]].itertuples(index=False):
-        for dx, dy, side in [*places, *((dx, 2 * dy, side) for dx, dy, side in places[2:])]:
-            label = ax.annotate(
-                name, (x, height), (dx, dy), textcoords="offset points", ha=side, va="center_baseline", fontsize=8
-            )
-            box = label.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
-                break
-            label.remove()
-        else:
-            ax.add_artist(label)
-        taken.append(box)

@@ -1,6 +1,7 @@
 """What the figures share: colours, told apart by everybody (Okabe and Ito's), and how a figure is begun and written."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 
 from quantlab.files.output import is_picture, replacing
 from quantlab.quants.ggml_types import FAMILIES, GGML_TYPES, Family
@@ -37,6 +40,49 @@ def by_family(frame: pd.DataFrame, qtypes: pd.Series) -> list[tuple[Family, pd.D
     names = qtypes.map({record.name: record.family for record in GGML_TYPES.values()})
     parts = ((family, frame[names == name]) for name, family in FAMILIES.items())
     return [(family, rows) for family, rows in parts if len(rows)]
+
+
+def label_points(
+    ax: Axes, names: Iterable[str], xs: Iterable[float], ys: Iterable[float], others: Iterable[tuple[float, float]] = ()
+) -> None:
+    """Write each point's name at the nearest free place, with a thin line to the point if it is far.
+
+    Call it last: places depend on the size of the axes and on the legend. `others` are points without names.
+    """
+    ax.figure.canvas.draw()
+    named = list(zip(names, xs, ys, strict=True))
+    centres = ax.transData.transform([*((x, y) for _, x, y in named), *others])
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in centres]
+    if legend := ax.get_legend():
+        taken.append(legend.get_window_extent())
+    inside = ax.get_window_extent()
+    for name, *point in named:
+        for dx, dy in _PLACES:
+            far = abs(dx) + abs(dy) > 24
+            line = {"arrowstyle": "-", "lw": 0.5, "color": "0.5", "shrinkB": 4} if far else None
+            look = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center", "va": "center_baseline", "fontsize": 8}
+            label = ax.annotate(name, point, (dx, dy), textcoords="offset points", arrowprops=line, **look)
+            label.set_in_layout(False)
+            box = _text_box(label)
+            if inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) and not box.count_overlaps(taken):
+                break
+            label.remove()
+        else:
+            continue  # no free place: better no label than two on top of each other
+        taken.append(box)
+
+
+_PLACES = [
+    (dx * r, dy * r)
+    for r in (1, 1.6, 2.4, 3.4, 4.6)
+    for dx, dy in ((7, 0), (-7, 0), (6, 8), (6, -8), (-6, 8), (-6, -8), (0, 10), (0, -10))
+]
+
+
+def _text_box(label: Annotation) -> Bbox:
+    """Return the place of a label's text, without its line."""
+    label.update_positions(label.figure.canvas.get_renderer())
+    return Text.get_window_extent(label)
 
 
 def save(ax: Axes, path: str | Path, *, overwrite: bool = False) -> Path:
