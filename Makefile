@@ -20,32 +20,32 @@ endif
 .PHONY: help table test lab docs coverage bench scale pictures check-long fuzz lint format clean
 .DELETE_ON_ERROR:
 
-help:  ## this list
+help:  ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
-table: $(VENV)/.lab  ## the size/ppl table of MODEL=tiny or smollm2: printed, and as notebook, HTML, CSV and figures in data/runs/
+table: $(VENV)/.lab  ## print the size/ppl table of MODEL=tiny or smollm2, and write notebook, HTML, CSV and figures to data/runs/
 	@if [ "$(MODEL)" = smollm2 ]; then $(BIN)/quantlab fetch smollm2; fi
 	@$(BIN)/quantlab notebook size_ppl_table -p model "$(MODEL)" --overwrite
 
-test: $(VENV)/.test  ## the tests, without the slow ones, and the examples in docstrings
+test: $(VENV)/.test  ## run the tests except slow ones, and the examples in docstrings
 	$(BIN)/python -m pytest -m "not slow and not long"
 	$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors quantlab
 
-lab: $(VENV)/.lab  ## JupyterLab on the index of the notebooks, for this machine alone; LAB=--no-browser adds options
+lab: $(VENV)/.lab  ## open JupyterLab on the index of the notebooks (this machine only); LAB=--no-browser adds options
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks --LabApp.default_url=/lab/tree/index.ipynb \
 	    $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
-bench: $(VENV)/.test  ## the start, the kernels beside ggml's, quantizing a file, the evaluator and refining beside the machine's peak
+bench: $(VENV)/.test  ## measure the speed of starting, kernels (compared with ggml's), quantizing, evaluating and refining
 	$(BIN)/python tests/bench_start.py
 	$(BIN)/python tests/bench_kernels.py --start
 	$(BIN)/python tests/bench_quantize.py
 	$(BIN)/python tests/bench_evaluator.py
 	$(BIN)/python tests/bench_refine.py
 
-scale: $(VENV)/.test  ## made weights of SHAPE=llama-7b or yi-34b [LAYERS=n] through the real convert and quantize paths
+scale: $(VENV)/.test  ## convert and quantize random weights of SHAPE=llama-7b or yi-34b [LAYERS=n]
 	$(BIN)/python tests/scale.py $(SHAPE) $(if $(LAYERS),--layers $(LAYERS))
 
-pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(filter-out %/index.ipynb,$(wildcard notebooks/*.ipynb)))  ## the notebooks' pictures for readers on the web
+pictures: $(patsubst notebooks/%.ipynb,notebooks/pictures/%.png,$(filter-out %/index.ipynb,$(wildcard notebooks/*.ipynb)))  ## render one picture per notebook
 
 notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
 	$(BIN)/quantlab notebook $* --picture $@ --overwrite
@@ -53,13 +53,13 @@ notebooks/pictures/%.png: notebooks/%.ipynb $(VENV)/.lab
 notebooks/pictures/run_it.png: $(VENV)/.run
 notebooks/pictures/train_the_bundled_model.png: $(VENV)/.gpu
 
-check-long: $(VENV)/.test  ## what takes long: 50 killed runs, SmolLM2's table, a published shape, fuzzing
+check-long: $(VENV)/.test  ## run slow checks: 50 killed runs, SmolLM2's table, a published shape, fuzzing
 	$(BIN)/python -m pytest -m "slow or long"
 	$(MAKE) table MODEL=smollm2
 	$(MAKE) scale
 	$(MAKE) fuzz
 
-fuzz: $(VENV)/.test  ## spoiled files for every reader, MINUTES=18 each (atheris: Linux only); finds in data/runs/fuzz/
+fuzz: $(VENV)/.test  ## fuzz every reader for MINUTES=18 each (atheris: Linux only); results go to data/runs/fuzz/
 	@$(PIP) install atheris
 	for reader in gguf shards imatrix safetensors torch tokenizer checkpoint; do \
 	    $(BIN)/python tests/fuzz_readers.py $$reader data/runs/fuzz/$$reader -max_total_time=$$((60 * $(MINUTES))) || exit 1; \
@@ -70,15 +70,15 @@ lint: $(VENV)/.test  ## ruff: lint and format; basedpyright: types
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-docs: $(VENV)/.docs  ## the documentation, in data/runs/docs/; a broken link stops it
+docs: $(VENV)/.docs  ## build the documentation into data/runs/docs/, with every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
 
-coverage: $(VENV)/.test  ## the tests of `make test`, and which lines they run (compiled kernels are not counted)
+coverage: $(VENV)/.test  ## run the tests of `make test` and report the lines they cover (without compiled kernels)
 	@$(PIP) install -c constraints.txt coverage
 	$(BIN)/python -m coverage run --source quantlab -m pytest -m "not slow and not long"
 	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
-format: $(VENV)/.test  ## let ruff correct what it can
+format: $(VENV)/.test  ## fix formatting and simple faults with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -110,7 +110,10 @@ def test_files_of_something_else_are_refused(written, tmp_path):
     raw.tofile(bad)
     with pytest.raises(ValueError, match="tokens reach from -1"):
         ql.kl_divergence("tiny", bad, progress=False)
-    for options, rule in (({"n_ctx": 32}, "n_ctx=64, asked for is 32"), ({"chunks": 3}, "chunks=3, must be 1 to 2")):
+    for options, rule in (
+        ({"n_ctx": 32}, "n_ctx=64 must be the same as n_ctx=32"),
+        ({"chunks": 3}, "chunks=3, must be 1 to 2"),
+    ):
         with pytest.raises(ValueError, match=rule):
             ql.kl_divergence("tiny", path, progress=False, **options)
     with pytest.raises(ValueError, match="was written on another text than sampled"):

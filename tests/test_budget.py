@@ -57,5 +57,5 @@ def test_a_pass_in_pieces_on_disk_gives_the_same(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_noticed_before_the_run(tmp_path):
-    with pytest.raises(OSError, match="bytes free, the hidden states need"):
+    with pytest.raises(OSError, match="bytes are free, the hidden states need"):
         perplexity._check_disk(tmp_path / "scratch", 1 << 60)

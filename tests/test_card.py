@@ -272,14 +272,16 @@ def test_what_is_not_computed_here_is_refused(made, monkeypatch):
     monkeypatch.setattr(layers, "_HPARAMS", [name for name in layers._HPARAMS if name != "attn_softcap"])
     find("float", "cpu-torch")(model, 40)  # neither is used
     model.hparams = replace(model.hparams, attn_softcap=50.0)
-    with pytest.raises(ValueError, match="made: attn_softcap=50.0 is not computed on device=cpu-torch. Use device=cpu"):
+    with pytest.raises(
+        ValueError, match="made: attn_softcap=50.0 is not supported on device=cpu-torch. Use device=cpu"
+    ):
         find("float", "cpu-torch")(model, 40)
     model, _ = made("experts")
-    with pytest.raises(ValueError, match="sums_to_one=True is not computed on device"):
+    with pytest.raises(ValueError, match="sums_to_one=True is not supported on device"):
         find("float", "cpu-torch")(model, 40)
     model, _ = made("plain")
     monkeypatch.setattr(layers, "ACTIVATIONS", {})
-    with pytest.raises(ValueError, match="activation=silu is not computed on device"):
+    with pytest.raises(ValueError, match="activation=silu is not supported on device"):
         find("float", "cpu-torch")(model, 40)
 
 
@@ -463,7 +465,7 @@ def test_a_card_that_cannot_be_used_is_named(monkeypatch):
             find("float", "mps")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(OSError, match="device=cuda: torch=.* is built for the CPU alone. Install torch for your card"):
+    with pytest.raises(OSError, match="device=cuda: torch=.* is built only for the CPU. Install torch for your card"):
         find("float", "cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: warnings.warn("The driver is too old.", stacklevel=1))
@@ -475,5 +477,5 @@ def test_a_card_that_cannot_be_used_is_named(monkeypatch):
 
 
 def test_memory_of_a_card_is_for_cards():
-    with pytest.raises(ValueError, match="device_memory=8GiB, is for graphics cards, the device is cpu-torch"):
+    with pytest.raises(ValueError, match="device_memory=8GiB, is for graphics cards, but the device is cpu-torch"):
         find("float", "cpu-torch", "8GiB")

@@ -150,7 +150,9 @@ def test_without_torch_the_extra_is_named(monkeypatch):
 def test_options_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="device=cpu, must be one of cuda, mps, cpu-torch in mode half. Or choose"):
         find("half", "cpu")
-    with pytest.raises(ValueError, match="device_memory=8GiB, is for graphics cards, the device is cpu. Give memory"):
+    with pytest.raises(
+        ValueError, match="device_memory=8GiB, is for graphics cards, but the device is cpu. Give memory"
+    ):
         find("float", "cpu", "8GiB")
 
 

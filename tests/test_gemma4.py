@@ -75,5 +75,5 @@ def test_cards_and_llama_cpps_arithmetic_refuse_it(tmp_path):
     with pytest.raises(ValueError, match="mode=ggml-cpu does not compute activation, window, .*of gemma4. Evaluate it"):
         logits(model, [1, 2, 3], mode="ggml-cpu")
     pytest.importorskip("torch")
-    with pytest.raises(ValueError, match="head_dim_window=32 is not computed on device=cpu-torch. Use device=cpu"):
+    with pytest.raises(ValueError, match="head_dim_window=32 is not supported on device=cpu-torch. Use device=cpu"):
         logits(model, [1, 2, 3], device="cpu-torch")

@@ -56,12 +56,12 @@ def test_logits_of_nothing_sensible_are_refused(tokens, options, message):
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("block_count", 1, "blk.1.*, the metadata asks for .* in each of 1 layers"),
+        ("block_count", 1, "blk.1.*, the metadata gives .* in each of 1 layers"),
         ("attention.head_count", 3, "n_head=3, .* do not fit together"),
         ("attention.head_count_kv", 3, "n_head_kv=3, .* do not fit together"),
         ("rope.dimension_count", 7, "n_rot=7 do not fit together"),
-        ("embedding_length", 60, r"output.weight: shape=\(2048, 256\), the metadata asks for \(2048, 60\)"),
-        ("feed_forward_length", 7, "blk.0.ffn_.*, the metadata asks for"),
+        ("embedding_length", 60, r"output.weight: shape=\(2048, 256\), the metadata gives \(2048, 60\)"),
+        ("feed_forward_length", 7, "blk.0.ffn_.*, the metadata gives"),
     ],
 )
 def test_metadata_that_the_tensors_do_not_bear_out_gets_one_line(key, value, text):

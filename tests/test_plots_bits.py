@@ -66,7 +66,7 @@ def test_block_search_shows_both_errors():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="no layer was given"):
+    with pytest.raises(ValueError, match="needs at least one layer"):
         plots.importance({})
-    with pytest.raises(ValueError, match="no tensor is of a layer"):
+    with pytest.raises(ValueError, match="needs tensors of layers"):
         plots.type_map({"output.weight": "Q8_0"})

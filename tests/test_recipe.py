@@ -227,11 +227,11 @@ def test_the_word(tmp_path, monkeypatch, measured):
     same = CliRunner().invoke(app, [*words, "--overwrite", "-o", "s.json"])
     assert "s.json: is the input" in str(same.exception)
     wrong = CliRunner().invoke(app, [*words, "--overwrite", "--chunks", "3"])
-    assert wrong.exit_code == 2 and "has been measured" in wrong.stderr
+    assert wrong.exit_code == 2 and "is measured already" in wrong.stderr
     for more, text in (
         (["--criterion", "error", "--minutes", "1"], "error measures nothing"),
         (["--exchanges", "0", "--minutes", "1"], "is a limit for exchanges"),
-        (["--exchanges", "0", "-f", "sampled"], "has been measured"),
+        (["--exchanges", "0", "-f", "sampled"], "is measured already"),
     ):
         wrong = CliRunner().invoke(app, [*words, "--overwrite", *more])
         assert wrong.exit_code == 2 and text in wrong.stderr
@@ -258,15 +258,15 @@ def test_bad_input(model, measured, tmp_path):
         recipe(measured, model, like="Q9_K")
     with pytest.raises(ValueError, match="limit=1000 bytes, must be at least"):
         recipe(measured, model, target_size=1000)
-    with pytest.raises(ValueError, match="the constraints allow none of them"):
+    with pytest.raises(ValueError, match="the constraints exclude all measured types"):
         recipe(measured, model, like="Q4_K_M", keep={"output.weight": "Q5_K"})
     with pytest.raises(ValueError, match="must be a regular expression"):
         recipe(measured, model, like="Q4_K_M", min_type={"(": "Q5_K"})
     with pytest.raises(ValueError, match="type=Q7_K, must be one of"):
         recipe(measured, model, like="Q4_K_M", keep={"output": "Q7_K"})
-    with pytest.raises(ValueError, match="name=attn_z, must fit a tensor that was measured"):
+    with pytest.raises(ValueError, match="name=attn_z, must match a measured tensor"):
         recipe(measured, model, like="Q4_K_M", max_type={"attn_z": "Q4_K"})
-    with pytest.raises(ValueError, match="name=attn_norm, must fit"):
+    with pytest.raises(ValueError, match="name=attn_norm, must match"):
         recipe(measured, model, like="Q4_K_M", keep={"attn_norm": "Q4_K"})
     twice = replace(measured, rows=(*measured.rows, measured.rows[0] | {"group": "again"}))
     with pytest.raises(ValueError, match="is in groups .* and again, must be in one"):
@@ -277,7 +277,7 @@ def test_bad_input(model, measured, tmp_path):
     with pytest.raises(ValueError, match="recipes: must be at least one"):
         judge([], model)
     other = replace(measured, protocol=measured.protocol | {"model_sha256": "0", "model": "another"})
-    with pytest.raises(ValueError, match="the sensitivity is of another model, another"):
+    with pytest.raises(ValueError, match="the sensitivity belongs to another model, another"):
         recipe(other, model, like="Q4_K_M")
     weighted = replace(measured, protocol=measured.protocol | {"imatrix": "0"})
     with pytest.raises(ValueError, match="the sensitivity was measured with a matrix"):

@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def test_what_cannot_be_refined_for_a_comparison_is_said(tmp_path):
     for change, text in (
-        ({"text": "sampled"}, r"Q2_K\+refined: calibrate_on=sampled, is the text to judge on. Name another"),
+        ({"text": "sampled"}, r"Q2_K\+refined: calibrate_on=sampled, is the text to judge on. Choose another"),
         ({"scratch": tmp_path}, r"Q2_K\+refined: cannot resume from scratch=.* Refine to a file first"),
         ({"variants": "Q9_K+refined"}, r"Q9_K"),
     ):

@@ -68,5 +68,5 @@ def test_the_number_of_threads_changes_no_bit(moments, rng):
 
 
 def test_moments_that_are_not_positive_are_refused(workers):
-    with pytest.raises(ValueError, match=r"not positive definite. Raise the damping"):
+    with pytest.raises(ValueError, match=r"must be positive definite. Raise the damping"):
         Factor(-np.eye(32, dtype=np.float32), workers)

@@ -182,7 +182,7 @@ def test_a_parameter_and_a_result_of_one_name_are_told_apart(tmp_path):
 
 def test_nothing_to_collect(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="no executed notebook in it. Run one: quantlab notebook"):
+        with pytest.raises(FileNotFoundError, match="has no executed notebook. Run one: quantlab notebook"):
             ql.tables.collect(folder)
 
 

@@ -24,5 +24,7 @@ def test_a_shape_has_sizes_alone():
 
 
 def test_the_rules_of_2023_are_refused():
-    with pytest.raises(ValueError, match="table: rules=2023-12, must be current. Today's ftypes have no other rules."):
+    with pytest.raises(
+        ValueError, match="table: rules=2023-12, must be current, the only rules with today's ftypes. Leave rules out."
+    ):
         with_today(tables.size_ppl("llama-7b", ftypes=["Q4_K_M"], rules="2023-12"), "llama-7b")

@@ -1,4 +1,4 @@
-"""What a model is: one file per `general.architecture`, found by its name.
+"""Architectures of models: one file per `general.architecture`, found by its name.
 
 A file `NAME.py` (a hyphen of the architecture's name is an underscore) holds one record, `ARCH`. The converter, the
 plan, the evaluator, importance matrices, sensitivity and memory estimates read it. An architecture without a file can
@@ -32,14 +32,14 @@ _PARTS = ("hparams", "record")  # modules of this room that are not architecture
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Return the record of every architecture that has a file here, by its name, sorted."""
+    """Return the record of every supported architecture by name, sorted."""
     names = sorted(module.name for module in iter_modules(__path__) if module.name not in _PARTS)
     records = [import_module(f"{__name__}.{name}").ARCH for name in names]
     return {record.name: record for record in records}
 
 
 def find(name: str) -> Architecture | None:
-    """Return the record of `general.architecture` = `name`, None where it has no file here.
+    """Return the record of `general.architecture` = `name` (None: unsupported).
 
     Examples
     --------
@@ -65,7 +65,7 @@ def known(name: str) -> Architecture:
 
 
 def find_class(name: str) -> Architecture | None:
-    """Return the architecture of a checkpoint's class (`architectures` in config.json), None for an unknown one.
+    """Return the architecture of a checkpoint's class in config.json (None: unknown).
 
     Examples
     --------
@@ -76,7 +76,7 @@ def find_class(name: str) -> Architecture | None:
 
 
 def complete(hparams: Hparams) -> Hparams:
-    """Return hyper-parameters with what follows from their architecture; those of an unknown one as they are."""
+    """Complete hyper-parameters by their architecture's rules (unknown architecture: unchanged)."""
     record = find(hparams.arch)
     return hparams if record is None else record.complete(hparams)
 

@@ -16,7 +16,7 @@ else:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary positions are stretched beyond the context length of the training.
+    """The extension of rotary positions beyond the context length of the training.
 
     `type` is `linear`, `yarn` or `longrope`; `factor` stretches, `orig_ctx` is the context length before it (0: not
     given), `attn_factor` multiplies the magnitude. YaRN leaves alone what turns more than `beta_fast` times within the
@@ -35,7 +35,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Hparams:
-    """Hyper-parameters under llama.cpp's names.
+    """The hyper-parameters of a model, under llama.cpp's names.
 
     A field may have one value or a tuple with one for each layer; `at` gives those of a layer.
 
@@ -153,7 +153,7 @@ class Hparams:
 
     @cached_property
     def varies(self) -> tuple[str, ...]:
-        """Names of the fields that have a value of their own for each layer."""
+        """Names of the fields with one value per layer."""
         return tuple(field.name for field in fields(self) if isinstance(getattr(self, field.name), tuple))
 
     def at(self, layer: int) -> "Hparams":
@@ -191,12 +191,12 @@ class Hparams:
 
     @property
     def windowed(self) -> list[bool]:
-        """Whether each layer has a window."""
+        """For each layer, True if it has a window."""
         return [self.at(i).window > 0 for i in range(self.n_layer)]
 
     @property
     def score_scale(self) -> float:
-        """What the scores of a layer's attention are multiplied by."""
+        """Factor of the scores of a layer's attention."""
         return self.attn_scale or self.head_dim**-0.5
 
     @property
@@ -206,7 +206,7 @@ class Hparams:
 
     @property
     def one(self) -> int:
-        """1: rows of a matrix that gives one number."""
+        """Number of rows of a matrix that gives one number: 1."""
         return 1
 
     @property

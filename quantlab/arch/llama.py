@@ -1,4 +1,4 @@
-"""Llama, Mistral and their many kin: a decoder with rotary positions over neighbouring dimensions.
+"""Llama, Mistral and similar models: a decoder with rotary positions over neighbouring dimensions.
 
 Dense, or with experts as Mixtral.
 """
@@ -9,7 +9,7 @@ from quantlab.arch.record import Architecture, Layer, Tensor
 
 
 def matrix(name: str, shape: str, hugging_face: str, meta: str = "", heads: str = "", *, only: str = "") -> Tensor:
-    """Return a matrix of each layer; `heads` is the field with the number of heads of one whose rows are permuted."""
+    """Return a matrix of each layer; `heads` names the head count of a matrix with permuted rows."""
     change = ("permute", heads) if heads else ()
     names, meta = (f"model.layers.{{}}.{hugging_face}.weight",), meta and f"layers.{{}}.{meta}.weight"
     return Tensor(f"blk.{{}}.{name}.weight", shape, "matrix", names, change, meta=meta, only=only)
@@ -29,7 +29,7 @@ def bias(name: str, size: str, hugging_face: str, heads: str = "", *, optional: 
 
 
 def experts(name: str, shape: str, one: str, forms: tuple[tuple[str, ...], ...] = ()) -> Tensor:
-    """Return the stacked matrices of a layer's experts; `one` is the name of one of them, `forms` are other ways."""
+    """Return the stacked matrices of a layer's experts; `one` names a single one, `forms` other layouts."""
     names = (f"model.layers.{{}}.{one}.weight",)
     return Tensor(f"blk.{{}}.{name}.weight", shape, "experts", names, ("stack",), only="n_expert", forms=forms)
 

@@ -65,7 +65,7 @@ GATED = Layer(ffn_norm="post_attention_norm", q_norm="attn_q_norm", k_norm="attn
 
 
 def recurrent(layer: Layer) -> Layer:
-    """Return what a layer does with a delta net in place of attention."""
+    """Return the record of a layer with a delta net in place of attention."""
     return replace(
         layer,
         q_norm="",

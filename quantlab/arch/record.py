@@ -1,4 +1,4 @@
-"""The parts of an architecture's record: its tensors, and what a layer does with them."""
+"""The parts of an architecture's record: its tensors, and the steps of a layer."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -61,11 +61,11 @@ class Tensor:
 
     @property
     def is_layered(self) -> bool:
-        """Whether each layer has one."""
+        """True if each layer has one."""
         return "{}" in self.name
 
     def is_in(self, hparams: Hparams) -> bool:
-        """Whether a model has it, or the layer that `hparams` are those of."""
+        """Tell whether the model or layer with `hparams` has this tensor."""
         return not self.only or bool(getattr(hparams, self.only.removeprefix("!"))) != self.only.startswith("!")
 
     def shape_in(self, hparams: Hparams) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer does, in its order; each field names tensors without `blk.N.` and `.weight`, empty for none.
+    """The steps of a layer in order; fields name tensors without `blk.N.` and `.weight` (empty: none).
 
         x ─ attn_norm ─ attn_qkv ─ q_norm, k_norm ─ rope ─ attention ─ attn_output ─ attn_post_norm ─ + x
         x ─ ffn_norm ─ ffn_in ─ activation ─ ffn_down ─ ffn_post_norm ─ + x
@@ -171,24 +171,24 @@ class Layer:
 
     @property
     def norms(self) -> dict[str, str]:
-        """The norms that there are, by field."""
+        """The norms of the layer, by field."""
         of_experts = "experts_norm", "shared_post_norm", "experts_post_norm"
         return self._there("attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", *of_experts)
 
     @property
     def vectors(self) -> dict[str, str]:
-        """What else a layer has beside products, their biases and norms, by field."""
+        """The other tensors of a layer (not products, biases or norms), by field."""
         scales = "router_scale", "expert_scales", "layer_scale"
         return self._there("sinks", "choice_bias", "conv", "time_step", "decay", "state_norm", *scales)
 
     def _there(self, *names: str) -> dict:
-        """Some fields that are not empty."""
+        """Return the fields that are not empty."""
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that the workbench knows of one architecture.
+    """The record of one architecture, complete for all parts of the package.
 
     Attributes
     ----------
@@ -271,7 +271,7 @@ class Architecture:
         return {tensor.name: tensor for tensor in self.tensors}
 
     def tensor(self, name: str) -> Tensor | None:
-        """Return the record of the tensor called `name` in a file, None for one that such a model does not have."""
+        """Return the record of the tensor called `name` in a file (None: such a model lacks it)."""
         return self._by_name.get(re.sub(r"^blk\.\d+\.", "blk.{}.", name))
 
     def layer_at(self, hparams: Hparams, index: int) -> Layer:
@@ -284,12 +284,12 @@ class Architecture:
         return replace(layer, attn_qkv=tuple(name for name, tensor in there if tensor is None or tensor.is_in(own)))
 
     def matrices(self) -> list[str]:
-        """Return all names in products of any layer, in the order in which layers compute them."""
+        """Return the names of all matrices in layers' products, in the order of computation."""
         layers = [layer for _, layer in self.kinds] + [self.layer]
         return list(dict.fromkeys(name for layer in layers for names in layer.products.values() for name in names))
 
     def complete(self, hparams: Hparams) -> Hparams:
-        """Return hyper-parameters with what follows from the architecture: windows and rotation layer by layer."""
+        """Complete hyper-parameters by the architecture's rules: windows and rotation layer by layer."""
         n_layer, window, period = hparams.n_layer, hparams.window, self.window_period
         found = dict(self.derive(hparams)) if self.derive else {}
         if not isinstance(window, tuple):
@@ -310,7 +310,7 @@ class Architecture:
         return replace(hparams, **found)
 
     def expand(self, hparams: Hparams) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-        """Yield name, record and shape of every tensor that such a model can have: each layer's own, in file order."""
+        """Yield name, record and shape of every possible tensor of such a model, in file order."""
         hparams = hparams.whole
         layers = [hparams.at(i) for i in range(hparams.n_layer)]
         inner = [tensor for tensor in self.tensors if tensor.is_layered]
@@ -328,7 +328,7 @@ class Architecture:
                 yield tensor.name, tensor, tensor.shape_in(hparams)
 
     def checkpoint_names(self, hparams: Hparams) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
-        """Return, for every name that a checkpoint may use, GGUF names and the change of the rows for each.
+        """Return the GGUF names and row changes for every tensor name that a checkpoint may use.
 
         The change of one of many experts is `("stack", number)`.
         """

@@ -20,7 +20,7 @@ from quantlab.cli.options import app, as_options
 
 
 def _line(error: BaseException) -> str:
-    """The one line that is printed for an error."""
+    """Return the line to print for an error."""
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     else:
@@ -73,7 +73,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Convert, quantize and measure GGUF models."""

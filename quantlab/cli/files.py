@@ -1,4 +1,4 @@
-"""The words that read and write files: fetch, convert, sizes, inspect, diff, verify, split, merge, quantize."""
+"""Words that read and write files: fetch, convert, sizes, inspect, diff, verify, split, merge, quantize."""
 
 # pyright: reportInvalidTypeForm=false
 # typer reads annotations that are made by calls, such as `_flag(…)`; checkers of types allow only names there
@@ -12,8 +12,8 @@ from quantlab.cli.options import AsLlamaCpp, JsonPath, Overwrite, Rules, app, as
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="What to fetch: smollm2.")]) -> None:
-    """Fetch a model that is not bundled into the cache folder, checked by SHA-256, and print its path."""
+def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model: smollm2.")]) -> None:
+    """Download a model into the cache folder, check its SHA-256, and print its path."""
     from quantlab.files.bundled import fetch
 
     typer.echo(str(fetch(name)))
@@ -31,11 +31,14 @@ def convert(
         ),
     ] = None,
     outtype: Annotated[
-        str, typer.Option("--outtype", metavar="auto|f32|f16|bf16|q8_0", help="auto keeps the checkpoint's own type.")
+        str,
+        typer.Option(
+            "--outtype", metavar="auto|f32|f16|bf16|q8_0", help="Type of the weights, auto for the checkpoint's own."
+        ),
     ] = "auto",
     as_llama_cpp: AsLlamaCpp = False,
     model_name: Annotated[
-        str | None, typer.Option("--model-name", help="Name in the file's metadata (default: the card's or folder's).")
+        str | None, typer.Option("--model-name", help="Name in the metadata (default: the model card's or folder's).")
     ] = None,
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Write layers that guess several tokens at once (Qwen3.5, Qwen3-Next).")
@@ -72,7 +75,7 @@ def inspect(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print what is in a model: metadata, tensors, types, sizes, and the mixture where it is a known one."""
+    """Print the contents of a model: metadata, tensors, types, sizes and mixture."""
     from quantlab.files.model import open
     from quantlab.transform import layout as layouts
     from quantlab.transform.inspect import inspect
@@ -86,11 +89,11 @@ def inspect(
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file or a checkpoint.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The file or checkpoint to compare with.")],
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print what differs from A to B: metadata, types, shapes, order, bytes, and how far the values are apart.
+    """Print the differences from A to B: metadata, types, shapes, order, bytes and values.
 
     Exit status: 0 where nothing differs, 1 where something does.
     """
@@ -104,12 +107,12 @@ def diff(
 @app.command()
 def verify(
     quant: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized GGUF file.")],
-    source: Annotated[str, typer.Option("--source", metavar="BASE", help="The GGUF file or checkpoint it names.")],
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="The importance matrix that was used.")] = None,
+    source: Annotated[str, typer.Option("--source", metavar="BASE", help="The GGUF file or checkpoint behind QUANT.")],
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="The importance matrix used for QUANT.")] = None,
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Quantize BASE again in memory and say whether QUANT comes from it.
+    """Check that QUANT comes from BASE, by quantizing BASE again in memory.
 
     Verdicts: identical; same type, rules and matrix, another compiler's rounding; refined, as the file says of itself;
     other, with what does not fit. Exit status: 1 for the last, 0 for the others.
@@ -125,22 +128,22 @@ def verify(
 def split(
     src: Annotated[str, typer.Argument(metavar="IN", help="A whole GGUF file.")],
     outfile: Annotated[
-        str | None, typer.Argument(metavar="[OUT]", help="What the shards' names begin with. Default: as IN's.")
+        str | None, typer.Argument(metavar="[OUT]", help="Beginning of the shards' names (default: IN's name).")
     ] = None,
     max_tensors: Annotated[
-        int | None, typer.Option("--split-max-tensors", metavar="N", help="Most tensors in a shard. Default: 128.")
+        int | None, typer.Option("--split-max-tensors", metavar="N", help="Most tensors in a shard (default: 128).")
     ] = None,
     max_size: Annotated[
         str | None, typer.Option("--split-max-size", metavar="N(M|G)", help="Most megabytes or gigabytes in a shard.")
     ] = None,
     no_tensor_first_split: Annotated[
-        bool, typer.Option("--no-tensor-first-split", help="Leave the first shard to the metadata.")
+        bool, typer.Option("--no-tensor-first-split", help="Put only metadata into the first shard.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the shards; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the shards without writing them.")] = False,
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Distribute a GGUF file over shards OUT-00001-of-0000N.gguf, as llama-gguf-split does."""
+    """Split a GGUF file into shards OUT-00001-of-0000N.gguf, as llama-gguf-split does."""
     from quantlab.transform.split import split
 
     limits = {"max_tensors": max_tensors, "max_size": max_size, "no_tensor_first_split": no_tensor_first_split}
@@ -149,21 +152,21 @@ def split(
 
 @app.command()
 def merge(
-    src: Annotated[str, typer.Argument(metavar="SHARD", help="Any one of the shards.")],
+    src: Annotated[str, typer.Argument(metavar="SHARD", help="Any of the shards.")],
     outfile: Annotated[
         str | None,
-        typer.Argument(metavar="[OUT]", callback=written(), help="Default: the shards' name without its numbers."),
+        typer.Argument(metavar="[OUT]", callback=written(), help="Default: the shards' name without numbers."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put the shards of a GGUF file together again: the bytes that were split."""
+    """Merge the shards of a GGUF file into one file."""
     from quantlab.transform.split import merge
 
     typer.echo(str(merge(src, outfile, overwrite=overwrite)), err=prints_to(outfile))
 
 
 def _strings(name: str, metavar: str, text: str):
-    """An option that may be given several times."""
+    """Return an option that may be given several times."""
     return Annotated[list[str] | None, typer.Option(name, metavar=metavar, help=text)]
 
 
@@ -172,7 +175,7 @@ def _flag(name: str, text: str):
 
 
 def _parts(files: list[str], with_ftype: bool = True) -> tuple[str, str | None, str | None, int | None]:
-    """Return IN, OUT, FTYPE and THREADS of IN [OUT] FTYPE [THREADS], as llama-quantize takes them apart.
+    """Return IN, OUT, FTYPE and THREADS of IN [OUT] FTYPE [THREADS], parsed as in llama-quantize.
 
     With --layout-of there is no FTYPE.
     """
@@ -181,7 +184,7 @@ def _parts(files: list[str], with_ftype: bool = True) -> tuple[str, str | None, 
     names, threads = files[: 1 + has_out + with_ftype], files[1 + has_out + with_ftype :]
     if len(names) < 1 + has_out + with_ftype or len(threads) > 1 or not all(map(str.isdecimal, threads)):
         raise typer.BadParameter(
-            "give IN FTYPE, IN OUT FTYPE, or IN OUT --layout-of FILE; then, if at all, a number of threads",
+            "give IN FTYPE, IN OUT FTYPE, or IN OUT --layout-of FILE, optionally followed by a number of threads",
             param_hint="IN [OUT] FTYPE [THREADS]",
         )
     ftype = names[-1] if with_ftype else None
@@ -198,7 +201,7 @@ def _is_ftype(text: str) -> bool:
 
 
 def _outfile(files: list[str], options: dict) -> list[str]:
-    """Return OUT where it is given."""
+    """Return OUT if it is given."""
     out = _parts(files, with_ftype=not options["layout_of"])[1]
     return [] if out is None else [out]
 
@@ -208,22 +211,22 @@ Quantized = Annotated[
     typer.Argument(
         metavar="IN [OUT] FTYPE [THREADS]",
         callback=written(also=[(".quantlab.json", "is_digests")], pick=_outfile),
-        help="GGUF file or checkpoint; output; mixture; threads (default: all cores).",
+        help="GGUF file or checkpoint, output, mixture, number of threads (default: all cores).",
     ),
 ]
 LayoutOf = Annotated[
-    str | None, typer.Option("--layout-of", metavar="FILE", help="Apply the types of this GGUF file by name.")
+    str | None, typer.Option("--layout-of", metavar="FILE", help="Give each tensor its type in this GGUF file.")
 ]
 PruneLayers = Annotated[
     str | None, typer.Option("--prune-layers", metavar="L0,L1,…", help="Leave out these layers, numbered from 0.")
 ]
-Reuse = Annotated[Path | None, typer.Option(metavar="OLD", help="Copy what did not change from an older output.")]
+Reuse = Annotated[Path | None, typer.Option(metavar="OLD", help="Copy unchanged tensors from an older output.")]
 
 
 @app.command()
 def quantize(
     files: Quantized,
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, of either format.")] = None,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix in either format.")] = None,
     include_weights: _strings("--include-weights", "NAME", "Use the matrix only where the name contains this.") = None,
     exclude_weights: _strings("--exclude-weights", "NAME", "Do not use it where the name contains this.") = None,
     tensor_type: _strings("--tensor-type", "REGEX=TYPE", "Type of the tensors so named; the first that fits.") = None,
@@ -238,7 +241,7 @@ def quantize(
     prune_layers: PruneLayers = None,
     override_kv: _strings("--override-kv", "KEY=TYPE:VALUE", "Metadata to set: int, float, bool or str.") = None,
     no_fallback: _flag("--no-fallback", "Refuse where rows do not fit the type's blocks.") = False,
-    via: Annotated[str | None, typer.Option(metavar="f16", help="Round a checkpoint to F16 first.")] = None,
+    via: Annotated[str | None, typer.Option(metavar="f16", help="Round a checkpoint's weights to F16 first.")] = None,
     reuse: Reuse = None,
     histogram: _flag("--histogram", "Show how often each code is used, per tensor.") = False,
     dry_run: _flag("--dry-run", "Stop after the plan; write nothing.") = False,

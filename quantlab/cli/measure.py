@@ -1,4 +1,4 @@
-"""The words that measure and study: perplexity, compare, table, imatrix, refine, notebook."""
+"""Words that measure and study: perplexity, compare, table, imatrix, refine, notebook."""
 
 # pyright: reportInvalidTypeForm=false
 
@@ -39,11 +39,11 @@ def perplexity(
             "-f",
             "--file",
             metavar="TEXT",
-            help="primer, sampled, wikitext-2-raw or a text file (default: primer; with --kl-divergence the base's).",
+            help="primer, sampled, wikitext-2-raw or a text file (default: primer, or the base file's text).",
         ),
     ] = None,
     n_ctx: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", help="Tokens per chunk; 0: the model's own (default: 512).")
+        int | None, typer.Option("-c", "--ctx-size", help="Tokens per chunk, 0: the model's own (default: 512).")
     ] = None,
     chunks: Chunks = None,
     protocol: ProtocolName = "llama.cpp",
@@ -58,7 +58,7 @@ def perplexity(
             "--kl-divergence-base",
             metavar="FILE",
             callback=written(pick=lambda values, all_values: [] if all_values["kl_divergence"] else values),
-            help="Write the model's predictions; with --kl-divergence, read them.",
+            help="File for the predictions: written, or read with --kl-divergence.",
         ),
     ] = None,
     kl_divergence: Annotated[
@@ -67,7 +67,7 @@ def perplexity(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Measure the perplexity of a model on a text; compare it with a base's predictions in a file."""
+    """Measure the perplexity of a model on a text, or compare it with a base's predictions."""
     from quantlab.evaluate import perplexity as measure
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
@@ -89,8 +89,7 @@ def perplexity(
 def compare(
     base: Annotated[str, typer.Argument(metavar="BASE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     variants: Annotated[
-        list[str],
-        typer.Argument(metavar="[NAME=]VARIANT…", help="Ftypes (Q4_K_M, Q4_K_M+refined), files, recipes."),
+        list[str], typer.Argument(metavar="[NAME=]VARIANT…", help="Ftypes (Q4_K_M, Q4_K_M+refined), files or recipes.")
     ],
     text: TextName = "primer",
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix for ftypes and recipes.")] = None,
@@ -107,7 +106,7 @@ def compare(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Measure variants of a model side by side with it: perplexity, KL divergence, agreement."""
+    """Compare variants of a model with it: perplexity, KL divergence, agreement."""
     from quantlab.evaluate.perplexity import compare
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
@@ -122,9 +121,9 @@ def table(
     text: Annotated[
         str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled or a text file.")
     ] = "primer",
-    ftypes: Annotated[str, typer.Option("--ftypes", metavar="A,B,…", help="The rows; all of llama.cpp's table.")] = "",
+    ftypes: Annotated[str, typer.Option("--ftypes", metavar="A,B,…", help="Rows of the table (default: all).")] = "",
     today: Annotated[
-        bool, typer.Option("--today", help="Add the I-quants, with an importance matrix of the text sampled.")
+        bool, typer.Option("--today", help="Add the I-quants, with an importance matrix from the text sampled.")
     ] = False,
     calibrate_on: CalibrateOn = "sampled",
     rules: Rules = "current",
@@ -137,7 +136,7 @@ def table(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print the size/ppl table: for every ftype its size and what it costs in perplexity."""
+    """Print the size/ppl table: the size and perplexity of every ftype."""
     from quantlab.study import tables
 
     names = [name for name in ftypes.split(",") if name]
@@ -161,22 +160,21 @@ def imatrix(
         str | None, typer.Argument(metavar="[MODEL]", help="tiny, smollm2, a GGUF file or a checkpoint.")
     ] = None,
     text: Annotated[
-        str | None, typer.Option("-f", "--file", metavar="TEXT", help="What to calibrate on; sampled.")
+        str | None, typer.Option("-f", "--file", metavar="TEXT", help="Calibration text (default: sampled).")
     ] = None,
     outfile: Annotated[
-        Path | None, typer.Option("-o", "--output-file", callback=written(), help="Default: imatrix.gguf.")
+        Path | None,
+        typer.Option("-o", "--output-file", callback=written(), help="Output file (default: imatrix.gguf)."),
     ] = None,
     in_file: Annotated[
-        list[Path] | None, typer.Option("--in-file", help="A matrix to be added; repeat it for more.")
+        list[Path] | None, typer.Option("--in-file", help="Importance matrix to add (repeatable).")
     ] = None,
     n_ctx: ContextSize = 512,
     chunks: Chunks = None,
-    process_output: Annotated[
-        bool, typer.Option("--process-output", help="Collect for output.weight as well.")
-    ] = False,
+    process_output: Annotated[bool, typer.Option("--process-output", help="Collect for output.weight also.")] = False,
     legacy: Annotated[bool, typer.Option("--legacy", help="Write the older format, .dat.")] = False,
     show_statistics: Annotated[
-        bool, typer.Option("--show-statistics", help="Print a table of every tensor's inputs.")
+        bool, typer.Option("--show-statistics", help="Print a table of statistics of every tensor's inputs.")
     ] = False,
     mode: Mode = "float",
     device: Device = "auto",
@@ -185,14 +183,14 @@ def imatrix(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Collect an importance matrix on a text; without MODEL, add up the --in-file's, or show the statistics of one."""
+    """Collect an importance matrix on a text, or (without MODEL) add up or describe those of --in-file."""
     from quantlab.evaluate.imatrix import imatrix
     from quantlab.files.imatrix_file import merge, read_imatrix
     from quantlab.files.inputs import input_files
     from quantlab.files.output import check_outputs, replacing
 
     if model is None and text is not None:
-        raise typer.BadParameter("a text is of use only with a MODEL", param_hint="-f")
+        raise typer.BadParameter("a text needs a MODEL", param_hint="-f")
     files = in_file or []
     if model is None and show_statistics and outfile is None:
         matrix = read_imatrix(files[0]) if len(files) == 1 else merge(map(read_imatrix, files), chunk_size=n_ctx)
@@ -219,7 +217,7 @@ Refined = Annotated[
     typer.Argument(
         metavar="MODEL [OUT] FTYPE",
         callback=written(pick=lambda files, _: files[1:2] if len(files) == 3 else []),
-        help="GGUF file or checkpoint; output; mixture.",
+        help="GGUF file or checkpoint, output, mixture.",
     ),
 ]
 Texts = Annotated[
@@ -227,21 +225,20 @@ Texts = Annotated[
     typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text (default: sampled); repeatable."),
 ]
 RefineChunks = Annotated[
-    int, typer.Option("--chunks", metavar="N", help="Stop after N chunks of all texts; -1: the whole texts.")
+    int, typer.Option("--chunks", metavar="N", help="Stop after N chunks of all texts, -1 for the whole texts.")
 ]
-Sweeps = Annotated[int, typer.Option("--sweeps", help="Go through codes and scales this often.")]
+Sweeps = Annotated[int, typer.Option("--sweeps", help="Number of sweeps over codes and scales.")]
 Damping = Annotated[
-    str, typer.Option("--damping", metavar="auto|X", help="Add this share of its diagonal to the moments.")
+    str, typer.Option("--damping", metavar="auto|X", help="Share of the diagonal to add to the second moments.")
 ]
 OtherMatrix = Annotated[
     Path | None, typer.Option("--imatrix", help="Importance matrix for tensors that cannot be refined.")
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="Types by tensor, as quantlab recipe writes them.")
+    Path | None, typer.Option("--recipe", metavar="FILE", help="Types by tensor, from quantlab recipe.")
 ]
 Judge = Annotated[
-    str | None,
-    typer.Option("--judge", metavar="TEXT|none", help="Compare with ordinary bytes on it (default: primer)."),
+    str | None, typer.Option("--judge", metavar="TEXT|none", help="Text for the comparison (default: primer).")
 ]
 
 
@@ -255,7 +252,7 @@ def refine(
     damping: Damping = "auto",
     imatrix: OtherMatrix = None,
     recipe: RecipeFile = None,
-    tensor_type: pairs("--tensor-type", "Type of the tensors so named; the first that fits.") = None,
+    tensor_type: pairs("--tensor-type", "Type of tensors by name; the first match counts.") = None,
     judge: Judge = None,
     rules: Rules = "current",
     memory: Memory = None,
@@ -263,7 +260,7 @@ def refine(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Quantize with codes and scales chosen with the layer's inputs: the same types and size, less damage.
+    """Quantize with codes and scales fitted to the layer's inputs: same types and size, less damage.
 
     With --scratch, a stopped run resumes. Prints the KL divergence of ordinary and refined bytes on a held-out text.
     """
@@ -278,7 +275,7 @@ def refine(
     texts = text or ["sampled"]
     judge = judge or ("none" if "primer" in texts else "primer")
     if judge in texts:
-        raise typer.BadParameter("is a calibration text, name another or none", param_hint="--judge")
+        raise typer.BadParameter("is a calibration text, choose another or none", param_hint="--judge")
     n_ctx = context_size(files[0], n_ctx)  # pyright: ignore[reportAssignmentType]
     path = refine(
         files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,
@@ -307,14 +304,12 @@ def notebook(
     picture: Annotated[
         str | None,
         typer.Option(
-            "--picture", metavar="FILE", callback=written("is_picture"), help="Write its first figure as PNG."
+            "--picture", metavar="FILE", callback=written("is_picture"), help="Write the first figure as PNG."
         ),
     ] = None,
     parameters_file: Annotated[
         Path | None,
-        typer.Option(
-            "-f", "--parameters_file", metavar="FILE.yaml", help="Values; those of notebooks/params/ are ready."
-        ),
+        typer.Option("-f", "--parameters_file", metavar="FILE.yaml", help="Parameters, as in notebooks/params/."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -330,7 +325,7 @@ def notebook(
 
     flags, keys, values = ctx.args[::3], ctx.args[1::3], ctx.args[2::3]
     if len(ctx.args) % 3 or any(flag != "-p" for flag in flags):
-        raise typer.BadParameter("parameters are given as -p KEY VALUE", param_hint="-p")
+        raise typer.BadParameter("give parameters as -p KEY VALUE", param_hint="-p")
     given = notebooks.read_parameters(parameters_file) if parameters_file else {}
     given |= dict(zip(keys, values, strict=True))
     if picture:

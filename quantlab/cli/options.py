@@ -1,4 +1,4 @@
-"""What the words share: the application, common options, which options name outputs, and how a result is reported."""
+"""Shared parts of the words: the application, common options, checks of outputs, reports."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 @dataclass(frozen=True)
 class Written:
-    """Rule of an option that names an output."""
+    """The rule of an option that names an output."""
 
     # function of `quantlab.files.output` that recognizes files that may be replaced without --overwrite
     own: str | None = None
@@ -32,15 +32,15 @@ def written(own: str | None = None, also: Sequence[tuple[str, str]] = (), pick: 
 
 
 class Word(TyperCommand):
-    """A word that takes its model as -m too, and refuses outputs that exist or that it reads before it begins."""
+    """A word that accepts its model as -m, and checks its outputs before it begins."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self._model() is not None:
-            self.epilog = f"-m MODEL, --model MODEL: the same as {self._model()}, as llama.cpp's programs take it."
+            self.epilog = f"-m MODEL, --model MODEL: the same as {self._model()}, as in llama.cpp's programs."
 
     def _model(self) -> str | None:
-        """Return the metavar of the model that the word's arguments begin with, None where they begin with a name."""
+        """Return the metavar of the word's first argument, if it is a model (None: it is a name)."""
         if any("-m" in param.opts for param in self.params):
             return None
         first = next((param for param in self.params if not param.opts[0].startswith("-")), None)
@@ -62,7 +62,7 @@ class Word(TyperCommand):
 
 
 def _model_first(args: list[str]) -> list[str]:
-    """Put the value of -m or --model in front of the other arguments."""
+    """Move the value of -m or --model before the other arguments."""
     for i, text in enumerate(args):
         if text in ("-m", "--model") and i + 1 < len(args):
             return [args[i + 1], *args[:i], *args[i + 2 :]]
@@ -74,7 +74,7 @@ def _model_first(args: list[str]) -> list[str]:
 
 
 def _check(ctx: typer.Context, rules: dict[str, Written | None]) -> None:
-    """Refuse outputs; every other argument counts as an input where it names a file."""
+    """Check the outputs against all other arguments that name files, the inputs."""
     from quantlab.files.inputs import input_files
     from quantlab.files.output import check_output, check_outputs
 
@@ -92,7 +92,7 @@ def _check(ctx: typer.Context, rules: dict[str, Written | None]) -> None:
 
 
 def _files(path: Path, rule: Written) -> Iterator[tuple[Path, Callable | None]]:
-    """Yield what is written where an option names `path`, and what recognizes files that may be replaced."""
+    """Yield the files written for an option's `path`, and the test for files that may be replaced."""
     from quantlab.files import output
 
     yield path, getattr(output, rule.own) if rule.own else None
@@ -102,7 +102,7 @@ def _files(path: Path, rule: Written) -> Iterator[tuple[Path, Callable | None]]:
 
 
 class _Words(typer.Typer):
-    """A Typer application all of whose commands are `Word`s."""
+    """A Typer application whose commands are `Word`s."""
 
     def command(self, *args, **options):
         return super().command(*args, **{"cls": Word} | options)
@@ -123,60 +123,59 @@ JsonPath = Annotated[
         "--json",
         metavar="FILE|-",
         callback=written("is_report"),
-        help="Write the result as JSON too; - gives JSON alone on standard output, the table on standard error.",
+        help="Write the result as JSON also; with -, JSON goes to standard output and the table to standard error.",
     ),
 ]
-Rules = Annotated[
-    str, typer.Option("--rules", metavar="current|2023-12", help="llama.cpp's mixture rules of that time.")
-]
+Rules = Annotated[str, typer.Option("--rules", metavar="current|2023-12", help="Version of llama.cpp's mixture rules.")]
 AsLlamaCpp = Annotated[
     bool,
     typer.Option(
-        "--as-llama-cpp", help="Write a vocabulary as llama.cpp's converter does where it gives texts other ids."
+        "--as-llama-cpp", help="Write the vocabulary of llama.cpp's converter, even if it gives texts wrong ids."
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace outputs that exist (an older report is replaced anyway).")
+    bool, typer.Option("--overwrite", help="Replace existing outputs (older reports are always replaced).")
 ]
 
 TextName = Annotated[
     str, typer.Option("-f", "--file", metavar="TEXT", help="primer, sampled, wikitext-2-raw or a text file.")
 ]
-ContextSize = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk; 0: the model's own context.")]
+ContextSize = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens per chunk, 0 for the model's own context.")]
 Chunks = Annotated[
     int | None,
     typer.Option(
         "--chunks",
         callback=lambda value: None if value == -1 else value,
-        help="Stop after N chunks; -1: none (default: whole text).",
+        help="Stop after N chunks, -1 for all (default: whole text).",
     ),
 ]
-ProtocolName = Annotated[str, typer.Option("--protocol", metavar="llama.cpp|full", help="Which tokens are scored.")]
+ProtocolName = Annotated[str, typer.Option("--protocol", metavar="llama.cpp|full", help="Rule for the scored tokens.")]
 Mode = Annotated[
     str,
     typer.Option(
-        "--mode",
-        metavar="float|half|ggml-cpu",
-        help="Activations as they are, in halves on a card, or all as ggml's CPU code does it.",
+        "--mode", metavar="float|half|ggml-cpu", help="Arithmetic: float32, halves on a card, or ggml's CPU code."
     ),
 ]
-Memory = Annotated[str | None, typer.Option("--memory", metavar="8GiB", help="Memory to stay within.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="8GiB", help="Limit of RAM (default: 3/4 of the machine's).")
+]
 Device = Annotated[
     str,
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda|mps|cpu-torch",
-        help="What computes: auto is a card with the extra gpu where both are there, else the CPU.",
+        help="Device: auto is a usable card if the extra gpu is installed, else the CPU.",
     ),
 ]
 DeviceMemory = Annotated[
-    str | None, typer.Option("--device-memory", metavar="22GiB", help="Memory of the card to stay within.")
+    str | None,
+    typer.Option("--device-memory", metavar="22GiB", help="Limit of the card's memory (default: free memory)."),
 ]
 CalibrateOn = Annotated[
-    str, typer.Option("--calibrate-on", metavar="TEXT", help="Refine with this text what is marked +refined.")
+    str, typer.Option("--calibrate-on", metavar="TEXT", help="Calibration text for variants marked +refined.")
 ]
 Scratch = Annotated[
-    Path | None, typer.Option("--scratch", metavar="FOLDER", help="Keeps what is needed to resume a stopped run.")
+    Path | None, typer.Option("--scratch", metavar="FOLDER", help="Folder of hidden states, for resuming.")
 ]
 
 
@@ -200,20 +199,20 @@ def context_size(model: str, n_ctx: int | None) -> int | None:
 
 
 def as_options(text: str) -> str:
-    """Spell arguments that a message asks for as the command line takes them: overwrite=True is --overwrite."""
+    """Spell a message's arguments for the command line: overwrite=True becomes --overwrite."""
     text = re.sub(r"\b([a-z]\w*)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
     return re.sub(r"\boutfile=FILE\b", "--outfile FILE", text)
 
 
 def prints_to(*outputs: str | Path | None) -> bool:
-    """Whether one of the outputs is standard output, which then carries nothing else."""
+    """Tell whether an output is standard output, which must then carry nothing else."""
     from quantlab.files.output import descriptor
 
     return any(path == "-" or descriptor(path) == 1 for path in outputs if path is not None)
 
 
 def report(result, json: str | None = None, overwrite: bool = False, *outputs: str | Path | None) -> None:
-    """Write `result.to_json()` where `--json` says, then print the table, `str(result)`, even if the writing fails."""
+    """Write `result.to_json()` to `--json`, and print `str(result)` even if writing fails."""
     try:
         if json is not None:
             _write_json(result.to_json() + "\n", json, overwrite)

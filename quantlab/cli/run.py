@@ -1,4 +1,4 @@
-"""The words that run a model: fit, chat, serve."""
+"""Words that run a model: fit, chat, serve."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,30 +11,30 @@ from quantlab.cli.options import JsonPath, Overwrite, Rules, app, report, writte
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help="tiny, yi-34b, a GGUF file or a checkpoint.")],
-    ftype: Annotated[str | None, typer.Option("--ftype", metavar="FTYPE", help="Only this mixture.")] = None,
+    ftype: Annotated[str | None, typer.Option("--ftype", metavar="FTYPE", help="Show only this mixture.")] = None,
     vram: Annotated[str, typer.Option(metavar="24GiB", help="Memory of the graphics card.")] = "0",
-    ram: Annotated[str | None, typer.Option(metavar="32GiB", help="Memory of the machine; this one's.")] = None,
+    ram: Annotated[str | None, typer.Option(metavar="32GiB", help="RAM (default: this machine's).")] = None,
     n_ctx: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 0: the model's own (default: 4096).")
+        int | None, typer.Option("-c", "--ctx-size", help="Tokens of context, 0 for the model's own (default: 4096).")
     ] = None,
     n_gpu_layers: Annotated[
-        int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the card; the most that fit.")
+        int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the card (default: as many as fit).")
     ] = None,
     cache_type_k: Annotated[str, typer.Option("-ctk", "--cache-type-k", help="Type of the K cache.")] = "f16",
     cache_type_v: Annotated[str, typer.Option("-ctv", "--cache-type-v", help="Type of the V cache.")] = "f16",
-    n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size", help="Tokens that are computed at once.")] = 512,
+    n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size", help="Tokens that are computed together.")] = 512,
     flash_attn: Annotated[
-        bool, typer.Option("--flash-attn/--no-flash-attn", help="Attention without stored scores.")
+        bool, typer.Option("--flash-attn/--no-flash-attn", help="Use attention that stores no scores.")
     ] = True,
     rules: Rules = "current",
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE.png", callback=written("is_picture"), help="Draw the parts as bars."),
+        typer.Option("--plot", metavar="FILE.png", callback=written("is_picture"), help="Draw the memory as bars."),
     ] = None,
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print what a model takes to run, and how many layers and how long a context fit."""
+    """Print the memory that a model needs, and the layers and context that fit."""
     from quantlab.run.fit import fit
 
     options = {"ftype": ftype, "vram": vram, "ram": ram, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "rules": rules}
@@ -49,30 +49,32 @@ def fit(
 
 
 RunContext = Annotated[
-    int | None, typer.Option("-c", "--ctx-size", help="Tokens of context; 0: the model's own (default: 2048).")
+    int | None, typer.Option("-c", "--ctx-size", help="Tokens of context, 0 for the model's own (default: 2048).")
 ]
 GpuLayers = Annotated[
-    int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the graphics card; what llama.cpp finds.")
+    int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the card (default: llama.cpp's choice).")
 ]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Threads; what llama.cpp finds.")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Threads (default: llama.cpp's choice).")]
 
 
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
-    system: Annotated[str, typer.Option("-sys", "--system-prompt", help="What the model is told first.")] = "",
+    system: Annotated[str, typer.Option("-sys", "--system-prompt", help="Instruction before the conversation.")] = "",
     n_ctx: RunContext = None,
     n_gpu_layers: GpuLayers = None,
     threads: Threads = None,
-    temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", help="Only from so many of the likeliest; 0 from all.")] = 40,
-    top_p: Annotated[float, typer.Option("--top-p", help="Only from the likeliest of this probability.")] = 0.95,
-    min_p: Annotated[float, typer.Option("--min-p", help="Only from this share of the likeliest's.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="Above 1, repeats are rarer.")] = 1.0,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="-1 takes a random one.")] = -1,
-    n_predict: Annotated[int, typer.Option("-n", "--predict", "--n-predict", help="Tokens per answer at most.")] = -1,
+    temp: Annotated[float, typer.Option("--temp", help="Temperature, 0 for always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", help="Choose among the K likeliest tokens, 0 for all.")] = 40,
+    top_p: Annotated[float, typer.Option("--top-p", help="Likeliest tokens of this total probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option("--min-p", help="Tokens of this share of the largest probability.")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="Above 1, repetitions are rarer.")] = 1.0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the random numbers, -1 for a random seed.")] = -1,
+    n_predict: Annotated[
+        int, typer.Option("-n", "--predict", "--n-predict", help="Stop an answer after N tokens.")
+    ] = -1,
 ) -> None:
-    """Talk to a model in the terminal; Ctrl-C stops an answer, Ctrl-D leaves."""
+    """Chat with a model in the terminal; Ctrl-C stops an answer, Ctrl-D exits."""
     from quantlab.run.chat import Conversation, Sampling, talk
     from quantlab.run.llama_cpp import Engine, Options
     from quantlab.run.serve import killable
@@ -89,14 +91,14 @@ def serve(
     model: Annotated[str, typer.Option("-m", "--model", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     n_ctx: RunContext = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 8080,
+    port: Annotated[int, typer.Option("--port", help="Port to listen on, 0 for any free port.")] = 8080,
     n_gpu_layers: GpuLayers = None,
     threads: Threads = None,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="Requests must give this key.")
+        str | None, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="Key that requests must give.")
     ] = None,
 ) -> None:
-    """Serve a model: llama.cpp's web page, and an API for OpenAI's clients."""
+    """Serve a model with llama.cpp's web page and an API for OpenAI's clients."""
     from quantlab.run.llama_cpp import Options
     from quantlab.run.serve import serve
 

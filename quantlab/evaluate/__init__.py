@@ -1,1 +1,1 @@
-"""How good is it: the forward pass, perplexity and divergence; importance matrices."""
+"""Evaluation of models: forward pass, perplexity, divergence, importance matrices and refinement."""

@@ -1,4 +1,4 @@
-"""How conversations become scored tokens: each in a window of its own, answers alone counted."""
+"""Conversations as scored tokens: each in its own window, with only the answers counted."""
 
 import hashlib
 from collections.abc import Sequence

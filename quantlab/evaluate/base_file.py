@@ -1,4 +1,4 @@
-"""What llama-perplexity keeps of a base model's predictions in its `--kl-divergence-base` file: 16 bits of each.
+"""llama-perplexity's `--kl-divergence-base` file: a base model's predictions in 16 bits each.
 
     "_logits_" │ int32 n_ctx │ int32 n_vocab │ int32 n_chunks │ int32 token × n_chunks · n_ctx
     per scored token:  float32 scale │ float32 lowest │ uint16 code × n_vocab       ln p = scale · code + lowest
@@ -23,7 +23,7 @@ STEPS = np.float32(65535)
 
 
 def stored_log_p(logits: np.ndarray) -> np.ndarray:
-    """Return the log probabilities that the file would give back.
+    """Return the log probabilities after writing to the file and reading back.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def stored_log_p(logits: np.ndarray) -> np.ndarray:
 
 
 def record_width(n_vocab: int) -> int:
-    """Return the 16-bit numbers per scored token: two float32, the codes, and a pad where `n_vocab` is odd."""
+    """Return the number of 16-bit words per scored token: two float32, the codes, a pad if `n_vocab` is odd."""
     return 2 * ((n_vocab + 1) // 2) + 4
 
 
@@ -115,14 +115,18 @@ class BaseFile:
             n_ctx, n_vocab, n_chunks = (int(number) for number in np.frombuffer(start, "<i4", offset=8))
             if min(n_vocab, n_chunks) < 1 or n_ctx < 4 or max(n_ctx, n_vocab, n_chunks) > 1 << 28:
                 raise ValueError(
-                    f"{path}: n_ctx={n_ctx}, n_vocab={n_vocab}, n_chunks={n_chunks} cannot be. It is damaged."
+                    f"{path}: n_ctx={n_ctx}, n_vocab={n_vocab}, n_chunks={n_chunks} are impossible. "
+                    f"Write the file again."
                 )
             size, needed = path.stat().st_size, file_bytes(n_chunks, n_ctx, n_vocab)
             if size != needed:
-                raise ValueError(f"{path}: has {size} bytes, must have {needed}. It is not whole: write it again.")
+                raise ValueError(f"{path}: has {size} bytes, must have {needed}. It is truncated; write it again.")
             tokens = np.frombuffer(file.read(4 * n_chunks * n_ctx), "<i4").astype(np.int32).reshape(n_chunks, n_ctx)
         if tokens.min() < 0 or tokens.max() >= n_vocab:
-            raise ValueError(f"{path}: tokens reach from {tokens.min()} to {tokens.max()}, must be 0 to {n_vocab - 1}.")
+            raise ValueError(
+                f"{path}: tokens reach from {tokens.min()} to {tokens.max()}, must be 0 to {n_vocab - 1}. "
+                f"Write the file again."
+            )
         return cls(path, tokens, n_vocab)
 
     def records(self) -> np.ndarray:
@@ -132,7 +136,7 @@ class BaseFile:
 
 
 def n_scored(n_ctx: int) -> int:
-    """Return the scored tokens of a chunk: those behind the first of the second half."""
+    """Return the number of scored tokens of a chunk: the second half without its first token."""
     return n_ctx - 1 - n_ctx // 2
 
 
@@ -145,7 +149,7 @@ def file_bytes(n_chunks: int, n_ctx: int, n_vocab: int) -> int:
 
 
 class WriteBase:
-    """Consumer of a `ForwardPass` that scores the base's tokens and writes its predictions to a file.
+    """A consumer of a `ForwardPass` that scores the base's tokens and writes its predictions to a file.
 
     Parameters
     ----------
@@ -170,7 +174,7 @@ class WriteBase:
 
 
 class CompareWithFile:
-    """Consumer of a `ForwardPass` that scores its only variant against the predictions in a file.
+    """A consumer of a `ForwardPass` that scores its only variant against the predictions in a file.
 
     Source: `kl_divergence` in tools/perplexity/perplexity.cpp of llama.cpp.
     """
@@ -181,7 +185,7 @@ class CompareWithFile:
         self.file = file
 
     def output(self, forward_pass: ForwardPass) -> list[TokenScores]:
-        """Return the scores of the base, as far as the file tells, and of the variant."""
+        """Return the scores of the base (as far as the file has them) and of the variant."""
         p, records = forward_pass, self.file.records()
         base, scores = (TokenScores.empty(*p.windows.targets.shape) for _ in range(2))
         for place, logits in _logits(p):
@@ -198,7 +202,7 @@ class CompareWithFile:
 
 
 def _logits(p: ForwardPass):
-    """Yield places (chunk, rows) and the logits [rows, n_vocab] there of the first variant, a few at a time."""
+    """Yield places (chunk, rows) and the first variant's logits [rows, n_vocab] there, a few at a time."""
     output, n = p.output(0), p.windows.targets.shape[1]
     p.weights.forget()
     step = max(1, PIECE // (4 * p.hparams.n_vocab))

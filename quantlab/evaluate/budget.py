@@ -1,4 +1,4 @@
-"""How much memory, disk and time a pass takes, worked out before it starts, and how it is cut to fit the memory."""
+"""Estimates of a pass's memory, disk and time, and its division to fit the memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ ENCODE_SPEED = 20e6  # weights per second, of the slower types
 
 @dataclass(frozen=True)
 class Budget:
-    """How a pass is cut, and what it needs."""
+    """The division of a pass, and its needs of memory, disk and time."""
 
     chunks_at_once: int  # chunks that a layer is applied to at a time
     outputs_at_once: int  # variants whose logits are computed beside the base's at a time
@@ -84,7 +84,7 @@ def fit(
             chunks, outputs = max(1, chunks // 2), max(1, outputs // 2)
     if needed() > allowed:
         least = f"must be at least {needed() / 2**30:.2f} GiB for this model"
-        raise ValueError(f"memory={memory or allowed}, {least}. Give more, or a smaller n_ctx.")
+        raise ValueError(f"memory={memory or allowed}, {least}. Give more memory, or a smaller n_ctx.")
     disk = 0 if in_memory else 2 * states
     operations, encoded = work_of(variants, windows)
     return Budget(chunks, outputs, in_memory, needed(), disk, operations / speed + encoded / ENCODE_SPEED)
@@ -101,7 +101,7 @@ def allowed_bytes(memory: str | int | None) -> int:
 
 
 def work_of(variants: Sequence[Variant], windows: Windows) -> tuple[float, int]:
-    """Return the operations of a pass, and the weights that are quantized for it."""
+    """Return the number of operations of a pass, and of weights to quantize for it."""
     base = variants[0].model
     n_output = base.hparams.n_vocab * base.hparams.n_embd
     n_layers = sum(tensor.n_weights for tensor in base if tensor.name.startswith("blk."))

@@ -1,4 +1,4 @@
-"""Whether the evaluator computes a model completely: known architecture, known tensors, shapes as promised."""
+"""Checks that the evaluator supports a model completely: architecture, tensors and shapes."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ VARYING = (
 
 
 def check_model(model) -> None:
-    """Raise ValueError unless the forward pass computes this model completely.
+    """Raise ValueError if the forward pass does not support the model completely.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def check_model(model) -> None:
 
 
 def _check_heads(model, h) -> None:
-    """Refuse heads that do not divide what they share; `h` are the hyper-parameters of a layer."""
+    """Refuse numbers of heads that do not divide each other; `h` holds a layer's hyper-parameters."""
     if h.n_head % h.n_head_kv or h.n_rot % 2 or h.n_rot > h.head_dim:
         raise ValueError(
             f"{model.path}: n_head={h.n_head}, n_head_kv={h.n_head_kv}, head_dim={h.head_dim}, n_rot={h.n_rot} "
@@ -74,7 +74,7 @@ def _check_tensors(model, record: Architecture) -> None:
         if layer_of(name) >= hparams.n_layer and tensor is not None:
             continue  # where it is not expected, it is refused below
         if tensor is None or tensor.is_layered and name.split(".")[2] not in used:
-            raise ValueError(f"{model.path}: {name} has no place in a {hparams.arch}. Evaluate it in llama.cpp.")
+            raise ValueError(f"{model.path}: {name} is unknown in {hparams.arch}. Evaluate it in llama.cpp.")
     if "token_embd.weight" in model:
         hparams = replace(hparams, n_vocab=model.tensor("token_embd.weight").shape[0])  # metadata may count fewer
     expected = {name: (tensor, shape) for name, tensor, shape in record.expand(hparams)}
@@ -88,6 +88,6 @@ def _check_tensors(model, record: Architecture) -> None:
         if tensor.shape != shape:
             shape = shape or record.tensor(tensor.name).shape_in(hparams.at(0))  # pyright: ignore[reportOptionalMemberAccess]
             raise ValueError(
-                f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata asks for {shape} in each of "
+                f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata gives {shape} in each of "
                 f"{hparams.n_layer} layers. Convert the checkpoint again."
             )

@@ -25,7 +25,7 @@ from quantlab.evaluate.variants import Variant, Weights, identity, output_name, 
 
 
 class Consumer(Protocol):
-    """What is wanted of a pass.
+    """The consumer of a pass: its scored positions, observers and result.
 
     `observe(variant, layer, field, inputs)`, by index, is called before each product (see `Engine.forward`); None
     where nobody needs to. `output(forward_pass)` returns the result, once the last layer is done.
@@ -38,7 +38,7 @@ class Consumer(Protocol):
 
 
 class ForwardPass:
-    """The pass over `variants`, the first of which is the base that the others come from.
+    """The pass over `variants`, of which the first is the base.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class ForwardPass:
         self.states = HiddenStates(*shape, scratch, key, engine.empty_states)
 
     def run(self, consumer: Consumer) -> Any:
-        """Do the whole pass, from where the hidden states on disk leave off, and return the consumer's result."""
+        """Run the whole pass, resumed from hidden states on disk, and return the consumer's result."""
         if self.states.layer < 0:
             self._embed()
         done = self.states.layer - np.array([max(0, layer) for _, layer in self.shared])
@@ -91,7 +91,7 @@ class ForwardPass:
         return result
 
     def batches(self) -> Iterator[slice]:
-        """Yield the chunks, as many at a time as the budget allows."""
+        """Yield the chunks in batches that the budget allows."""
         n_chunks, step = len(self.windows.tokens), self.budget.chunks_at_once
         for start in range(0, n_chunks, step):
             yield slice(start, min(start + step, n_chunks))
@@ -109,11 +109,11 @@ class ForwardPass:
         self.states.advance()
 
     def _changed(self, index: int) -> list[int]:
-        """Return the variants that layer `index` is computed for; those that others take over come after them."""
+        """Return the variants that need layer `index`; those that share another's states come later."""
         return [i for i, (_, since) in enumerate(self.shared) if since <= index][::-1]
 
     def _layers(self, start: int) -> Iterator[Any]:
-        """Load what `_layer` wants from layer `start` on, in its order."""
+        """Load the weights for `_layer` from layer `start` on, in order."""
         for index in range(start, self.hparams.n_layer):
             self.weights.forget()
             for i in self._changed(index):
@@ -121,7 +121,7 @@ class ForwardPass:
                 yield self.engine.load(lambda name, v=variant, k=index: self.weights.get(v, f"blk.{k}.{name}"), index)
 
     def _layer(self, index: int, layers: Iterator[Any], observe: Callable | None) -> None:
-        """Apply layer `index` of every variant to every chunk; the last one only where positions are scored."""
+        """Apply layer `index` of every variant to every chunk (last layer: only at scored positions)."""
         first = self.windows.first if index == self.hparams.n_layer - 1 else 0
         for i in self._changed(index):
             layer, (source, since) = next(layers), self.shared[i]
@@ -136,16 +136,16 @@ class ForwardPass:
         self.states.advance()
 
     def last_states(self, i: int, chunks: slice) -> np.ndarray:
-        """Return variant i's hidden states [chunks, n_scored, n_embd] after the last layer, where they are scored."""
+        """Return variant i's hidden states [chunks, n_scored, n_embd] after the last layer."""
         source, since = self.shared[i]
         return self.states.read(source if since == self.hparams.n_layer else i, chunks)[:, self.windows.scored]
 
     def output(self, i: int) -> Any:
-        """Load what variant i has after its last layer."""
+        """Load variant i's output norm and output matrix."""
         return self.engine.load_output(*self.weights.output(self.variants[i]))
 
     def same_output(self, i: int) -> bool:
-        """Whether a variant has the base's output norm and output matrix."""
+        """Tell whether a variant has the base's output norm and output matrix."""
         if self.variants[i].model is not self.base:
             return False
         names = ["output_norm.weight", output_name(self.base)]
@@ -153,7 +153,7 @@ class ForwardPass:
 
 
 def _ahead(items: Iterator[Any], count: int) -> Generator[Any]:
-    """Yield items, of which the next `count` are made by another thread meanwhile."""
+    """Yield items, while another thread makes the next `count`."""
     if not count:
         yield from items
         return

@@ -1,4 +1,4 @@
-"""The importance matrix: how large the inputs of every weight matrix are, column by column, on a text.
+"""The importance matrix: the mean squared inputs of every weight matrix, by column, on a text.
 
 During a forward pass over the text, the inputs x of each product with weights are squared and added up per column:
 
@@ -127,7 +127,7 @@ def _check_same_model(earlier: Sequence[ImportanceMatrix], model: Model) -> None
 def _collect(
     model: Model, windows: Windows, choice: Choice, process_output: bool, memory, progress: bool
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Do the pass; return sums [shape=(n_mat, n_per_row)] and counts [shape=(n_mat,)], float32, by tensor name."""
+    """Run the pass; return sums [shape=(n_mat, n_per_row)] and counts [shape=(n_mat,)] by tensor name."""
     n_layer = model.hparams.n_layer
     with choice(model, windows.tokens.shape[1]) as engine:
         budget = engine.plan([as_is(model)], windows, memory, keep_states=False, observed=True)
@@ -141,7 +141,7 @@ def _collect(
 
 
 class _Importance:
-    """Consumer of a `ForwardPass` that adds up the squared inputs of every product with weights."""
+    """A consumer of a `ForwardPass` that adds up the squared inputs of every product with weights."""
 
     def __init__(self, model: Model, engine: Engine, process_output: bool):
         self._model, self._engine = model, engine
@@ -161,7 +161,7 @@ class _Importance:
         self._found[tensor] = sums + squares, seen + counts
 
     def output(self, forward_pass: ForwardPass) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return sums and counts by tensor, rounded to float32; the output matrix's on request."""
+        """Return sums and counts by tensor, rounded to float32 (output matrix: on request)."""
         if self._process_output:
             norm, _ = forward_pass.weights.output(forward_pass.variants[0])
             for chunks in forward_pass.batches():

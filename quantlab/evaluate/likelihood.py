@@ -256,7 +256,7 @@ def _width(group: list[tuple[int, ...]]) -> int:
 
 
 class _Places:
-    """Consumer of a `ForwardPass` that scores some positions of some rows, ascending by row."""
+    """A consumer of a `ForwardPass` that scores some positions of some rows, ascending by row."""
 
     observe = None
 

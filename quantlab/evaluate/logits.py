@@ -1,4 +1,4 @@
-"""Logits of a few windows of tokens, for a look at what a model says next."""
+"""Logits of a few windows of tokens, to see a model's next-token predictions."""
 
 from collections.abc import Sequence
 
@@ -51,7 +51,7 @@ def logits(model: Model, tokens: ArrayLike, *, mode: str = "float", device: str 
 
 
 def half_noise(model, windows: Windows, choice: Choice) -> dict[str, float]:
-    """Measure what mode `half` alone does to a KLD.
+    """Measure the effect of mode `half` alone on a KLD.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def _logits(model, rows: np.ndarray, choice: Choice) -> np.ndarray:
 
 
 class _Logits:
-    """Consumer of a `ForwardPass`: the base's logits at every scored position."""
+    """A consumer of a `ForwardPass`: the base's logits at every scored position."""
 
     observe = None
 

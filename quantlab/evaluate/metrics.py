@@ -1,4 +1,4 @@
-"""From scores of single tokens to the figures of a table.
+"""Figures of a table, computed from scores of single tokens.
 
 Source: llama-perplexity (tools/perplexity/perplexity.cpp of llama.cpp), which these definitions follow in every figure;
 the overlaps, flips and bootstrap intervals are additions.
@@ -24,7 +24,7 @@ DP_PERCENTILES = {**KLD_PERCENTILES, "p75": 0.75, "p25": 0.25}
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What is known of every scored token of one variant; arrays [n_chunks, n_scored]."""
+    """The scores of every scored token of one variant; arrays [n_chunks, n_scored]."""
 
     nll: np.ndarray  # float64: -ln of the probability that the variant gave to the token that came, nats
     kld: np.ndarray  # float64: divergence of the variant's distribution from the base's, nats
@@ -38,17 +38,17 @@ class TokenScores:
 
     @classmethod
     def empty(cls, n_chunks: int, n_scored: int) -> "TokenScores":
-        """Arrays to be filled."""
+        """Return empty arrays."""
         dtypes = (np.float64, np.float64, np.bool_, np.bool_, np.uint8, np.uint8, np.float64)
         return cls(*(np.zeros((n_chunks, n_scored), dtype) for dtype in dtypes))
 
     def at(self, place) -> dict[str, np.ndarray]:
-        """Views of some tokens' scores, by field."""
+        """Return views of some tokens' scores, by field."""
         return {field.name: getattr(self, field.name)[place] for field in fields(self)}
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error, tokens taken as independent; no error is given for 10 values or fewer."""
+    """Return the mean and its standard error for independent tokens (10 values or fewer: no error)."""
     mean = values.mean()
     if values.size <= 10:
         return float(mean), 0.0
@@ -56,12 +56,12 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def covariance(a: np.ndarray, b: np.ndarray) -> float:
-    """Covariance of the means of two paired samples."""
+    """Return the covariance of the means of two paired samples."""
     return 0.0 if a.size < 10 else float(((a * b).mean() - a.mean() * b.mean()) / (a.size - 1))
 
 
 def percentile(ordered: np.ndarray, fraction: float) -> float:
-    """Percentile of an ascending float32 array, interpolated in float32 as llama-perplexity does."""
+    """Return a percentile of an ascending float32 array, interpolated in float32 as in llama-perplexity."""
     place = np.float32(fraction) * np.float32(ordered.size - 1)
     low = min(int(place), ordered.size - 1)
     high, share = min(low + 1, ordered.size - 1), place - np.float32(low)
@@ -69,7 +69,7 @@ def percentile(ordered: np.ndarray, fraction: float) -> float:
 
 
 def bootstrap(per_chunk: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of per-chunk means, chunks drawn with replacement; NaN for a single chunk."""
+    """Return the 95 % bootstrap interval of the mean over chunks (one chunk: NaN)."""
     if per_chunk.size < 2:
         return float("nan"), float("nan")
     draws = np.random.default_rng(0).integers(per_chunk.size, size=(DRAWS, per_chunk.size))
@@ -78,7 +78,7 @@ def bootstrap(per_chunk: np.ndarray) -> tuple[float, float]:
 
 
 def perplexity_row(scores: TokenScores) -> dict[str, float]:
-    """ppl with its standard error and its bootstrap interval."""
+    """Return ppl with its standard error and its bootstrap interval."""
     mean, error = mean_and_error(scores.nll)
     low, high = bootstrap(scores.nll.mean(axis=1))
     ppl = float(np.exp(mean))
@@ -86,7 +86,7 @@ def perplexity_row(scores: TokenScores) -> dict[str, float]:
 
 
 def comparison_row(scores: TokenScores, base: TokenScores) -> dict[str, float]:
-    """All figures of a variant beside its base; fractions and nats."""
+    """Return all figures of a variant compared with its base; fractions and nats."""
     return (
         perplexity_row(scores)
         | _ratio(scores, base)
@@ -97,7 +97,7 @@ def comparison_row(scores: TokenScores, base: TokenScores) -> dict[str, float]:
 
 
 def _ratio(scores: TokenScores, base: TokenScores) -> dict[str, float]:
-    """How much the perplexity moved, errors by the covariance of the two."""
+    """Return the change of the perplexity, with errors from the covariance of the two."""
     mean, error = mean_and_error(scores.nll)
     base_mean, base_error = mean_and_error(base.nll)
     shared = covariance(scores.nll, base.nll)
@@ -124,7 +124,7 @@ def _divergence(scores: TokenScores) -> dict[str, float]:
 
 
 def _probabilities(scores: TokenScores, base: TokenScores) -> dict[str, float]:
-    """Δp: change of the probability of the token that came."""
+    """Return figures of Δp, the change of the correct token's probability."""
     dp = np.exp(-scores.nll) - np.exp(-base.nll)
     mean, error = mean_and_error(dp)
     square, square_error = mean_and_error(dp**2)
@@ -134,7 +134,7 @@ def _probabilities(scores: TokenScores, base: TokenScores) -> dict[str, float]:
 
 
 def _spread(name: str, values: np.ndarray, percentiles: dict[str, float]) -> dict[str, float]:
-    """Extremes, median and percentiles."""
+    """Return extremes, median and percentiles."""
     ordered = np.sort(values.astype(np.float32), axis=None)
     middle = ordered.size // 2
     median = ordered[middle] if ordered.size % 2 else (ordered[middle] + ordered[middle - 1]) / 2
@@ -143,7 +143,7 @@ def _spread(name: str, values: np.ndarray, percentiles: dict[str, float]) -> dic
 
 
 def _agreement(scores: TokenScores, base: TokenScores) -> dict[str, float]:
-    """How often the ranking agrees; a flip is a token guessed right by one of the two alone."""
+    """Return the agreement of rankings; a flip is a token that only one of the two predicts correctly."""
     same = float(scores.same_top.mean())
     n = scores.same_top.size
     return {
@@ -156,7 +156,7 @@ def _agreement(scores: TokenScores, base: TokenScores) -> dict[str, float]:
 
 
 def running(scores: TokenScores, base: TokenScores) -> list[dict[str, float]]:
-    """The main figures over the first chunk, the first two, …, as llama-perplexity prints them while it runs."""
+    """Return the main figures over the first chunk, the first two, …, as llama-perplexity prints them."""
     rows = []
     for n in range(1, len(scores.nll) + 1):
         first = {field: getattr(scores, field)[:n] for field in ("nll", "kld", "same_top")}

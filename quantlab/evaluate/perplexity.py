@@ -1,4 +1,4 @@
-"""Perplexity of a model, and of variants side by side with the base they come from."""
+"""Perplexity of a model, and of variants compared with their base."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ class _Measured(Result):
 
     @property
     def running(self) -> pd.DataFrame:
-        """The figures after each chunk, as a table."""
+        """The running figures after each chunk, as a table."""
         return pd.DataFrame(self.running_rows)
 
     def _document(self) -> dict:
@@ -87,16 +87,16 @@ class Perplexity(_Measured):
 
     @property
     def ppl_se(self) -> float:
-        """Its standard error, tokens taken as independent."""
+        """Standard error of the perplexity, for independent tokens."""
         return self.rows[0]["ppl_se"]
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison(_Measured):
-    """A base model (the first row) and its variants, measured side by side."""
+    """A base model (the first row) and its variants, measured together."""
 
     def join(self, other: "Comparison") -> "Comparison":
-        """Return the rows of both; the base appears once.
+        """Return the rows of two comparisons, with the base once.
 
         Raises
         ------
@@ -254,24 +254,31 @@ def kl_divergence(
 
 
 def _cut_alike(file: BaseFile, model: Model, text, n_ctx, chunks, choice: Choice) -> tuple[Windows, Protocol]:
-    """Return windows and record of a file's tokens; refuse a file of something else."""
+    """Return windows and protocol of a file's tokens; refuse a file of another model or text."""
     check_model(model)
     if model.hparams.n_vocab != file.n_vocab:
         raise ValueError(
-            f"{file.path}: n_vocab={file.n_vocab}, the model's is {model.hparams.n_vocab}. Compare models of one kind."
+            f"{file.path}: n_vocab={file.n_vocab}, the model's is {model.hparams.n_vocab}. "
+            f"Compare models with the same vocabulary."
         )
     n_chunks, own = file.tokens.shape
     if n_ctx not in (None, own):
-        raise ValueError(f"{file.path}: n_ctx={own}, asked for is {n_ctx}. Leave n_ctx out, or write the file again.")
+        raise ValueError(
+            f"{file.path}: n_ctx={own} must be the same as n_ctx={n_ctx}. Leave n_ctx out, or write the file again."
+        )
     if chunks is not None and not 1 <= chunks <= n_chunks:
-        raise ValueError(f"{file.path}: chunks={chunks}, must be 1 to {n_chunks}, as many as the file has.")
+        raise ValueError(
+            f"{file.path}: chunks={chunks}, must be 1 to {n_chunks}, the file's chunks. Leave chunks out for all."
+        )
     tokens = file.tokens[:chunks]
     name, sha256 = file.path.name, ""
     if text is not None:
         given, record = _cut(model, text, own, len(tokens), "llama.cpp", choice, "none")
         name, sha256 = record.text, record.text_sha256
         if not np.array_equal(given.original, tokens):  # pyright: ignore[reportArgumentType]
-            raise ValueError(f"{file.path}: was written on another text than {name}. Leave the text out.")
+            raise ValueError(
+                f"{file.path}: was written on another text than {name}. Leave the text out, or give that one."
+            )
     made = {"mode": choice.mode, "rules": "none", "text": name, "sha256": sha256, "n_tokens": tokens.size}
     windows, record = windows_of(tokens, model.vocab, name="llama.cpp", **made)
     return windows, choice.recorded(record)
@@ -280,12 +287,14 @@ def _cut_alike(file: BaseFile, model: Model, text, n_ctx, chunks, choice: Choice
 def _check_base_file(path: Path, model: Model, text, record: Protocol, overwrite: bool) -> None:
     """Refuse a file that would replace an input, cannot hold the protocol, or does not fit on the disk."""
     if record.name != "llama.cpp":
-        raise ValueError(f"{path}: protocol={record.name}, such a file holds the protocol llama.cpp only. Choose that.")
+        raise ValueError(
+            f"{path}: protocol={record.name}, such a file holds only the protocol llama.cpp. Choose protocol=llama.cpp."
+        )
     check_apart(path, input_files([model.path, text if isinstance(text, str | Path) else None]))
     check_output(path, overwrite=overwrite)
     needed = file_bytes(record.chunks, record.n_ctx, model.hparams.n_vocab)
     if not is_stream(path) and shutil.disk_usage(follow(path).parent).free < needed:
-        raise OSError(f"{path}: needs {needed} bytes, the disk has less. Give fewer chunks or another folder.")
+        raise OSError(f"{path}: needs {needed} bytes, the disk has less. Give fewer chunks, or choose another folder.")
 
 
 def compare(
@@ -306,7 +315,7 @@ def compare(
     scratch: str | Path | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Measure variants of a model side by side with the model itself, in one pass over its weights.
+    """Measure variants of a model together with the model, in one pass over its weights.
 
     Parameters
     ----------
@@ -363,7 +372,7 @@ def _named(variant: Variant) -> dict:
 
 
 def _cut(model: Model, text, n_ctx, chunks, protocol, choice: Choice, rules) -> tuple[Windows, Protocol]:
-    """Cut a text into windows, once the options that need no text are found to be good."""
+    """Check the options that need no text, then cut the text into windows."""
     check_model(model)
     options = {"n_ctx": n_ctx, "chunks": chunks, "name": protocol, "mode": choice.mode, "rules": rules}
     windows, record = cut(read_text(text), model.vocab, **options)
@@ -373,7 +382,7 @@ def _cut(model: Model, text, n_ctx, chunks, protocol, choice: Choice, rules) -> 
 def measure(
     variants: list[Variant], windows: Windows, record: Protocol, choice: Choice, memory, scratch, progress, consumer
 ):
-    """Run the windows through all variants and return what the consumer makes of them."""
+    """Run the windows through all variants and return the consumer's result."""
     base = variants[0].model
     for variant in variants:
         check_model(variant.model)
@@ -395,12 +404,14 @@ def measure(
 
 
 def _check_disk(folder: Path, needed: int) -> None:
-    """Refuse a folder that has no room for the hidden states."""
+    """Refuse a folder without room for the hidden states."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     held = sum(path.stat().st_size for path in folder.glob("states-*.f32"))
     free = shutil.disk_usage(existing).free + held
     if free < needed:
-        raise OSError(f"{folder}: {free} bytes free, the hidden states need {needed}. Give another scratch folder.")
+        raise OSError(
+            f"{folder}: {free} bytes are free, the hidden states need {needed}. Choose another scratch folder."
+        )
 
 
 def pass_key(variants: list[Variant], windows: Windows, record: Protocol) -> str:

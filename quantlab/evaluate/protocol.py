@@ -1,4 +1,4 @@
-"""How a text becomes scored tokens, and the record that every result carries of it."""
+"""Protocols: rules from a text to scored tokens, recorded in every result."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """What was measured and how. Results are comparable only if all of it but `BESIDE` is the same.
+    """The record of a measurement: results are comparable only if all fields except `BESIDE` agree.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Windows:
-    """The chunks of a text as they are evaluated."""
+    """The chunks of a text, ready for evaluation."""
 
     tokens: np.ndarray  # int32 (n_chunks, n_ctx)
     targets: np.ndarray  # int32 (n_chunks, n_scored): the tokens to be predicted
@@ -111,15 +111,15 @@ def cut(
     Source: llama-perplexity of llama.cpp (`llama.cpp`); the evaluation of GPTQ and its successors (`full`).
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"protocol={name}, must be one of {', '.join(PROTOCOLS)}.")
+        raise ValueError(f"protocol={name}, must be one of {', '.join(PROTOCOLS)}. Choose one of them.")
     check_whole(n_ctx=n_ctx, chunks=chunks)
     if n_ctx is None or n_ctx < 4:
-        raise ValueError(f"n_ctx={n_ctx}, must be at least 4. 512 is customary.")
+        raise ValueError(f"n_ctx={n_ctx}, must be at least 4. Give 512, the usual value.")
     if chunks is not None and chunks < 1:
         raise ValueError(f"chunks={chunks}, must be at least 1. Leave it out to evaluate the whole text.")
     if vocab.add_eos:
         raise ValueError(
-            f"{text.name}: the vocabulary ends every text with EOS, which has no place in the middle of one."
+            f"{text.name}: the vocabulary ends every text with EOS, which is wrong within a text. Use another model."
         )
     tokens = vocab.encode(_prompt(text.text) if name == "llama.cpp" else text.text)
     if len(tokens) < 2 * n_ctx:
@@ -137,7 +137,7 @@ def cut(
 def windows_of(
     original: np.ndarray, vocab: Vocab, *, name: str, mode: str, rules: str, text: str, sha256: str, n_tokens: int
 ) -> tuple[Windows, Protocol]:
-    """Return windows and record of tokens [shape=(n_chunks, n_ctx)] that are cut already."""
+    """Return windows and protocol for tokens [shape=(n_chunks, n_ctx)] that are already cut."""
     evaluated, bos, first = original.copy(), "first of the text" if vocab.add_bos else "none", 0
     if name == "llama.cpp":
         first = original.shape[1] // 2
@@ -162,7 +162,7 @@ def windows_of(
 
 
 def _prompt(text: str) -> str:
-    r"""Drop one `\n` at the end, as llama.cpp does with a file of `-f`; a `\r` before it stays.
+    r"""Drop one `\n` at the end, as llama.cpp does for `-f`, and keep a `\r` before it.
 
     Source: the option `-f` in common/arg.cpp of llama.cpp.
     """
@@ -170,7 +170,7 @@ def _prompt(text: str) -> str:
 
 
 def require_same(protocols: list[Protocol]) -> None:
-    """Refuse to put results side by side that were measured differently.
+    """Refuse to compare results that were measured differently.
 
     Raises
     ------
@@ -182,5 +182,6 @@ def require_same(protocols: list[Protocol]) -> None:
         for field, value in first.items():
             if other[field] != value:
                 raise ValueError(
-                    f"protocol: {field}={value} and {field}={other[field]}, must be the same. Measure both alike."
+                    f"protocol: {field}={value} and {field}={other[field]}, must be the same. "
+                    f"Measure both the same way."
                 )

@@ -45,7 +45,7 @@ SHARE_OF_PEAK = 0.5  # of the speed of one large product that the pass reaches
 
 @dataclass(frozen=True)
 class Settings:
-    """How a file is refined; recorded in its metadata.
+    """Settings of refining, recorded in the file's metadata.
 
     Attributes
     ----------
@@ -173,11 +173,11 @@ def refine(
     opened = as_model(model)
     check_model(opened)
     if sweeps < 0:
-        raise ValueError(f"sweeps={sweeps}, must be 0 or more. 2 is customary.")
+        raise ValueError(f"sweeps={sweeps}, must be 0 or more. Give 2, the default.")
     tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
     damping = auto_damping(opened, tokens) if damping == "auto" else float(damping)
     if not 0 < damping <= 10:
-        raise ValueError(f"damping={damping}, must be above 0 and at most 10. Try auto.")
+        raise ValueError(f"damping={damping}, must be above 0 and at most 10. Give auto.")
     digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
     settings = Settings(names, digest, n_ctx, len(tokens), sweeps, damping, cpu_kind())
     matrix = as_matrix(imatrix)
@@ -213,7 +213,7 @@ def refine(
 
 
 def _begin(draft: Path, *parts, **how) -> Refinement:
-    """Return the pass, where the last run left off; from the start if that one had delivered its draft."""
+    """Return the pass, resumed from the last run unless that run was finished."""
     refinement = Refinement(*parts, **how)
     if refinement.is_new or draft.exists():
         return refinement
@@ -222,7 +222,7 @@ def _begin(draft: Path, *parts, **how) -> Refinement:
 
 
 def _deliver(draft: Path, path: Path, is_stream: bool) -> None:
-    """Move the draft to its place, or write it into a device or pipe."""
+    """Move the draft to the output's path, or write it into a device or pipe."""
     if not is_stream:
         shutil.move(draft, path)
         return
@@ -232,7 +232,7 @@ def _deliver(draft: Path, path: Path, is_stream: bool) -> None:
 
 @contextmanager
 def _workspace(path: Path, scratch: str | Path | None) -> Iterator[tuple[Path, Path | None]]:
-    """Give a place for the draft of the file `path`, and a folder for hidden states where they are kept.
+    """Yield a path for the draft of the file `path`, and the folder of kept hidden states.
 
     What is in `scratch` stays if the block fails.
     """
@@ -252,25 +252,25 @@ def _workspace(path: Path, scratch: str | Path | None) -> Iterator[tuple[Path, P
 
 
 def auto_damping(model: Model, tokens: np.ndarray) -> float:
-    """Return the damping for these tokens: few for each input say little about directions that seldom occur."""
+    """Return the damping for these tokens: more if each input has few tokens."""
     return float(np.clip(0.1 * 16 * _widest(model) / tokens.size, 0.05, 0.3))
 
 
 def _widest(model: Model) -> int:
-    """Most inputs of a matrix of a layer."""
+    """Return the largest number of inputs of a layer's matrix."""
     return max(tensor.shape[-1] for tensor in model if tensor.name.startswith("blk."))
 
 
 def cpu_kind() -> str:
-    """Return the kind of CPU that numba compiles for, which the last bits of sums depend on."""
+    """Return numba's CPU type, on which the last bits of sums depend."""
     return cpu_target.target_context.codegen().magic_tuple()[1]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def calibration_tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The chunks of all texts [shape=(n_chunks, n_ctx), dtype=int32], as many of each, and the texts' names."""
+    """Return equally many chunks of all texts [shape=(n_chunks, n_ctx), dtype=int32], and the texts' names."""
     texts = [read_text(item) for item in (text if isinstance(text, list | tuple) else [text])]
     if chunks is not None and chunks < len(texts):
-        raise ValueError(f"chunks={chunks}, must be at least one for each of {len(texts)} texts.")
+        raise ValueError(f"chunks={chunks}, must be at least one for each of {len(texts)} texts. Give more chunks.")
     share = None if chunks is None else chunks // len(texts)
     found = [
         cut(item, model.vocab, n_ctx=n_ctx, chunks=share, name="llama.cpp", mode="float", rules="current")[0].tokens
@@ -287,7 +287,7 @@ def calibration_tokens(model: Model, text, n_ctx: int, chunks: int | None) -> tu
 
 
 def _types(model: Model, ftype, rules: str, recipe, given: Sequence[tuple[str, str]], matrix) -> list[tuple[str, str]]:
-    """Types by name such that the file has those of the ordinary file with an importance matrix."""
+    """Return types by name that give the file the types of an ordinary file with an importance matrix."""
     if recipe is not None:
         recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else Recipe(dict(recipe.types))
         given = [*recipe.tensor_types(), *given]
@@ -303,7 +303,7 @@ def _types(model: Model, ftype, rules: str, recipe, given: Sequence[tuple[str, s
 
 
 def _variant(model: Model, path: Path, options: Options) -> Variant:
-    """What the ordinary file is made of.
+    """Return the ordinary file's variant of the model.
 
     Raises
     ------
@@ -322,21 +322,21 @@ def _variant(model: Model, path: Path, options: Options) -> Variant:
 
 
 def ordinary(variant: Variant) -> str:
-    """Say which tensors get a type's ordinary bytes though they are no embeddings; empty where there are none."""
+    """Describe matrices with ordinary bytes, embeddings excluded (empty text: none)."""
     others = [t for t in variant.model if len(t.shape) > 1 and t.name != "token_embd.weight"]
     left = [t.name for t in others if variant.types[t.name] != t.qtype and not can_refine(variant, t.name)]
     return f"; {len(left)} matrices get ordinary bytes: {', '.join(left[:2])}{', …' * (len(left) > 2)}" if left else ""
 
 
 def _key(variant: Variant, settings: "Settings") -> str:
-    """What hidden states in a scratch folder belong to."""
+    """Return the identity of hidden states in a scratch folder."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in variant.model.files]
     weights = {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in variant.imatrix.items()}
     return hashlib.sha256(json.dumps([stats, variant.types, weights, asdict(settings)]).encode()).hexdigest()
 
 
 def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEngine, memory) -> tuple[int, float]:
-    """Return bytes of memory and seconds that the pass takes.
+    """Return the memory in bytes and the seconds that the pass needs.
 
     Raises
     ------
@@ -384,14 +384,14 @@ def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tup
 
 @contextmanager
 def _patching(path: Path) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """Give a function that replaces the data of a tensor of a GGUF file, safe on disk when it returns."""
+    """Yield a function that replaces a tensor's data in a GGUF file and syncs it to disk."""
     places = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in open_model(path)}
     with path.open("r+b") as file:
 
         def write(name: str, data: np.ndarray) -> None:
             offset, nbytes = places[name]
             if data.nbytes != nbytes:
-                raise ValueError(f"{name}: {data.nbytes} bytes, the file has {nbytes}.")
+                raise ValueError(f"{name}: {data.nbytes} bytes, must be {nbytes} as in the file. Give whole rows.")
             file.seek(offset)  # pyright: ignore[reportArgumentType]
             file.write(data.tobytes())
             file.flush()

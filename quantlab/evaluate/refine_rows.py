@@ -1,4 +1,4 @@
-"""One matrix, refined: codes and scales that lower ``tr(E H Eᵀ)``, in rows that do not depend on each other.
+"""Refinement of one matrix: codes and scales that lower ``tr(E H Eᵀ)``, in independent rows.
 
 target ─ span by span: moved by earlier errors, scales searched, codes by feedback ─ sweeps of descent ─ rescale ─ bytes
 """
@@ -17,7 +17,7 @@ ROWS = 64  # rows that a thread takes at a time; a multiple of the 16 lanes
 def refine_rows(
     target: np.ndarray, h: np.ndarray, factor: Factor, qtype: str, workers: Workers, *, sweeps: int = 2
 ) -> np.ndarray:
-    """Encode rows of weights so that the layer's outputs differ least from those of `target`.
+    """Encode rows of weights so that the layer's outputs are nearest to those of `target`.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def refine_rows(
 
 
 def _feed_back(target: np.ndarray, factor: Factor, qtype: str, workers: Workers) -> Blocks:
-    """Choose scales and codes span by span; of two searches for scales each row takes the better."""
+    """Choose scales and codes span by span; each row keeps the better of two searches for scales."""
     grid, n, spans = GRIDS[qtype], target.shape[1], []
     error = np.zeros_like(target)
     for span in blocks(n, SPAN):
@@ -71,7 +71,7 @@ def _feed_back(target: np.ndarray, factor: Factor, qtype: str, workers: Workers)
 
 
 def _round(wanted, moved, within, weight, chosen: Blocks, workers: Workers) -> np.ndarray:
-    """Rewrite the codes of a span by feedback; return what each row's errors cost."""
+    """Rewrite the codes of a span by feedback; return the cost of each row's errors."""
     grid, cost = chosen.grid, np.empty(len(wanted), np.float32)
 
     def work(rows: slice) -> None:
@@ -86,7 +86,7 @@ def _round(wanted, moved, within, weight, chosen: Blocks, workers: Workers) -> n
 
 
 def _sweep(chosen: Blocks, gradient: np.ndarray, h: np.ndarray, workers: Workers) -> None:
-    """Go through all spans once; `gradient` [shape=(nrows, n)] is (values - target) H and stays so."""
+    """Sweep once over all spans, keeping `gradient` [shape=(nrows, n)] equal to (values - target) H."""
     grid, n = chosen.grid, gradient.shape[1]
     ranges = [np.float32(x) for x in (*grid.sc_range, grid.m_range[1])]
     for span in blocks(n, SPAN):

@@ -1,4 +1,4 @@
-"""Refined bytes of single tensors: each as if it were the only one that is quantized.
+"""Refined bytes of single tensors, each as if only this tensor were quantized.
 
 They tell what a tensor costs at a type in a refined file, one change at a time.
 """
@@ -26,14 +26,14 @@ CHUNKS, SWEEPS = 64, 2  # as `quantlab.refine` has them
 
 @contextmanager
 def refined_alone(base: Model, text, *, n_ctx: int, memory=None, progress: bool = True) -> Iterator["RefinedAlone"]:
-    """Give a maker of refined bytes, whose folder lasts as long as the block."""
+    """Yield a maker of refined bytes, whose folder exists inside the block."""
     tokens, _ = calibration_tokens(base, text, n_ctx, CHUNKS)
     with TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as folder:
         yield RefinedAlone(base, tokens, Path(folder), memory, progress)
 
 
 class RefinedAlone:
-    """Makes refined bytes of single tensors.
+    """A maker of refined bytes of single tensors.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class _Pass(Refinement):
         self._choose_all([output_name(self.model)], self.engine.output_inputs(norm, states))
 
     def _choose_all(self, names: Sequence[str], inputs: np.ndarray) -> None:
-        """Refine matrices of one field at every type that is wanted, by the second moments of their inputs alone."""
+        """Refine matrices of one field at every wanted type, by the second moments of their inputs."""
         pairs = [(variant, name) for variant in self.variants for name in names if can_refine(variant, name)]
         found: Any = self._moments(names[0], inputs, None, None) if pairs else ()
         for self.variant, name in pairs:

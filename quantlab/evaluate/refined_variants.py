@@ -1,4 +1,4 @@
-"""`FTYPE+refined` among what is compared: refined into files that last as long as the comparison."""
+"""Variants `FTYPE+refined` of a comparison: files that exist as long as the comparison."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ MARK = "+refined"
 
 
 def is_refined(spec) -> bool:
-    """Whether what is to be compared is a ftype with refined bytes."""
+    """Tell whether a variant is a ftype with refined bytes."""
     return isinstance(spec, str) and spec.lower().endswith(MARK)
 
 
 @contextmanager
 def refined_variants(base: Model, specs: Sequence, text, calibrate_on, *, scratch=None, **options) -> Iterator[list]:
-    """Refine what is marked so; give all variants, with files in the place of those.
+    """Refine the marked variants; yield all variants, with files in their place.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def refined_variants(base: Model, specs: Sequence, text, calibrate_on, *, scratc
         raise ValueError(f"{marked[0]}: cannot resume from scratch={scratch}. Refine to a file first, or leave it out.")
     judged_on = text if isinstance(text, list) else [text]
     if any(read_text(item).text == read_text(calibrate_on).text for item in judged_on):
-        raise ValueError(f"{marked[0]}: calibrate_on={calibrate_on}, is the text to judge on. Name another.")
+        raise ValueError(f"{marked[0]}: calibrate_on={calibrate_on}, is the text to judge on. Choose another.")
     found = []
     with TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as folder:
         for i, spec in enumerate(specs):

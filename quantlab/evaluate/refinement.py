@@ -1,4 +1,4 @@
-"""One pass that chooses the bytes of a file: layer after layer, field after field.
+"""The pass that chooses a refined file's bytes: layer after layer, field after field.
 
 Two streams of hidden states go through the model side by side: x with the original weights, x̂ with those written so
 far. For each field (q,k,v, attn_output, gate,up, ffn_down, at last the output) the second moments of x̂ are collected,
@@ -35,7 +35,7 @@ RESIDUAL = {"attn_output": "attn_post_norm", "ffn_down": "ffn_post_norm"}
 
 
 def can_refine(variant: Variant, name: str) -> bool:
-    """Whether a tensor of a variant can get refined bytes."""
+    """Tell whether a tensor of a variant can get refined bytes."""
     return has_refined_bytes(variant.model.tensor(name), variant.types[name])
 
 
@@ -83,7 +83,7 @@ class Refinement:
 
     @property
     def is_new(self) -> bool:
-        """Whether there are no hidden states of an earlier run to go on from."""
+        """True if no hidden states of an earlier run exist."""
         return self.states.layer < 0
 
     def run(self, write: Callable[[str, np.ndarray], None] | None) -> None:
@@ -101,7 +101,7 @@ class Refinement:
         self._output()
 
     def forget(self) -> None:
-        """Delete the hidden states: what was refined is where it belongs, or is lost."""
+        """Delete the hidden states, once the refined file is delivered or lost."""
         self.states.close(delete=True)
 
     def _embed(self) -> None:
@@ -117,7 +117,7 @@ class Refinement:
         yield from blocks(len(self.tokens), max(1, TOKENS_AT_ONCE // self.tokens.shape[1]))
 
     def _layer(self, index: int) -> None:
-        """Apply a layer to the original stream, then choose its bytes while it is applied to the other."""
+        """Apply a layer to the original stream, then choose its bytes while applying it to the quantized stream."""
         layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"), index)
         seen, streams = self._original(layer)
         whole = slice(0, len(self.tokens))
@@ -139,7 +139,7 @@ class Refinement:
         self.states.advance()
 
     def _original(self, layer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Apply a layer to the original stream, in place where that is in memory.
+        """Apply a layer to the original stream (in memory: in place).
 
         Returns
         -------
@@ -165,7 +165,7 @@ class Refinement:
         return seen, streams
 
     def _drift(self, field: str, layer, seen: dict, streams: dict, written: np.ndarray) -> tuple:
-        """Return the original stream's inputs of a field, or `wanted(rows)`: what some of its outputs should be.
+        """Return the original stream's inputs of a field, or `wanted(rows)`: the target of some outputs.
 
         The outputs that are wanted make up for half the drift of the residual stream. They are not known where outputs
         are scaled before they are added, or experts add theirs.
@@ -181,7 +181,7 @@ class Refinement:
         return None, lambda rows: after[:, rows] - (before[:, rows] + written[:, rows]) / 2 - bias[rows]
 
     def _output(self) -> None:
-        """Choose the bytes of the output matrix, where it is no embedding's."""
+        """Choose the bytes of the output matrix, unless it is also the embedding."""
         name = output_name(self.model)
         if not can_refine(self.variant, name):
             return
@@ -191,7 +191,7 @@ class Refinement:
         self._choose([name], inputs, original, None)
 
     def _choose(self, names: Sequence[str], inputs: np.ndarray, original, wanted) -> dict[str, Stored]:
-        """Choose the bytes of the matrices of one field; `original` and `wanted` as `_drift` returns them."""
+        """Choose the bytes of one field's matrices; `original` and `wanted` come from `_drift`."""
         names = [name for name in names if can_refine(self.variant, name)]
         if not names:
             return {}
@@ -199,7 +199,7 @@ class Refinement:
         return {name: self._refine(name, *found) for name in names}
 
     def _moments(self, name: str, inputs: np.ndarray, original, wanted) -> tuple[np.ndarray, Factor, Callable]:
-        """Return the second moments of a field's inputs, their factor, and what weights' outputs lack."""
+        """Return the second moments of a field's inputs, their factor, and the outputs' deficit."""
         n_tokens, n = inputs.shape
         h = damped_moments(inputs, self.damping, self.workers)
         if not np.isfinite(h.diagonal()).all():
@@ -211,7 +211,7 @@ class Refinement:
             cross /= n_tokens
 
         def change(weight: np.ndarray, rows: slice) -> np.ndarray:
-            """Return what the weights' outputs lack, as second moments with the inputs."""
+            """Return the deficit of the weights' outputs, as second moments with the inputs."""
             if original is not None:
                 return product(weight, cross, self.workers)
             found = np.zeros_like(weight)
@@ -236,7 +236,7 @@ class Refinement:
 
 
 def _put(arrays: dict[str, np.ndarray], key: str, rows: slice, values: np.ndarray, nrows: int) -> None:
-    """Put rows into an array of `nrows`, made with the first of them."""
+    """Put rows into an array of `nrows`, which the first rows create."""
     if key not in arrays:
         arrays[key] = np.empty((nrows, values.shape[1]), values.dtype)
     arrays[key][rows] = values

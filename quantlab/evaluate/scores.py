@@ -7,12 +7,12 @@ from quantlab.evaluate.metrics import TokenScores
 
 
 class ScoreTokens:
-    """Consumer of a `ForwardPass` that scores every target under every variant."""
+    """A consumer of a `ForwardPass` that scores every target under every variant."""
 
     observe = None
 
     def output(self, forward_pass: ForwardPass) -> list[TokenScores]:
-        """Compute the scored logits block by block, the base's beside those of as many variants as fit."""
+        """Compute the scored logits block by block, for the base and as many variants as fit."""
         p, base = forward_pass, forward_pass.output(0)
         scores = [TokenScores.empty(*p.windows.targets.shape) for _ in p.variants]
         others, step = list(range(1, len(p.variants))), p.budget.outputs_at_once

@@ -85,7 +85,7 @@ def turn(x, out):
 
 
 def mirror(total: np.ndarray) -> None:
-    """Copy what `accumulate` left above the diagonal to below it."""
+    """Copy the upper triangle that `accumulate` filled to the lower one."""
     for rows in blocks(len(total), STRIP):
         total[rows, : rows.start] = total[: rows.start, rows].T
         corner = total[rows, rows]
@@ -141,7 +141,7 @@ class Factor:
                 corner = np.linalg.cholesky(corner[::-1, ::-1])[::-1, ::-1]
             except np.linalg.LinAlgError:
                 raise ValueError(
-                    "second moments: not positive definite. Raise the damping or give more text."
+                    "second moments: must be positive definite. Raise the damping or give more text."
                 ) from None
             self._inverses[span.start] = np.linalg.inv(corner).astype(np.float32)
             self.v[span, span] = corner
@@ -164,7 +164,7 @@ class Factor:
         return x
 
     def feedback(self, span: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return by how much errors of all columns up to a span's end move its columns, and what its own errors cost.
+        """Return the feedback of errors of all columns up to a span's end, and the cost of its own errors.
 
         Returns
         -------

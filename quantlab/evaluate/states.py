@@ -1,4 +1,4 @@
-"""Hidden states between two layers: in memory, or in files where they outlive the process."""
+"""Hidden states between two layers, in memory or in files that outlive the process."""
 
 import json
 import os
@@ -59,7 +59,7 @@ class HiddenStates:
         self._files = [os.open(path, flags, 0o600) for path in self._paths]
 
     def _layer_reached(self) -> int:
-        """Return the layer that an earlier run reached, refused where the file is another run's or program's."""
+        """Return the layer that an earlier run reached; refuse another run's or program's file."""
         try:
             found = json.loads(self._progress.read_text(encoding="utf-8"))
             if found["key"] == self._key:
@@ -77,12 +77,12 @@ class HiddenStates:
         return self._folder / "progress.json"  # pyright: ignore[reportOptionalOperand]
 
     def _place(self, variant: int, chunks: slice) -> tuple[int, tuple[int, ...]]:
-        """Byte offset and shape of some chunks of a variant."""
+        """Return byte offset and shape of some chunks of a variant."""
         _, n_chunks, n_ctx, n_embd = self.shape
         return 4 * (variant * n_chunks + chunks.start) * n_ctx * n_embd, (chunks.stop - chunks.start, n_ctx, n_embd)
 
     def read(self, variant: int, chunks: slice) -> np.ndarray:
-        """Return [chunks, n_ctx, n_embd] after the current layer: a view of what is in memory, else a copy."""
+        """Return [chunks, n_ctx, n_embd] after the current layer, as a view of memory or a copy of a file."""
         if self._array is not None:
             return self._array[variant, chunks]
         offset, shape = self._place(variant, chunks)
@@ -92,13 +92,13 @@ class HiddenStates:
             count = _read_at(self._files[self.layer % 2], memoryview(x).cast("B")[read:], offset + read)
             if count == 0:
                 raise OSError(
-                    f"{self._folder}: the file of hidden states is too short. Delete the folder and start again."
+                    f"{self._folder}: the file of hidden states is truncated. Delete the folder and start again."
                 )
             read += count
         return x
 
     def take(self, variant: int, source: int, chunks: slice) -> np.ndarray:
-        """Return [chunks, n_ctx, n_embd] after the current layer to be changed: `source`'s, as `variant`'s own."""
+        """Return `source`'s [chunks, n_ctx, n_embd] after the current layer, for `variant` to change."""
         if self._array is None:
             return self.read(source, chunks)
         self._lent = self._array[variant, chunks]
@@ -107,7 +107,7 @@ class HiddenStates:
         return self._lent
 
     def write(self, variant: int, chunks: slice, x: np.ndarray) -> None:
-        """Put down [chunks, n_ctx, n_embd] as the next layer's input."""
+        """Store [chunks, n_ctx, n_embd] as the next layer's input."""
         if self._array is not None:
             if x is not self._lent:
                 self._array[variant, chunks] = x
@@ -118,7 +118,7 @@ class HiddenStates:
             written += _write_at(self._files[(self.layer + 1) % 2], view, offset + written)
 
     def advance(self) -> None:
-        """Make what was written since the last call current."""
+        """Make the states written since the last call current."""
         if self._folder is not None:
             os.fsync(self._files[(self.layer + 1) % 2])
             draft = self._progress.with_suffix(".new")
@@ -127,7 +127,7 @@ class HiddenStates:
         self.layer += 1
 
     def close(self, *, delete: bool = False) -> None:
-        """Close the files; if asked to, delete them, and the folder where it holds nothing else."""
+        """Close the files; on request, delete them and their folder (if otherwise empty)."""
         for file in self._files:
             os.close(file)
         self._files = []

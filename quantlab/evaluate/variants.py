@@ -1,4 +1,4 @@
-"""What is compared: a base model and its variants, each a file of its own or made from the base's weights in memory."""
+"""Models of a comparison: a base and its variants, files or made from the base's weights in memory."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _PIECE = 1 << 22  # weights that are dequantized at a time on their way to anoth
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to evaluate: which type each tensor has, and where its values come from."""
+    """A model to evaluate: the type of each tensor, and the source of its values."""
 
     name: str
     model: Model  # the file that holds its tensors; for a variant made in memory, the base
@@ -44,12 +44,12 @@ class Variant:
 
 
 def as_is(model: Model, name: str | None = None) -> Variant:
-    """Return a model as the variant that it is."""
+    """Return a model as a variant without changes."""
     return Variant(name or model.path.stem, model, {tensor.name: tensor.qtype for tensor in model}, {})
 
 
 def resolve(base: Model, specs: Sequence, *, rules: str = "current", imatrix=None) -> list[Variant]:
-    """Find out what each variant is.
+    """Resolve the names of variants to variants.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def resolve(base: Model, specs: Sequence, *, rules: str = "current", imatrix=Non
 
 
 def split_label(spec):
-    """Split `NAME=SPEC` into (NAME, SPEC); anything else has no label."""
+    """Split `NAME=SPEC` into (NAME, SPEC); other texts have no label."""
     if isinstance(spec, str) and "=" in spec and not Path(spec).exists():
         label, spec = spec.split("=", 1)
         return label, spec
@@ -111,7 +111,7 @@ def _resolve_one(base: Model, spec, rules: str, imatrix: Mapping[str, np.ndarray
 
 
 def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, np.ndarray]) -> Variant:
-    """A recipe's types; tensors that it does not name stay as they are in the base."""
+    """Return a recipe's types; other tensors keep the base's types."""
     unknown = [tensor for tensor in recipe.types if tensor not in base]
     if unknown:
         raise ValueError(f"{name}: {unknown[0]} is not a tensor of {base.path}. Make the recipe for this model.")
@@ -120,7 +120,7 @@ def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, n
 
 
 def _checked(variant: Variant) -> Variant:
-    """Return a variant all of whose types can be made: some need importance."""
+    """Return a variant, or refuse one with types that cannot be made without importance."""
     for name, qtype in variant.types.items():
         is_kept = qtype == variant.model.tensor(name).qtype
         if not is_kept and name not in variant.imatrix and needs_imatrix(name, qtype):
@@ -145,7 +145,7 @@ def _from_file(base: Model, path: Path) -> Variant:
 
 
 class Weights:
-    """Tensors of the variants as they are stored. What several variants share is read and quantized once.
+    """Stored tensors of the variants; tensors that variants share are read and quantized once.
 
     A base tensor is remembered, and so are its bytes in a type that more than one variant wants; `forget` drops all
     that, and belongs at the end of each layer.
@@ -158,7 +158,7 @@ class Weights:
         self._encoded: dict[tuple, np.ndarray] = {}
 
     def get(self, variant: Variant, name: str) -> Stored | None:
-        """Return tensor `name` of a variant; None where it has no such tensor."""
+        """Return tensor `name` of a variant (None: it has no such tensor)."""
         if name not in variant.model:
             return None
         return Stored(self._load_as(variant, name), variant.types[name], variant.model.tensor(name).shape)
@@ -168,7 +168,7 @@ class Weights:
         return self.get(variant, "output_norm.weight"), self.get(variant, output_name(variant.model))  # pyright: ignore[reportReturnType]
 
     def _load_as(self, variant: Variant, name: str) -> np.ndarray:
-        """Tensor `name` of `variant` as it is stored in its type."""
+        """Return tensor `name` of `variant`, stored in its type."""
         tensor = variant.model.tensor(name)
         if variant.model is not self._base:
             return _load_checked(tensor)
@@ -195,7 +195,7 @@ class Weights:
         return found
 
     def forget(self) -> None:
-        """Drop what is remembered."""
+        """Drop the cached tensors."""
         self._stored.clear()
         self._encoded.clear()
 
@@ -205,7 +205,7 @@ class Weights:
         return self._stored[name]
 
     def _encode(self, variant: Variant, name: str) -> np.ndarray:
-        """Bytes of a base tensor in the variant's type."""
+        """Return the bytes of a base tensor in the variant's type."""
         key = identity(variant, name)
         if key in self._encoded:
             return self._encoded[key]
@@ -228,20 +228,20 @@ def refined_path(folder: Path, name: str, qtype: str) -> Path:
 
 
 def refined_bytes(folder: Path, name: str, qtype: str) -> np.ndarray | None:
-    """Return a tensor's refined bytes; None where it has ordinary ones at this type."""
+    """Return a tensor's refined bytes (None: it has ordinary bytes at this type)."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: refined bytes are not there. Share this folder with the workers.")
+        raise FileNotFoundError(f"{folder}: refined bytes are missing. Share this folder with the workers.")
     path = refined_path(folder, name, qtype)
     return np.load(path) if path.exists() else None
 
 
 def output_name(model: Model) -> str:
-    """Return the name of the matrix that gives the logits: the embeddings' where there is no other."""
+    """Return the name of the matrix that gives the logits (default: the embeddings)."""
     return "output.weight" if "output.weight" in model else "token_embd.weight"
 
 
 def _load_checked(tensor: LazyTensor) -> np.ndarray:
-    """Read a whole tensor, and refuse floats and scales that are not finite: they would only show in the result."""
+    """Read a whole tensor, and refuse floats and scales that are not finite."""
     stored = tensor.load()
     rows = stored.reshape(-1, stored.shape[-1])
     check_stored(rows.view(np.uint8), tensor.qtype, name=tensor.name)
@@ -249,7 +249,7 @@ def _load_checked(tensor: LazyTensor) -> np.ndarray:
 
 
 def _requantize(stored: Stored, qtype: str, weights: np.ndarray | None, name: str, first_row: int = 0) -> np.ndarray:
-    """Encode a tensor in another type; of stacked matrices each with its own weights."""
+    """Encode a tensor in another type (stacked matrices: each with its own importance)."""
     if len(stored.shape) > 2:
         n, rows = stored.shape[:2]
         each = [None] * n if weights is None else weights.reshape(n, -1)
@@ -263,7 +263,7 @@ def _requantize(stored: Stored, qtype: str, weights: np.ndarray | None, name: st
 
 
 def _quantize(x: np.ndarray, qtype: str, weights: np.ndarray | None, name: str, first_row: int = 0) -> np.ndarray:
-    """Encode rows as a file would have them, F16 without infinities."""
+    """Encode rows as in a file, F16 without infinities."""
     data = quants.quantize(x, qtype, weights, name=name, first_row=first_row)
     if qtype == "F16":
         rows = data.reshape(-1, data.shape[-1])
@@ -272,7 +272,7 @@ def _quantize(x: np.ndarray, qtype: str, weights: np.ndarray | None, name: str, 
 
 
 def _round_rows(x: np.ndarray, qtype: str, weights: np.ndarray | None, name: str, indices: np.ndarray) -> None:
-    """Replace rows of a matrix by what quantizing leaves of them; `indices` are their numbers, for an error."""
+    """Quantize and decode rows of a matrix; `indices` are their numbers, for error texts."""
     try:
         data = _quantize(x, qtype, weights, name)
     except ValueError:
@@ -283,14 +283,14 @@ def _round_rows(x: np.ndarray, qtype: str, weights: np.ndarray | None, name: str
 
 
 def identity(variant: Variant, name: str) -> tuple:
-    """Return what is equal for two variants exactly if their tensors of this name have the same bytes."""
+    """Return a value that is equal for two variants if and only if this tensor has the same bytes."""
     qtype = variant.types[name]
     kept = qtype == variant.model.tensor(name).qtype
     return id(variant.model), name, qtype, None if kept else (id(variant.imatrix.get(name)), variant.refined)
 
 
 def shared_layers(variants: Sequence[Variant]) -> list[tuple[int, int]]:
-    """Find out how far each variant agrees with an earlier one, so that this part is computed once.
+    """Find the layers that each variant shares with an earlier one, to compute them once.
 
     Parameters
     ----------
@@ -313,13 +313,13 @@ def shared_layers(variants: Sequence[Variant]) -> list[tuple[int, int]]:
 
 
 def steps(variants: Sequence[Variant]) -> int:
-    """Return how many layers and outputs a pass over the variants computes."""
+    """Return the number of layers and outputs that a pass over the variants computes."""
     n_layer = variants[0].model.hparams.n_layer
     return sum(n_layer + 1 - max(0, layer) for _, layer in shared_layers(variants))
 
 
 def _by_layer(variant: Variant) -> list[list[tuple]]:
-    """Identities of the embeddings, of layer 0's tensors, of layer 1's, …"""
+    """Return the identities of the embeddings, of layer 0's tensors, of layer 1's, …"""
     found = [[] for _ in range(variant.model.hparams.n_layer + 1)]
     for name in variant.types:
         if not name.startswith("output") and layer_of(name) < len(found) - 1:
@@ -328,5 +328,5 @@ def _by_layer(variant: Variant) -> list[list[tuple]]:
 
 
 def _agreement(a: Sequence, b: Sequence) -> int:
-    """Index of the last of the first elements that are the same in both, -1 for none."""
+    """Return the index of the last common first element (-1: none)."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)) - 1

@@ -48,7 +48,7 @@ class Answer:
 
 
 def is_chat(text: object) -> bool:
-    """Whether the name of a text says that it is a file of chat turns."""
+    """Tell whether a text is a file of chat turns, by its name."""
     name = text.name if isinstance(text, Text) else str(text)
     return name.lower().endswith(SUFFIXES)
 

@@ -1,1 +1,1 @@
-"""Which bits: sensitivity, recipes, tables and plots."""
+"""Studies of models: sensitivity, recipes, tables and plots."""

@@ -23,23 +23,23 @@ class Change:
 
     @property
     def layer(self) -> int | None:
-        """Layer of its tensors, -1 for those of no layer; None if they are of several."""
+        """Layer of its tensors (-1: no layer, None: several layers)."""
         layers = {layer_of(name) for name in self.types}
         return layers.pop() if len(layers) == 1 else None
 
     @property
     def kind(self) -> str | None:
-        """Kind of its tensors; None if they are of several."""
+        """Kind of its tensors (None: several kinds)."""
         kinds = {kind_of(name) for name in self.types}
         return kinds.pop() if len(kinds) == 1 else None
 
     def first_layer(self, n_layer: int) -> int:
-        """Return the first layer that is computed anew, `n_layer` for the output alone."""
+        """Return the first layer that must be recomputed (only the output: `n_layer`)."""
         return min(n_layer if name.startswith("output") else max(0, layer_of(name)) for name in self.types)
 
 
 def kind_of(name: str) -> str:
-    """Return what a tensor is called without layer and `.weight`: `ffn_down`, `output`."""
+    """Return a tensor's name without layer and `.weight`: `ffn_down`, `output`."""
     return name.removesuffix(".weight").split(".", 2)[-1]
 
 
@@ -87,9 +87,11 @@ def plan_changes(
     elif isinstance(groups, Mapping):
         members = {key: sorted(group, key=place) for key, group in groups.items()}
     else:
-        raise ValueError(f"groups={groups}, must be None, layer, kind, model or a mapping from group to tensor names.")
+        raise ValueError(
+            f"groups={groups}, must be None, layer, kind, model or a mapping from group to tensor names. Choose one."
+        )
     if not types or not members or not all(members.values()):
-        raise ValueError("types and groups: must not be empty. Leave them out for the usual ones.")
+        raise ValueError("types and groups: must not be empty. Leave them out for the default.")
     unknown = [name for group in members.values() for name in group if name not in names]
     if unknown:
         raise ValueError(f"groups: {unknown[0]} is not a tensor of {model.path} that can be quantized. See its .names.")
@@ -111,19 +113,19 @@ def plan_changes(
 
 
 def _kinds(name: str) -> list[str]:
-    """Kinds of matrices of an architecture, in the order in which a layer multiplies with them."""
+    """Return the kinds of an architecture's matrices, in the order of a layer's products."""
     return arch.known(name).matrices()
 
 
 def _place(name: str, kinds: Sequence[str]) -> tuple:
-    """Sort key: embeddings, layers in the order of the forward pass, output."""
+    """Return a sort key: embeddings, layers in the order of the forward pass, output."""
     layer, kind = layer_of(name), kind_of(name)
     outer = {"token_embd": -1, "output": 1 << 30}.get(kind, layer)
     return outer, kinds.index(kind) if kind in kinds else -1, name
 
 
 def fitting(qtype: str, n_per_row: int) -> str | None:
-    """Return `qtype` or what llama-quantize gives in its stead, None where neither's blocks fit a row."""
+    """Return `qtype` or llama-quantize's fallback for it (None: neither's blocks fit a row)."""
     return next((q for q in (qtype, FALLBACK.get(qtype)) if q and n_per_row % block_size(q) == 0), None)
 
 
@@ -174,5 +176,5 @@ def worth_measuring(
 
 
 def _asked(qtype: str, given: Mapping[str, str]) -> str:
-    """The type that a change is called by: the one that all its tensors get, else the one that was asked for."""
+    """Return the type in a change's name: its tensors' common type, else the requested one."""
     return next(iter(given.values())) if len(set(given.values())) == 1 else qtype

@@ -1,4 +1,4 @@
-"""Measure what single changes of a model cost: bundles of changes, each bundle one pass over the model, anywhere.
+"""Damage of single changes of a model, measured in bundles: each is one pass, in any process.
 
 A bundle holds changes that begin in neighbouring layers. Its pass computes the base and the starting point once, and
 every change from its first layer on. A bundle is plain data, so that it can be measured in this process, in another, or
@@ -34,7 +34,7 @@ ATTEMPTS = 3  # at a task whose worker was lost
 
 @dataclass(frozen=True)
 class Bundle:
-    """Changes that are measured in one pass."""
+    """The changes that are measured in one pass."""
 
     model: Path  # the base
     windows: Windows
@@ -49,7 +49,7 @@ class Bundle:
     threads: int | None  # None takes numba's number
 
     def variants(self) -> list[Variant]:
-        """The base, the starting point where it is another, and one variant per change."""
+        """Return the base, the starting point (if different), and one variant per change."""
         model = open_model(self.model)
         base = as_is(model)
         how = {"imatrix": self.imatrix, "refined": self.refined}
@@ -58,7 +58,7 @@ class Bundle:
         return [base, *starts, *changed]
 
     def measure(self, bar: tqdm | None = None) -> list[dict]:
-        """Return the damage of each change; what was measured is in the cache by then."""
+        """Return the damage of each change, and store it in the cache."""
         variants, cache = self.variants(), DamageCache(self.cache)
         with threads(self.threads), self.choice(variants[0].model, self.windows.tokens.shape[1]) as engine:
             budget = engine.plan(variants, self.windows, self.memory, keep_states=False)
@@ -72,7 +72,7 @@ class Bundle:
 
 
 def _damage(scores: TokenScores, start: TokenScores, base: TokenScores) -> dict:
-    """The figures of one change; differences are paired token by token."""
+    """Return the figures of one change, with differences paired by token."""
     kld, kld_se = mean_and_error(scores.kld)
     ln_ratio, ln_ratio_se = mean_and_error(scores.nll - base.nll)
     delta, delta_se = mean_and_error(scores.kld - start.kld)
@@ -83,7 +83,7 @@ def _damage(scores: TokenScores, start: TokenScores, base: TokenScores) -> dict:
 
 @contextmanager
 def threads(wanted: int | None):
-    """Let numba take `wanted` threads for work that begins in this one; None changes nothing."""
+    """Let numba use `wanted` threads for work from this thread (None: no change)."""
     before = numba.get_num_threads()
     numba.set_num_threads(min(wanted or before, config.NUMBA_NUM_THREADS))
     try:
@@ -116,7 +116,7 @@ def cut(n_layer: int, first_layers: Sequence[int]) -> list[list[int]]:
 
 
 def perform(task, bar: tqdm | None = None) -> list[dict]:
-    """Measure a task; what an executor is given.
+    """Measure a task, as the function for an executor.
 
     BLAS is held to one thread: tasks may run side by side in a worker's process.
     """
@@ -168,7 +168,7 @@ def run(tasks: Sequence, work: Sequence[int], executor: Executor | None, bar: tq
             raise
         raise OSError(
             f"executor: {type(error).__name__}, a worker was lost and the executor cannot replace it. "
-            "What was measured is kept: call again with a new executor."
+            "Finished measurements are cached; call again with a new executor."
         ) from error
     finally:
         for future in pending:
@@ -177,10 +177,10 @@ def run(tasks: Sequence, work: Sequence[int], executor: Executor | None, bar: tq
 
 
 def _worker_was_lost(error: BaseException) -> bool:
-    """Whether a task failed through no fault of its own; Dask's error is known by its name alone."""
+    """Tell whether a task failed because its worker died (Dask's error is known by name)."""
     return isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ == "KilledWorker"
 
 
 def work_of(bundle: Bundle) -> int:
-    """Return how far a bundle moves the bar: tokens times layers and outputs."""
+    """Return a bundle's share of the progress bar: tokens times layers and outputs."""
     return steps(bundle.variants()) * bundle.windows.tokens.size

@@ -1,4 +1,4 @@
-"""What was measured once, kept on disk under a digest of everything that it depends on.
+"""A cache of measurements on disk, each under a digest of everything that it depends on.
 
 One small file per entry, written whole or not at all, so that any number of processes may share the folder, and a
 process that is killed loses what it was measuring and nothing else.
@@ -29,7 +29,7 @@ class DamageCache:
         self.folder = folder
 
     def get(self, key: dict) -> dict | None:
-        """Return the value under `key`; None where there is none, or its file is damaged."""
+        """Return the value under `key` (None: missing or damaged)."""
         if self.folder is None:
             return None
         try:
@@ -39,7 +39,7 @@ class DamageCache:
             return None
 
     def prepare(self) -> None:
-        """Make the folder, and find out whether it takes entries, before anything long is measured.
+        """Make the folder and check that it is writable, before a long measurement.
 
         Raises
         ------
@@ -54,7 +54,7 @@ class DamageCache:
                 pass
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise OSError(f"cache={self.folder}: cannot be written ({reason}). Name another folder.") from error
+            raise OSError(f"cache={self.folder}: is not writable ({reason}). Choose another folder.") from error
 
     def put(self, key: dict, value: dict) -> None:
         """Keep `value` under `key`."""
@@ -76,7 +76,7 @@ def json_digest(value) -> str:
 
 
 def model_digest(model: Model) -> str:
-    """Return the SHA-256 of what a model computes: hyper-parameters, and name, shape, type and bytes of every tensor.
+    """Return the SHA-256 of a model's hyper-parameters, and of name, shape, type and bytes of all tensors.
 
     Two files of the same tensors have the same digest, whatever their metadata says beside.
     """

@@ -1,4 +1,4 @@
-"""The whole front of recipes, damage against size; and recipes judged on a text that they were not made from."""
+"""The front of recipes (damage against size), and recipes judged on another text."""
 
 import json
 import math
@@ -40,7 +40,7 @@ _SHOWN = [
 
 @dataclass(frozen=True, repr=False)
 class Front(Result):
-    """The best recipes from the smallest size to the largest, and the ftypes beside them.
+    """The best recipes from the smallest size to the largest, and the ftypes for comparison.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Front(Result):
 
 
 def front(sensitivity: Sensitivity | str | Path, model: ModelLike, *, points: int = 24, **options) -> Front:
-    """Solve for sizes from the smallest to the largest.
+    """Find the best recipes for sizes from the smallest to the largest.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def front(sensitivity: Sensitivity | str | Path, model: ModelLike, *, points: in
         As `quantlab.recipe`; and if `points` is less than 2.
     """
     if points < 2:
-        raise ValueError(f"points={points}, must be at least 2.")
+        raise ValueError(f"points={points}, must be at least 2. Give more points.")
     menu = open_menu(sensitivity, model, **options)
     ends = [menu.fixed + sum(f(row["bytes"] for row in rows) for rows in menu.groups.values()) for f in (min, max)]
     stock = {name: size for name, size in menu.ftypes().items() if ends[0] <= size}
@@ -99,7 +99,7 @@ def front(sensitivity: Sensitivity | str | Path, model: ModelLike, *, points: in
 
 @dataclass(frozen=True, repr=False)
 class Judgement(Result):
-    """Recipes beside the ftypes of their size, measured on a text.
+    """Recipes and the ftypes of their size, measured on a text.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ class Judgement(Result):
 
     @property
     def helped(self) -> bool:
-        """Whether every row that is held against another does less damage than that one."""
+        """True if every recipe does less damage than the ftype it is compared with."""
         return all(row["less"] is None or row["less"] > 0 for row in self.rows if row["against"])
 
     def to_frame(self) -> pd.DataFrame:
@@ -129,7 +129,7 @@ class Judgement(Result):
         return frame[[column for column in _SHOWN if column != "measured_kld" or has_exchanges]]
 
     def _document(self) -> dict:
-        """What was measured of each variant, and the rows' own figures."""
+        """Return the measured figures of each variant, with the rows' own."""
         document = json.loads(self.comparison.to_json())
         document["rows"] = [row | own for row, own in zip(document["rows"], self.rows, strict=True)]
         return document
@@ -151,7 +151,7 @@ def judge(
     calibrate_on: TextLike | Sequence[TextLike] | None = None,
     **options,
 ) -> Judgement:
-    """Measure recipes, and the ftype next in size to each, on a text that they were not made from.
+    """Measure recipes, and the ftype nearest in size to each, on another text.
 
     Recipes that were chosen by refined damages are refined, and their ftypes too.
 
@@ -189,7 +189,9 @@ def judge(
         raise ValueError(f"against={len(against)} recipes, must be as many as are judged, {len(recipes)}.")
     for recipe in [*recipes, *(against or [])]:
         if recipe.provenance["calibration"]["imatrix"] != digest:
-            raise ValueError(f"imatrix={digest and digest[:8]}: must be what the recipe was made with. Give the same.")
+            raise ValueError(
+                f"imatrix={digest and digest[:8]}: must be the matrix that the recipe was made with. Give the same."
+            )
     held = [recipe.ftype for recipe in recipes] if against is None else list(against)
     others = list(dict.fromkeys(held)) if against is None else held
     rules, said = recipes[0].provenance["rules"], [recipe.provenance["calibration"] for recipe in recipes]
@@ -233,7 +235,7 @@ def _compare_refined(model, variants: Sequence[str | BestRecipe], text, calibrat
 def judge_refined(
     path: str | Path, model: ModelLike, text: TextLike = "primer", *, imatrix: MatrixLike | None = None, **options
 ) -> Judgement:
-    """Measure a refined file beside the ordinary file of the same types.
+    """Measure a refined file and the ordinary file of the same types.
 
     Parameters
     ----------
@@ -282,7 +284,7 @@ def by_chunk(comparison: Comparison) -> dict[str, np.ndarray]:
 
 
 def reduction(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Return by which fraction the mean of `ours` is less than that of `theirs`, and its error, paired by chunk.
+    """Return the fraction by which `ours` has a smaller mean than `theirs`, with its paired error.
 
     Nothing is less than nothing: both are NaN where `theirs` is 0.
 

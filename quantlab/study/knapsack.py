@@ -1,4 +1,4 @@
-"""Pick one option from each group so that the total damage is the least that a size limit allows: exactly.
+"""An exact solver: one option from each group, with the least total damage under a size limit.
 
 Groups are taken one after the other. A state is what has been picked so far, and only its bytes and damage matter:
 
@@ -63,7 +63,9 @@ def solve(groups: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int
     options = [_sorted(group) for group in groups]
     least = sum(int(group.sizes[0]) for group in options)
     if least > limit:
-        raise ValueError(f"limit={limit} bytes, must be at least {least}: the smallest options. Allow more.")
+        raise ValueError(
+            f"limit={limit} bytes, must be at least {least}: the sum of the smallest options. Raise the limit."
+        )
     price, known = _price(options, limit)
     # what is still to come takes at least so many bytes, and costs at least so much at that price
     bytes_left = np.cumsum([0] + [int(group.sizes[0]) for group in reversed(options)])[::-1]
@@ -84,7 +86,7 @@ def solve(groups: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int
 
 
 def _sorted(group: Sequence[tuple[int, float]]) -> Options:
-    """One group's options as integers, by size."""
+    """Return one group's options as integers, by size."""
     damages = np.array([damage for _, damage in group])
     if not len(group) or not (np.abs(damages) <= _LARGEST).all():
         raise ValueError(f"damages={damages.tolist()}, must be numbers up to {_LARGEST}, at least one. Measure again.")
@@ -94,7 +96,7 @@ def _sorted(group: Sequence[tuple[int, float]]) -> Options:
 
 
 def _price(options: Sequence[Options], limit: int) -> tuple[float, int]:
-    """The lowest price of a byte at which what is cheapest fits, by bisection, and the damage of that."""
+    """Return the lowest price of a byte at which the cheapest options fit, and their damage."""
 
     def cheapest(price: float) -> tuple[int, int]:
         picks = [(group, int((group.damages + price * group.sizes).argmin())) for group in options]
@@ -108,7 +110,7 @@ def _price(options: Sequence[Options], limit: int) -> tuple[float, int]:
 
 
 def _undominated(sizes: np.ndarray, damages: np.ndarray, options: np.ndarray) -> np.ndarray:
-    """Indices of the states that no other beats, by size; of equal ones the one with the first option."""
+    """Return the indices of undominated states by size (equal ones: the first option)."""
     order = np.lexsort((options, damages, sizes))
     ordered = damages[order]
     better = np.ones(len(order), np.bool_)

@@ -1,4 +1,4 @@
-"""A cheap stand-in for measured damage: the squared error of the weights, weighted by what multiplies them.
+"""A cheap estimate of damage: the squared error of the weights, weighted by their inputs.
 
 The error of a tensor is Σ w_j (x̂_ij - x_ij)², over rows i and columns j, with w the importance matrix (ones without
 one): what the rounding adds to the squares of the layer's outputs, if columns are independent. How much of that reaches
@@ -42,7 +42,7 @@ class ErrorTask:
     most: int | None = None  # weights to look at, None for all
 
     def measure(self, bar: tqdm | None = None) -> list[dict]:
-        """Return the error in each type; they are in the cache by then."""
+        """Return the error in each type, and store it in the cache."""
         tensor, cache = open_model(self.model).tensor(self.name), DamageCache(self.cache)
         rows = tensor.shape[-2]  # of an expert
         each = None if self.weights is None else self.weights.reshape(tensor.nrows // rows, -1)
@@ -81,7 +81,7 @@ def pieces(shape: tuple[int, ...], most: int | None = None) -> Iterator[tuple[in
 
 
 def weighted_error(x: np.ndarray, qtype: str, weights: np.ndarray | None = None) -> float:
-    """Compute what quantizing costs the outputs of a matrix, squared and summed.
+    """Compute the squared error that quantizing causes in a matrix's outputs, summed.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def weighted_error(x: np.ndarray, qtype: str, weights: np.ndarray | None = None)
 
 
 def sample(changes: Sequence, n_layer: int, n: int) -> list:
-    """Choose what to measure so that the rest can be predicted.
+    """Choose the changes to measure, so that the rest can be predicted.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def sample(changes: Sequence, n_layer: int, n: int) -> list:
 
 
 def calibrated(rows: Sequence[dict], n_layer: int) -> tuple[list[dict], dict]:
-    """Predict the damage of the rows that were not measured from those that were.
+    """Predict the damage of unmeasured rows from measured ones.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def calibrated(rows: Sequence[dict], n_layer: int) -> tuple[list[dict], dict]:
 
 
 def _held_out(known: Sequence[dict], n_layer: int) -> list[tuple[dict, float]]:
-    """Measured rows, each with what it would have been predicted to be without having been measured."""
+    """Return measured rows, each with a prediction that ignores its own measurement."""
     layers = sorted({row["layer"] for row in known} - {-1})
     if len(layers) == n_layer:
         first = {row["group"]: row for row in reversed(known)}
@@ -191,7 +191,7 @@ def _held_out(known: Sequence[dict], n_layer: int) -> list[tuple[dict, float]]:
 
 
 def _fit(known: Sequence[dict]) -> tuple[dict[str, tuple[list, list]], float]:
-    """Scales by kind (layers, logarithms) and the exponent, by least squares."""
+    """Fit scales by kind (layers, logarithms) and the exponent by least squares."""
     places = sorted({(row["kind"], row["layer"]) for row in known})
     a = np.zeros((len(known), len(places) + 1))
     for i, row in enumerate(known):
@@ -211,23 +211,25 @@ def _fit(known: Sequence[dict]) -> tuple[dict[str, tuple[list, list]], float]:
 
 
 def _predict(model: tuple[Mapping, float], row: dict) -> float:
-    """The damage of one row."""
+    """Return the predicted damage of one row."""
     kinds, exponent = model
     if row["error"] == 0:
         return 0.0
     if row["kind"] not in kinds:
-        raise ValueError(f"{row['kind']}: none of its measured damages is above zero. Give more chunks, or no sample.")
+        raise ValueError(
+            f"{row['kind']}: measured damages must be above zero, none is. Give more chunks, or no sample."
+        )
     scale = np.interp(row["layer"], *kinds[row["kind"]])
     return float(np.exp(scale + exponent * np.log(row["error"])))
 
 
 def _spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    """Rank correlation."""
+    """Return the rank correlation."""
     return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
 
 
 def describe(calibration: Mapping) -> str:
-    """One line about a calibration."""
+    """Return one line about a calibration."""
     line = f"proxy: rank correlation of error and damage {calibration['spearman_error']:.3f}"
     if calibration["spearman"] is None:
         return line

@@ -1,4 +1,4 @@
-"""Which type for which tensor: the least predicted damage that a size allows, from a measured sensitivity.
+"""Recipes: a type for every tensor, with the least predicted damage under a size limit.
 
 Damages of single changes add up, very nearly, above 2.5 bits per weight. So the best recipe is the best pick of one
 measured change per tensor, or per group of tensors, and `knapsack.solve` finds it exactly.
@@ -93,18 +93,20 @@ def size_limit(
     rules: str = "current",
     imatrix: bool = False,
 ) -> int:
-    """Return the one limit that was given, in bytes of tensor data; parameters and errors as for `recipe`."""
+    """Return the size limit in bytes of tensor data; parameters and errors as for `recipe`."""
     if (target_size is not None) + (target_bpw is not None) + (like is not None) != 1:
         given = f"target_size={target_size}, target_bpw={target_bpw}, like={like}"
-        raise ValueError(f"{given}: must be exactly one of the three. Example: like=Q4_K_M")
+        raise ValueError(f"{given}: must be exactly one of the three. Give for example like=Q4_K_M.")
     if like is not None:
         return model_bytes(model, ftype_types(model, like, rules, imatrix))
     check_number(target_bpw=target_bpw)
     if target_bpw is not None:
         if not 0 < target_bpw < float("inf"):
-            raise ValueError(f"target_bpw={target_bpw}, must be a positive number of bits per weight.")
+            raise ValueError(
+                f"target_bpw={target_bpw}, must be a positive number of bits per weight. Give for example 4.5."
+            )
         return int(target_bpw * model.n_weights / 8)
     try:
         return parse_bytes(target_size)  # pyright: ignore[reportArgumentType]
     except ValueError:
-        raise ValueError(f"target_size={target_size}, must be a number of bytes such as 3MiB.") from None
+        raise ValueError(f"target_size={target_size}, must be a number of bytes. Give for example 3MiB.") from None

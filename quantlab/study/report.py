@@ -37,7 +37,7 @@ _SHOWN += ["same_top_p", "on_front"]
 
 @dataclass(frozen=True, repr=False)
 class Report(Result):
-    """What was measured of a base model and its variants.
+    """The measurements of a base model and its variants.
 
     Attributes
     ----------

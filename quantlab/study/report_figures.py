@@ -18,7 +18,7 @@ _LEAST = 1e-300  # a quotient of sums below it is not one
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on one text.
+    """The measurements on one text.
 
     Attributes
     ----------

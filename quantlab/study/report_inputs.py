@@ -1,4 +1,4 @@
-"""What a report says of what went into it: files and their digests, commands, and what each file writes."""
+"""Inputs of a report: files and their digests, commands, and samples of each file's text."""
 
 import hashlib
 import os
@@ -179,7 +179,7 @@ def _text_option(source, text: Text) -> str:
 
 
 def _spelled(given, name: str) -> str:
-    """Return a name or path as it was given; of an object its name."""
+    """Return a name or path unchanged, or the name of an object."""
     return str(given) if isinstance(given, str | Path) else name
 
 

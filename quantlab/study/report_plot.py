@@ -12,7 +12,7 @@ _LINE = 15.0  # height of a line of labels
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where in the picture what is drawn."""
+    """The places of a picture's parts."""
 
     width: float
     height: float
@@ -133,7 +133,7 @@ def _point(frame: _Frame, row: dict) -> list[str]:
 
 
 def _label(frame: _Frame, row: dict, taken: list[tuple]) -> list[str]:
-    """The name, where it covers nothing; left out where there is no such place."""
+    """Return the name at a free place (empty text: none is free)."""
     x, y = frame.at(row["bytes"], row["kld_mean"])
     text = row["variant"] if len(row["variant"]) <= 22 else row["variant"][:10] + "…" + row["variant"][-11:]
     width = _LETTER * len(text)

@@ -1,4 +1,4 @@
-"""How much damage each tensor does at each type: measured one change at a time, or predicted from a sample of them."""
+"""Sensitivity: the damage of each tensor at each type, measured one at a time or predicted from a sample."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ _NEEDED = {"model", "model_sha256", "imatrix", "around", "text", "chunks", "n_ct
 
 
 def _is_row(row: Mapping) -> bool:
-    """Whether a row that was read can be chosen from."""
+    """Tell whether a row from a file is a complete row of a sensitivity."""
     numbers = isinstance(row["bytes"], int) and isinstance(row["delta_kld"], float | None)
     return numbers and bool(row["types"].keys()) and {"group", "layer", "kind", "qtype", "n_weights"} <= row.keys()
 
 
 @dataclass(frozen=True, repr=False)
 class Sensitivity(Result):
-    """What each change of a model costs, one change at a time.
+    """The damage of each change of a model, one change at a time.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Sensitivity(Result):
         return {name: getattr(self, name) for name in ("protocol", "start", "calibration", "rows")}
 
     def predict(self, types: Mapping[str, str]) -> float:
-        """Predict the divergence of a model with several changes: that of the start and what each adds.
+        """Predict the divergence of a model with several changes: the start's plus each change's.
 
         Parameters
         ----------
@@ -85,9 +85,7 @@ class Sensitivity(Result):
         for row in self.rows:
             if row["group"] not in at:
                 asked = sorted({types.get(name, "none") for name in row["tensors"]})
-                raise ValueError(
-                    f"{row['group']}: types={','.join(asked)}, must be among those measured. Measure them."
-                )
+                raise ValueError(f"{row['group']}: types={','.join(asked)}, must be measured types. Measure them.")
         return self.start["kld_mean"] + sum(at.values())
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -104,7 +102,7 @@ class Sensitivity(Result):
 
     @classmethod
     def load(cls, path: str | Path) -> "Sensitivity":
-        """Read what `save` wrote.
+        """Read a sensitivity that `save` wrote.
 
         Raises
         ------
@@ -122,9 +120,9 @@ class Sensitivity(Result):
                 raise KeyError("schema")
             return cls(found["protocol"], found["start"], rows, found["calibration"])
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file. Write one with `save` or the word sensitivity.") from None
+            raise FileNotFoundError(f"{path}: no such file. Run quantlab sensitivity first.") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}: is not a sensitivity. Write one with `save` or the word sensitivity.") from None
+            raise ValueError(f"{path}: is not a sensitivity. Run quantlab sensitivity first.") from None
 
     def _lines(self) -> list[str]:
         p = self.protocol
@@ -166,7 +164,7 @@ def sensitivity(
     cache: str | Path | bool = True,
     progress: bool = True,
 ) -> Sensitivity:
-    """Measure what each tensor, or group of tensors, costs at each type, everything else as it is.
+    """Measure the damage of each tensor, or group of tensors, at each type, with all else unchanged.
 
     Parameters
     ----------
@@ -231,7 +229,7 @@ def sensitivity(
     check_whole(sample=sample)
     if sample is not None and (sample < 1 or groups is not None or around is not None):
         raise ValueError(
-            f"sample={sample}, must be at least 1, and groups=None, around=None. Leave it out to measure all."
+            f"sample={sample}, must be at least 1, and groups=None, around=None. Leave sample out to measure all."
         )
     with ThreadpoolController().limit(limits=1, user_api="blas"), ExitStack() as stack:
         if refined:

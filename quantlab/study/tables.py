@@ -1,4 +1,4 @@
-"""Records → DataFrames: the size/ppl table, published figures beside exact and measured ones, grids of runs."""
+"""Tables as DataFrames: size/ppl, published against exact and measured figures, grids of runs."""
 
 import ast
 import hashlib
@@ -65,7 +65,7 @@ def published(model: str | None = None, rules: str | None = None) -> pd.DataFram
 
 
 def beside_published(table: SizeTable) -> pd.DataFrame:
-    """Put exact sizes beside the published ones of the same model and rule set.
+    """Compare exact sizes with the published ones of the same model and rule set.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def beside_published(table: SizeTable) -> pd.DataFrame:
 
 
 def _other_rounding(exact: float, figure: float) -> str:
-    """Name the rounding that turns an exact size into a published figure, if there is one."""
+    """Name the rounding that turns an exact size into a published figure (empty text: none)."""
     if round(exact, 1) == figure:
         return "one decimal, padded with a zero"
     if math.ceil(exact) == figure:
@@ -103,7 +103,7 @@ def _other_rounding(exact: float, figure: float) -> str:
 
 
 def _published_delta_ppl(model: str, rules: str) -> dict[str, float]:
-    """Published perplexity above F16's, by ftype; nothing where the model is none of the published ones."""
+    """Return the published perplexity above F16's, by ftype (empty: no published model)."""
     found = published(model, rules)
     base = found.loc[(found["ftype"] == "F16") & found["ppl"].notna(), "ppl"]
     if base.empty:
@@ -113,7 +113,7 @@ def _published_delta_ppl(model: str, rules: str) -> dict[str, float]:
 
 
 def _published_name(model: Model) -> str:
-    """The published model that this is, by name and shape; empty for any other."""
+    """Return the published model with this name and shape (empty text: none)."""
     name = str(model.metadata.get("general.name") or model.path.stem)
     for candidate in map(shape, shapes()):
         keys = ("n_vocab", "n_embd", "n_ff", "n_layer", "n_head", "n_head_kv")
@@ -124,7 +124,7 @@ def _published_name(model: Model) -> str:
 
 
 def _plain(name: str) -> str:
-    """A model's name without what its spellings differ in."""
+    """Return a model's name in a normalized spelling."""
     return re.sub(r"\b(v1|hf)\b|[^a-z0-9]", "", name.lower())
 
 
@@ -133,7 +133,7 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class SizePpl(Result):
-    """What each ftype costs: the size/ppl table of one model.
+    """The size/ppl table of one model: each ftype with its size and damage.
 
     Attributes
     ----------
@@ -157,11 +157,11 @@ class SizePpl(Result):
 
     @property
     def measured(self) -> bool:
-        """Whether the perplexities are there."""
+        """True if the perplexities are measured."""
         return any(row["ppl"] is not None for row in self.rows)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the rows as a table, numbers as they are."""
+        """Return the rows as a table of plain numbers."""
         frame = pd.DataFrame(self.rows)
         numbers = frame.columns.drop("ftype")
         return frame.astype(dict.fromkeys(numbers.drop("bytes"), float))
@@ -171,7 +171,7 @@ class SizePpl(Result):
         return {"protocol": {"model": self.model, **self.protocol}, "rows": rows, "notes": self.notes}
 
     def shown(self) -> pd.DataFrame:
-        """Return the rows as text, for people: sizes in MiB or GiB, errors beside their numbers."""
+        """Return the rows as text: sizes in MiB or GiB, numbers with their errors."""
         unit = "GiB" if max(row["bytes"] for row in self.rows) > 4 * _UNITS["GiB"] else "MiB"
         frame = pd.DataFrame(
             {
@@ -227,7 +227,7 @@ def size_ppl(
     device_memory: str | int | None = None,
     memory: str | int | None = None,
 ) -> SizePpl:
-    """Make the size/ppl table of a model: the size of every ftype, and what it costs in perplexity.
+    """Make the size/ppl table of a model: the size and the perplexity of every ftype.
 
     Parameters
     ----------
@@ -277,14 +277,14 @@ def size_ppl(
 
 
 def _row_name(ftype: str) -> str:
-    """A row's name, in the spelling of its ftype."""
+    """Return a row's name, in the spelling of its ftype."""
     if is_refined(ftype):
         return find_ftype(ftype[: -len(MARK)]).name + MARK
     return find_ftype(ftype).name
 
 
 def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer", **options) -> pd.DataFrame:
-    """Put the rows of the other rule set below those of a size/ppl table, measuring what differs in size.
+    """Add the rows of the other rule set to a size/ppl table, measuring those that differ in size.
 
     Parameters
     ----------
@@ -314,14 +314,14 @@ def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer", *
 
 
 def _sizes_alone(table: SizeTable, names: Sequence[str], text: str | Path, chunks: int, n_ctx: int) -> SizePpl:
-    """The table of a model whose weights are not there."""
+    """Return the table of a model without its weights."""
     found = {row.ftype: row for row in table.rows}
     delta = _published_delta_ppl(table.model, table.rules)
     there = [found[name] for name in names if name in found]
     rows = [_row(row.ftype, row.bytes, row.bpw, {}, delta.get(row.ftype)) for row in there]
     hours = _estimated_hours(table.n_weights, chunks * n_ctx, len(rows) + 1)
     note = (
-        f"{table.model} is not here, its perplexities are empty. With its weights in FOLDER: "
+        f"{table.model} has no weights here, so its perplexities are empty. With its weights in FOLDER, run "
         f"`quantlab table FOLDER -f {text} --rules {table.rules} --chunks {chunks} -c {n_ctx}`, "
         f"about {hours:.1f} hours on this machine for these {len(rows)} rows."
     )
@@ -329,14 +329,14 @@ def _sizes_alone(table: SizeTable, names: Sequence[str], text: str | Path, chunk
 
 
 def _estimated_hours(n_weights: int, n_tokens: int, n_variants: int) -> float:
-    """Hours that a measurement takes here: its multiplications at the speed that a pass reaches on this machine."""
+    """Estimate the hours of a measurement from its multiplications and this machine's speed."""
     with Workers() as workers:
         per_second = SHARE_OF_PEAK * peak(workers)
     return 2 * n_weights * n_tokens * n_variants / per_second / 3600
 
 
 def measured(model: Model, comparison: Comparison, names: Sequence[str], rules: str) -> SizePpl:
-    """Make the table of a model that was measured; the base is the row COPY."""
+    """Make the table of a measured model, with the base as row COPY."""
     base, *variants = comparison.rows
     by_ftype = {"COPY": base} | dict(zip((name for name in names if name != "COPY"), variants, strict=True))
     published_delta = _published_delta_ppl(_published_name(model), rules)
@@ -349,14 +349,14 @@ def measured(model: Model, comparison: Comparison, names: Sequence[str], rules: 
 
 
 def _row(ftype: str, n_bytes: int, bpw: float, measured: Mapping[str, float], published_delta: float | None) -> dict:
-    """One row of the table; what was not measured is None."""
+    """Return one row of the table, with None for missing figures."""
     numbers = {"bpw": bpw, **{key: measured.get(key) for key in _MEASURED}, "published_delta_ppl": published_delta}
     numbers |= {key: measured[key] for key in ("kld_noise",) if key in measured}
     return {"ftype": ftype, "bytes": int(n_bytes)} | {k: None if v is None else float(v) for k, v in numbers.items()}
 
 
 def _note_on_the_base(model: Model) -> list[str]:
-    """Say so if the base is quantized itself, and what that means."""
+    """Return a note if the base itself is quantized."""
     weights = Counter()
     for tensor in model:
         weights[tensor.qtype] += tensor.n_weights
@@ -373,20 +373,20 @@ def _note_on_the_base(model: Model) -> list[str]:
 
 
 def _note_on_fallbacks(model: Model) -> list[str]:
-    """Say so if rows are not a whole number of super-blocks, which makes files larger and k-quants less themselves."""
+    """Return a note if rows are not whole super-blocks, which causes fallbacks and larger files."""
     short = sorted({t.shape[-1] for t in model if is_quantizable(t.name, t.shape) and t.shape[-1] % 256})
     if not short:
         return []
     share = sum(t.n_weights for t in model if t.shape[-1] in short and len(t.shape) > 1) / model.n_weights
     lengths = " and ".join(map(str, short))
     return [
-        f"Rows of {lengths} weights are no multiple of 256: {share:.0%} of the weights fall back from k-quants to "
+        f"Rows of {lengths} weights are not a multiple of 256:  {share:.0%} of the weights fall back from k-quants to "
         f"legacy types, so these files are larger than their names say."
     ]
 
 
 def pareto(frame: pd.DataFrame, size: str = "bytes", damage: str = "kld_mean") -> pd.DataFrame:
-    """Return the rows that no other row beats: none is both smaller (or as small) and less damaged.
+    """Return the rows of the Pareto front: no other row is both smaller and less damaged.
 
     Parameters
     ----------
@@ -442,13 +442,13 @@ def collect(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     rows = [row for path in sorted(folder.rglob("*.ipynb")) for row in _rows_of_run(folder, path)]
     if not rows:
-        raise FileNotFoundError(f"{folder}: no executed notebook in it. Run one: quantlab notebook NAME -p KEY VALUE")
+        raise FileNotFoundError(f"{folder}: has no executed notebook. Run one: quantlab notebook NAME -p KEY VALUE")
     frame = pd.DataFrame(rows).set_index(["protocol", "notebook", "run", "variant"])
     return frame.sort_index(level=["protocol", "notebook", "run"], sort_remaining=False, kind="stable")
 
 
 def _rows_of_run(folder: Path, notebook: Path) -> list[dict]:
-    """The rows of one run folder; none if the notebook was not executed by papermill."""
+    """Return the rows of one run folder (not executed by papermill: none)."""
     document = json.loads(notebook.read_text(encoding="utf-8"))
     said = document.get("metadata", {}).get("papermill")
     if said is None or ".ipynb_checkpoints" in notebook.parts:
@@ -470,14 +470,14 @@ def _rows_of_run(folder: Path, notebook: Path) -> list[dict]:
 
 
 def _defaults(notebook: Mapping) -> dict:
-    """The values in the cell tagged `parameters`: literals, by convention."""
+    """Return the literal values in the cell tagged `parameters`."""
     tagged = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
     lines = (line for cell in tagged for line in ast.parse("".join(cell["source"])).body)
     return {ast.unparse(s.target): ast.literal_eval(s.value) for s in lines if isinstance(s, ast.AnnAssign) and s.value}
 
 
 def _results(folder: Path) -> list[tuple[str, list[dict]]]:
-    """Protocol and rows of every result in a run folder."""
+    """Return protocol and rows of every result in a run folder."""
     found = []
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -490,7 +490,7 @@ def _results(folder: Path) -> list[tuple[str, list[dict]]]:
 
 
 def _protocol_label(protocol: Mapping) -> str:
-    """What a reader tells protocols apart by, and a digest of all that must be the same for figures to compare."""
+    """Return a short label of a protocol, with a digest of all fields that must agree."""
     if "tokens_sha256" not in protocol:
         return "sizes alone"
     p = {key: protocol.get(key) for key in _COMPARABLE}

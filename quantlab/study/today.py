@@ -1,4 +1,4 @@
-"""The second part of the size/ppl table: the ftypes that came after 2023, with an importance matrix."""
+"""The second part of the size/ppl table: the ftypes added after 2023, with an importance matrix."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ def with_today(
     ftypes: Sequence[str] = (),
     **options,
 ) -> SizePpl:
-    """Add today's ftypes to a size/ppl table, with an importance matrix collected on the spot.
+    """Add today's ftypes to a size/ppl table, with a new importance matrix.
 
     Parameters
     ----------
@@ -57,7 +57,8 @@ def with_today(
     """
     if table.protocol["rules"] != "current":
         raise ValueError(
-            f"table: rules={table.protocol['rules']}, must be current. Today's ftypes have no other rules."
+            f"table: rules={table.protocol['rules']}, must be current, the only rules with today's ftypes. "
+            f"Leave rules out."
         )
     names = list(ftypes) or FTYPES
     if is_shape(model):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it is stored.
+    """A stored tensor.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Stored:
     shape: tuple[int, ...]
 
     def floats(self, rows: slice = slice(None)) -> np.ndarray:
-        """Return some rows as float32: a view of what is float32 already."""
+        """Return some rows as float32 (already float32: a view)."""
         data = self.data[rows]
         if data.dtype == np.float32:
             return data
@@ -72,13 +72,13 @@ class ExpertInputs:
 
     @property
     def counts(self) -> np.ndarray:
-        """How many rows each expert sees."""
+        """Number of rows of each expert."""
         return np.diff(self.ends)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine and what it computes with: plain data, which another process understands. Call it to get the engine."""
+    """A choice of engine and device as plain data, for other processes; call it to get the engine."""
 
     engine: type[Engine]
     mode: str
@@ -92,14 +92,14 @@ class Choice:
         return self.engine(model, n_ctx, **self.options)  # pyright: ignore[reportCallIssue]
 
     def recorded(self, protocol):
-        """Return a protocol that says device, precision and versions."""
+        """Return the protocol with device, precision and versions."""
         device = f"{self.device}{self.hardware and f' ({self.hardware})'}"
         versions = {**protocol.versions, **self.versions}
         return replace(protocol, device=device, precision=self.precision, versions=versions)
 
 
 def joined(biases: Sequence[Stored | None], matrices: Sequence[Stored]) -> np.ndarray:
-    """Put the biases of matrices side by side, float32; zeros for a matrix that has none."""
+    """Join the biases of matrices as float32 (no bias: zeros)."""
     pairs = zip(biases, matrices, strict=True)
     return np.concatenate([np.zeros(m.shape[:-1], np.float32) if b is None else b.floats() for b, m in pairs], -1)
 
@@ -121,7 +121,7 @@ Observe = Callable[[str, Any], Read | None]
 
 
 class Engine(ABC):
-    """Computes the layers of one model.
+    """The base class of engines, which compute the layers of one model.
 
     Use as a context manager. The fields of a layer's products are those of its description: `attn_qkv`,
     `attn_output`, `ffn_in`, `ffn_down`; the product after the last layer is `output`.
@@ -140,12 +140,12 @@ class Engine(ABC):
 
     @classmethod
     def automatic(cls) -> str | None:
-        """Return the device that `auto` takes; None if this engine has none on this machine."""
+        """Return the device that `auto` chooses (None: this engine has none on this machine)."""
         return cls.devices[0]
 
     @classmethod
     def choose(cls, mode: str, device: str, device_memory: str | int | None) -> Choice:
-        """Return what computes in `mode` on `device`.
+        """Return the engine's choice for `mode` on `device`.
 
         Raises
         ------
@@ -154,7 +154,8 @@ class Engine(ABC):
         """
         if device_memory is not None:
             raise ValueError(
-                f"device_memory={device_memory}, is for graphics cards, the device is {device}. Give memory."
+                f"device_memory={device_memory}, is for graphics cards, but the device is {device}. "
+                f"Give memory instead."
             )
         return Choice(cls, mode, device, "float32" if mode == "float" else mode)
 
@@ -177,11 +178,11 @@ class Engine(ABC):
         """
 
     def empty_states(self, shape: tuple[int, ...]) -> Any:
-        """Return an array for hidden states that stay in memory, where and how this engine has them best."""
+        """Return an array for hidden states in memory, in this engine's best place and form."""
         return np.empty(shape, np.float32)
 
     def wait(self) -> None:
-        """Return once all that `forward` was given is done, where `forward` may return before."""
+        """Wait until all work given to `forward` is done."""
         return None
 
     @abstractmethod
@@ -217,7 +218,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load_output(self, norm: Stored, matrix: Stored) -> Any:
-        """Return the weights after the last layer in this engine's form. Weights of layers are forgotten."""
+        """Return the weights after the last layer in this engine's form, and release the layers' weights."""
 
     @abstractmethod
     def output_inputs(self, norm: Stored, states: np.ndarray) -> Any:
@@ -229,7 +230,7 @@ class Engine(ABC):
 
     @abstractmethod
     def score(self, outputs: Sequence, states: Sequence[np.ndarray], targets: np.ndarray) -> list:
-        """Score positions of some chunks for the base, which comes first, and some variants.
+        """Score positions of some chunks for the base (first) and some variants.
 
         Parameters
         ----------
@@ -247,7 +248,7 @@ class Engine(ABC):
 
     @abstractmethod
     def arithmetic(self) -> str:
-        """Return what the last bits of all results depend on, beside the model and the text."""
+        """Return everything that the last bits of results depend on, apart from model and text."""
 
     @abstractmethod
     def column_squares(self, inputs: Any) -> np.ndarray:
@@ -296,7 +297,7 @@ def find(mode: str, device: str = "cpu", device_memory: str | int | None = None)
     """
     here = [engine for engine in engines() if mode in engine.modes]
     if not here:
-        raise ValueError(f"mode={mode}, must be one of {', '.join(_names(engines(), 'modes'))}.")
+        raise ValueError(f"mode={mode}, must be one of {', '.join(_names(engines(), 'modes'))}. Choose one of them.")
     if device == "auto":
         there = [name for engine in here if (name := engine.automatic())]
         if not there:
@@ -310,5 +311,5 @@ def find(mode: str, device: str = "cpu", device_memory: str | int | None = None)
 
 
 def _names(of: Sequence[type[Engine]], kind: str) -> list[str]:
-    """The modes or devices of some engines, each once."""
+    """Return the modes or devices of some engines, each once."""
     return list(dict.fromkeys(name for engine in of for name in getattr(engine, kind)))

@@ -1,4 +1,4 @@
-"""Causal attention within one chunk, a few queries at a time against the keys that they may see.
+"""Causal attention within one chunk, a few queries at a time with their visible keys.
 
 scores = q · kᵀ          softmax of each row over the keys up to its own          out = scores · v
 """
@@ -13,7 +13,7 @@ QUERIES = 60  # positions at a time: whole tiles, and few keys that only the las
 
 @compiled
 def causal_attention(q, k, v, first, window, scale, cap, sinks, out, keys, values, scores):
-    """Attention of the query heads that share one k and one v head.
+    """Compute attention of the query heads that share one k and one v head.
 
     Parameters
     ----------

@@ -133,7 +133,7 @@ class CpuEngine(Engine):
     # ---- weights
 
     def load(self, read: Read, index: int) -> LayerWeights:
-        """Return a layer's weights; the matrices lie in memory that the next call uses again."""
+        """Return a layer's weights, with matrices in memory that the next call reuses."""
         does = self.record.layer_at(self.hparams, index)
         products = {field: [needed(read, f"{name}.weight") for name in names] for field, names in does.products.items()}
         one = {f: [part.expert(0) if len(part.shape) > 2 else part for part in parts] for f, parts in products.items()}
@@ -167,12 +167,12 @@ class CpuEngine(Engine):
         )
 
     def release(self, layer: LayerWeights) -> None:
-        """Give back the memory of a layer's matrices, before an observer returns others for all of them."""
+        """Release the memory of a layer's matrices, before an observer replaces all of them."""
         layer.matrices = {field: Matrix((), matrix.widths) for field, matrix in layer.matrices.items()}
         self._memory = np.empty(0, np.float32)
 
     def matrix(self, parts: Sequence[Stored], free: np.ndarray | None = None) -> tuple[Matrix, np.ndarray]:
-        """Pack matrices into `free`; return them, and what is free after them."""
+        """Pack matrices into `free`; return them, and the free rest."""
         if free is None:
             free = np.empty(sum(self.packed_size(stored) for stored in parts), np.float32)
         packed = []
@@ -183,11 +183,11 @@ class CpuEngine(Engine):
         return Matrix(tuple(packed), tuple(stored.shape[0] for stored in parts)), free
 
     def packed_size(self, stored: Stored) -> int:
-        """Return how many float32 numbers of memory `pack` is given."""
+        """Return the number of float32 that `pack` needs."""
         return panels_size(stored.shape)
 
     def pack(self, stored: Stored, memory: np.ndarray):
-        """Return a matrix as `multiply` takes it: panels [shape=(n_panels(n_out), n_in, COLUMNS), dtype=float32]."""
+        """Return a matrix for `multiply`: panels [shape=(n_panels(n_out), n_in, COLUMNS), dtype=float32]."""
         n_out, n_in = stored.shape
         panels = memory.reshape(n_panels(n_out), n_in, COLUMNS)
         for piece in blocks(n_out, max(_PANEL_ROWS, PIECE // n_in)):
@@ -197,7 +197,7 @@ class CpuEngine(Engine):
         return panels
 
     def multiply(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
-        """Compute out = x · weightᵀ on this thread alone; every product with weights goes through here.
+        """Compute out = x · weightᵀ on this thread; every product with weights uses this.
 
         Parameters
         ----------
@@ -260,14 +260,14 @@ class CpuEngine(Engine):
             self.workers.map(lambda rows: np.multiply(x[rows], layer.vectors["layer_scale"], out=x[rows]), by_rows)
 
     def _run(self, part, by_rows: list[slice], layer: LayerWeights, whole: dict, observe: Observe | None) -> None:
-        """Do a part of a layer, a generator that stops before each product, on every block of rows.
+        """Run a part of a layer (a generator that stops before each product) on every block of rows.
 
         If nobody observes, a block goes from start to end while it is in a thread's cache. Else all blocks stop
         before each product, and `whole` holds the inputs of all of them by name.
         """
 
         def space(name: str, rows: slice, width: int) -> np.ndarray:
-            """Return memory for a block of rows: this thread's where nobody observes."""
+            """Return memory for a block of rows (without an observer: this thread's)."""
             if name not in whole and observe is None:
                 return self.workers.scratch(name, rows.stop - rows.start, width)
             if name not in whole:
@@ -286,7 +286,7 @@ class CpuEngine(Engine):
                 layer.matrices[field] = self.matrix(parts)[0]
 
     def _project(self, layer: LayerWeights, x: np.ndarray, q_k_v: np.ndarray, rows: slice, space) -> Iterator:
-        """Norm, q, k, v and their rotation for a block of rows."""
+        """Compute norm, q, k, v and their rotation for a block of rows."""
         h, out, normed = layer.hparams, q_k_v[rows], space("normed", rows, x.shape[1])
         n_q, wide = layer.does.query_width * h.n_q, layer.does.query_width
         q, k = out[:, :n_q], out[:, n_q : n_q + h.n_kv]
@@ -324,23 +324,23 @@ class CpuEngine(Engine):
             self.steps.add(out, layer.biases[field][None])
 
     def _norm(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
-        """Normalize where the layer does, else copy; `out` may be `x`."""
+        """Normalize if the layer does, else copy; `out` may be `x`."""
         if field in layer.norms:
             self.steps.rms_norm(x, layer.norms[field], self.eps, out)
         elif out is not x:
             out[:] = x
 
     def _add(self, x: np.ndarray, change: np.ndarray) -> None:
-        """Add what half a layer changes to the stream."""
+        """Add the change of half a layer to the stream."""
         if self.hparams.residual_scale != 1:
             change *= np.float32(self.hparams.residual_scale)
         self.steps.add(x, change)
 
     def round_cache(self, k_v: np.ndarray) -> None:
-        """Round k and v in place to what attention sees of them: here all."""
+        """Round k and v in place to the precision of the cache (here: float32)."""
 
     def _attend(self, qkv: np.ndarray, layer: LayerWeights, first: int, chunk: slice, head: int) -> None:
-        """Attention of one chunk from position `first` on, for the query heads that share one k and v head."""
+        """Compute attention of one chunk from position `first` on, for the query heads that share one k and v head."""
         h, n_q = layer.hparams, layer.does.query_width * layer.hparams.n_head
         n_kv, group = h.n_head_kv, slice(head * h.n_head // h.n_head_kv, (head + 1) * h.n_head // h.n_head_kv)
         every = heads(qkv[chunk], h.head_dim)  # the heads of q, of k, of v, and of the result
@@ -352,7 +352,7 @@ class CpuEngine(Engine):
             out[first:] /= 1 + np.exp(-every[first:, 1:n_q:2][:, group])
 
     def attention(self, q, k, v, h: arch.Hparams, first: int, sinks: np.ndarray, out: np.ndarray) -> None:
-        """Causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
+        """Compute causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
         dim = q.shape[2]
         keys = self.workers.scratch("keys", n_panels(self.n_ctx), dim, COLUMNS)
         values = self.workers.scratch("values", n_panels(dim), self.n_ctx, COLUMNS)
@@ -361,7 +361,7 @@ class CpuEngine(Engine):
         causal_attention(q, k, v, first, window, np.float32(h.score_scale), cap, sinks, out, keys, values, scores)
 
     def _mix(self, layer: LayerWeights, x: np.ndarray, rows: slice, space) -> Iterator:
-        """Everything after attention for a block of rows."""
+        """Compute everything after attention for a block of rows."""
         x, n_embd = x[rows], x.shape[1]
         has_own = "experts_norm" in layer.norms
         inputs = "routed" if layer.experts and not has_own else "normed"  # the former stay until the experts saw them
@@ -409,13 +409,13 @@ class CpuEngine(Engine):
         self._add(x, sums)
 
     def activation(self, does: arch.Layer):
-        """Return the step between the products of a feed-forward part."""
+        """Return the activation function of a feed-forward part."""
         return getattr(self.steps, f"{does.activation}_mul")
 
     # ---- output
 
     def load_output(self, norm: Stored, matrix: Stored) -> Output:
-        """Return the weights after the last layer; the memory of the layers is given back."""
+        """Return the weights after the last layer, and release the memory of the layers."""
         self._memory = self._qkv = np.empty(0, np.float32)
         return Output(np.array(norm.floats()), self.matrix([matrix])[0])
 
@@ -495,5 +495,5 @@ class CpuEngine(Engine):
 
 
 def peak(workers: Workers) -> float:
-    """Measure what all threads together reach in one large product each, floating-point operations per second."""
+    """Measure the floating-point operations per second of all threads together, in large products."""
     return cpu_plan.peak(workers, ROWS)

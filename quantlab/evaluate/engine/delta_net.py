@@ -31,7 +31,7 @@ def convolve(x, weight, out):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def delta_head(q, k, v, z, alpha, beta, decay, norm, eps, state, out):
-    """Do one head of one chunk.
+    """Compute one head of one chunk.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def _normalize(x, scale):
 
 
 def mix_tokens(engine, layer, projected: np.ndarray, out: np.ndarray, head: int) -> None:
-    """Do head `head` of one chunk.
+    """Compute head `head` of one chunk.
 
     Parameters
     ----------

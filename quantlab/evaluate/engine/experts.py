@@ -18,7 +18,7 @@ _TILE = 6  # rows of a tile, see `tiles`
 
 
 def route(engine, layer, scores: np.ndarray, tokens: np.ndarray) -> Routes:
-    """Choose the experts of some tokens (rows of `scores`, which are changed) and sort the tokens by them."""
+    """Choose the experts of some tokens (rows of `scores`, modified) and sort the tokens by expert."""
     n_used, does = layer.hparams.n_expert_used, layer.does
     ids, weights = np.empty((len(tokens), n_used), np.int32), np.empty((len(tokens), n_used), np.float32)
     bias = layer.vectors.get("choice_bias", np.zeros(scores.shape[1], np.float32))
@@ -32,7 +32,7 @@ def route(engine, layer, scores: np.ndarray, tokens: np.ndarray) -> Routes:
 
 
 class Experts:
-    """The products of one layer's experts over the rows `x` that were normalized for them.
+    """The products of one layer's experts with normalized rows `x`.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Experts:
         self.activate = engine.activation(layer.does)
 
     def add_to(self, states: np.ndarray, observe: Observe | None) -> None:
-        """Add to each token's row of `states` what its experts give."""
+        """Add the outputs of each token's experts to its row of `states`."""
         if observe is None:
             for expert in self.routes.used:
                 into, down = self._weights("experts_in", expert), self._weights("experts_down", expert)
@@ -70,12 +70,12 @@ class Experts:
             self.layer.experts[field] = [read(f"{name}.weight") for name in self.layer.does.products[field]]
 
     def _weights(self, field: str, expert: int):
-        """Unpack an expert's weights, each field into memory of its own."""
+        """Unpack an expert's weights, each field into its own memory."""
         parts = [stored.expert(expert) for stored in self.layer.experts[field]]
         return self.engine.matrix(parts, self.layer.expert_memory[field])[0]
 
     def _share(self, expert: int, work) -> None:
-        """Share out an expert's tokens, in blocks of whole tiles and equal size."""
+        """Divide an expert's tokens into equal blocks of whole tiles."""
         mine, threads = self.routes.of(expert), self.engine.workers.n_threads
         n = mine.stop - mine.start
         rounds = -(-n // (threads * self.engine.rows_at_once))
@@ -88,7 +88,7 @@ class Experts:
         self._outer(expert, part, down, inner, states)
 
     def _inner(self, expert: int, part: slice, into, out: np.ndarray) -> None:
-        """Rows of x through the first products and the activation."""
+        """Apply the first products and the activation to rows of x."""
         scratch, n = self.engine.workers.scratch, part.stop - part.start
         seen, gate_up = scratch("normed", n, self.x.shape[1]), scratch("gate_up", n, into.n_out)
         take_rows(self.x, self.routes.tokens[part], seen)
@@ -96,7 +96,7 @@ class Experts:
         self.activate(gate_up, out)
 
     def _outer(self, expert: int, part: slice, down, inner: np.ndarray, states: np.ndarray) -> None:
-        """What the inner rows give, weighted and added to the rows of their tokens."""
+        """Apply the last product to inner rows, and add the weighted results to their tokens' rows."""
         change = self.engine.workers.scratch("change", len(inner), states.shape[1])
         self._product("experts_down", expert, inner, down, change)
         add_rows(states, self.routes.tokens[part], self.routes.weights[part], change)

@@ -25,7 +25,7 @@ _HIGHEST = np.float32(88.0)
 
 @njit(inline="always", fastmath=_FAST)
 def exp32(x):
-    """e^x in float32 to 2 ulp, in operations that the compiler can do on 8 or 16 numbers at once."""
+    """e^x in float32 to 2 ulp, in operations that the compiler can vectorize."""
     x = min(max(x, _LOWEST), _HIGHEST)
     n = np.floor(x * _LOG2E + _HALF)
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
@@ -41,7 +41,7 @@ def _ordered(bits):
 
 @njit(nogil=True)
 def row_max(x):
-    """The greatest of a contiguous row, by way of integers, of which many are compared at once."""
+    """Return the maximum of a contiguous row, compared as integers, which is vectorized."""
     bits = x.view(np.int32)
     top = _ordered(bits[0])
     for i in range(bits.shape[0]):
@@ -51,7 +51,7 @@ def row_max(x):
 
 @njit(nogil=True)
 def _sum(x):
-    """The sum of a contiguous row of float32."""
+    """Return the sum of a contiguous row of float32."""
     sums, whole = lanes(_ZERO), x.shape[0] // WIDTH * WIDTH
     for i in range(0, whole, WIDTH):
         sums = sums + load(x, i)
@@ -63,7 +63,7 @@ def _sum(x):
 
 @njit(nogil=True, fastmath=_FAST)
 def _sum_of_products(x, y):
-    """The sum of x[i] · y[i] over two contiguous rows of float32."""
+    """Return the sum of x[i] · y[i] over two contiguous rows of float32."""
     sums, whole = lanes(_ZERO), x.shape[0] // WIDTH * WIDTH
     for i in range(0, whole, WIDTH):
         sums = sums + load(x, i) * load(y, i)
@@ -217,7 +217,7 @@ TOP = 10  # how many of a row's greatest logits are remembered
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _top(row, values, indices):
-    """Find the TOP greatest of a row and where they are, greatest first; of equal ones the first comes first."""
+    """Find the TOP largest of a row and their positions, largest first, equal ones in order."""
     values[:] = np.float32(-np.inf)
     indices[:] = 0
     for start in range(0, row.shape[0], 256):

@@ -1,4 +1,4 @@
-"""By what angle each pair of a query's and a key's dimensions is turned at each position."""
+"""Rotary positions: the angle of each pair of dimensions at each position."""
 
 from math import ceil, cos, floor, log, pi, sin
 
@@ -10,7 +10,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 def rope_factors(model, n_ctx: int) -> np.ndarray | None:
-    """Return what a model's rotary frequencies are divided by [shape=(n_rot // 2,)], None for nothing.
+    """Return the divisors of a model's rotary frequencies [shape=(n_rot // 2,)] (None: no divisors).
 
     Of two tables that of long contexts counts where `n_ctx` is beyond the context length of the first training.
     """
@@ -59,13 +59,13 @@ def rope_angles(hparams, n_ctx: int, factors: np.ndarray | None) -> tuple[np.nda
 
 
 def _yarn_magnitude(scaling) -> float:
-    """What YaRN multiplies queries and keys by."""
+    """Return YaRN's factor for queries and keys."""
     growth = 0.1 * log(max(1.0, scaling.factor))
     return (1 + growth) / (1 + scaling.log_mul * growth)
 
 
 def _yarn_range(hparams) -> tuple[int, int]:
-    """First and last pair of the ramp: those that turn `beta_fast` and `beta_slow` times within the original context.
+    """Return the ramp's first and last pair, with `beta_fast` and `beta_slow` turns in the original context.
 
     By default 32 times and once.
     """
@@ -93,7 +93,7 @@ def rope_angles_as_ggml(hparams, n_ctx: int, factors: np.ndarray | None) -> tupl
 
 @njit(cache=True)
 def _angles(n_ctx, pairs, base, factors, scale, ramp, magnitude):
-    """Cosines and sines [n_ctx, pairs]; `ramp` says how much of each frequency is not stretched."""
+    """Return cosines and sines [n_ctx, pairs]; `ramp` is the share of each frequency that is not scaled."""
     cosines, sines = np.empty((n_ctx, pairs), np.float32), np.empty((n_ctx, pairs), np.float32)
     step = np.float32(base ** np.float32(-_ONE / np.float32(pairs)))
     for p in range(n_ctx):

@@ -1,4 +1,4 @@
-"""Which experts each token sees, and what it takes from them.
+"""Routing: the experts of each token, and their weights.
 
 scores [n_tokens, n_expert] ─ gating ─ the greatest n_used of each row ─ weights ─ tokens sorted by expert
 """
@@ -16,7 +16,7 @@ _LEAST_SUM = np.float32(6.103515625e-5)  # what sums of weights are at least, as
 
 @dataclass(frozen=True)
 class Routes:
-    """Tokens sorted by the experts that they see.
+    """Tokens, sorted by their experts.
 
     Attributes
     ----------
@@ -33,12 +33,12 @@ class Routes:
     ends: np.ndarray
 
     def of(self, expert: int) -> slice:
-        """Where the tokens of an expert stand."""
+        """Return the positions of an expert's tokens."""
         return slice(int(self.ends[expert]), int(self.ends[expert + 1]))
 
     @property
     def used(self) -> list[int]:
-        """The experts that any token sees."""
+        """The experts of any token."""
         return np.flatnonzero(np.diff(self.ends)).tolist()
 
 
@@ -67,7 +67,7 @@ def sort_tokens(tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray, n_expe
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def choose(scores, bias, gating, sums_to_one, scale, ids, weights):
-    """Choose the experts of each token, the greatest first; of equal ones the first comes first.
+    """Choose the experts of each token, largest score first, equal ones in order.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def choose(scores, bias, gating, sums_to_one, scale, ids, weights):
 
 @njit(nogil=True, error_model="numpy")
 def _softmax(row):
-    """Softmax of a short row in place."""
+    """Apply softmax to a short row in place."""
     top, total = row[0], _ZERO
     for i in range(row.shape[0]):
         top = max(top, row[i])

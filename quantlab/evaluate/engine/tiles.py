@@ -1,4 +1,4 @@
-"""Matrix products as fast as the processor multiplies, the same to the last bit however they are cut.
+"""Matrix products at the processor's full speed, with bit-identical results for any division.
 
     out[rows, n_out] = x[rows, n_in] · weightᵀ            panels[p, i, c] = weight[COLUMNS · p + c, i]
 
@@ -38,7 +38,7 @@ _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
 def n_panels(n_out: int) -> int:
-    """Return the number of panels that `n_out` rows of weights fill, the last one perhaps in part."""
+    """Return the number of panels for `n_out` rows of weights, including a partly filled last one."""
     return -(-n_out // COLUMNS)
 
 
@@ -66,7 +66,7 @@ def pack(weight, panels, first):
 
 @compiled
 def multiply(x, panels, out):
-    """Compute out = x · weightᵀ on this thread alone.
+    """Compute out = x · weightᵀ on this thread.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def _add_product(builder, total, x, weight):
 
 
 def _row_pointers(context, builder, array) -> list:
-    """Where each of ROWS rows begins. Rows that are not there are the last one again, and do what it does."""
+    """Return the start of each of ROWS rows; missing rows repeat the last one."""
     last = builder.sub(cgutils.unpack_tuple(builder, array.shape)[0], context.get_constant(types.intp, 1))
     stride = cgutils.unpack_tuple(builder, array.strides)[0]
     pointers = []
@@ -145,12 +145,12 @@ def _row_pointers(context, builder, array) -> list:
 
 
 def _vector(context, builder, pointer, v: int):
-    """Pointer to the v-th vector from `pointer` on."""
+    """Return a pointer to the v-th vector from `pointer` on."""
     first = builder.gep(pointer, [context.get_constant(types.intp, LANES * v)])
     return builder.bitcast(first, ir.VectorType(pointer.type.pointee, LANES).as_pointer())
 
 
 def _repeated(builder, number):
-    """A vector of `number` in every lane."""
+    """Return a vector with `number` in every lane."""
     undefined, zeros = _FLOATS(ir.Undefined), ir.VectorType(ir.IntType(32), LANES)(None)
     return builder.shuffle_vector(builder.insert_element(undefined, number, ir.IntType(32)(0)), undefined, zeros)

@@ -1,4 +1,4 @@
-"""PyTorch on graphics cards: whether one can be used, and how its products are computed best.
+"""PyTorch on graphics cards: detection of usable cards, and the choice of precision.
 
 torch is imported only where it is used: the base install does without, and importing it takes seconds. What computes
 is in the folder `card`.
@@ -20,13 +20,13 @@ INSTALL = "Install it with pip install 'gguf-quantlab[gpu]'."
 
 
 class TorchEngine(Engine):
-    """Finds the card; `card.engine.CardEngine` computes."""
+    """The engine that finds a card; `card.engine.CardEngine` computes."""
 
     modes, devices = ("float", "half"), ("cuda", "mps", "cpu-torch")
 
     @classmethod
     def automatic(cls) -> str | None:
-        """Return the card of this machine that torch can use; None for none."""
+        """Return this machine's card that torch can use (None: no card)."""
         device = "mps" if sys.platform == "darwin" else "cuda"
         is_likely = platform.machine() == "arm64" if device == "mps" else _has_driver()
         if not is_likely or find_spec("torch") is None or _torch_version() < OLDEST:
@@ -35,7 +35,7 @@ class TorchEngine(Engine):
 
     @classmethod
     def choose(cls, mode: str, device: str, device_memory: str | int | None) -> Choice:
-        """Return what computes in `mode` on `device`; see `Engine.choose`."""
+        """Return the choice for `mode` on `device`; see `Engine.choose`."""
         if find_spec("torch") is None:
             raise ImportError(f"device={device}: needs the package torch. {INSTALL}")
         if _torch_version() < OLDEST:
@@ -43,7 +43,8 @@ class TorchEngine(Engine):
             raise ImportError(f"device={device}: torch={version('torch')}, must be at least {oldest}. {INSTALL}")
         if device == "cpu-torch" and device_memory is not None:
             raise ValueError(
-                f"device_memory={device_memory}, is for graphics cards, the device is {device}. Give memory."
+                f"device_memory={device_memory}, is for graphics cards, but the device is {device}. "
+                f"Give memory instead."
             )
         if device_memory is not None:
             parse_bytes(device_memory)
@@ -61,13 +62,13 @@ class TorchEngine(Engine):
 
 
 def _torch_version() -> tuple[int, int]:
-    """Major and minor version of the torch that is installed."""
+    """Return major and minor version of the installed torch."""
     major, minor, *_ = version("torch").split(".")
     return int(major), int(minor)
 
 
 def _has_driver() -> bool:
-    """Whether NVIDIA's or AMD's driver is installed; asked before torch is imported for it."""
+    """Tell whether NVIDIA's or AMD's driver is installed, without importing torch."""
     for name in ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libamdhip64.so"):
         try:
             ctypes.CDLL(name)
@@ -78,14 +79,14 @@ def _has_driver() -> bool:
 
 
 def _missing(device: str) -> str | None:
-    """Say what `device` lacks and what helps; None if torch can use it."""
+    """Explain why torch cannot use `device`, with a remedy (None: it can)."""
     torch = import_module("torch")
     if device == "mps" and not torch.backends.mps.is_available():
         return "torch finds no Apple GPU. Use device=cpu."
     if device != "cuda":
         return None
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch={version('torch')} is built for the CPU alone. Install torch for your card, see pytorch.org."
+        return f"torch={version('torch')} is built only for the CPU. Install torch for your card, see pytorch.org."
     with warnings.catch_warnings(record=True) as said:  # torch warns of a driver that is too old
         warnings.simplefilter("always")
         if torch.cuda.is_available():

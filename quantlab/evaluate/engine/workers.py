@@ -1,4 +1,4 @@
-"""The threads that the CPU engines run on.
+"""Threads of the CPU engines.
 
 Work is cut into blocks of rows. Each block is done by one thread from start to end, in compiled loops without the GIL;
 BLAS, where it is at work, has one thread. No two thread pools compete for the cores, and the result does not depend on
@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController
 
 
 class Workers:
-    """Threads that share out blocks of rows, each with BLAS to itself and scratch space that is allocated once.
+    """Threads that process blocks of rows, each with single-threaded BLAS and its own scratch memory.
 
     Use as a context manager. The number of threads is numba's (`NUMBA_NUM_THREADS`, `numba.set_num_threads`).
     """
@@ -35,7 +35,7 @@ class Workers:
         self._blas.__exit__(*exc)
 
     def map(self, task: Callable, items: Iterable) -> list:
-        """Call task(item) for every item, shared out among the threads; the first error is raised."""
+        """Call task(item) for every item on the threads, and raise the first error."""
         return list(self._pool.map(task, items))
 
     def scratch(self, name: str, *shape: int, dtype: type = np.float32) -> np.ndarray:

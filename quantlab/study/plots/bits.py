@@ -12,7 +12,7 @@ from quantlab.transform.plan import bits_per_weight
 
 
 def importance(sums: Mapping[int, np.ndarray], *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot how unequal the columns of a kind of tensor are: their mean squared inputs, largest first, layer by layer.
+    """Plot the mean squared inputs of a kind of tensor by column, largest first, layer by layer.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def importance(sums: Mapping[int, np.ndarray], *, title: str = "", ax: Axes | No
         If there is no layer.
     """
     if not sums:
-        raise ValueError("importance: no layer was given. Choose a kind that the matrix has.")
+        raise ValueError("importance: needs at least one layer. Choose a kind that the matrix has.")
     ax = ax or new_axes((8, 4.5))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(sums)))
     for colour, (layer, values) in zip(colours, sorted(sums.items()), strict=True):
@@ -46,7 +46,7 @@ def importance(sums: Mapping[int, np.ndarray], *, title: str = "", ax: Axes | No
 
 
 def matrix_gain(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot how much less damage each ftype does with an importance matrix.
+    """Plot the damage that an importance matrix saves for each ftype.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def recipe_front(
 
 
 def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Draw the type of every tensor: layers downwards, kinds of tensors across, darker where there are more bits.
+    """Draw the type of every tensor by layer and kind, darker for more bits.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
     matrices = {name: q for name, q in types.items() if name.startswith("blk.") and "_norm." not in name}
     placed = {tuple(name.removesuffix(".weight").split(".")[1:]): q for name, q in matrices.items()}
     if not placed:
-        raise ValueError("type_map: no tensor is of a layer. Give the types of a whole model.")
+        raise ValueError("type_map: needs tensors of layers. Give the types of a whole model.")
     kinds = sorted({kind for _, kind in placed})
     layers = sorted({int(layer) for layer, _ in placed})
     bits = np.full((len(layers), len(kinds)), np.nan)
@@ -156,7 +156,7 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
 
 
 def _is_outer(name: str) -> bool:
-    """Whether a tensor is a matrix of no layer."""
+    """Tell whether a tensor is a matrix outside the layers."""
     return name in ("token_embd.weight", "output.weight")
 
 
@@ -167,7 +167,7 @@ def block_search(
     *,
     axes: Sequence[Axes] | np.ndarray | None = None,
 ) -> Sequence[Axes] | np.ndarray:
-    """Plot one block: how much each weight counts, and what it was rounded by, by either search.
+    """Plot one block: the importance of each weight, and its rounding error in either search.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Figures of what quantization costs: size against perplexity and divergence."""
+"""Figures of damage: size against perplexity and divergence."""
 
 import re
 
@@ -116,6 +116,6 @@ def size_against_kld(frame: pd.DataFrame, *, by: str = "rules", title: str = "",
 
 
 def _base_type(name: str) -> str | None:
-    """The base type of a variant's ftype (`Q4_K` of `Q4_K_M+imatrix`); None where that is not a quantized one."""
+    """Return the base type of a variant's ftype, `Q4_K` of `Q4_K_M+imatrix` (None: not quantized)."""
     ftype = FTYPES.get(re.split(r"\W", name)[0])
     return ftype.qtype if ftype and ftype.is_quantized else None

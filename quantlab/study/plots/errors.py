@@ -1,4 +1,4 @@
-"""Figures of the errors: how large, in which tensors, and where they sit."""
+"""Figures of errors: their size, their tensors, and their places."""
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,7 @@ def histograms(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
 
 
 def code_shares(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None = None) -> np.ndarray:
-    """Plot how often each code is used, a panel per type, with the even share as a line.
+    """Plot the frequency of each code, one panel per type, with the even share as a line.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def by_layer(
 
 
 def percentile_bands(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot how large errors are in each tensor: from the median to the largest.
+    """Plot the size of errors in each tensor, from the median to the largest.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def percentile_bands(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
 
 
 def error_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Draw where a tensor's errors sit, with the rms of rows and of columns at the sides.
+    """Draw the places of a tensor's errors, with the rms of rows and columns at the sides.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def error_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
 
 
 def against_tails(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None = None) -> np.ndarray:
-    """Plot what types keep of each tensor over two measures of its tails: kurtosis, and crest within blocks.
+    """Plot the signal to noise ratio of each tensor over two measures of its tails: kurtosis and crest.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ def rounding_plane(
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot two weights, the levels they can be rounded to, and for each way of rounding the pairs of the same error.
+    """Plot two weights, their levels, and the pairs of equal error for each way of rounding.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Figures of measuring: what the way of measuring does to the number."""
+"""Figures of protocols: the effect of the way of measuring."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from quantlab.study.plots.style import BLUE, VERMILION, new_axes
 
 
 def nll_by_position(nll: np.ndarray, *, scored_from: int, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot how well tokens are predicted over how much context they have, with the scored part shaded.
+    """Plot the mean NLL of tokens over their context, with the scored part shaded.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def nll_by_position(nll: np.ndarray, *, scored_from: int, title: str = "", ax: A
 
 
 def effects(frame: pd.DataFrame, *, n_damage: int = 0, title: str = "") -> np.ndarray:
-    """Plot what each way of measuring changes, in perplexity and in KL divergence, as bars on logarithmic axes.
+    """Plot the effect of each way of measuring on perplexity and KL divergence, as bars on logarithmic axes.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Figures of running: what a model takes."""
+"""Figures of running: the memory that a model needs."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ _PARTS = (  # column of Fit.to_frame(), label, colour
 
 
 def memory(frame: pd.DataFrame, *, vram: int = 0, ram: int = 0, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot what each ftype takes to run as stacked bars, with the memory that there is as lines.
+    """Plot the memory that each ftype needs as stacked bars, with the available memory as lines.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Figures of what single changes cost: maps of damage, additivity, the rule for more bits, the proxy."""
+"""Figures of single changes: maps of damage, additivity, the rule for more bits, the proxy."""
 
 from itertools import cycle
 
@@ -65,7 +65,7 @@ _NAMES = {"qtype": "type", "group": "changed", "kind": "kind of tensor"}
 
 
 def _short(value: float) -> str:
-    """Two digits and an exponent: 1.2e-4."""
+    """Return a number with two digits and an exponent: 1.2e-4."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -102,7 +102,7 @@ def additivity(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
 
 
 def more_bits(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot what widening each tensor gains per byte, and whether rule or measurement would pick it.
+    """Plot the gain per byte of widening each tensor, and whether rule or measurement picks it.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ _LOOKS = {"quantlab": (BLUE, "o"), "ggml": (VERMILION, "s")}
 
 
 def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None = None) -> np.ndarray:
-    """Plot how fast types are encoded and decoded, ours beside ggml's.
+    """Plot the speed of encoding and decoding types, compared with ggml's.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
 
 
 def scaling(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Plot how many times as fast the most threads are as one.
+    """Plot the speedup of all threads over one.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the figures share: colours, told apart by everybody (Okabe and Ito's), and how a figure is begun and written."""
+"""Shared style of the figures: Okabe and Ito's colours, new axes, and writing of files."""
 
 import io
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def new_axes(size: tuple[float, float]) -> Axes:
 
 
 def by_family(frame: pd.DataFrame, qtypes: pd.Series) -> list[tuple[Family, pd.DataFrame]]:
-    """Part the rows of a frame by the family of their types; rows without a type are left out.
+    """Group the rows of a frame by the family of their types, without rows that have no type.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def _text_box(label: Annotation) -> Bbox:
 
 
 def save(ax: Axes, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the figure that `ax` belongs to as PNG, small enough for a page on the web.
+    """Write the figure of `ax` as a PNG that is small enough for a web page.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Figures of training: how a model learned."""
+"""Figures of training: the loss curve."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -7,7 +7,7 @@ from quantlab.study.plots.style import BLUE, VERMILION, new_axes
 
 
 def loss_curve(history: pd.DataFrame, *, unigram: float, ax: Axes | None = None) -> Axes:
-    """Plot how a model learned: loss over tokens seen.
+    """Plot the loss over the tokens seen in training.
 
     Parameters
     ----------

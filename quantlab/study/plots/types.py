@@ -1,4 +1,4 @@
-"""Figures of the types: what is in a block, how its scale is found, what each type keeps of the weights."""
+"""Figures of the types: contents of a block, search for its scale, signal to noise ratio."""
 
 from collections.abc import Mapping
 from itertools import cycle
@@ -68,14 +68,14 @@ def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes
 
 
 def _small(number: int) -> str:
-    """A number in subscript."""
+    """Return a number in subscript."""
     return "".join(chr(0x2080 + int(digit)) for digit in str(number))
 
 
 def scale_search(
     tries: pd.DataFrame, fine: pd.DataFrame | None = None, *, title: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Plot the search for a scale, try by try: the error over how many levels the range is spread on.
+    """Plot the search for a scale: the error of each try over its number of levels.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def block_weights(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | No
 
 
 def bit_budget(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """Draw what types spend their bits on.
+    """Draw the use of each type's bits.
 
     Parameters
     ----------
@@ -207,7 +207,7 @@ def bit_budget(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
 def snr_against_bits(
     frame: pd.DataFrame, lines: Mapping[str, pd.DataFrame], *, title: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Plot what types keep of the weights, signal to noise over bits per weight, beside what could be kept.
+    """Plot the signal to noise ratio of types over bits per weight, with the theoretical bound.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def snr_against_bits(
 
 
 def by_outlier(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None = None) -> np.ndarray:
-    """Plot what an outlier does to the other weights of its block: to its own sub-block, and to the rest.
+    """Plot the effect of an outlier on the other weights of its sub-block and of its block.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""What computes on a graphics card. Only `engine.torch` imports from here, and only where torch is installed."""
+"""The engine for graphics cards; only `engine.torch` imports it, if torch is installed."""

@@ -41,7 +41,7 @@ class Output:
 
 
 class CardEngine(TorchEngine):
-    """Layers in torch; see `Engine`.
+    """The engine for graphics cards, in torch; see `Engine`.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class CardEngine(TorchEngine):
         )
 
     def _make(self, weights: Callable):
-        """Return what `weights()` makes on the device; where it does not fit, the computation takes fewer chunks."""
+        """Return the weights on the device; if they do not fit, compute fewer chunks at a time."""
         while True:
             try:
                 with self._lock, torch.inference_mode(), self.transfers.loading():
@@ -117,7 +117,7 @@ class CardEngine(TorchEngine):
                 self._chunks = self._fewer(self._chunks, 1, f"chunk of {self.n_ctx} tokens beside the weights")
 
     def _matrix(self, stored: Stored) -> Operand:
-        """Return a matrix as an operand, made piece by piece; stacked ones one below the other."""
+        """Return a matrix as an operand, made piece by piece (experts: stacked)."""
         shape = int(np.prod(stored.shape[:-1])), stored.shape[-1]
         new = partial(torch.empty, shape, dtype=self.products.dtype, device=self.device)
         parts, scale = tuple(new() for _ in range(self.products.n_parts)), None
@@ -131,7 +131,7 @@ class CardEngine(TorchEngine):
         return Operand(parts, scale)
 
     def _observed(self, parts: Sequence[Stored]) -> list[Operand]:
-        """Return matrices that an observer gave, for the product that comes next."""
+        """Return an observer's matrices for the next product."""
         with self._lock:
             return [self._matrix(stored) for stored in parts]
 
@@ -140,14 +140,14 @@ class CardEngine(TorchEngine):
         return torch.from_numpy(np.array(stored.floats())).to(self.device)
 
     def _is_safe(self, norm: Stored) -> bool:
-        """Whether halves hold what a norm makes of any row: no number of it is beyond √n times the greatest weight."""
+        """Tell whether halves can hold every output of a norm: at most √n times the largest weight."""
         weight = norm.floats()
         return bool(np.sqrt(weight.size) * np.abs(weight).max() < 2**15)
 
     # ---- layers
 
     def empty_states(self, shape: tuple[int, ...]):
-        """Return an array for hidden states: on the device where the plan says so, else in memory that it reads."""
+        """Return an array for hidden states, on the device or in pinned memory, as planned."""
         if self._on_device:
             try:
                 return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -156,7 +156,7 @@ class CardEngine(TorchEngine):
         return self.transfers.pinned(shape)
 
     def wait(self) -> None:
-        """Return once all hidden states are where they belong."""
+        """Wait until all hidden states are stored."""
         self.transfers.wait()
 
     def embed(self, table: np.ndarray, places: np.ndarray):
@@ -183,7 +183,7 @@ class CardEngine(TorchEngine):
             start += len(piece)
 
     def _fewer(self, count: int, least: int, what: str) -> int:
-        """Return half as many as did not fit into the card's memory; raise MemoryError where that cannot be."""
+        """Return half of a count that did not fit into the card's memory; raise MemoryError at 1."""
         if count <= least:
             raise MemoryError(
                 f"device={self.name}: {count} {what} do not fit into its memory. "
@@ -243,7 +243,7 @@ class CardEngine(TorchEngine):
         return found
 
     def _in_pieces(self, work: Callable[[slice], None], n_rows: int) -> None:
-        """Call `work` with slices of rows whose logits fit, fewer of them where the memory does not suffice."""
+        """Call `work` with slices of rows whose logits fit into memory, smaller ones after a failure."""
         step, start = plan.rows_of_logits(self.hparams.n_vocab, self.device), 0
         while start < n_rows:
             rows = slice(start, min(start + step, n_rows))
@@ -281,7 +281,7 @@ class CardEngine(TorchEngine):
 
 
 def precision(mode: str, device: str) -> str:
-    """Return how products are computed in `mode`: on CUDA, `float` is what is faster there, measured."""
+    """Return the precision of products in `mode` (`float` on CUDA: the faster one, measured)."""
     if mode == "half":
         return "half"
     if device != "cuda":
@@ -290,5 +290,5 @@ def precision(mode: str, device: str) -> str:
 
 
 def hardware(device: str) -> str:
-    """Return the name of a card; empty for other devices."""
+    """Return the name of a card (empty text: another device)."""
     return torch.cuda.get_device_name() if device == "cuda" else ""

@@ -1,4 +1,4 @@
-"""What a layer does, in torch: attention, a feed-forward part, experts, as the record of the architecture says."""
+"""The layers in torch: attention, feed-forward, experts, as the architecture's record describes them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -34,7 +34,7 @@ attention_interval tied_embeddings""".split()
 
 
 def check(model, device: str) -> None:
-    """Refuse a model some part of which is not computed here.
+    """Refuse a model with a part that this engine does not support.
 
     Raises
     ------
@@ -51,7 +51,7 @@ def check(model, device: str) -> None:
         found += [(name, value, None) for name, of in known.items() if (value := getattr(does, name)) not in of]
     for name, value, default in found:
         if value != default:
-            raise ValueError(f"{model.path}: {name}={value} is not computed on device={device}. Use device=cpu.")
+            raise ValueError(f"{model.path}: {name}={value} is not supported on device={device}. Use device=cpu.")
 
 
 @dataclass
@@ -67,14 +67,14 @@ class LayerWeights:
     hparams: arch.Hparams  # this layer's
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return everything that lies on the device."""
+        """Return all tensors on the device."""
         biases = [bias for of in self.biases.values() for bias in of if bias is not None]
         operands = [operand for of in self.matrices.values() for operand in of]
         return [*self.norms.values(), *self.vectors.values(), *biases, *(t for o in operands for t in o.tensors())]
 
 
 class Layers:
-    """Applies layers to hidden states.
+    """The layers of a model, applied to hidden states.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class Layers:
         self._rotations, self._masks = {}, {}
 
     def apply(self, layer: LayerWeights, x: torch.Tensor, first: int, observe: Observe | None) -> torch.Tensor:
-        """Return what a layer makes of hidden states [n_chunks, n_ctx, n_embd] from position `first` on."""
+        """Apply a layer to hidden states [n_chunks, n_ctx, n_embd] from position `first` on."""
         n_chunks, n_ctx, n_embd = x.shape
         normed, is_safe = self._norm(layer, "attn_norm", x.reshape(-1, n_embd))
         parts = self._products(layer, "attn_qkv", normed, is_safe, observe)
@@ -107,7 +107,7 @@ class Layers:
         return self._feed_forward(layer, x, observe).view(n_chunks, n_ctx - first, n_embd)
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor, observe: Observe | None) -> torch.Tensor:
-        """Return rows after everything that follows attention."""
+        """Apply all steps after attention to rows."""
         normed, is_safe = self._norm(layer, "ffn_norm", x)
         routes = shared = None
         if "router" in layer.matrices:
@@ -130,13 +130,13 @@ class Layers:
         return functional.rms_norm(x, weight.shape, weight, self.hparams.rms_eps)
 
     def _norm(self, layer: LayerWeights, field: str, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Return rows normalized where the layer does, and whether halves hold them without a scale."""
+        """Normalize rows if the layer does, and tell whether halves can hold them without a scale."""
         if field not in layer.norms:
             return x, False
         return self.rms_norm(x, layer.norms[field]), field in layer.safe
 
     def _add(self, layer: LayerWeights, field: str, x, change, gate=None) -> torch.Tensor:
-        """Return x + change, normalized, gated and scaled before where the layer does; takes the memory of `change`."""
+        """Return x + change in the memory of `change`, first normalized, gated and scaled as the layer says."""
         if field in layer.norms:
             change = self.rms_norm(change, layer.norms[field])
         if gate is not None:
@@ -157,7 +157,7 @@ class Layers:
             layer.matrices[field] = self._matrices([read(f"{name}.weight") for name in layer.does.products[field]])
 
     def _activate(self, layer: LayerWeights, gate_up: list[torch.Tensor]) -> torch.Tensor:
-        """Return what becomes of gate and up, two products or one beside the other."""
+        """Apply the activation to gate and up, given as one or two products."""
         gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, 1)
         return ACTIVATIONS[layer.does.activation](gate, up)
 
@@ -177,7 +177,7 @@ class Layers:
         return attended if gate is None else attended * gate.sigmoid().unflatten(0, (-1, self.n_ctx))
 
     def _queries_keys_values(self, layer: LayerWeights, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return q, k and v [n_chunks, heads, n_ctx, head_dim], normalized, rotated and scaled as the layer does."""
+        """Return q, k and v [n_chunks, heads, n_ctx, head_dim], normalized, rotated and scaled."""
         h = layer.hparams
         parts = parts if len(parts) == 3 else list(parts[0].split([h.n_q, h.n_kv, h.n_kv], 1))
         found = [part.unflatten(1, (-1, h.head_dim)).unflatten(0, (-1, self.n_ctx)) for part in parts]
@@ -208,7 +208,7 @@ class Layers:
         a.copy_(turned)
 
     def _attend(self, layer: LayerWeights, q, k, v) -> torch.Tensor:
-        """Return what causal attention makes of q, k and v: [n_chunks, n_ctx, heads, head_dim]."""
+        """Apply causal attention to q, k and v: [n_chunks, n_ctx, heads, head_dim]."""
         h, group = layer.hparams, q.shape[1] // k.shape[1]
         if self.products.precision == "half":
             q, k, v = q.half(), k.half(), v.half()
@@ -221,7 +221,7 @@ class Layers:
         return functional.scaled_dot_product_attention(q, k, v, scale=h.score_scale, **seen).transpose(1, 2)
 
     def _attend_in_steps(self, layer: LayerWeights, q, k, v, window: int) -> torch.Tensor:
-        """Attention whose scores are capped, or share their softmax with a sink: a few chunks at a time."""
+        """Apply attention with capped scores or a sink, a few chunks at a time."""
         h, out, sinks = layer.hparams, torch.empty_like(q), layer.vectors.get("sinks")
         step = max(1, SCORE_BYTES // (4 * q.shape[1] * self.n_ctx**2))
         for start in range(0, len(q), step):
@@ -237,7 +237,7 @@ class Layers:
         return out
 
     def _mask(self, window: int) -> torch.Tensor:
-        """Return which keys each position sees [n_ctx, n_ctx, dtype=bool]: the last `window`, 0 for all before it."""
+        """Return the visible keys of each position [n_ctx, n_ctx, dtype=bool]: the last `window` (0: all)."""
         if window not in self._masks:
             position = torch.arange(self.n_ctx, device=self.device)
             distance = position[:, None] - position
@@ -247,7 +247,7 @@ class Layers:
     # ---- experts
 
     def _add_experts(self, layer: LayerWeights, x, normed, is_safe: bool, routes: "Routes", observe) -> torch.Tensor:
-        """Add to each token's row what its experts give: one expert after the other."""
+        """Add the outputs of each token's experts to its row, one expert after the other."""
         self._observe(layer, "experts_in", routes.inputs(normed), observe)
         operand, n_expert = self.products.operand(normed, is_safe), layer.hparams.n_expert
         inner: Any = None  # as soon as its width is known: [n_seen, n_ff]
@@ -275,19 +275,19 @@ class Layers:
 
 @dataclass(frozen=True)
 class Routes:
-    """Tokens sorted by the experts that they see, see `routing.Routes`; `ends` is in the machine's memory."""
+    """Tokens sorted by their experts, see `routing.Routes`; `ends` is in the machine's memory."""
 
     tokens: torch.Tensor
     weights: torch.Tensor
     ends: np.ndarray
 
     def each(self):
-        """Yield the experts that any token sees, each with the place of its tokens."""
+        """Yield the experts in use, each with the positions of its tokens."""
         for expert in np.flatnonzero(np.diff(self.ends)).tolist():
             yield expert, slice(int(self.ends[expert]), int(self.ends[expert + 1]))
 
     def inputs(self, x: torch.Tensor, sorted_already: bool = False) -> ExpertInputs:
-        """Return what an observer sees of rows `x`, one for each token or for each entry."""
+        """Return an observer's inputs for rows `x`, one for each token or for each entry."""
         rows = np.arange(len(x)) if sorted_already else self.tokens.cpu().numpy()
         return ExpertInputs(x, rows, self.ends)
 

@@ -1,4 +1,4 @@
-"""How a pass is cut to fit a card's memory and the machine's, worked out before it starts.
+"""The plan of a pass that fits into a card's memory and the machine's.
 
 The card holds two layers (one is computed, one is on its way), what a layer makes of a few chunks, and the hidden
 states of all variants where there is room; else those are in the machine's memory, or on disk.
@@ -32,7 +32,7 @@ PACKAGE = {"cuda": 2 << 30, "mps": 1 << 30, "cpu": 200 << 20}  # bytes of the ma
 
 
 def chunks_at_most(device: torch.device, n_ctx: int) -> int:
-    """Return the chunks that a layer is applied to at a time where memory allows."""
+    """Return the largest useful number of chunks for applying a layer."""
     return max(1, ROWS[device.type] // n_ctx)
 
 
@@ -79,7 +79,7 @@ def fit(engine, variants: Sequence[Variant], windows, memory: str | int | None, 
 
 
 def _card_bytes(engine) -> int:
-    """Return the bytes of the card that may be used; 0 where it has no memory of its own to be counted."""
+    """Return the usable bytes of the card (0: it shares the machine's memory)."""
     if engine.device.type == "cpu":
         return 0
     if engine.device_memory is not None:
@@ -120,7 +120,7 @@ def score_bytes(does: arch.Layer, h: arch.Hparams, n_ctx: int, chunks: int) -> i
 
 
 class _Needs:
-    """What a pass needs of the machine and of the card."""
+    """The memory that a pass needs in the machine and on the card."""
 
     def __init__(self, engine, variants: Sequence[Variant], windows):
         self.engine, self.variants, self.windows, self.hparams = engine, variants, windows, engine.hparams
@@ -144,12 +144,12 @@ class _Needs:
         return host, held[1] + max(layer, output)
 
     def fit(self, place: str, chunks: int, outputs: int, host: int, card: int) -> bool:
-        """Whether both suffice."""
+        """Tell whether both suffice."""
         on_host, on_card = self.bytes(place, chunks, outputs)
         return on_host <= host and on_card <= card
 
     def refusal(self, place: str, memory, host: int, card: int) -> str:
-        """Say what the pass needs at least."""
+        """Describe the least memory for the pass."""
         on_host, on_card = self.bytes(place, 1, 1)
         name, given, needed = "memory", memory or host, on_host
         if on_card > card:
@@ -160,7 +160,7 @@ class _Needs:
         )
 
     def _layer(self, place: str, chunks: int) -> int:
-        """Bytes on the device while layers are computed, hidden states of other chunks aside."""
+        """Return the bytes on the device during layers, without hidden states of other chunks."""
         products, n_ctx = self.engine.products, self.engine.n_ctx
         record = arch.known(self.hparams.arch)
         kinds = {(record.layer_at(self.hparams, i), self.hparams.at(i)) for i in range(self.hparams.n_layer)}
@@ -170,14 +170,14 @@ class _Needs:
         return layers + rows + chunks * n_ctx * moving + self._making()
 
     def _making(self) -> int:
-        """Bytes that a piece of a matrix takes on its way, and where halves are widened again a whole one."""
+        """Return the bytes of a piece of a matrix in transfer (widened halves: of a whole one)."""
         products = self.engine.products
         piece = min(PIECE, max(prod(shape) for shape in self.shapes.values()))
         widened = 0 if products.is_native or products.precision == "float32" else max(map(prod, self.shapes.values()))
         return 4 * (piece * (1 + 2 * (products.n_parts - 1)) + widened)
 
     def _output(self, outputs: int) -> int:
-        """Bytes on the device while tokens are scored."""
+        """Return the bytes on the device during scoring."""
         h, products = self.hparams, self.engine.products
         matrix = h.n_vocab * h.n_embd
         rows = min(rows_of_logits(h.n_vocab, self.engine.device), self.windows.targets.shape[1])
@@ -185,7 +185,7 @@ class _Needs:
         return (1 + outputs) * products.weight_bytes * matrix + logits + 4 * min(PIECE, matrix) * products.n_parts
 
     def _stored(self) -> int:
-        """Bytes that the widest layer's tensors take as they are stored: read, and quantized for several variants."""
+        """Return the bytes of the widest layer's stored tensors, read and quantized for several variants."""
         base, wanted = self.variants[0].model, Counter()
         for variant in self.variants:
             for name in self.shapes:
@@ -198,11 +198,11 @@ class _Needs:
         return shared + single + sum(tensor_bytes(shape, base.tensor(n).qtype) for n, shape in self.shapes.items())
 
     def _stored_output(self, outputs: int) -> int:
-        """Bytes that output matrices take as they are stored."""
+        """Return the bytes of stored output matrices."""
         return (1 + outputs) * 2 * self.hparams.n_vocab * self.hparams.n_embd
 
     def seconds(self) -> float:
-        """Estimate the time: what takes longer, computing or quantizing ahead of it."""
+        """Estimate the time, the longer of computing and quantizing."""
         speed = SHARE_OF_PEAK[self.engine.precision] * measure(self.engine.precision, self.engine.device)
         computing, weights = budget.work_of(self.variants, self.windows)
         times = computing / speed, weights / (ENCODE_SPEED * numba.get_num_threads())

@@ -21,7 +21,7 @@ SIDE = 4096  # of the square products that are measured; 1024 on a CPU
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows [n, n_in] as a product takes them."""
+    """Rows [n, n_in], ready for a product."""
 
     parts: tuple[torch.Tensor, ...]  # what adds up to the rows
     scale: torch.Tensor | None = None  # [n, 1]: what each row is multiplied by after the product; None for 1
@@ -36,7 +36,7 @@ class Operand:
 
 
 class Products:
-    """Rounds operands to a precision, and multiplies them.
+    """Products of operands in one precision.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Products:
         self.is_native = device.type == "cuda"  # elsewhere halves are widened again, for the same numbers
 
     def operand(self, x: torch.Tensor, is_safe: bool = False) -> Operand:
-        """Return rows [n, n_in] of float32 as an operand; `is_safe` says that halves hold them without a scale."""
+        """Return rows [n, n_in] of float32 as an operand; `is_safe`: halves hold them without a scale."""
         if self.precision == "float32":
             return Operand((x.float(),))
         if x.dtype == torch.float16 and self.precision == "half":
@@ -67,7 +67,7 @@ class Products:
         return Operand((high, scaled.sub_(high).to(torch.float16)), inverse)
 
     def is_safe(self, x: torch.Tensor) -> bool:
-        """Whether halves hold rows without a scale; waits for the device."""
+        """Tell whether halves hold rows without a scale (waits for the device)."""
         if self.precision != "half":
             return False
         top = torch.linalg.vector_norm(x, torch.inf, dim=-1)
@@ -95,14 +95,14 @@ class Products:
 
 
 def _row_scales(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Powers of two [n, 1] that bring the greatest number of each row to 2¹⁴ … 2¹⁵, and their inverses."""
+    """Return powers of two [n, 1] that scale each row's largest number to 2¹⁴ … 2¹⁵, and their inverses."""
     top = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
     exponent = (top.view(torch.int32) >> 23).clamp(15, 254)  # biased by 127; both results stay normal numbers
     return ((268 - exponent) << 23).view(torch.float32), ((exponent - 14) << 23).view(torch.float32)
 
 
 def measure(precision: str, device: torch.device) -> float:
-    """Return the operations per second of a large product; those of the split products count once."""
+    """Return the operations per second of a large product, counting split products once."""
     products, side = Products(precision, device), SIDE if device.type == "cuda" else 1024
     x = products.operand(torch.ones(side, side, device=device))
     products.multiply(x, x)
@@ -117,7 +117,7 @@ def measure(precision: str, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""Scores of tokens from logits, on the device; the figures are those of `fused.score`."""
+"""Scores of tokens from logits, on the device, with the figures of `fused.score`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ ARRAYS = 6  # of the size of the logits that are alive at once
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits of some positions [rows, n_vocab], and what is needed of them more than once."""
+    """Logits of some positions [rows, n_vocab], and values derived from them."""
 
     logits: torch.Tensor
     exps: torch.Tensor  # e^(logit - greatest logit)
@@ -20,7 +20,7 @@ class Prediction:
 
     @classmethod
     def of(cls, logits: torch.Tensor) -> "Prediction":
-        """Work out what is needed of logits."""
+        """Compute the derived values of logits."""
         values, top = logits.topk(min(TOP, logits.shape[1]))
         exps = (logits - values[:, :1]).exp_()
         total = exps.sum(-1, dtype=wide(logits.device))
@@ -28,7 +28,7 @@ class Prediction:
 
 
 def compare(base: Prediction, other: Prediction, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the fields of `TokenScores` [rows] of `other` beside `base`."""
+    """Return the fields of `TokenScores` [rows] of `other` compared with `base`."""
     difference = (base.logits - other.logits).mul_(base.exps)
     kld = difference.sum(-1, dtype=wide(targets.device)) / base.total + (other.log_z - base.log_z)
     same = other.top[:, :, None] == base.top[:, None, :]
@@ -44,5 +44,5 @@ def compare(base: Prediction, other: Prediction, targets: torch.Tensor) -> dict[
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """Return the widest floats that the device adds up."""
+    """Return the widest float type that the device supports."""
     return torch.float32 if device.type == "mps" else torch.float64

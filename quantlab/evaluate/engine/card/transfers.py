@@ -1,4 +1,4 @@
-"""Copies between the machine's memory and the card's, beside the computation where the card is CUDA's.
+"""Copies between the machine's memory and the card's, overlapped with computation on CUDA.
 
 There, three streams of work run at once: weights and hidden states on their way in, the computation, hidden states on
 their way out. Elsewhere everything happens in turn.
@@ -19,7 +19,7 @@ IN_FLIGHT = 2  # pieces of hidden states that may be on their way at a time
 
 
 class Transfers:
-    """Brings weights and hidden states to a device and back.
+    """Transfers of weights and hidden states to a device and back.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Transfers:
             self._free = [torch.cuda.Event() for _ in self._staging]
 
     def close(self) -> None:
-        """Give back what was pinned."""
+        """Release the pinned memory."""
         self.wait()
         for array in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)  # pyright: ignore[reportOptionalMemberAccess]
@@ -45,18 +45,18 @@ class Transfers:
     # ---- weights, by the thread that loads
 
     def loading(self):
-        """Return the context in which weights are made."""
+        """Return the context for making weights."""
         return torch.cuda.stream(self._loading) if self.is_cuda else nullcontext()
 
     def loaded(self, tensors: Iterator[torch.Tensor]) -> None:
-        """Wait until weights are made, and let the computation use them."""
+        """Wait until weights are ready, and let the computation use them."""
         if self.is_cuda:
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.default_stream(self.device))
             self._loading.synchronize()
 
     def floats(self, stored: Stored) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield slices of rows and their float32 values on the device, good until the next one."""
+        """Yield slices of rows and their float32 values on the device, valid until the next one."""
         n, inner = stored.shape[0], int(np.prod(stored.shape[1:-1], dtype=np.int64))
         step = max(1, PIECE // (inner * stored.shape[-1]))
         for i, start in enumerate(range(0, n, step)):
@@ -82,14 +82,14 @@ class Transfers:
     # ---- hidden states
 
     def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an array in the machine's memory that a card copies from and to by itself."""
+        """Return an array in pinned memory, for direct copies by the card."""
         array = np.empty(shape, np.float32)
         if self.is_cuda and int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:  # pyright: ignore[reportOptionalMemberAccess]
             self._pinned.append(array)  # where it may not be pinned, copies wait for each other
         return array
 
     def fetch(self, states) -> torch.Tensor:
-        """Return hidden states on the device; what is there already is not copied."""
+        """Return hidden states on the device, without copying those already there."""
         if isinstance(states, torch.Tensor):
             return states
         host = torch.from_numpy(states)
@@ -104,7 +104,7 @@ class Transfers:
         return x
 
     def store(self, x: torch.Tensor, states) -> None:
-        """Put hidden states where they belong; at once, unless their memory is pinned."""
+        """Store hidden states, immediately unless their memory is pinned."""
         if isinstance(states, torch.Tensor):
             states.copy_(x)
             return
@@ -119,6 +119,6 @@ class Transfers:
             self._running.append(self._outgoing.record_event())
 
     def wait(self) -> None:
-        """Return once everything that was stored is there."""
+        """Wait until everything is stored."""
         while self._running:
             self._running.popleft().synchronize()
