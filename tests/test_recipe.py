@@ -184,6 +184,7 @@ def test_judged_on_another_text(model, measured):
     best = recipe(measured, model, like="Q4_K_M")
     judged = judge(best, model, "primer", chunks=2, n_ctx=128, progress=False)
     base, ftype, ours = judged.rows
+    assert ours["variant"] == f"recipe {best.bpw:.2f} bpw"
     assert base["kld_mean"] == 0 and ftype["variant"] == ours["against"] == "Q4_K_M"
     assert ours["less"] == pytest.approx(1 - ours["kld_mean"] / ftype["kld_mean"])
     assert ours["predicted_kld"] == best.predicted and "less_se" in str(judged)

@@ -141,7 +141,7 @@ def release(
         str | None, typer.Option("-p", "--prompt", help="Let each file continue this in the report; '' for nothing.")
     ] = None,
     allow_requantize: Annotated[
-        bool, typer.Option("--allow-requantize", help="Quantize what is quantized already.")
+        bool, typer.Option("--allow-requantize", help="Allow tensors that are already quantized.")
     ] = False,
     rules: Rules = "current",
     mode: Mode = "float",

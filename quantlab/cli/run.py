@@ -71,7 +71,7 @@ def chat(
     repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="Above 1, repetitions are rarer.")] = 1.0,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the random numbers, -1 for a random seed.")] = -1,
     n_predict: Annotated[
-        int, typer.Option("-n", "--predict", "--n-predict", help="Stop an answer after N tokens.")
+        int, typer.Option("-n", "--predict", "--n-predict", help="Stop an answer after N tokens, -1: never.")
     ] = -1,
 ) -> None:
     """Chat with a model in the terminal; Ctrl-C stops an answer, Ctrl-D exits."""

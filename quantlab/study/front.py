@@ -216,6 +216,8 @@ def judge(
         )
         row |= {"predicted_kld": recipe.predicted, "measured_kld": recipe.measured and recipe.measured["after"]}
         row |= {"against": recipe.ftype if against is None else other, "less": less, "less_se": error}
+        if against is None:  # else the pairs have equal sizes, and their names tell them apart
+            row["variant"] = f"{row['variant'].partition('#')[0]} {row['bpw']:.2f} bpw"
     return Judgement(measured, tuple(rows))
 
 

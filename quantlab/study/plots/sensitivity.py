@@ -130,7 +130,7 @@ def more_bits(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     ax.scatter([], [], s=230, facecolors="none", edgecolors=GREEN, lw=0.8, label="the measurement picks it")
     ax.set(yscale="log", xlabel="layer", ylabel="divergence taken away per KiB added (nats per token)", title=title)
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(frameon=False, fontsize=8, labelspacing=1.3, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
