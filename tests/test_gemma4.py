@@ -65,7 +65,7 @@ def test_other_positions_are_refused(tmp_path):
 
 
 def test_attention_to_what_follows_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="use_bidirectional_attention='all', must be vision, which llama.cpp computes"):
+    with pytest.raises(ValueError, match="use_bidirectional_attention='all', must be vision, as llama.cpp computes"):
         ql.open(changed(tmp_path, "gemma4", use_bidirectional_attention="all"))
 
 

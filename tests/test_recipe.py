@@ -131,7 +131,7 @@ def test_the_error_of_weights_as_criterion(model, measured, cache):
     unmeasured = recipe(alone, model, like="Q4_K_M", criterion="error")
     assert unmeasured.types == by_error.types and unmeasured.predicted is None
     assert "weighted error" in str(unmeasured) and "weights alone" in str(alone)
-    with pytest.raises(ValueError, match="no damage is known. Measure the sensitivity again"):
+    with pytest.raises(ValueError, match="its damage is unknown. Measure the sensitivity again"):
         recipe(alone, model, like="Q4_K_M")
 
 

@@ -312,7 +312,7 @@ def test_a_folder_that_the_call_reads_from_is_refused(tmp_path):
         ({"ftypes": ["Q4_K_X"]}, "ftype=Q4_K_X, must be one of"),
         ({"ftypes": ["IQ2_XS"], "imatrix": None}, "needs an importance matrix"),
         ({"ftypes": ["Q4_0"], "texts": "sampled"}, "sampled is what is calibrated on, must be another text"),
-        ({"ftypes": ["Q4_0"], "split_max_size": "1X"}, "max_size=1X, must be a positive whole number"),
+        ({"ftypes": ["Q4_0"], "split_max_size": "1X"}, "max_size=1X, must be a positive number"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path, options, text):

@@ -191,7 +191,7 @@ def names_in(texts: str | Sequence[str] | None) -> list[str]:
 
 
 def context_size(model: str, n_ctx: int | None) -> int | None:
-    """Return the tokens per chunk that were asked for; 0 asks for the model's own context."""
+    """Return the requested tokens per chunk (0: the model's own context)."""
     from quantlab.files.bundled import is_shape
     from quantlab.files.model import open as open_model
 

@@ -35,7 +35,7 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="A,B,…", help="Types that no tensor may get; repeatable."),
 ]
-Refined = Annotated[bool, typer.Option("--refined", help="Measure refined bytes, for a recipe to refine with.")]
+Refined = Annotated[bool, typer.Option("--refined", help="Measure with refined bytes, for recipes of refine.")]
 
 
 @app.command()
@@ -46,11 +46,11 @@ def sensitivity(
     exclude: Exclude = None,
     groups: Annotated[
         str | None,
-        typer.Option("--groups", metavar="layer|kind", help="Change so many at once; each tensor by itself."),
+        typer.Option("--groups", metavar="layer|kind", help="Quantize a layer or kind at once (default: one tensor)."),
     ] = None,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix.")] = None,
     around: Annotated[
-        str | None, typer.Option("--around", metavar="FTYPE|RECIPE", help="Where each change starts from; the base.")
+        str | None, typer.Option("--around", metavar="FTYPE|RECIPE", help="Start of each change (default: the base).")
     ] = None,
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="N", help="Measure N layers only, predict the rest.")
@@ -64,12 +64,13 @@ def sensitivity(
     device_memory: DeviceMemory = None,
     memory: Memory = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="FOLDER", help="Keeps what was measured; the user's cache folder.")
+        Path | None,
+        typer.Option("--cache", metavar="FOLDER", help="Folder of measurements (default: the user's cache)."),
     ] = None,
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Measure what each tensor costs at each type. A run that was stopped goes on where it was."""
+    """Measure the damage of each tensor at each type; an interrupted run resumes."""
     from quantlab.quants.ggml_types import CANDIDATES
     from quantlab.study.sensitivity import sensitivity
 
@@ -82,7 +83,7 @@ def sensitivity(
 
 Size = Annotated[str | None, typer.Option("--target-size", metavar="3MiB", help="Limit: bytes of tensor data.")]
 Bpw = Annotated[float | None, typer.Option("--target-bpw", help="Limit: bits per weight.")]
-Like = Annotated[str | None, typer.Option("--like", metavar="FTYPE", help="Limit: the size of Q4_K_M, say.")]
+Like = Annotated[str | None, typer.Option("--like", metavar="FTYPE", help="Limit: the size of this ftype.")]
 Criterion = Annotated[
     str,
     typer.Option(
@@ -90,7 +91,7 @@ Criterion = Annotated[
     ),
 ]
 SensitivityFile = Annotated[
-    Path | None, typer.Option("--sensitivity", metavar="FILE", help="What quantlab sensitivity wrote; else measured.")
+    Path | None, typer.Option("--sensitivity", metavar="FILE", help="Result of sensitivity (default: measure).")
 ]
 Sample = Annotated[
     int | None, typer.Option("--sample", metavar="N", help="Measure N layers of each kind, predict the others.")
@@ -107,29 +108,29 @@ Minutes = Annotated[
 Text = Annotated[
     str | None, typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text (default: sampled).")
 ]
-Matrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix, for recipe and ftypes alike.")]
+Matrix = Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix for recipe and ftypes.")]
 CalibrationContext = Annotated[
     int | None,
-    typer.Option("-c", "--ctx-size", help="Tokens per chunk of that text; 0: the model's own context (default: 512)."),
+    typer.Option("-c", "--ctx-size", help="Tokens per chunk of it, 0: the model's own (default: 512)."),
 ]
 CalibrationChunks = Annotated[
-    int | None, typer.Option("--chunks", help="Calibrate on N chunks; -1: the whole text (default: 8).")
+    int | None, typer.Option("--chunks", help="Calibrate on N chunks, -1 for the whole text (default: 8).")
 ]
 Judge = Annotated[
-    str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f.")
+    str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, other than that of -f.")
 ]
 Out = Annotated[
     Path,
     typer.Option(
         "-o", "--output-file", callback=written(also=[(".json", "is_report")]),
-        help="A --tensor-type-file; where it comes from goes into <FILE>.json.",
+        help="Write a --tensor-type-file, and its origin into <FILE>.json.",
     ),
 ]  # fmt: skip
 Gguf = Annotated[
     Path | None,
     typer.Option(
         "--quantize", metavar="OUT", callback=written(also=[(".quantlab.json", "is_digests")]),
-        help="Write the GGUF as well.",
+        help="Write the quantized GGUF file also.",
     ),
 ]  # fmt: skip
 
@@ -166,7 +167,7 @@ def recipe(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Choose the type of every tensor: the least damage that a size allows, written as a --tensor-type-file."""
+    """Choose the type of every tensor with the least damage under a size limit."""
     from quantlab.files.model import open as open_model
     from quantlab.study import front
     from quantlab.study.exchange import EXCHANGES, exchange

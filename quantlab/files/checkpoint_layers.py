@@ -1,4 +1,4 @@
-"""What differs between the layers of a checkpoint's configuration: windows, their rotation, sizes, recurrent layers."""
+"""Differences between the layers of a configuration: windows, their rotation, sizes, recurrent layers."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ def number(
     least = 1 if whole else MIN_NUMBER
     if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
         raise ValueError(
-            f"{path}: {key}={short(value)}, need a positive number from {least} to {most}. "
-            f"Take the configuration of this checkpoint."
+            f"{path}: {key}={short(value)}, must be {least} to {most}. "
+            f"Use the config.json that came with this checkpoint."
         )
     return value
 
@@ -40,7 +40,7 @@ def recurrent(path: Path, table: dict[str, Any], config: Any) -> dict[str, Any]:
         kinds = ["full_attention" if (i + 1) % config.attention_interval == 0 else "" for i in range(n_layer)]
     if len(kinds) != n_layer or config.ssm_heads % config.ssm_groups:
         raise ValueError(
-            f"{path}: layer_types={short(kinds)}, need one for each of {n_layer} layers; linear_num_value_heads="
+            f"{path}: layer_types={short(kinds)}, must have one for each of {n_layer} layers; linear_num_value_heads="
             f"{config.ssm_heads}, must be a multiple of linear_num_key_heads={config.ssm_groups}."
         )
     found = tuple(int(kind != "full_attention") for kind in kinds)
@@ -48,14 +48,15 @@ def recurrent(path: Path, table: dict[str, Any], config: Any) -> dict[str, Any]:
     given = config.rope.get("mrope_section") or [11, 11, 10]
     if not isinstance(given, list) or not all(type(size) is int for size in given):
         raise ValueError(
-            f"{path}: mrope_section={short(given)}, need whole numbers. Use this checkpoint's config.json."
+            f"{path}: mrope_section={short(given)}, must be whole numbers. "
+            f"Use the config.json that came with this checkpoint."
         )
     sections = [*given, 0, 0, 0][:4]
     return {"recurrent": found, "ssm_inner": inner, "rope_sections": sections, "says_kinds": says_kinds}
 
 
 def windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: int) -> tuple[int, ...] | int:
-    """Return the window of each layer; only architectures that llama.cpp gives windows have any."""
+    """Return the window of each layer, for architectures that have windows in llama.cpp."""
     if not record.window_period or not table.get("sliding_window"):
         return 0
     size, kinds = number(path, table, "sliding_window"), table.get("layer_types")
@@ -69,14 +70,15 @@ def windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: in
     usual = tuple(size if (i + 1) % record.window_period else 0 for i in range(n_layer))
     if len(given) != n_layer or given != usual and "windowed" not in record.metadata.values():
         raise ValueError(
-            f"{path}: layer_types={short(kinds or step)}, need every {record.window_period}th layer without a window. "
-            f"llama.cpp computes no other {record.name}."
+            f"{path}: layer_types={short(kinds or step)}, every {record.window_period}th layer must be without a "
+            f"window. "
+            f"llama.cpp computes {record.name} only this way; use the config.json that came with this checkpoint."
         )
     return given
 
 
 def rope_of_windows(path: Path, table: dict[str, Any], record: Architecture) -> tuple[dict[str, Any], float]:
-    """Return the table with the rotary positions of layers without a window, and the base of those with one."""
+    """Return the rotary table of layers without a window, and the rotary base of layers with one."""
     base = table.get("rope_local_base_freq")
     if record.window_rope is None:
         return table, 0.0

@@ -1,4 +1,4 @@
-"""What the machine has and this process uses of it, on every system."""
+"""Resources of the machine and their use by this process, on every system."""
 
 import sys
 
@@ -17,7 +17,7 @@ def physical_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Return the most bytes of memory that this process has had."""
+    """Return the peak memory of this process in bytes."""
     if sys.platform == "win32":
         import psutil
 

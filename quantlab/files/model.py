@@ -116,7 +116,7 @@ class LazyTensor:
         return rows.reshape(self.shape) if whole else rows
 
     def _facts(self) -> dict[str, str]:
-        """What is known without reading the values."""
+        """A summary that needs no values."""
         place = (
             {} if self.offset is None or self.file is None else {"place": f"byte {self.offset:,} of {self.file.name}"}
         )

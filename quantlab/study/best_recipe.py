@@ -52,7 +52,7 @@ class BestRecipe(Result, Recipe):
 
     @property
     def name(self) -> str:
-        """What a comparison calls it: recipes by another criterion have it in their name."""
+        """Name in comparisons, with the criterion if it is not the default."""
         criterion = self.provenance.get("criterion", "kld")
         return "recipe" if criterion == "kld" else f"recipe by {criterion}"
 
@@ -67,7 +67,7 @@ class BestRecipe(Result, Recipe):
         return {"protocol": self.provenance | figures | {"ftype": self.ftype}, "rows": self.rows}
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the recipe as a ``--tensor-type-file``, and where it comes from beside it, in ``<path>.json``.
+        """Write the recipe as a ``--tensor-type-file``, and its origin into ``<path>.json``.
 
         Raises
         ------
@@ -105,7 +105,7 @@ class BestRecipe(Result, Recipe):
         return [f"{lines[0]}, measured {after:.5f}", f"{steps}: measured KLD {before:.5f} → {after:.5f}"]
 
     def _shown(self) -> pd.DataFrame:
-        """Types by layer and kind, where the groups are tensors."""
+        """Return the types by layer and kind, if the groups are single tensors."""
         frame = self.to_frame()
         if frame["group"].nunique() == len(self.types) and frame["layer"].notna().all():
             return frame.pivot(index="layer", columns="kind", values="qtype")

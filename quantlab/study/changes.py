@@ -130,7 +130,7 @@ def fitting(qtype: str, n_per_row: int) -> str | None:
 
 
 def _wants_imatrix(name: str, qtype: str, model: Model, weighted: Container[str]) -> bool:
-    """Whether a tensor cannot get a type for want of an importance matrix."""
+    """Tell whether a tensor cannot get a type because it has no importance matrix."""
     return name not in weighted and qtype != model.tensor(name).qtype and needs_imatrix(name, qtype)
 
 

@@ -150,7 +150,7 @@ class _Exchange:
 
 
 class _Estimates:
-    """What each row of a menu is believed to add to a recipe's divergence, by group, from the smallest row on."""
+    """Return the estimated divergence of each row of a menu, by group, from the smallest row on."""
 
     def __init__(self, menu: Menu):
         self.rows = {group: sorted(rows, key=lambda row: row["bytes"]) for group, rows in menu.groups.items()}
@@ -183,7 +183,7 @@ class _Estimates:
         return sorted(found, key=lambda one: (self.of(one, at), one.bytes, one.moves))
 
     def _price(self, move: _Exchange, at: Mapping[str, int]) -> float:
-        """What a move is believed to add, for each byte that it moves."""
+        """Return the estimated divergence that a move adds per byte."""
         return self.of(move, at) / max(1, abs(move.bytes))
 
 
@@ -271,5 +271,5 @@ def _apart(proposals: Sequence[_Exchange], tried: Container[tuple], most: int) -
 
 
 def _helps(damage: Mapping) -> bool:
-    """Whether a measured exchange lowers the divergence by more than its standard error."""
+    """Tell whether a measured exchange lowers the divergence by more than its standard error."""
     return damage["delta_kld"] + damage["delta_kld_se"] < 0 and damage["kld_mean"] < damage["start_kld_mean"]

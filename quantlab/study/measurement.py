@@ -1,4 +1,4 @@
-"""What all measurements of one call share: model, starting point, text, engine, cache; and the measuring itself."""
+"""Measurement of changes, with the state that one call shares: model, start, text, engine, cache."""
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -49,7 +49,7 @@ def open_study(
     base = as_model(model)
     start = _start(base, around, rules, as_matrix(imatrix))
     if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}, must be at least 1. Leave it out to take numba's number.")
+        raise ValueError(f"threads={threads}, must be at least 1. Leave it out for numba's number.")
     folder = cache_dir() / "damages" if cache is True else Path(cache) if cache else None
     windows, record, choice = None, None, None
     if text is not None:
@@ -62,10 +62,10 @@ def open_study(
 
 
 def _start(base: Model, around, rules: str, matrix) -> Variant:
-    """The starting point, with the matrix by tensor."""
+    """Return the starting point, with the matrix by tensor."""
     if matrix is not None and not matrix.entries.keys() & base.shapes.keys():
         raise ValueError(
-            f"imatrix: has no entry for any tensor of {base.path}, must be of this model. Collect it anew."
+            f"imatrix: has no entry for any tensor of {base.path}, must be of this model. Collect it again."
         )
     if around is None:
         return Variant("base", base, as_is(base).types, {} if matrix is None else matrix.entries)
@@ -77,7 +77,7 @@ def _start(base: Model, around, rules: str, matrix) -> Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """What all measurements of one call share."""
+    """The shared state of one call's measurements."""
 
     base: Model
     start: Variant
@@ -92,7 +92,7 @@ class Study:
     refined: RefinedAlone | None = None
 
     def measure(self, changes: Sequence[Change], executor: Executor | None, progress: bool) -> dict[int, dict]:
-        """Damage by id of the change, from the cache where it is known."""
+        """Return the damage by the change's id, from the cache if known."""
         cache, keys = DamageCache(self.folder), [self._key(change) for change in changes]
         found: list[Any] = [cache.get(key) for key in keys]
         missing = [i for i, damage_ in enumerate(found) if damage_ is None]
@@ -133,7 +133,7 @@ class Study:
         )
 
     def _key(self, change: Change) -> dict:
-        """Everything that a damage depends on."""
+        """Return everything that a damage depends on."""
         types = self.start.types | change.types
         altered = {name: qtype for name, qtype in types.items() if qtype != self.base.tensor(name).qtype}
         record = asdict(self.record) | {"text": None, "rules": None}  # pyright: ignore[reportArgumentType]
@@ -162,7 +162,7 @@ class Study:
         return worth_measuring(changes, cost, can_beat), whole
 
     def errors(self, changes, executor, progress: bool, *, most: int | None = None, known=None) -> dict[tuple, float]:
-        """The proxy by tensor and type, of `most` weights at most; from `known` or the cache where it is known."""
+        """Return the proxy by tensor and type, of up to `most` weights, from `known` or the cache if known."""
         cache, found, tasks = DamageCache(self.folder), {}, []
         wanted = dict.fromkeys(pair for change in changes for pair in change.types.items())
         for name in dict.fromkeys(name for name, _ in wanted):

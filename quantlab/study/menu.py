@@ -1,4 +1,4 @@
-"""What there is to choose from: the measured changes of each group of tensors that constraints allow."""
+"""Menus: the measured changes of each group of tensors that the constraints allow."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ def open_menu(
     imatrix: MatrixLike | None = None,
     rules: str = "current",
 ) -> "Menu":
-    """Put together what there is to choose from; parameters and errors as for `recipe`."""
+    """Build the menu of allowed changes; parameters and errors as for `recipe`."""
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion}, must be one of {', '.join(CRITERIA)}.")
     found = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
@@ -44,7 +44,7 @@ def open_menu(
     groups: dict[str, list[dict]] = {}
     for row in found.rows:
         if row[CRITERIA[criterion]] is None:
-            raise ValueError(f"{row['group']} at {row['qtype']}: no damage is known. Measure the sensitivity again.")
+            raise ValueError(f"{row['group']} at {row['qtype']}: its damage is unknown. Measure the sensitivity again.")
         groups.setdefault(row["group"], []).append(row)
     names = _apart(groups, base)
     asked = {"keep": keep, "min_type": min_type, "max_type": max_type}
@@ -61,7 +61,8 @@ def open_menu(
         if not rows:
             had = " ".join(row["qtype"] for row in groups[name])
             raise ValueError(
-                f"{name}: measured are {had}, the constraints allow none of them. Measure more types, or ask less."
+                f"{name}: the constraints exclude all measured types, {had}. "
+                f"Measure more types, or relax the constraints."
             )
     texts = {key: [(text, find_qtype(qtype)) for text, qtype in _pairs(types)] for key, types in asked.items()}
     return Menu(base, found, allowed, texts | {"exclude": sorted(left_out)}, matrix is not None, rules, criterion)
@@ -71,7 +72,9 @@ def _check_same(sensitivity: Sensitivity, base: Model, matrix: ImportanceMatrix 
     """Refuse a sensitivity that was measured on another model, or with another matrix."""
     protocol = sensitivity.protocol
     if model_digest(base) != protocol["model_sha256"]:
-        raise ValueError(f"{base.path}: the sensitivity is of another model, {protocol['model']}. Measure this one.")
+        raise ValueError(
+            f"{base.path}: the sensitivity belongs to another model, {protocol['model']}. Measure this one."
+        )
     digest = None if matrix is None else json_digest(matrix_digests(matrix.entries))
     if digest != protocol["imatrix"]:
         was = "without a matrix" if protocol["imatrix"] is None else "with a matrix"
@@ -79,7 +82,7 @@ def _check_same(sensitivity: Sensitivity, base: Model, matrix: ImportanceMatrix 
 
 
 def _apart(groups: Mapping[str, list[dict]], base: Model) -> list[str]:
-    """Names of the tensors of all groups; refuse tensors that the model does not have, and tensors in two groups."""
+    """Return the tensors of all groups; refuse unknown tensors, and tensors in two groups."""
     group_of: dict[str, str] = {}
     for group, rows in groups.items():
         for name in dict.fromkeys(name for row in rows for name in row["types"]):
@@ -94,28 +97,28 @@ def _apart(groups: Mapping[str, list[dict]], base: Model) -> list[str]:
 
 
 def _pairs(types: Types) -> Iterable[tuple[str, str]]:
-    """Expressions over names and types, from a mapping or a list."""
+    """Return expressions over names and types, from a mapping or a list."""
     return list(types.items()) if isinstance(types, Mapping) else types  # pyright: ignore[reportReturnType]
 
 
 def _parsed(types: Types, names: Sequence[str]) -> list[tuple[Callable[[str], bool], str]]:
-    """Expressions, as tests of a name, and types, checked; a whole tensor name fits that tensor alone."""
+    """Check expressions and types; a whole tensor name matches only that tensor."""
     pairs = []
     for text, qtype in _pairs(types):
         is_found = partial(operator.eq, text) if text in names else compile_expression(text, names)
         if not any(map(is_found, names)):
-            raise ValueError(f"tensor type: name={text}, must fit a tensor that was measured, such as {names[0]}.")
+            raise ValueError(f"tensor type: name={text}, must match a measured tensor. Give for example {names[0]}.")
         pairs.append((is_found, find_qtype(qtype, f"tensor type {text}")))
     return pairs
 
 
 def _asked(name: str, types: list[tuple[Callable[[str], bool], str]]) -> str | None:
-    """The type of the first expression that fits a name."""
+    """Return the type of the first expression that matches a name."""
     return next((qtype for is_found, qtype in types if is_found(name)), None)
 
 
 def _allows(row: dict, constraints: Mapping[str, list[tuple[Callable[[str], bool], str]]]) -> bool:
-    """Whether all tensors of a row have types that the constraints allow."""
+    """Tell whether the constraints allow the types of all tensors of a row."""
     for name, qtype in row["types"].items():
         keep, least, most = (_asked(name, constraints[key]) for key in ("keep", "min_type", "max_type"))
         if keep is not None and qtype != keep:
@@ -128,7 +131,7 @@ def _allows(row: dict, constraints: Mapping[str, list[tuple[Callable[[str], bool
 
 
 def _as_it_is(row: dict, base: Model) -> dict:
-    """A group with the types that it has in the base, which does no damage."""
+    """Return a group with the types of the base, which does no damage."""
     types = {name: base.tensor(name).qtype for name in row["types"]}
     qtype = next(iter(types.values())) if len(set(types.values())) == 1 else "base"
     n_bytes = sum(base.tensor(name).nbytes for name in types)
@@ -137,7 +140,7 @@ def _as_it_is(row: dict, base: Model) -> dict:
 
 @dataclass(frozen=True)
 class Menu:
-    """What there is to choose from: for each group the changes that are allowed."""
+    """The allowed changes of each group."""
 
     base: Model
     sensitivity: Sensitivity
@@ -150,7 +153,7 @@ class Menu:
 
     @property
     def fixed(self) -> int:
-        """Bytes of the tensors that are in no group, such as norms."""
+        """Bytes of the tensors outside all groups, such as norms."""
         chosen = {name for rows in self.groups.values() for name in rows[0]["types"]}
         return sum(tensor.nbytes for tensor in self.base if tensor.name not in chosen)
 
@@ -159,7 +162,7 @@ class Menu:
         return ftype_types(self.base, ftype, self.rules, self.has_imatrix)
 
     def predicted(self, types: Mapping[str, str]) -> float | None:
-        """Return the predicted damage of a choice of types; None if a change in it was not measured."""
+        """Return the predicted damage of a choice of types (None: a change in it was not measured)."""
         total = self.sensitivity.start["kld_mean"]
         for rows in self.groups.values():
             same = [row for row in rows if all(types[name] == qtype for name, qtype in row["types"].items())]
@@ -177,7 +180,7 @@ class Menu:
         options = [[(row["bytes"], scale * row[figure]) for row in rows] for rows in self.groups.values()]
         least = self.fixed + sum(min(size for size, _ in group) for group in options)
         if least > limit:
-            raise ValueError(f"limit={limit} bytes, must be at least {least} for {self.base.path}. Allow more.")
+            raise ValueError(f"limit={limit} bytes, must be at least {least} for {self.base.path}. Raise the limit.")
         picks = solve(options, limit - self.fixed)
         return self.recipe_of([rows[i] for rows, i in zip(self.groups.values(), picks, strict=True)], limit)
 
@@ -211,12 +214,12 @@ class Menu:
         return {name: model_bytes(self.base, types[name]) for name in names if self._can_make(name, types[name])}
 
     def _can_make(self, ftype: str, types: Mapping[str, str]) -> bool:
-        """Whether llama-quantize makes a ftype with what matrix there is."""
+        """Tell whether llama-quantize makes a ftype with the given matrix."""
         changed = [name for name, qtype in types.items() if qtype != self.base.tensor(name).qtype]
         return self.has_imatrix or not any(needs_imatrix(name, types[name], ftype) for name in changed)
 
     def _nearest(self, n_bytes: int) -> str:
-        """The ftype whose size is nearest."""
+        """Return the ftype with the nearest size."""
         return min(self.ftypes().items(), key=lambda item: abs(item[1] - n_bytes))[0]
 
 

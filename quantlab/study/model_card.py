@@ -31,7 +31,7 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class About:
-    """What a card says of the model that was quantized.
+    """A card's statements about the quantized model.
 
     Attributes
     ----------

@@ -22,7 +22,7 @@ from quantlab.study.release_making import COLLECT, Making
 
 @dataclass(frozen=True)
 class Release(Result):
-    """What a release holds, or would hold.
+    """The contents of a release, written or planned.
 
     Attributes
     ----------

@@ -18,7 +18,7 @@ _DRAFT = re.compile(r"\.[0-9a-f]{8}\.part$")  # that `replacing` writes under
 
 
 class Folder:
-    """Where a release goes.
+    """The folder of a release.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ class Folder:
 
 
 def _belongs(name: str, known: set[str]) -> bool:
-    """Whether a file is one of the release's, or a draft of one."""
+    """Tell whether a file belongs to the release, or is a draft of one."""
     if name.startswith(f"{WORK}/"):
         return True
     whole = _DRAFT.sub("", name)

@@ -102,7 +102,7 @@ class Making:
 
     @property
     def has_matrix(self) -> bool:
-        """Whether files are quantized with an importance matrix."""
+        """Tell whether files are quantized with an importance matrix."""
         return self.collects or self.matrix_given is not None
 
     def files_of(self, job: Job) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a release will hold, worked out before any of it is made: files, types, sizes, time."""
+"""The plan of a release, made before any work: files, types, sizes, time."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def file_name(text: str) -> str:
 def items_of(
     model: Model, specs: Sequence, matrix: ImportanceMatrix | None, rules: str, allow_requantize: bool
 ) -> tuple[Item, ...]:
-    """Find out what each variant is.
+    """Resolve the names of variants to variants.
 
     Raises
     ------
@@ -223,7 +223,7 @@ def seconds(
 
 
 def _windows(text: TextCut) -> Windows:
-    """What is evaluated of a text."""
+    """The evaluated part of a text."""
     if text.windows is not None:
         return text.windows
     tokens, _ = text.turns.windows(max(4, text.protocol.n_ctx))  # pyright: ignore[reportOptionalMemberAccess]

@@ -279,7 +279,7 @@ def _both_ways(row: dict) -> dict[tuple[str, str], tuple]:
 
 
 def _pair(found: dict, a: str, b: str) -> str:
-    """How variant a compares with variant b."""
+    """Return the comparison of variant a with variant b."""
     if a == b:
         return '<td class="self"></td>'
     change, error, p = found.get((a, b), (None, None, None))

@@ -285,7 +285,7 @@ def weight_errors(
 
 
 def _choice(candidates: Sequence[str], changes: Sequence[Change], exclude: Sequence[str], groups) -> dict:
-    """What a result says of groups and types: also which candidates no group was changed to."""
+    """Return the statements of a result about groups and types, with candidates that no group has."""
     taken = {qtype for change in changes for qtype in (change.qtype, *change.types.values())}
     unused = [qtype for qtype in map(find_qtype, candidates) if qtype not in taken]
     excluded = {find_qtype(qtype, "exclude") for qtype in exclude}

@@ -252,7 +252,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """What a comparison calls it."""
+        """Name in comparisons."""
         return "recipe"
 
     def tensor_types(self) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a pass of the CPU engine needs: bytes of a layer and of output matrices, and the speed of this machine."""
+"""The needs of the CPU engine: bytes of a layer and of output matrices, and this machine's speed."""
 
 import time
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def output_bytes(engine, outputs: int, piece: int) -> int:
 
 
 def peak(workers: Workers, rows: int) -> float:
-    """Measure what all threads together reach in one large product each, floating-point operations per second."""
+    """Measure the floating-point operations per second of all threads together, in large products."""
     x, panels = np.ones((rows, 1024), np.float32), np.ones((n_panels(1024), 1024, COLUMNS), np.float32)
     out = [np.empty((rows, 1024), np.float32) for _ in range(workers.n_threads)]
     best = np.inf

@@ -1,4 +1,4 @@
-"""What ggml's CPU code does to the activations before a product: round them to the type that the weights ask for.
+"""Activations as ggml's CPU code rounds them before a product, to the type that belongs to the weights.
 
 Source: `quantize_row_q8_0` and `_q8_1` of ggml-cpu/arch/x86/quants.c, `ggml_quantize_mat_q8_K_4x8` of repack.cpp,
 llama.cpp.

@@ -35,7 +35,7 @@ _NO_FLOATS = np.empty((0, 0, LANES), np.float32)
 
 @dataclass(frozen=True)
 class Order:
-    """What a product with weights of some type does.
+    """The steps of a product with weights of some type.
 
     Attributes
     ----------

@@ -177,7 +177,7 @@ class _Code:
         self._rows = {name: self._starts(a) for name, a in self._arrays.items() if name in ("x", "d", "starts", "sums")}
 
     def _starts(self, array) -> list:
-        """Where each row begins. Rows that are not there are the last one again, and do what it does."""
+        """Return the start of each row; missing rows repeat the last one."""
         stride, pointers = cgutils.unpack_tuple(self.builder, array.strides)[0], []
         for r in range(self._n_rows):
             row = self.builder.add(self._row, _PLACE(r))
@@ -190,7 +190,7 @@ class _Code:
         return cgutils.unpack_tuple(self.builder, self._arrays[name].shape)[axis]
 
     def has(self, name: str):
-        """Whether an array of panels is not empty."""
+        """Tell whether an array of panels is not empty."""
         return self.builder.icmp_signed(">", self.shape(name, 0), _PLACE(0))
 
     def zeros(self, kind) -> list:
@@ -218,7 +218,7 @@ class _Code:
         return self.builder.shuffle_vector(first, kind(ir.Undefined), _INTS(None))
 
     def start(self, r: int, index):
-        """What the sum of a run of words begins at."""
+        """Return the start value for the sum of a run of words."""
         return self.repeated("starts", r, index) if VNNI else _INTS(None)
 
     def scales(self, name: str, block) -> list:
