@@ -54,7 +54,7 @@ def test_many_groups_of_a_real_size(rng):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="limit=1 bytes, must be at least 3: the smallest options"):
+    with pytest.raises(ValueError, match="limit=1 bytes, must be at least 3: the sum of the smallest options"):
         solve([[(1, 0.0)], [(2, 0.0), (5, 0.0)]], 1)
     with pytest.raises(ValueError, match="must be numbers up to 4096"):
         solve([[(1, float("nan"))]], 1)
