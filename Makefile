@@ -65,7 +65,7 @@ fuzz: $(VENV)/.test  ## fuzz every reader for MINUTES=18 each (atheris: Linux on
 	    $(BIN)/python tests/fuzz_readers.py $$reader data/runs/fuzz/$$reader -max_total_time=$$((60 * $(MINUTES))) || exit 1; \
 	done
 
-lint: $(VENV)/.test  ## ruff: lint and format; basedpyright: types
+lint: $(VENV)/.test  ## check lint and format with ruff, types with basedpyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright

@@ -211,7 +211,7 @@ class Hparams:
 
     @property
     def recurrent_layers(self) -> list[bool]:
-        """Whether each layer of a file is recurrent."""
+        """For each layer of a file, True if it is recurrent."""
         return [self.at(i).recurrent > 0 for i in range(self.n_layer)] + [False] * self.n_layer_nextn
 
     @property

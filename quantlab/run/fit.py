@@ -314,7 +314,7 @@ class Weights:
 
 
 def _is_skipped(name: str, hparams) -> bool:
-    """Whether llama.cpp does not load a tensor: one of a layer that guesses several tokens at once."""
+    """Tell whether llama.cpp skips a tensor, as one of a multi-token prediction layer."""
     return hparams.n_layer <= layer_of(name) < hparams.n_layer_all
 
 
