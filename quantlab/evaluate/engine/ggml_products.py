@@ -27,9 +27,12 @@ from quantlab.evaluate.engine.tiles import LANES
 from quantlab.evaluate.engine.workers import blocks
 from quantlab.quants.compiled import njit
 from quantlab.quants.ggml_types import GGML_TYPES
+from quantlab.quants.lanes import absolute, lanes, load, lowest, maximum, minimum, nearest_int, select, store, to_int
 
 _PACKED_AT_ONCE = 1024  # rows of weights
 _ROWS_OF_A_TASK = 4 * LANES  # rows that a thread puts into panels at a time
+_SIGNS = np.int32(-0x7F7F7F80)  # the highest bit of each byte: to flip it adds 128
+_NO_NUMBER = np.int32(2**31 - 1)
 _NO_FLOATS = np.empty((0, 0, LANES), np.float32)
 
 
@@ -168,51 +171,52 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], workers) -> Pac
 
 def _fill(integers: np.ndarray, codes: np.ndarray, factors: np.ndarray, first: int) -> None:
     """Put some rows of integers [rows, n_in] in float32 into panels, as rows `first`, …."""
-    if factors.size:
-        _take_factors(integers, factors, first)
     if VNNI:
-        _fill_quads(integers, codes, first)
+        _fill_quads(integers, codes, factors, first)
     else:
         _fill_pairs(integers, codes, first)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _take_factors(integers, factors, first):
-    """Divide every run by what its integers have in common: never less than the scale, so that 8 bits hold the rest."""
-    run = integers.shape[1] // factors.shape[1]
+def _fill_quads(integers, codes, factors, first):
+    """codes[p, i, c] = columns 4i … 4i + 3 of row first + r, divided by their run's factor, plus 128, in bytes."""
+    n_in = integers.shape[1]
+    run = n_in // factors.shape[1] if factors.shape[0] > 0 else n_in
+    quads = np.empty(n_in, np.int8)
+    words = quads.view(np.int32)
     for r in range(integers.shape[0]):
         p, c = divmod(first + r, LANES)
         row = integers[r]
-        for i in range(factors.shape[1]):
-            common = np.uint32(0)
-            for j in range(i * run, (i + 1) * run):
-                rest = np.uint32(np.int32(abs(row[j])))
-                if common == 0:
-                    common = rest
-                elif rest % common != 0:
-                    while rest != 0:
-                        common, rest = rest, np.uint32(common % rest)
-                    if common == 1:
-                        break
-            common = max(common, np.uint32(1))
-            factors[p, i, c] = common
-            inverse = np.float32(1) / np.float32(common)
-            for j in range(i * run, (i + 1) * run):
-                row[j] = np.rint(row[j] * inverse)
+        for i in range(n_in // run):
+            inverse = np.float32(1)
+            if factors.shape[0] > 0:
+                factors[p, i, c] = _common_factor(row, i * run, run)
+                inverse /= np.float32(factors[p, i, c])
+            for j in range(i * run, (i + 1) * run, LANES):
+                store(quads, j, nearest_int(load(row, j) * inverse))
+        for i in range(words.shape[0]):
+            codes[p, i, c] = words[i] ^ _SIGNS
 
 
-@njit(nogil=True, cache=True)
-def _fill_quads(integers, codes, first):
-    """codes[p, i, c] = columns 4i … 4i + 3 of row first + r, plus 128, in bytes."""
-    for start in range(0, codes.shape[1], 16):
-        stop = min(start + 16, codes.shape[1])
-        for r in range(integers.shape[0]):
-            p, c = divmod(first + r, LANES)
-            for i in range(start, stop):
-                word = np.uint32(0)
-                for j in range(4):
-                    word |= np.uint32(np.int32(integers[r, 4 * i + j]) + np.int32(128)) << np.uint32(8 * j)
-                codes[p, i, c] = np.int32(word)
+@njit(nogil=True, inline="always")
+def _common_factor(row, at, run):
+    """What all integers of a run are multiples of, at least their scale: what is left of them fits into 8 bits.
+
+    Euclid's algorithm, on all of them at once: the least remainder is the next divisor.
+    """
+    common = np.int32(0)
+    while True:
+        inverse, least = np.float32(1) / np.float32(max(common, 1)), lanes(_NO_NUMBER)
+        for j in range(at, at + run, LANES):
+            size = absolute(load(row, j))
+            rest = to_int(size)
+            if common > 0:
+                rest = rest - nearest_int(size * inverse) * common
+                rest = maximum(rest, -rest)
+            least = minimum(least, select(rest == 0, lanes(_NO_NUMBER), rest))
+        if lowest(least) == _NO_NUMBER:
+            return max(common, np.int32(1))
+        common = np.int32(lowest(least))
 
 
 @njit(nogil=True, cache=True)
