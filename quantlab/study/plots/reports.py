@@ -40,7 +40,8 @@ def kld_by_model(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None
         look = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "ms": 5, "lw": 1, "capsize": 3}
         ax.errorbar(rows["bpw"], rows["kld_mean"], yerr=rows["kld_se"], label=model, **look)
         for name, x, y in rows[["variant", "bpw", "kld_mean"]].itertuples(index=False):
-            ax.annotate(name, (x, y), (6, 5), textcoords="offset points", fontsize=8, color=look["color"])
+            at = {"xytext": (6, 5)} if i % 2 else {"xytext": (-6, -11), "ha": "right"}  # lines apart, labels apart
+            ax.annotate(name, (x, y), **at, textcoords="offset points", fontsize=8, color=look["color"])
     ax.set(xlabel="size (bits per weight)", ylabel="KL divergence (nats per token)", title=title, yscale="log")
     ax.margins(x=0.12)
     ax.grid(alpha=0.3)
