@@ -176,7 +176,7 @@ class Hparams:
         varied = {name: getattr(self, name) + getattr(self, name)[-1:] * more for name in self.varies}
         varied |= {"nextn": (0,) * self.n_layer + (1,) * more, "n_layer": self.n_layer_all, "n_layer_nextn": 0}
         if "recurrent" in varied:
-            varied["recurrent"] = (*self.recurrent, *(0,) * more)
+            varied["recurrent"] = (*self.recurrent, *(0,) * more)  # pyright: ignore[reportGeneralTypeIssues]
         return replace(self, **varied)
 
     @property

@@ -1,11 +1,10 @@
 """Drawings that explain: levels on a number line, a layer's tensors, the fields of a block."""
 
-from collections.abc import Mapping
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes
 
@@ -20,6 +19,7 @@ _KINDS = {  # kind of tensor: place (column, row) and colour in the drawing of a
     "ffn_up": (1.1, 6, "#80CEB9"),
     "ffn_down": (0.5, 8, ORANGE),
 }
+_TENSOR = ("name", "shape", "qtype")
 _STEPS = [  # (column, row, text): steps without tensors
     (0.5, 2, "softmax(q · kᵀ) · v, head by head"),
     (0.5, 7, "silu(gate) · up"),
@@ -64,7 +64,7 @@ def number_line(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     ax.axhline(0, color="black", lw=1.2)
     ax.vlines(levels, -0.04, 0.04, color="black", lw=1.2)
     for code, level in enumerate(levels):
-        ax.text(level, -0.09, code, ha="center", va="top", fontsize=9)
+        ax.text(level, -0.09, str(code), ha="center", va="top", fontsize=9)
         for row in range(int(np.isclose(frame["decoded"], level, atol=step / 4).sum())):
             ax.plot(level, -0.28 - 0.09 * row, "o", color="0.45", ms=4)
     ax.set(xlabel="weight", yticks=[0.8, 0, -0.12, -0.32], title=title, ylim=(None, 1.1))
@@ -96,8 +96,8 @@ def transformer_block(tensors: pd.DataFrame, *, layer: int = 0, title: str = "",
     ValueError
         If the layer does not have a Llama's tensors.
     """
-    rows = tensors.set_index("name")
-    missing = [kind for kind in _KINDS if f"blk.{layer}.{kind}.weight" not in rows.index]
+    said = {name: (shape, qtype) for name, shape, qtype in zip(*(tensors[key] for key in _TENSOR), strict=True)}
+    missing = [kind for kind in _KINDS if f"blk.{layer}.{kind}.weight" not in said]
     if missing:
         raise ValueError(f"transformer_block: blk.{layer}.{missing[0]}.weight is missing. Give a Llama's tensors.")
     ax = ax or new_axes((8, 7.5))
@@ -110,9 +110,9 @@ def transformer_block(tensors: pd.DataFrame, *, layer: int = 0, title: str = "",
         ax.text(-1.6, last, "+", ha="center", va="center", fontsize=13, bbox={"fc": "white", "boxstyle": "circle"})
     for kind, (column, row, colour) in _KINDS.items():
         name = f"blk.{layer}.{kind}.weight"
-        shape = " × ".join(map(str, rows.at[name, "shape"]))
+        shape, qtype = said[name]
         box = {"fc": colour, "ec": "0.3", "boxstyle": "round,pad=0.35"}
-        text = f"{name}\n{shape}, {rows.at[name, 'qtype']}"
+        text = f"{name}\n{' × '.join(map(str, shape))}, {qtype}"
         ax.text(column, row, text, ha="center", va="center", fontsize=8, color="black", bbox=box)
     for column, row, text in _STEPS:
         ax.text(column, row, text, ha="center", va="center", fontsize=9, style="italic")
@@ -148,20 +148,23 @@ def block_layout(fields: pd.DataFrame, *, title: str = "", ax: Axes | None = Non
     -------
     Axes
     """
-    starts = fields.groupby("line")["bit"].min()
+    runs = list(zip(*(fields[key].tolist() for key in ("line", "bit", "n_bits", "field", "label")), strict=True))
+    starts: dict[int, int] = {}
+    for line, bit, *_ in runs:
+        starts.setdefault(line, bit)
     ax = ax or new_axes((11, 0.9 + 0.62 * len(starts)))
-    colours: Mapping[str, str] = dict(zip(fields["field"].unique(), _FIELDS, strict=False))
-    widest = (fields["bit"] - fields["line"].map(starts) + fields["n_bits"]).max()
-    for run in fields.itertuples():
-        left, colour = run.bit - starts[run.line], colours[run.field]
-        ax.add_patch(plt.Rectangle((left, run.line), run.n_bits, 0.72, fc=colour, ec="white", lw=1.5))
+    colours = dict(zip(dict.fromkeys(fields["field"]), _FIELDS, strict=False))
+    widest = max(bit - starts[line] + n_bits for line, bit, n_bits, *_ in runs)
+    for line, bit, n_bits, field, label in runs:
+        left, colour = bit - starts[line], colours[field]
+        ax.add_patch(Rectangle((left, line), n_bits, 0.72, fc=colour, ec="white", lw=1.5))
         ink = "white" if colour in _DARK else "black"
-        size = min(9, 1150 * run.n_bits / widest / max(1, len(run.label)))
-        ax.text(left + run.n_bits / 2, run.line + 0.37, run.label, ha="center", va="center", fontsize=size, color=ink)
-    ax.set_yticks(starts.index + 0.37, [f"byte {bit // 8}" for bit in starts], fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, fc=colour) for colour in colours.values()]
+        size = min(9, 1150 * n_bits / widest / max(1, len(label)))
+        ax.text(left + n_bits / 2, line + 0.37, label, ha="center", va="center", fontsize=size, color=ink)
+    ax.set_yticks([line + 0.37 for line in starts], [f"byte {bit // 8}" for bit in starts.values()], fontsize=8)
+    handles = [Rectangle((0, 0), 1, 1, fc=colour) for colour in colours.values()]
     ax.legend(handles, list(colours), frameon=False, ncols=len(colours), loc="lower left", bbox_to_anchor=(0, 1))
-    ax.set(xlim=(0, widest), ylim=(starts.index.max() + 0.85, -0.1), xticks=[])
+    ax.set(xlim=(0, widest), ylim=(max(starts) + 0.85, -0.1), xticks=[])
     ax.set_title(title, loc="right")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

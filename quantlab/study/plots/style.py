@@ -56,12 +56,12 @@ def label_points(
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent())
     inside = ax.get_window_extent()
-    for name, *point in named:
+    for name, x, y in named:
         for dx, dy in _PLACES:
             far = abs(dx) + abs(dy) > 24
             line = {"arrowstyle": "-", "lw": 0.5, "color": "0.5", "shrinkB": 4} if far else None
             look = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center", "va": "center_baseline", "fontsize": 8}
-            label = ax.annotate(name, point, (dx, dy), textcoords="offset points", arrowprops=line, **look)
+            label = ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", arrowprops=line, **look)
             label.set_in_layout(False)
             box = _text_box(label)
             if inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) and not box.count_overlaps(taken):
@@ -81,7 +81,7 @@ _PLACES = [
 
 def _text_box(label: Annotation) -> Bbox:
     """Return the place of a label's text, without its line."""
-    label.update_positions(label.figure.canvas.get_renderer())
+    label.update_positions(label.figure.canvas.get_renderer())  # pyright: ignore[reportAttributeAccessIssue]
     return Text.get_window_extent(label)
 
 
