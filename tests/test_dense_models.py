@@ -43,6 +43,15 @@ def test_phi_says_above_its_rope_how_long_its_context_was(tmp_path):
     assert ql.open(folder).metadata["phi3.rope.scaling.original_context_length"] == 4096
 
 
+def test_autofp8_has_other_names_for_the_same(tmp_path):
+    src = dense_models.write_fp8(tmp_path / "made", "whole")
+    expected = ql.convert(src, tmp_path / "first.gguf", outtype="f32", progress=False).read_bytes()
+    path = src / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'.weight_scale_inv": ', b'.weight_scale":     '))
+    path.write_bytes(path.read_bytes().replace(b'.weight_scale_inv":', b'.weight_scale":    '))
+    assert ql.convert(src, tmp_path / "again.gguf", outtype="f32", progress=False).read_bytes() == expected
+
+
 def test_fp8_that_does_not_fit_is_refused(tmp_path):
     src = dense_models.write_fp8(tmp_path / "made", "blocks")
     config = json.loads((src / "config.json").read_text())

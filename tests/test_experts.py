@@ -147,6 +147,16 @@ def test_more_experts_per_token_than_there_are(tmp_path):
         ql.open(src)
 
 
+@pytest.mark.parametrize("key, value", [("norm_topk_prob", None), ("mlp_only_layers", [1]), ("decoder_sparse_step", 2)])
+def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, key, value):
+    src = expert_models.write_model(tmp_path, "qwen3moe")
+    config = json.loads((src / "config.json").read_text())
+    config = {name: given for name, given in (config | {key: value}).items() if given is not None}
+    (src / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{key}=.*, must be .*, which llama.cpp computes for every qwen3moe model"):
+        ql.open(src)
+
+
 def test_scales_that_are_missing(tmp_path):
     src = expert_models.write_model(tmp_path, "gpt-oss")
     expert_models.pack_experts(src)

@@ -29,7 +29,7 @@ ARCH = Architecture(
         *ENDS,
     ),
     layer=replace(ROUTED, q_norm="attn_q_norm", k_norm="attn_k_norm"),
-    defaults={"qwen3_moe": {"max_position_embeddings": 32768, "num_key_value_heads": 4}},
+    defaults={"qwen3_moe": {"max_position_embeddings": 32768, "num_key_value_heads": 4, "norm_topk_prob": False}},
     sizes={"n_ff_exp": "moe_intermediate_size"},
     metadata={"expert_feed_forward_length": "n_ff_exp"},
 )

@@ -260,7 +260,8 @@ def check_computed(folder: Path, config: Config) -> None:
     Raises
     ------
     ValueError
-        If config.json asks for another activation, other layers without positions, or another scale of attention.
+        If config.json asks for another activation, other layers without positions or experts, other weights of experts,
+        or another scale of attention.
     """
     path, record = folder / "config.json", config.record
     table = read_json(path)
@@ -269,12 +270,17 @@ def check_computed(folder: Path, config: Config) -> None:
     key = "hidden_activation" if table.get("hidden_activation") else "hidden_act"
     wanted: list[tuple[str, tuple]] = [(key, names)] if names else []
     wanted.append(("use_bidirectional_attention", ("vision",)))
+    if record.layer.router:
+        wanted += [("norm_topk_prob", (record.layer.sums_to_one,)), ("decoder_sparse_step", (1,))]
+        wanted.append(("mlp_only_layers", ([],)))
     if step := record.unrotated_period:
         wanted.append(("no_rope_layers", ([int((i + 1) % step > 0) for i in range(config.n_layer)],)))
     if "query_pre_attn_scalar" in table:
         wanted.append(("query_pre_attn_scalar", (round(complete(config).score_scale ** -2),)))
+    kind = table.get("model_type")
+    usual = record.defaults.get(kind, {}) if isinstance(kind, str) else {}
     for key, allowed in wanted:
-        given = table.get(key)
+        given = table.get(key, usual.get(key))
         if given is not None and given not in allowed:
             raise ValueError(
                 f"{path}: {key}={short(given)}, must be {allowed[0]}, as llama.cpp computes every {record.name} "

@@ -2,7 +2,7 @@
 
     weight            F8_E4M3 [n_out, n_in]
     weight_scale_inv  what blocks of `weight_block_size` are multiplied by; one number without blocks
-    weight_scale      the same of compressed-tensors and ModelOpt
+    weight_scale      the same of compressed-tensors, ModelOpt and AutoFP8
 
 Source: `dequant_model` in `conversion/base.py` of llama.cpp.
 """
@@ -62,6 +62,8 @@ def without_scales(folder: Path, stored: Mapping[str, Source], table: Any) -> di
     if not isinstance(table, Mapping) or not is_fp8(table):
         return dict(stored)
     end, block = _SCALES[table["quant_method"]], _block(folder, table)
+    if not any(name.endswith(end) for name in stored):
+        end = ".weight_scale"  # AutoFP8 calls itself fp8
     found = {name: source for name, source in stored.items() if not name.endswith((end, *_UNUSED))}
     for name in stored:
         if not name.endswith(end) or name.endswith(_UNUSED):
