@@ -20,6 +20,7 @@ from quantlab.evaluate.variants import as_is, resolve
 from quantlab.files.bundled import read_text
 from quantlab.study.report import Report, read_reports
 from quantlab.study.report_figures import EDGES, Measured, less_than, on_front, sign_tests
+from quantlab.study.report_page import page
 from quantlab.transform.mixture import Recipe
 
 HOSTILE = '"><script src=//x.example/a.js></script><img src=x onerror=alert(1)>\u202e|&'
@@ -281,6 +282,25 @@ def test_nothing_leaves_the_page(made):
     assert text.count("<svg") == 2 and "@media print" in text and "prefers-color-scheme: dark" in text
 
 
+def test_names_are_shown_without_what_all_begin_with(made):
+    document = json.loads(made[0].to_json().replace('"Q8_0"', '"Model-7B-Q8_0"').replace('"Q4_0"', '"Model-7B-Q4_0"'))
+    for key in ("rows", "confidence", "pairs", "files"):
+        document[key] = [row for row in document[key] if "twin" not in row.values()]
+    text = page(document)
+    assert "All names begin with <bdi>Model-7B-</bdi>, which is left out." in text
+    assert "<bdi>Q8_0</bdi>" in text and text.count("<bdi>Model-7B-Q8_0</bdi>") == 1  # above its command
+
+
+def test_of_many_variants_neighbours_are_compared(made):
+    document = json.loads(made[0].to_json())
+    for key in ("rows", "confidence"):
+        copies = [row | {"variant": f"v{i}"} for i in range(30) for row in document[key] if row["variant"] == "Q4_0"]
+        document[key] += copies
+    text = page(document)
+    check_page(text)
+    assert text.count("Each is compared with the next larger one") == 2
+
+
 def test_hostile_names_stay_names(made):
     """Every text of a report replaced by one that would do harm."""
     kept = {"base", "file", "ftype", "recipe", "refined"}
@@ -297,8 +317,6 @@ def test_hostile_names_stay_names(made):
     document["continuation"]["rows"] = [
         {"variant": HOSTILE, "text": HOSTILE * 2, "n_same": HOSTILE, "same": i, "n_tokens": 9 + i} for i in range(2)
     ]
-    from quantlab.study.report_page import page
-
     for said in (document["continuation"], {"reason": HOSTILE}):
         text = page(document | {"continuation": said})
         check_page(text)

@@ -9,7 +9,7 @@ from quantlab.quants.ggml_types import FAMILIES, GGML_TYPES
 from quantlab.study.report_plot import size_kld
 from quantlab.study.report_text import escaped, name, number, percent, probability, size, with_error
 
-MOST = 24  # variants of which any two are shown; of more, each beside the next in size
+MOST = 24  # variants of which any two are shown; of more, each and the next in size
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _SURE = 0.01  # p below which a difference is coloured
 
@@ -262,7 +262,7 @@ def _pairs_of(report: dict, text: str) -> str:
         _row(_titled(b), [f'<td class="text">{_titled(a)}</td>', _pair(found, b, a)])
         for a, b in zip(order[:-1], order[1:], strict=True)
     ]
-    note = f'<p class="note">Each beside the next larger; the JSON has all {len(found) // 2:,} pairs.</p>'
+    note = f'<p class="note">Each is compared with the next larger one. The JSON has all {len(found) // 2:,} pairs.</p>'
     return _table(["variant", _left("the next larger"), "difference"], lines, f"Neighbours, {text}") + note
 
 

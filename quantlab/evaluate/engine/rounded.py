@@ -16,7 +16,7 @@ from quantlab.evaluate.engine.ggml_products import ORDERS
 from quantlab.evaluate.engine.tiles import multiply
 from quantlab.quants.ggml_types import GGML_TYPES
 
-RUN = 16  # columns of the sums that `Blocks` makes beside the codes; none of them is used here
+RUN = 16  # columns of the sums that `Blocks` makes with the codes; none of them is used here
 
 
 def activations_of(qtype: str) -> str:
