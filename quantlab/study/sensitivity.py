@@ -191,8 +191,8 @@ def sensitivity(
     rules : str
         Rule set of a ftype.
     sample : int, optional
-        Measure only so many layers of each kind, spread from first to last, and predict the others by the proxy.
-        Only of single tensors, around the base.
+        Measure this number of layers of each kind, spread from first to last, and predict the others by the proxy.
+        It takes single tensors, around the base.
     n_ctx, chunks, protocol, mode, device, device_memory, memory
         As for `quantlab.perplexity`.
     threads : int, optional
