@@ -73,8 +73,8 @@ def test_answers_start_where_the_prompt_ends(model):
     render = renderer(model.metadata, model.vocab)
     first, second = answers(TURNS, render)
     assert first.text == "<s>[Q] What is a weight?\n[A] A number.</s>"
-    assert first.text[first.start :] == " A number.</s>"
-    assert second.text.startswith(first.text) and second.text[second.start :].startswith(" A number that many")
+    assert first.text[first.start : first.end] == "A number." and first.text[first.end :] == "</s>"
+    assert second.text.startswith(first.text) and second.text[second.start :].startswith("A number that many")
 
 
 def test_one_sequence_holds_all_answers_where_turns_only_grow(model):
@@ -89,10 +89,21 @@ def test_one_sequence_holds_all_answers_where_turns_only_grow(model):
     assert np.array_equal(tokens[0, 1:][mask[0]], turns.ids[0][turns.scored[0]])
 
 
+def test_what_a_template_puts_around_an_answer_is_not_scored(model, monkeypatch):
+    asking = PLAIN.replace("[A] {{", "[A] <thought></thought> {{").replace(
+        "{% if add_generation_prompt %}", "{% if true %}"
+    )
+    monkeypatch.setitem(model.metadata, "tokenizer.chat_template", asking)
+    turns = cut_answers(text_of({"messages": TURNS[:2]}), model, n_ctx=256, chunks=None, mode="float", rules="none")
+    assert model.vocab.decode(turns.ids[0][turns.scored[0]], special=True) == "A number.</s>"
+    assert turns.scored[0][-1]
+
+
 def test_each_answer_has_a_sequence_where_the_template_changes_earlier_turns(model):
     render = renderer({"tokenizer.chat_template": FORGETFUL}, model.vocab)
     found = answers(TURNS, render)
-    assert [item.text[item.start :] for item in found] == ["[A number.]", "[A number that many weights share.]"]
+    written = [item.text[item.start : item.end] for item in found]
+    assert written == ["A number.", "A number that many weights share."]
     assert "A number.]" not in found[1].text
 
 

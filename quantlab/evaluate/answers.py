@@ -12,7 +12,7 @@ from quantlab.evaluate.protocol import Protocol
 from quantlab.files.arguments import check_whole
 from quantlab.files.bundled import Text
 from quantlab.files.conversations import Answer, answers, read_conversations, renderer
-from quantlab.files.vocab import Vocab
+from quantlab.files.vocab import NORMAL, Vocab
 
 NAME = "answers"  # of the protocol
 
@@ -87,7 +87,7 @@ def cut_answers(text: Text, model, *, n_ctx: int, chunks: int | None, mode: str,
         found = answers(messages, render, source=f"{text.name}: conversation {number}")
         for tokens, mask in _sequences(found, vocab):
             if mask[1:n_ctx].any():
-                question = found[0].text[: found[0].start] if question is None else question
+                question = found[0].text[: found[0].start].rstrip(" ") if question is None else question
                 ids.append(tokens[:n_ctx])
                 scored.append(mask[:n_ctx])
     ids, scored = ids[:chunks], scored[:chunks]
@@ -115,12 +115,19 @@ def _sequences(rendered: Sequence[Answer], vocab: Vocab) -> list[tuple[np.ndarra
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for answer in rendered:
         tokens, asked = _encode(answer.text, vocab), _encode(answer.text[: answer.start], vocab)
+        tokens = tokens[: _stop(tokens, _common(tokens, _encode(answer.text[: answer.end], vocab)), vocab)]
         mask = np.arange(len(tokens)) >= _common(tokens, asked)
         if found and _common(found[-1][0], tokens) == len(found[-1][0]):
             before = found.pop()[1]
             mask[: len(before)] |= before
         found.append((tokens, mask))
     return found
+
+
+def _stop(tokens: np.ndarray, start: int, vocab: Vocab) -> int:
+    """Return where an answer stops that ends before `start`: behind the first mark there, or at the end."""
+    marks = np.flatnonzero(vocab.types[tokens[start:]] != NORMAL)
+    return start + int(marks[0]) + 1 if marks.size else len(tokens)
 
 
 def _encode(text: str, vocab: Vocab) -> np.ndarray:

@@ -34,17 +34,18 @@ Render = Callable[[list[Message], bool], str]
 
 @dataclass(frozen=True)
 class Answer:
-    """A rendered conversation up to an assistant's answer, which is the end of the text.
+    """A rendered conversation up to an assistant's answer.
 
     Attributes
     ----------
     text : str
-    start : int
-        Character that the answer starts at; before it stands what the model is given.
+    start, end : int
+        Characters that the answer starts at and ends before. Behind it stands the mark of its end.
     """
 
     text: str
     start: int
+    end: int
 
 
 def is_chat(text: object) -> bool:
@@ -212,9 +213,8 @@ def _environment():
 def answers(messages: list[Message], render: Render, *, source: str = "conversation") -> list[Answer]:
     """Render a conversation once for each of its answers, as the model was asked for it.
 
-    An answer starts where the text that asks for it and the text that has it part. What a template leaves out of
-    earlier turns, thoughts for one, is so left out of the question, and what it puts before an answer that asking for
-    one does not is scored.
+    What a template leaves out of earlier turns, thoughts for one, is so left out of the question. What it puts in front
+    of an answer, such as empty thoughts, belongs to the question.
 
     Raises
     ------
@@ -227,9 +227,11 @@ def answers(messages: list[Message], render: Render, *, source: str = "conversat
             continue
         asked, text = render(messages[:i], True), render(messages[: i + 1], False)
         start = len(commonprefix([asked, text]))
-        if message["content"].strip() not in text[start:]:
+        content = message["content"].strip()
+        if content not in text[start:]:
             raise ValueError(
                 f"{source}: the chat template does not end with answer {i + 1}. Leave the conversation out."
             )
-        found.append(Answer(text.rstrip(), start))  # no model writes the space between turns
+        start = text.index(content, start)
+        found.append(Answer(text.rstrip(), start, start + len(content)))
     return found
