@@ -200,7 +200,7 @@ def _fill_quads(integers, codes, factors, first):
 
 @njit(nogil=True, inline="always")
 def _common_factor(row, at, run):
-    """What all integers of a run are multiples of, at least their scale: what is left of them fits into 8 bits.
+    """Return the common factor of a run's integers, at least their scale; the rest fits into 8 bits.
 
     Euclid's algorithm, on all of them at once: the least remainder is the next divisor.
     """
