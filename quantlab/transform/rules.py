@@ -44,7 +44,7 @@ _LAYERS_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 
 # architectures of which whole files were compared with llama-quantize's, see tests/golden/write_families.py
 COMPARED = ("llama", "qwen2", "qwen3", "qwen3moe", "qwen3next", "qwen35", "qwen35moe", "gemma2", "gemma3", "gemma4")
-COMPARED += ("gpt-oss", "phi3", "granite", "olmo2", "glm4", "cohere2", "deepseek2")
+COMPARED += ("gpt-oss", "phi3", "granite", "olmo2", "glm4", "cohere2", "deepseek2", "mistral3", "smollm3")
 
 _SMALLEST = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M")  # ftypes with rules of their own
 _IQ2_S = ("IQ2_S", "IQ2_M")
