@@ -1,5 +1,7 @@
 """Figures of several reports at once: size against divergence by model, and where the divergence is."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -40,7 +42,9 @@ def kld_by_model(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None
         look = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "ms": 5, "lw": 1, "capsize": 3}
         ax.errorbar(rows["bpw"], rows["kld_mean"], yerr=rows["kld_se"], label=model, **look)
         for name, x, y in rows[["variant", "bpw", "kld_mean"]].itertuples(index=False):
-            at = {"xytext": (6, 5)} if i % 2 else {"xytext": (-6, -11), "ha": "right"}  # lines apart, labels apart
+            at: dict[str, Any] = (
+                {"xytext": (6, 5)} if i % 2 else {"xytext": (-6, -11), "ha": "right"}
+            )  # lines apart, labels apart
             ax.annotate(name, (x, y), **at, textcoords="offset points", fontsize=8, color=look["color"])
     ax.set(xlabel="size (bits per weight)", ylabel="KL divergence (nats per token)", title=title, yscale="log")
     ax.margins(x=0.12)
