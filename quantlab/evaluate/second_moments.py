@@ -14,7 +14,7 @@ from quantlab.quants.compiled import njit
 from quantlab.quants.feedback import SPAN
 
 ROWS = 192  # rows of a product that a thread takes at a time
-STRIP = 1024  # rows of the moments that are copied at a time
+STRIP = 1024  # rows of the moments, or of weights, that are copied at a time
 RIDGE = 1e-4  # least damping, of the mean of the diagonal
 
 
@@ -35,9 +35,15 @@ def product(x: np.ndarray, weight: np.ndarray, workers: Workers) -> np.ndarray:
     if x.shape[1] == 0:
         out[:] = 0
         return out
-    panels = np.empty((n_panels(len(weight)), x.shape[1], COLUMNS), np.float32)
-    workers.map(lambda rows: pack(weight[rows], panels, rows.start), blocks(len(weight), COLUMNS))
-    workers.map(lambda rows: multiply(x[rows], panels, out[rows]), blocks(len(x), ROWS))
+    for some in blocks(len(weight), STRIP):
+        mine, part = weight[some], out[:, some]
+        panels = np.empty((n_panels(len(mine)), x.shape[1], COLUMNS), np.float32)
+
+        def put(rows: slice, mine=mine, panels=panels) -> None:
+            pack(mine[rows], panels, rows.start)
+
+        workers.map(put, blocks(len(mine), COLUMNS))
+        workers.map(lambda rows, panels=panels, part=part: multiply(x[rows], panels, part[rows]), blocks(len(x), ROWS))
     return out
 
 
