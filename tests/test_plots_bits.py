@@ -50,6 +50,12 @@ def test_recipe_front_draws_what_was_predicted_and_what_was_measured():
     assert len(ax.get_legend().get_texts()) == 4 and ax.get_yscale() == "log"
 
 
+def test_recipe_front_without_a_ftype_shows_all_recipes():
+    frame = pd.DataFrame({"variant": ["recipe", "recipe"], "bpw": [3.0, 4.0], "predicted_kld": [0.1, 0.01]})
+    low, high = plots.recipe_front(frame).get_xlim()
+    assert low < 3 and high > 4
+
+
 def test_type_map_has_a_cell_per_tensor():
     types = {"blk.0.attn_q.weight": "Q2_K", "blk.0.ffn_down.weight": "Q6_K", "blk.1.attn_q.weight": "Q4_K"}
     ax = plots.type_map(types | {"output.weight": "Q8_0"}, title="mine")

@@ -106,7 +106,7 @@ def recipe_front(
             look = {"fmt": "o", "color": colour, "mfc": "none", "ms": 9, "capsize": 3}
             ax.errorbar(rows["bpw"], rows["kld_mean"], yerr=rows["kld_se"], label=label, **look)
     ax.set(yscale="log", xlabel="size (bits per weight)", ylabel="KL divergence from the base (nats per token)")
-    shown = frame[frame["bpw"] <= 1.15 * ftypes["bpw"].max()]
+    shown = frame[frame["bpw"] <= 1.15 * (ftypes if len(ftypes) else frame)["bpw"].max()]
     ax.set(title=title, xlim=(0.95 * shown["bpw"].min(), 1.03 * shown["bpw"].max()))
     ax.set(ylim=(shown["predicted_kld"].min() / 1.5, shown["predicted_kld"].max() * 3))
     ax.grid(alpha=0.3)
