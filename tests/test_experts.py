@@ -153,7 +153,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, key, value):
     config = json.loads((src / "config.json").read_text())
     config = {name: given for name, given in (config | {key: value}).items() if given is not None}
     (src / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{key}=.*, must be .*, which llama.cpp computes for every qwen3moe model"):
+    with pytest.raises(ValueError, match=f"{key}=.*, must be .*, as llama.cpp computes every qwen3moe model"):
         ql.open(src)
 
 

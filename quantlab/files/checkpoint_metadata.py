@@ -190,7 +190,7 @@ def _rope(path: Path, table: dict[str, Any], base_window: float, n_ctx: int, is_
     kinds = ("proportional",) if is_two_sizes else ("default", "linear", "yarn", "llama3", "dynamic", "su", "longrope")
     if kind not in kinds:
         raise ValueError(
-            f"{path}: rope_type={short(kind)}, need {', '.join(kinds[:3])}{' or llama3' * (len(kinds) > 1)}. "
+            f"{path}: rope_type={short(kind)}, must be {', '.join(kinds[:3])}{' or llama3' * (len(kinds) > 1)}. "
             "Use llama.cpp's converter."
         )
     if kind == "proportional":
