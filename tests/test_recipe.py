@@ -228,11 +228,11 @@ def test_the_word(tmp_path, monkeypatch, measured):
     same = CliRunner().invoke(app, [*words, "--overwrite", "-o", "s.json"])
     assert "s.json: is the input" in str(same.exception)
     wrong = CliRunner().invoke(app, [*words, "--overwrite", "--chunks", "3"])
-    assert wrong.exit_code == 2 and "is measured already" in wrong.stderr
+    assert wrong.exit_code == 2 and "holds damages" in wrong.stderr
     for more, text in (
         (["--criterion", "error", "--minutes", "1"], "error measures nothing"),
         (["--exchanges", "0", "--minutes", "1"], "is a limit for exchanges"),
-        (["--exchanges", "0", "-f", "sampled"], "is measured already"),
+        (["--exchanges", "0", "-f", "sampled"], "holds damages"),
     ):
         wrong = CliRunner().invoke(app, [*words, "--overwrite", *more])
         assert wrong.exit_code == 2 and text in wrong.stderr

@@ -204,14 +204,14 @@ def _check_recipe(given: dict[str, Any], sensitivity, criterion: str, exchanges,
     used = {"text"} if exchanges != 0 else set()
     if sensitivity is not None and any(value is not None for key, value in given.items() if key not in used):
         raise typer.BadParameter(
-            "has been measured: no --types, --sample, --refined, -c, --chunks; -f is for exchanges",
+            "holds damages. Leave out --types, --sample, --refined, -c and --chunks. -f is for exchanges alone",
             param_hint="--sensitivity",
         )
     if minutes is not None and exchanges == 0:
         raise typer.BadParameter("is a limit for exchanges", param_hint="--minutes")
     if criterion == "error" and (minutes or exchanges or any(given[key] for key in given if key != "types")):
         raise typer.BadParameter(
-            "error measures nothing: no -f, -c, --chunks, --sample, --refined, --exchanges, --minutes",
+            "error measures nothing. Leave out -f, -c, --chunks, --sample, --refined, --exchanges and --minutes",
             param_hint="--criterion",
         )
     if given["refined"] and gguf is not None:
