@@ -194,7 +194,7 @@ def layout(qtype: str) -> pd.DataFrame:
 
     Examples
     --------
-    >>> layout("Q4_K")["n_bits"].sum() // 8
+    >>> int(layout("Q4_K")["n_bits"].sum()) // 8
     144
     """
     if qtype not in _LAYOUTS:
