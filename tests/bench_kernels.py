@@ -31,7 +31,7 @@ LEGACY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 I_TYPES = ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"]
 OTHERS = ["TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
-SEARCHED = {**dict.fromkeys(K_TYPES, 256), **dict.fromkeys(I_TYPES, 64)}  # rows of what takes a search to encode
+SEARCHED = {**dict.fromkeys(K_TYPES, 256), **dict.fromkeys(I_TYPES, 64)}  # rows of types that are searched for
 MODES = ["plain", "imatrix", "decode"]
 MANY = 4096  # rows of everything else
 

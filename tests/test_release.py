@@ -241,7 +241,7 @@ def test_runs_killed_at_random_moments_go_on_to_the_same_bytes(tmp_path):
     print(f"{killed} kills, {went_on} runs went on")
 
 
-# ---- strangers' names
+# ---- untrusted names
 
 
 def test_names_never_lead_out_of_the_folder(tmp_path):

@@ -8,7 +8,7 @@ from quantlab.files.recognize import short
 
 __all__ = ["number", "recurrent", "rope_of_windows", "sizes_of_windows", "windows"]
 
-MIN_NUMBER = 1e-12  # of what is no whole number: far from where float32 ends
+MIN_NUMBER = 1e-12  # of numbers that need not be whole: far from where float32 ends
 
 
 def number(

@@ -177,7 +177,7 @@ def judge(
     Raises
     ------
     FileNotFoundError, ValueError
-        As `quantlab.compare`; and if there is no recipe, one was made with another matrix, or only some were chosen by
+        As `quantlab.compare`; and if no recipe is given, one was made with another matrix, or only some were chosen by
         refined damages.
     """
     recipes = [recipes] if isinstance(recipes, BestRecipe) else list(recipes)

@@ -1,6 +1,6 @@
 """The texts of a release: a model card as the Hugging Face hub reads it, Ollama's Modelfiles, commands.
 
-Names, licences and languages come from strangers' files. In the front matter they are written by a YAML library, in
+Names, licences and languages come from untrusted files. In the front matter they are written by a YAML library, in
 Markdown every sign of theirs is escaped, and names of files hold only letters, digits, dots, dashes and underscores.
 """
 

@@ -89,7 +89,7 @@ def items_of(
     Raises
     ------
     ValueError
-        If there is none, a spec is no ftype and no recipe, or two files would have one name.
+        If there is none, a spec is neither a ftype nor a recipe, or two files would have one name.
     """
     specs = [specs] if isinstance(specs, str | Path) else list(specs)
     if not specs:
