@@ -60,7 +60,7 @@ def test_keys_of_other_layers_are_not_computed(tmp_path):
 
 def test_other_positions_are_refused(tmp_path):
     rope = {"full_attention": {"rope_type": "yarn", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}}
-    with pytest.raises(ValueError, match="rope_type='yarn', need proportional. Use llama.cpp's converter"):
+    with pytest.raises(ValueError, match="rope_type='yarn', must be proportional. Use llama.cpp's converter"):
         ql.open(changed(tmp_path, "gemma4", rope_parameters=rope))
 
 
