@@ -1,4 +1,8 @@
-"""DataFrame → matplotlib Axes: every figure of the notebooks, one file for each subject."""
+"""DataFrame → matplotlib Axes: every figure of the notebooks, one file for each subject.
+
+`title` says what is shown: the model, the text, the type. `ax` or `axes` is where to draw (default: a new figure). The
+functions return the Axes that they drew on.
+"""
 
 from quantlab.study.plots.bits import block_search, importance, matrix_gain, recipe_front, type_map
 from quantlab.study.plots.damage import bpw_against_ppl, size_against_kld

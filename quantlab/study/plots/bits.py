@@ -18,13 +18,6 @@ def importance(sums: Mapping[int, np.ndarray], *, title: str = "", ax: Axes | No
     ----------
     sums : mapping of int to np.ndarray [shape=(n_per_row,)]
         Layer → mean squared input per column.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -52,14 +45,6 @@ def matrix_gain(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     ----------
     frame : pd.DataFrame
         Columns `ftype`, `less`, `less_se`: the fraction of the KL divergence that the matrix takes away, and its error.
-    title : str
-        Model and texts.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 4))
     look = {"color": BLUE, "error_kw": {"lw": 1, "capsize": 4}}
@@ -81,13 +66,6 @@ def recipe_front(
         Of `front(…).to_frame()`: `variant`, `bpw` (bits per weight), `predicted_kld` (nats).
     judged : pd.DataFrame, optional
         Of `judge(…).to_frame()`: what was measured on another text, `variant`, `bpw`, `kld_mean`, `kld_se`, `against`.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 5))
     frame = frame[frame["predicted_kld"] > 0]
@@ -121,13 +99,6 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
     ----------
     types : mapping of str to str
         GGUF tensor name → ggml type, of a recipe or a ftype. Norms are left out; what is of no layer is in the title.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -179,10 +150,6 @@ def block_search(
         Label → rounded minus exact value; two of them.
     axes : sequence of two Axes, optional
         Where to draw, one above the other; a new figure by default.
-
-    Returns
-    -------
-    sequence of Axes
     """
     if axes is None:
         axes = panels(2, 1, figsize=(8, 5), sharex=True, layout="constrained", height_ratios=[1, 2])

@@ -27,14 +27,6 @@ def bpw_against_ppl(
         perplexity and rows of unquantized types are left out.
     published : pd.DataFrame, optional
         Points of another model: `ftype`, `bpw`, `ppl`, `delta_ppl`. The axis is then the increase in percent.
-    title : str
-        Model and text.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -83,14 +75,6 @@ def size_against_kld(frame: pd.DataFrame, *, by: str = "rules", title: str = "",
         or have no divergence are left out; a ftype that is the same by both rule sets is drawn once.
     by : str
         The column to group by, in place of `rules`: of two values.
-    title : str
-        Model and text.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------

@@ -36,13 +36,6 @@ def number_line(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None)
     frame : pd.DataFrame
         A row per weight of one block or sub-block: `x`, `decoded`, `error`, `step`, `lowest`, `highest`, as
         `quantlab.lab.blocks.weights` gives them for a type with equal steps.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -83,13 +76,6 @@ def transformer_block(tensors: pd.DataFrame, *, layer: int = 0, title: str = "",
         Columns `name`, `shape` and `qtype`, as `Model.tensors` has them.
     layer : int
         Number of the layer, from 0.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -140,13 +126,6 @@ def block_layout(fields: pd.DataFrame, *, title: str = "", ax: Axes | None = Non
     fields : pd.DataFrame
         A row per run of bits: `line`, `bit` (the first one), `n_bits`, `field` and `label`, as
         `quantlab.lab.blocks.layout` gives them.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     runs = list(zip(*(fields[key].tolist() for key in ("line", "bit", "n_bits", "field", "label")), strict=True))
     starts: dict[int, int] = {}

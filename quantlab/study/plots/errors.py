@@ -19,14 +19,6 @@ def histograms(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     frame : pd.DataFrame
         A row per bin: `of` (`weights`, or a type), `left`, `right` (in rms of the weights), `count`, as
         `quantlab.lab.errors.histograms` gives them.
-    title : str
-        Tensor.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((9, 4.5))
     lines = iter(_LINES * 2)
@@ -51,14 +43,8 @@ def code_shares(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None
     ----------
     frame : pd.DataFrame
         A row per type and code: `type`, `code`, `share`, as `quantlab.lab.errors.code_counts` gives them.
-    title : str
-        Tensor.
     axes : np.ndarray of Axes, optional
         Where to draw, one for each type; a new figure by default.
-
-    Returns
-    -------
-    np.ndarray of Axes
     """
     groups = list(frame.groupby("type", sort=False))
     if axes is None:
@@ -74,9 +60,7 @@ def code_shares(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None
     return axes
 
 
-def by_layer(
-    frame: pd.DataFrame, value: str, *, ylabel: str, title: str = "", log: bool = False, ax: Axes | None = None
-) -> Axes:
+def by_layer(frame: pd.DataFrame, value: str, *, ylabel: str, title: str = "", ax: Axes | None = None) -> Axes:
     """Plot a measure of the tensors over the layers, a line per kind of tensor.
 
     Parameters
@@ -87,16 +71,6 @@ def by_layer(
         Column to plot.
     ylabel : str
         Its meaning and unit.
-    title : str
-        Model and type.
-    log : bool
-        Whether the axis is logarithmic.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((9, 4))
     inside = frame[frame["layer"] >= 0]
@@ -104,7 +78,7 @@ def by_layer(
         colour, style = _LINES[i % len(_LINES)]
         marker = _MARKERS[i % len(_MARKERS)]
         ax.plot(rows["layer"], rows[value], color=colour, ls=style, marker=marker, ms=5, lw=1.2, label=kind)
-    ax.set(xlabel="layer", ylabel=ylabel, title=title, yscale="log" if log else "linear")
+    ax.set(xlabel="layer", ylabel=ylabel, title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -119,30 +93,15 @@ def percentile_bands(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
     frame : pd.DataFrame
         A row per tensor: `tensor`, `layer`, `p50`, `p90`, `p99`, `p99.9`, `p100` in rms of the weights, as
         `quantlab.lab.errors.percentiles` gives them.
-    title : str
-        Model and type.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((11, 4.2))
     places = np.arange(len(frame))
-    looks = (
-        ("p50", "o", BLUE),
-        ("p90", "s", SKY),
-        ("p99", "D", GREEN),
-        ("p99.9", "^", ORANGE),
-        ("p100", "X", VERMILION),
-    )
+    columns = ("p50", "p90", "p99", "p99.9", "p100")
     ax.vlines(places, frame["p50"], frame["p100"], color="0.85", lw=2, zorder=0)
-    for column, marker, colour in looks:
+    for column, marker, colour in zip(columns, "osD^X", (BLUE, SKY, GREEN, ORANGE, VERMILION), strict=True):
         label = {"p50": "median", "p100": "largest"}.get(column, f"{column[1:]} %")
         ax.plot(places, frame[column], marker, color=colour, ms=5, label=label)
-    starts = frame["layer"].drop_duplicates().index
-    starts = [frame.index.get_loc(i) for i in starts]
+    starts = np.flatnonzero(~frame["layer"].duplicated())
     names = ["outside" if layer < 0 else str(layer) for layer in frame["layer"].iloc[starts]]
     ax.set_xticks([start - 0.5 for start in starts], [])
     step = -(-len(names) // 16)
@@ -163,14 +122,6 @@ def error_map(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     ----------
     frame : pd.DataFrame
         rms of the errors in the cells of a grid, as `quantlab.lab.errors.error_map` gives it.
-    title : str
-        Tensor and type.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 6))
     values = frame.to_numpy()
@@ -202,14 +153,8 @@ def against_tails(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | No
     ----------
     frame : pd.DataFrame
         A row per tensor and type: `type`, `kurtosis`, `crest`, `snr_db`.
-    title : str
-        Model.
     axes : np.ndarray of Axes, optional
         Where to draw, two Axes; a new figure by default.
-
-    Returns
-    -------
-    np.ndarray of Axes
     """
     if axes is None:
         axes = panels(1, 2, figsize=(10, 4), sharey=True, layout="constrained")

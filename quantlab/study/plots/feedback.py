@@ -14,7 +14,6 @@ def rounding_plane(
     wanted: np.ndarray,
     rounded: Mapping[str, np.ndarray],
     *,
-    levels: int = 3,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -28,18 +27,9 @@ def rounding_plane(
         The weights.
     rounded : Mapping[str, np.ndarray]
         Name → the weights as rounded.
-    levels : int
-        Levels 0, 1, … of each weight.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((6, 5))
-    grid = np.arange(levels)
+    grid = np.arange(3)
     ax.plot(*np.meshgrid(grid, grid), "o", color="0.8", ms=8, zorder=1)
     ax.plot(*wanted, "x", color="0.1", ms=9, mew=2, label="wanted")
     sizes, axes = np.linalg.eigh(h)
@@ -50,6 +40,6 @@ def rounding_plane(
         ax.add_patch(Ellipse(wanted, width, height, angle=angle, fill=False, color=colour, lw=1))  # pyright: ignore[reportArgumentType]
         ax.plot(*point, "o", color=colour, ms=8, label=f"{name}: error {error:.3f}")
     ax.set(xlabel="first weight (steps)", ylabel="second weight (steps)", title=title, aspect="equal")
-    ax.set(xlim=(-1.7, levels - 0.3), ylim=(-1.7, levels - 0.3))
+    ax.set(xlim=(-1.7, 2.7), ylim=(-1.7, 2.7))
     ax.legend(frameon=False, loc="lower left", fontsize=8)
     return ax

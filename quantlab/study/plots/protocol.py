@@ -19,14 +19,6 @@ def nll_by_position(nll: np.ndarray, *, scored_from: int, title: str = "", ax: A
         Nats per token; column i is the prediction made after i + 1 tokens.
     scored_from : int
         First column that the protocol scores.
-    title : str
-        Model and text.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 4))
     edges = np.unique(np.geomspace(1, nll.shape[1] + 1, 14).round().astype(int))
@@ -54,12 +46,6 @@ def effects(frame: pd.DataFrame, *, n_damage: int = 0, title: str = "") -> np.nd
         them NaN where it does not apply.
     n_damage : int
         How many rows at the top are damage, for scale; a line is drawn below them.
-    title : str
-        Model and text.
-
-    Returns
-    -------
-    np.ndarray of two Axes
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.26 * len(frame)), layout="constrained", sharey=True)
     names, percent = frame.index, 100 * frame["ppl_change"]

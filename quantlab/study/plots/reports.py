@@ -20,14 +20,6 @@ def kld_by_model(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None
     frame : pd.DataFrame
         Columns `model`, `variant`, `bpw` (bits per weight), `kld_mean`, `kld_se` (nats), as `read_reports` gives them;
         rows that do not diverge, such as bases, are left out.
-    title : str
-        The text.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -42,9 +34,8 @@ def kld_by_model(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None
         look = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "ms": 5, "lw": 1, "capsize": 3}
         ax.errorbar(rows["bpw"], rows["kld_mean"], yerr=rows["kld_se"], label=model, **look)
         for name, x, y in rows[["variant", "bpw", "kld_mean"]].itertuples(index=False):
-            at: dict[str, Any] = (
-                {"xytext": (6, 5)} if i % 2 else {"xytext": (-6, -11), "ha": "right"}
-            )  # lines apart, labels apart
+            # lines apart, labels apart
+            at: dict[str, Any] = {"xytext": (6, 5)} if i % 2 else {"xytext": (-6, -11), "ha": "right"}
             ax.annotate(name, (x, y), **at, textcoords="offset points", fontsize=8, color=look["color"])
     ax.set(xlabel="size (bits per weight)", ylabel="KL divergence (nats per token)", title=title, yscale="log")
     ax.margins(x=0.12)
@@ -61,14 +52,6 @@ def kld_by_confidence(frame: pd.DataFrame, *, title: str = "", ax: Axes | None =
     frame : pd.DataFrame
         Columns `model`, `variant`, `low`, `high` (edges of the base's top probability), `part` (of the divergence), as
         `read_reports(…, what="confidence")` gives them, of one text.
-    title : str
-        The text.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------

@@ -22,14 +22,6 @@ def memory(frame: pd.DataFrame, *, vram: int = 0, ram: int = 0, title: str = "",
         Columns `ftype`, `bytes`, `kv_bytes`, `compute_bytes`, `output_bytes`, as `quantlab.fit` gives them.
     vram, ram : int
         Bytes of the graphics card and of the machine; 0 draws no line.
-    title : str
-        Model and context.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 1.5 + 0.28 * len(frame)))
     unit, divisor = ("GiB", 2**30) if frame["bytes"].max() > 2**30 else ("MiB", 2**20)

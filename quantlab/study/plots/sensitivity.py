@@ -2,7 +2,6 @@
 
 from itertools import cycle
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,45 +9,24 @@ from matplotlib.colors import LogNorm
 
 from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_axes
 
-_LOOKS = [
-    (BLUE, "o"),
-    (VERMILION, "s"),
-    (GREEN, "^"),
-    (ORANGE, "D"),
-    (PURPLE, "v"),
-    (SKY, "P"),
-    ("0.3", "X"),
-    ("0.6", "*"),
-]
+_LOOKS = list(zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "0.3", "0.6"), "os^DvPX*", strict=True))
 
 
-def damage_map(
-    frame: pd.DataFrame, *, index: str, columns: str, values: str = "delta_kld", title: str = "", ax: Axes | None = None
-) -> Axes:
+def damage_map(frame: pd.DataFrame, *, index: str, columns: str, title: str = "", ax: Axes | None = None) -> Axes:
     """Plot damage as a map: one field per pair, its colour on a logarithmic scale.
 
     Parameters
     ----------
     frame : pd.DataFrame
-        Rows of `Sensitivity.to_frame`, one per pair of `index` and `columns`.
+        Rows of `Sensitivity.to_frame`, one per pair of `index` and `columns`. A `delta_kld` that is not above zero is
+        left white.
     index, columns : str
         Columns of the frame: what goes down, what goes across, in order of appearance.
-    values : str
-        Column with the damage, nats per token. What is not above zero is left white.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
-    table = frame.pivot(index=index, columns=columns, values=values)
+    table = frame.pivot(index=index, columns=columns, values="delta_kld")
     table = table.loc[frame[index].unique(), frame[columns].unique()]
     shown = np.ma.masked_invalid(table.where(table > 0).to_numpy(float))
-    if ax is None:
-        size = (2.5 + 0.75 * table.shape[1], 1.3 + 0.3 * len(table))
-        _, ax = plt.subplots(figsize=size, layout="constrained")
+    ax = ax or new_axes((2.5 + 0.75 * table.shape[1], 1.3 + 0.3 * len(table)))
     image = ax.imshow(shown, norm=LogNorm(shown.min(), shown.max()), cmap="cividis", aspect="auto")
     ax.set_xticks(range(table.shape[1]), table.columns, rotation=0 if table.shape[1] < 8 else 45)
     ax.set_yticks(range(len(table)), table.index)
@@ -78,13 +56,6 @@ def additivity(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     frame : pd.DataFrame
         Index: types. Column `joint`: the damage of everything at that type. Every other column: the sum of the damages
         of the parts into which the model was cut. Nats per token.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((7, 4.5))
     for (colour, marker), name in zip(cycle(_LOOKS), frame.columns.drop("joint"), strict=False):
@@ -108,13 +79,6 @@ def more_bits(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -
     ----------
     frame : pd.DataFrame
         As `quantlab.lab.more_bits.more_bits` returns it.
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 5))
     kinds = list(frame["kind"].unique())
@@ -141,13 +105,6 @@ def error_against_damage(frame: pd.DataFrame, *, title: str = "", ax: Axes | Non
     ----------
     frame : pd.DataFrame
         Columns `kind`, `error` (weighted squared error) and `delta_kld` (nats per token).
-    title : str
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 4.5))
     shown = frame[(frame["error"] > 0) & (frame["delta_kld"] > 0)]

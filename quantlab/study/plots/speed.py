@@ -1,11 +1,10 @@
 """Figures of speed: types beside each other and beside ggml, and threads."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from quantlab.study.plots.style import BLUE, ORANGE, VERMILION, new_axes
+from quantlab.study.plots.style import BLUE, ORANGE, VERMILION, new_axes, panels
 
 _LOOKS = {"quantlab": (BLUE, "o"), "ggml": (VERMILION, "s")}
 
@@ -18,27 +17,14 @@ def throughput(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
     frame : pd.DataFrame
         A row per type, direction, number of threads and library: `type`, `what`, `threads`, `by`, `speed`, `spread` in
         million weights per second, as `quantlab.lab.speed.measure` gives them.
-    title : str
-        Machine.
     axes : np.ndarray of Axes, optional
         Where to draw: a row per number of threads, columns for encoding and decoding; a new figure by default.
-
-    Returns
-    -------
-    np.ndarray of Axes
     """
     counts = sorted(frame["threads"].unique())
     if axes is None:
-        figure, axes = plt.subplots(
-            len(counts),
-            2,
-            figsize=(11, 0.6 + 2.9 * len(counts)),
-            sharex=True,
-            sharey="col",
-            squeeze=False,
-            layout="constrained",
-        )
-        figure.suptitle(title)
+        look = {"sharex": True, "sharey": "col", "squeeze": False, "layout": "constrained"}
+        axes = panels(len(counts), 2, figsize=(11, 0.6 + 2.9 * len(counts)), **look)
+        axes[0, 0].figure.suptitle(title)
     order = list(dict.fromkeys(frame["type"]))
     for line, n in zip(axes, counts, strict=True):
         for ax, what in zip(line, ("encode", "decode"), strict=True):
@@ -66,14 +52,6 @@ def scaling(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) -> 
     ----------
     frame : pd.DataFrame
         As for `throughput`; ours alone are drawn.
-    title : str
-        Machine.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((9, 3.6))
     ours = frame[frame["by"] == "quantlab"]

@@ -15,12 +15,6 @@ def loss_curve(history: pd.DataFrame, *, unigram: float, ax: Axes | None = None)
         Columns `tokens`, `loss` and `heldout`, nats per token: the lines of a training run's history.
     unigram : float
         Loss of a model that knows only the tokens' frequencies, nats per token.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((8, 4))
     for column, colour, label in (("loss", BLUE, "training text"), ("heldout", VERMILION, "held-out text")):

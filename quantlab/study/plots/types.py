@@ -27,14 +27,6 @@ def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes
         gives them; any range of bytes.
     per_row : int
         Bytes side by side.
-    title : str
-        Type and range.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     first, lines = frame["byte"].min(), -(-frame["byte"].nunique() // per_row)
     ax = ax or new_axes((11, 0.7 + 1.8 * lines))
@@ -55,13 +47,8 @@ def bit_map(frame: pd.DataFrame, *, per_row: int = 32, title: str = "", ax: Axes
                 ax.text(column + 0.5, 9.4 * line - 0.15, first + line * per_row + column, ha="center", fontsize=7)
     ticks = [9.4 * line + 7.5 - bit for line in range(lines) for bit in (0, 7)]
     ax.set_yticks(ticks, [f"bit {bit}" for _ in range(lines) for bit in (0, 7)], fontsize=7)
-    ax.set(
-        xlim=(0, per_row),
-        ylim=(9.4 * lines - 1.4, -1.2),
-        xticks=[],
-        xlabel="byte (above each column); in a cell: what the bit belongs to, and which of its bits it is",
-        title=title,
-    )
+    ax.set(xlim=(0, per_row), ylim=(9.4 * lines - 1.4, -1.2), xticks=[], title=title)
+    ax.set_xlabel("byte (above each column); in a cell: what the bit belongs to, and which of its bits it is")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return ax
@@ -84,14 +71,6 @@ def scale_search(
         rounding, without a fit.
     fine : pd.DataFrame, optional
         The same columns on a finer grid: what lies between the tries.
-    title : str
-        Which block.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((9, 4.2))
     if fine is not None:
@@ -104,14 +83,8 @@ def scale_search(
     ax.plot(better["steps"], better["error"], "o", mfc="none", mec=ORANGE, mew=2, ms=10, label="better than all before")
     ax.plot(chosen["steps"], chosen["error"], "*", color=GREEN, mec="black", ms=16, label="chosen")
     for number, row in enumerate(fitted.itertuples(), 1):
-        ax.annotate(
-            str(number),
-            (row.steps, row.error),
-            (0, 11 if row.steps == chosen["steps"] else 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-        )
+        above = (0, 11 if row.steps == chosen["steps"] else 8)
+        ax.annotate(str(number), (row.steps, row.error), above, textcoords="offset points", ha="center", fontsize=7)
     ax.set(xlabel="levels that the range is spread on: 1 / candidate scale × range", ylabel="weighted squared error")
     ax.set(title=title, ylim=(0, None))
     ax.margins(y=0.12)
@@ -132,10 +105,6 @@ def block_weights(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | No
         Type and what was lost, by default.
     axes : np.ndarray of Axes, optional
         Where to draw, two Axes; a new figure by default.
-
-    Returns
-    -------
-    np.ndarray of Axes
     """
     if axes is None:
         axes = panels(2, 1, figsize=(10, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
@@ -175,14 +144,6 @@ def bit_budget(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = None) 
     frame : pd.DataFrame
         Index the type; columns `code`, `sc`, `m`, `d`, `dmin` in bits per weight, as
         `quantlab.lab.blocks.budget` gives them.
-    title : str
-        What is shown.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((9, 1.2 + 0.28 * len(frame)))
     parts = (
@@ -216,14 +177,6 @@ def snr_against_bits(
     lines : mapping
         Label → frame with `bpw` and `snr_db`: bounds and plain quantizers, drawn as lines; points where there are
         fewer than ten.
-    title : str
-        Which weights.
-    ax : Axes, optional
-        Where to draw; a new figure by default.
-
-    Returns
-    -------
-    Axes
     """
     ax = ax or new_axes((9, 6))
     looks = [("0.2", "-"), ("0.45", "--"), ("0.45", ":"), (GREEN, "-."), (PURPLE, "--")]
@@ -253,14 +206,8 @@ def by_outlier(frame: pd.DataFrame, *, title: str = "", axes: np.ndarray | None 
     frame : pd.DataFrame
         A row per type and size: `type`, `size` (rms of the block), `near` and `far` (rms errors over the rms of the
         block), as `quantlab.lab.blocks.outliers` gives them.
-    title : str
-        Which block.
     axes : np.ndarray of Axes, optional
         Where to draw, two Axes; a new figure by default.
-
-    Returns
-    -------
-    np.ndarray of Axes
     """
     if axes is None:
         axes = panels(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
