@@ -97,7 +97,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/.python
-	@echo "Installing quantlab with what the notebooks need"
+	@echo "Installing quantlab with what the notebooks need: about 140 packages, a few minutes, once"
 	@$(PIP) install -c constraints.txt -e '.[lab]'
 	@touch $@
 

@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 
 import quantlab as ql
 from quantlab.cli import app
+from quantlab.cli.options import takes as as_value
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -88,7 +89,7 @@ def _names(parameter, word: typer.Context) -> str:
     """Names of a parameter, with what it takes."""
     if parameter.param_type_name == "argument":
         return f"`{_bar(parameter.metavar or parameter.name.upper())}`"
-    takes = "" if parameter.is_flag else parameter.metavar or parameter.display_type(word).strip("<>").upper()
+    takes = "" if parameter.is_flag else parameter.metavar or as_value(parameter.display_type(word))
     names = [*parameter.opts, *parameter.secondary_opts]
     return "<br>".join(f"`{_bar(f'{name} {takes}'.strip())}`" for name in names)
 

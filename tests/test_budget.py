@@ -24,6 +24,11 @@ def test_what_is_no_number_of_bytes_is_refused(text):
         budget.parse_bytes(text)
 
 
+def test_a_forgotten_unit_is_refused():
+    with pytest.raises(ValueError, match=r"vram=24, has no unit, must be at least 1024 bytes. Did you mean 24GiB\?"):
+        budget.parse_bytes("24", "vram")
+
+
 @pytest.fixture
 def variants(tmp_path):
     return [as_is(ql.open(llama_models.write_model(tmp_path / "llama2", "llama2")))] * 4

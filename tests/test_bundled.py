@@ -101,8 +101,12 @@ def test_shapes():
 def test_models_by_name_and_by_path(tmp_path):
     assert bundled.model_path("tiny") == bundled.data_dir() / "models" / "tiny"
     assert bundled.model_path(tmp_path) == tmp_path
-    with pytest.raises(FileNotFoundError, match="nope.gguf: no such file or folder. .*one of: tiny, smollm2"):
+    with pytest.raises(
+        FileNotFoundError, match="nope.gguf: no such file or folder. .*one of: tiny, smollm2. Only sizes, table"
+    ):
         bundled.model_path("nope.gguf")
+    with pytest.raises(FileNotFoundError, match=r"one of: tiny, smollm2. Did you mean llama-7b\?"):
+        bundled.model_path("llama7b")
 
 
 def test_a_model_that_was_not_fetched_names_the_command(tmp_path, monkeypatch):

@@ -31,6 +31,17 @@ def test_help_names_the_words_and_imports_little():
     assert not {"numpy", "pandas", "numba", "gguf", "matplotlib"} & imported
 
 
+def test_help_lists_the_words_under_titles_and_whole():
+    shown = CliRunner().invoke(cli.app, ["--help"], terminal_width=80).stdout
+    assert "..." not in shown.split("Read and write files:")[1]  # no line is cut off at 80 columns
+    commands = typer.main.get_command(cli.app).commands.values()
+    assert all(f"  {word.name} " in shown for word in commands if not word.hidden)
+    shown = CliRunner().invoke(cli.app, ["quantize", "--help"]).stdout
+    assert "quantize [OPTIONS] IN [OUT] FTYPE [THREADS]\n" in shown
+    assert "--reuse OLD" in shown and "--imatrix FILE" in shown and "<" not in shown
+    assert "--model MODEL: the same as IN," in shown
+
+
 def test_version():
     assert quantlab_command("--version").stdout == f"quantlab {quantlab.__version__}\n"
 
@@ -171,7 +182,26 @@ def test_habits_of_llama_cpp_are_understood(monkeypatch, tmp_path):
     assert (seen["n_ctx"], seen["chunks"]) == (512, None)
     assert files._parts(["a", "Q4_K", "8"]) == ("a", None, "Q4_K", 8)
     assert files._parts(["a", "b", "15", "8"]) == ("a", "b", "15", 8)
-    assert files._parts(["a", "Q4_0", "Q4_K"]) == ("a", "Q4_0", "Q4_K", None)
-    for wrong in (["a"], ["a", "b", "Q4_K", "many"], ["a", "Q4_K", "8", "8"]):
+    assert files._parts(["a", "./Q4_0", "Q4_K"]) == ("a", "./Q4_0", "Q4_K", None)
+    for wrong in (["a"], ["a", "b", "Q4_K", "many"], ["a", "Q4_K", "8", "8"], ["a", "Q4_0", "Q4_K"]):
         assert run(cli.app, ["quantize", *wrong]).exit_code == 2
     assert run(cli.app, ["perplexity", "tiny", "--kl-divergence"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["quantize", "tiny"], "give IN FTYPE (for example tiny Q4_K_M)"),
+        (["quantize", "tiny", "Q4_0", "Q4_K"], "give one ftype, or ./Q4_0 for a file of that name"),
+        (["imatrix"], "give a model, or importance matrices with --in-file"),
+        (["recipe", "tiny"], "give one, for example --like Q4_K_M"),
+        (["refine", "tiny"], "give MODEL FTYPE (for example tiny Q4_K_M)"),
+    ],
+)
+def test_wrong_usage_says_what_to_give(arguments, text):
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 2 and text in " ".join(done.stderr.split())
+
+
+def test_errors_name_options():
+    assert options.as_options("Give a smaller n_ctx, or device=cpu.") == "Give a smaller --ctx-size, or --device cpu."

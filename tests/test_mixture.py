@@ -189,10 +189,14 @@ def test_a_tensor_type_file_is_split_at_white_space(tmp_path):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"ftype=smollm2, must be one of .* COPY\.$"):  # nothing is like it
+    with pytest.raises(ValueError, match=r"ftype=smollm2, must be one of .* If in doubt, take Q4_K_M.$"):
         find_ftype("smollm2")
     with pytest.raises(ValueError, match=r"ftype=Q4_KM, must be one of .* Did you mean Q4_K_M\?"):
         find_ftype("Q4_KM")
+    with pytest.raises(ValueError, match=r"ftype=q5, must be one of .* Did you mean Q5_K_M\?"):
+        find_ftype("q5")
+    with pytest.raises(ValueError, match="ftype=4bit, must be one of .* If in doubt, take Q4_K_M."):
+        find_ftype("4bit")
     with pytest.raises(ValueError, match=r"tensor type: type=Q4K.* Did you mean Q4_K\?"):
         find_qtype("Q4K")
     with pytest.raises(ValueError, match="rules=2024, must be one of current 2023-12"):

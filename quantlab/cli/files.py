@@ -13,7 +13,7 @@ from quantlab.cli.options import AsLlamaCpp, JsonPath, Overwrite, Rules, app, as
 
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model: smollm2.")]) -> None:
-    """Download a model into the cache folder, check its SHA-256, and print its path."""
+    """Download a model, check its SHA-256 and print its path."""
     from quantlab.files.bundled import fetch
 
     typer.echo(str(fetch(name)))
@@ -38,14 +38,20 @@ def convert(
     ] = "auto",
     as_llama_cpp: AsLlamaCpp = False,
     model_name: Annotated[
-        str | None, typer.Option("--model-name", help="Name in the metadata (default: the model card's or folder's).")
+        str | None,
+        typer.Option(
+            "--model-name", metavar="NAME", help="Name in the metadata (default: the model card's or folder's)."
+        ),
     ] = None,
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Write layers that guess several tokens at once (Qwen3.5, Qwen3-Next).")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a checkpoint to GGUF: safetensors, .bin, .pth, .pt; Llama 1-3, Mistral, Yi, SmolLM, Qwen 2 and 3."""
+    """Convert a checkpoint to GGUF.
+
+    Reads safetensors, .bin, .pth and .pt of Llama, Mistral, Qwen, Gemma, Phi, GLM, gpt-oss and others.
+    """
     from quantlab.transform.convert import convert
 
     options = {"outtype": outtype, "as_llama_cpp": as_llama_cpp, "model_name": model_name, "mtp": mtp}
@@ -75,7 +81,7 @@ def inspect(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print the contents of a model: metadata, tensors, types, sizes and mixture."""
+    """Print metadata, tensors, types and mixture of a model."""
     from quantlab.files.model import open
     from quantlab.transform import layout as layouts
     from quantlab.transform.inspect import inspect
@@ -93,9 +99,10 @@ def diff(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print the differences from A to B: metadata, types, shapes, order, bytes and values.
+    """Print the differences from A to B.
 
-    Exit status: 0 where nothing differs, 1 where something does.
+    Compares metadata, types, shapes, order, bytes and values. Exit status: 0 where nothing differs, 1 where something
+    does.
     """
     from quantlab.transform.diff import diff
 
@@ -112,10 +119,10 @@ def verify(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Check that QUANT comes from BASE, by quantizing BASE again in memory.
+    """Check that QUANT comes from BASE.
 
-    Verdicts: identical; same type, rules and matrix, another compiler's rounding; refined, as the file says of itself;
-    other, with what does not fit. Exit status: 1 for the last, 0 for the others.
+    Quantizes BASE again in memory. Verdicts: identical; same type, rules and matrix, another compiler's rounding;
+    refined, as the file says of itself; other, with what does not fit. Exit status: 1 for the last, 0 for the others.
     """
     from quantlab.transform.verify import verify
 
@@ -143,7 +150,10 @@ def split(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Split a GGUF file into shards OUT-00001-of-0000N.gguf, as llama-gguf-split does."""
+    """Split a GGUF file into shards, as llama-gguf-split does.
+
+    The shards are called OUT-00001-of-0000N.gguf.
+    """
     from quantlab.transform.split import split
 
     limits = {"max_tensors": max_tensors, "max_size": max_size, "no_tensor_first_split": no_tensor_first_split}
@@ -184,9 +194,11 @@ def _parts(files: list[str], with_ftype: bool = True) -> tuple[str, str | None, 
     names, threads = files[: 1 + has_out + with_ftype], files[1 + has_out + with_ftype :]
     if len(names) < 1 + has_out + with_ftype or len(threads) > 1 or not all(map(str.isdecimal, threads)):
         raise typer.BadParameter(
-            "give IN FTYPE, IN OUT FTYPE, or IN OUT --layout-of FILE, optionally followed by a number of threads",
+            "give IN FTYPE (for example tiny Q4_K_M), IN OUT FTYPE, or IN OUT --layout-of FILE; THREADS may follow",
             param_hint="IN [OUT] FTYPE [THREADS]",
         )
+    if has_out and with_ftype and _is_ftype(names[1]):
+        raise typer.BadParameter(f"give one ftype, or ./{names[1]} for a file of that name", param_hint="OUT")
     ftype = names[-1] if with_ftype else None
     return names[0], names[1] if has_out else None, ftype, int(threads[0]) if threads else None
 
@@ -231,8 +243,8 @@ def quantize(
     exclude_weights: _strings("--exclude-weights", "NAME", "Do not use it for names that contain this.") = None,
     tensor_type: _strings("--tensor-type", "REGEX=TYPE", "Type of tensors by name; the first match counts.") = None,
     tensor_type_file: _strings("--tensor-type-file", "FILE", "Types by tensor, separated by white space.") = None,
-    output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
-    token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.weight.")] = None,
+    output_tensor_type: Annotated[str | None, typer.Option(metavar="TYPE", help="Type of output.weight.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(metavar="TYPE", help="Type of token_embd.weight.")] = None,
     layout_of: LayoutOf = None,
     pure: _flag("--pure", "Give all tensors the base type.") = False,
     leave_output_tensor: _flag("--leave-output-tensor", "Keep output.weight unchanged.") = False,
@@ -250,10 +262,11 @@ def quantize(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Quantize a GGUF file or a checkpoint; an interrupted run resumes where it stopped.
+    """Quantize a GGUF file or a checkpoint.
 
-    Writes OUT and, for a later --reuse, OUT.quantlab.json with digests of all tensors. While it runs, the unfinished
-    output is OUT.part and OUT.part.json. With --json, also the plan: totals, and the type of every tensor.
+    An interrupted run resumes where it stopped. Writes OUT and, for a later --reuse, OUT.quantlab.json with digests of
+    all tensors. While it runs, the unfinished output is OUT.part and OUT.part.json. With --json, also the plan: totals,
+    and the type of every tensor.
     """
     from quantlab.transform.mixture import parse_tensor_type, read_tensor_types
     from quantlab.transform.plan import Plan

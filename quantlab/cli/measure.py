@@ -67,7 +67,10 @@ def perplexity(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Measure the perplexity of a model on a text, or compare it with a base's predictions."""
+    """Measure the perplexity of a model on a text.
+
+    With --kl-divergence, compare the model with a base's predictions.
+    """
     from quantlab.evaluate import perplexity as measure
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
@@ -106,7 +109,10 @@ def compare(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Compare variants of a model with it: perplexity, KL divergence, agreement."""
+    """Compare variants with their base: perplexity, KL divergence.
+
+    A variant is a ftype, which is made in memory, a file or a recipe.
+    """
     from quantlab.evaluate.perplexity import compare
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
@@ -136,7 +142,7 @@ def table(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print the size/ppl table: the size and perplexity of every ftype."""
+    """Print the size and the perplexity of every ftype."""
     from quantlab.study import tables
 
     names = [name for name in ftypes.split(",") if name]
@@ -183,7 +189,10 @@ def imatrix(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Collect an importance matrix on a text, or (without MODEL) add up or describe those of --in-file."""
+    """Collect an importance matrix on a text.
+
+    Without MODEL, add up or describe the matrices of --in-file.
+    """
     from quantlab.evaluate.imatrix import imatrix
     from quantlab.files.imatrix_file import merge, read_imatrix
     from quantlab.files.inputs import input_files
@@ -191,6 +200,8 @@ def imatrix(
 
     if model is None and text is not None:
         raise typer.BadParameter("a text needs a MODEL", param_hint="-f")
+    if model is None and not in_file:
+        raise typer.BadParameter("give a model, or importance matrices with --in-file", param_hint="MODEL")
     files = in_file or []
     if model is None and show_statistics and outfile is None:
         matrix = read_imatrix(files[0]) if len(files) == 1 else merge(map(read_imatrix, files), chunk_size=n_ctx)
@@ -260,9 +271,10 @@ def refine(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Quantize with codes and scales fitted to the layer's inputs: same types and size, less damage.
+    """Quantize with the same types and size, but less damage.
 
-    With --scratch, a stopped run resumes. Prints the KL divergence of ordinary and refined bytes on a held-out text.
+    Codes and scales are fitted to the layer's inputs. With --scratch, a stopped run resumes. Prints the KL divergence
+    of ordinary and refined bytes on a held-out text.
     """
     from quantlab.evaluate.refine import refine
     from quantlab.files.output import is_stream
@@ -271,7 +283,9 @@ def refine(
     from quantlab.transform.mixture import parse_tensor_type
 
     if not 2 <= len(files) <= 3:
-        raise typer.BadParameter("give MODEL FTYPE, or MODEL OUT FTYPE", param_hint="MODEL [OUT] FTYPE")
+        raise typer.BadParameter(
+            "give MODEL FTYPE (for example tiny Q4_K_M), or MODEL OUT FTYPE", param_hint="MODEL [OUT] FTYPE"
+        )
     texts = text or ["sampled"]
     judge = judge or ("none" if "primer" in texts else "primer")
     if judge in texts:
@@ -313,7 +327,7 @@ def notebook(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a notebook: quantlab notebook NAME [-f FILE.yaml] [-p KEY VALUE]…
+    """Run a notebook, with parameters as -p KEY VALUE.
 
     The notebook's second cell lists the keys. Each run has its own folder in data/runs/, outside a checkout in
     ./quantlab-runs/: named after the notebook, the keys and values, and a digest of all of them. -p out FOLDER names
@@ -330,10 +344,12 @@ def notebook(
     given |= dict(zip(keys, values, strict=True))
     if picture:
         check_outputs([Path(picture)], input_files(given.values()), overwrite=True)
+    typer.echo(f"Running {name}. The first run on a machine also compiles kernels, 1 to 3 minutes.", err=True)
     folder = notebooks.run(name, given, overwrite=overwrite)
     table = folder / f"{name}.txt"
     if table.is_file():
-        typer.echo(table.read_text(encoding="utf-8"), err=prints_to(picture))
-    typer.echo(f"In {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", err=prints_to(picture))
+        typer.echo(f"\n{table.read_text(encoding='utf-8').strip()}\n", err=prints_to(picture))
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    typer.echo(f"Written to {folder}: {files}", err=prints_to(picture))
     if picture:
         notebooks.picture(name, folder, picture, overwrite=overwrite)

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+
+_TAKES = {"<int>": "N", "<float>": "X", "<path>": "FILE", "<list[Path]>": "FILE", "<str>": "TEXT"}
+# modules of the words, in the order of a day's work, and their titles in `quantlab --help`
+_TITLES = {
+    "files": "Read and write files",
+    "measure": "Measure",
+    "recipes": "Choose bits",
+    "publish": "Publish",
+    "run": "Run a model",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,24 @@ class Word(TyperCommand):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self._model() is not None:
-            self.epilog = f"-m MODEL, --model MODEL: the same as {self._model()}, as in llama.cpp's programs."
+            first = str(self._model()).split()[0].strip("[]")
+            self.epilog = f"-m MODEL, --model MODEL: the same as {first}, as in llama.cpp's programs."
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+        return ["[OPTIONS]", *(name for name, _ in self._arguments())]
+
+    def format_options(self, ctx: typer.Context, formatter) -> None:
+        """Write the arguments by the names that the usage gives them, then the options."""
+        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        records = [record for param in options if (record := param.get_help_record(ctx))]
+        for title, rows in (("Arguments", self._arguments()), ("Options", [(takes(n), h) for n, h in records])):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def _arguments(self) -> list[tuple[str, str]]:
+        params: list[Any] = self.params
+        return [(param.metavar, param.help) for param in params if param.param_type_name == "argument"]
 
     def _model(self) -> str | None:
         """Return the metavar of the word's first argument, if it is a model (None: it is a name)."""
@@ -59,6 +86,24 @@ class Word(TyperCommand):
 
             announce_compilation()
         return super().invoke(ctx)
+
+
+def takes(text: str) -> str:
+    """Replace the type of an option's value by what stands for it: `--chunks <int>` becomes `--chunks N`."""
+    return re.sub(r"<[\w\[\]]+>", lambda found: _TAKES[found[0]], text)
+
+
+class _Group(TyperGroup):
+    """The list of the words, under a title for each room."""
+
+    def format_commands(self, ctx: typer.Context, formatter) -> None:
+        words = [word for word in self.commands.values() if not word.hidden]
+        limit = formatter.width - 6 - max(len(str(word.name)) for word in words)
+        for module, title in _TITLES.items():
+            here = [word for word in words if word.callback.__module__.endswith(f".{module}")]
+            if here:
+                with formatter.section(title):
+                    formatter.write_dl([(f"{word.name:11}", word.get_short_help_str(limit)) for word in here])
 
 
 def _model_first(args: list[str]) -> list[str]:
@@ -102,7 +147,7 @@ def _files(path: Path, rule: Written) -> Iterator[tuple[Path, Callable | None]]:
 
 
 class _Words(typer.Typer):
-    """A Typer application whose commands are `Word`s."""
+    """A Typer application whose commands are `Word`s, listed under titles."""
 
     def command(self, *args, **options):
         return super().command(*args, **{"cls": Word} | options)
@@ -110,6 +155,8 @@ class _Words(typer.Typer):
 
 app = _Words(
     name="quantlab",
+    cls=_Group,
+    context_settings={"max_content_width": 100},
     help="Convert, quantize and measure GGUF models.",
     no_args_is_help=True,
     add_completion=False,
@@ -201,7 +248,8 @@ def context_size(model: str, n_ctx: int | None) -> int | None:
 def as_options(text: str) -> str:
     """Spell a message's arguments for the command line: overwrite=True becomes --overwrite."""
     text = re.sub(r"\b([a-z]\w*)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
-    return re.sub(r"\boutfile=FILE\b", "--outfile FILE", text)
+    text = re.sub(r"\b(outfile=FILE|device=cpu)\b", lambda found: "--" + found[1].replace("=", " "), text)
+    return text.replace("smaller n_ctx", "smaller --ctx-size")
 
 
 def prints_to(*outputs: str | Path | None) -> bool:

@@ -79,7 +79,10 @@ def report(
     scratch: Scratch = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure variants on several texts, and write a page that can be published: figures, tests, plot, digests."""
+    """Measure variants on texts, and write a page about them.
+
+    The page holds figures, tests, a plot and digests, and can be published.
+    """
     from quantlab.files.model import open as open_model
     from quantlab.study.report import outputs, report
 
@@ -152,9 +155,10 @@ def release(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Make a folder that can be uploaded: files, matrix, layouts, report, model card, Modelfiles, digests.
+    """Make a folder that can be uploaded to the hub.
 
-    The same command resumes a stopped run. Nothing is uploaded; the command that does is printed.
+    It holds files, matrix, layouts, report, model card, Modelfiles and digests. The same command resumes a stopped run.
+    Nothing is uploaded; the command that does is printed.
     """
     from quantlab.files.model import open as open_model
     from quantlab.study.release import release

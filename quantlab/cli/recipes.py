@@ -70,7 +70,10 @@ def sensitivity(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Measure the damage of each tensor at each type; an interrupted run resumes."""
+    """Measure the damage of each tensor at each type.
+
+    An interrupted run resumes.
+    """
     from quantlab.quants.ggml_types import CANDIDATES
     from quantlab.study.sensitivity import sensitivity
 
@@ -167,7 +170,10 @@ def recipe(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Choose the type of every tensor with the least damage under a size limit."""
+    """Choose the type of every tensor under a size limit.
+
+    The limit is --like, --target-size or --target-bpw; the choice does the least damage that was measured.
+    """
     from quantlab.files.model import open as open_model
     from quantlab.study import front
     from quantlab.study.exchange import EXCHANGES, exchange
@@ -176,7 +182,7 @@ def recipe(
     from quantlab.transform.quantize import quantize
 
     where = {"device": device, "device_memory": device_memory, "memory": memory}
-    base, sizes = open_model(model), {"target_size": target_size, "target_bpw": target_bpw, "like": like}
+    base, sizes = open_model(model), _one_limit(target_size=target_size, target_bpw=target_bpw, like=like)
     size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)  # refused before anything is measured
     asked = {"keep": keep, "min_type": min_type, "max_type": max_type}
     asked = {key: list(map(parse_tensor_type, given or ())) for key, given in asked.items()}
@@ -197,6 +203,14 @@ def recipe(
     where |= {"mode": mode, "imatrix": imatrix, "calibrate_on": text}
     verdict = best if judged_on == "none" else front.judge(best, base, judged_on, **where)
     report(verdict, json, overwrite, outfile, gguf)
+
+
+def _one_limit(**limits: Any) -> dict[str, Any]:
+    """Return the limits of a size, of which one must be given."""
+    if sum(limit is not None for limit in limits.values()) != 1:
+        hint = "--target-size, --target-bpw or --like"
+        raise typer.BadParameter("give one, for example --like Q4_K_M", param_hint=hint)
+    return limits
 
 
 def _check_recipe(given: dict[str, Any], sensitivity, criterion: str, exchanges, minutes, gguf) -> None:

@@ -20,8 +20,12 @@ def fit(
     n_gpu_layers: Annotated[
         int | None, typer.Option("-ngl", "--n-gpu-layers", help="Layers on the card (default: as many as fit).")
     ] = None,
-    cache_type_k: Annotated[str, typer.Option("-ctk", "--cache-type-k", help="Type of the K cache.")] = "f16",
-    cache_type_v: Annotated[str, typer.Option("-ctv", "--cache-type-v", help="Type of the V cache.")] = "f16",
+    cache_type_k: Annotated[
+        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the K cache.")
+    ] = "f16",
+    cache_type_v: Annotated[
+        str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the V cache.")
+    ] = "f16",
     n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size", help="Tokens that are computed together.")] = 512,
     flash_attn: Annotated[
         bool, typer.Option("--flash-attn/--no-flash-attn", help="Use attention that stores no scores.")
@@ -34,7 +38,10 @@ def fit(
     overwrite: Overwrite = False,
     json: JsonPath = None,
 ) -> None:
-    """Print the memory that a model needs, and the layers and context that fit."""
+    """Print the memory that a model needs, and what fits.
+
+    What fits are layers on the card and tokens of context.
+    """
     from quantlab.run.fit import fit
 
     options = {"ftype": ftype, "vram": vram, "ram": ram, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "rules": rules}
@@ -74,7 +81,10 @@ def chat(
         int, typer.Option("-n", "--predict", "--n-predict", help="Stop an answer after N tokens, -1: never.")
     ] = -1,
 ) -> None:
-    """Chat with a model in the terminal; Ctrl-C stops an answer, Ctrl-D exits."""
+    """Chat with a model in the terminal.
+
+    Ctrl-C stops an answer, Ctrl-D exits.
+    """
     from quantlab.run.chat import Conversation, Sampling, talk
     from quantlab.run.llama_cpp import Engine, Options
     from quantlab.run.serve import killable
@@ -88,17 +98,23 @@ def chat(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option("-m", "--model", help="tiny, smollm2, a GGUF file or a checkpoint.")],
+    model: Annotated[
+        str, typer.Option("-m", "--model", metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")
+    ],
     n_ctx: RunContext = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on, 0 for any free port.")] = 8080,
     n_gpu_layers: GpuLayers = None,
     threads: Threads = None,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="Key that requests must give.")
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="LLAMA_API_KEY", help="Key that requests must give."),
     ] = None,
 ) -> None:
-    """Serve a model with llama.cpp's web page and an API for OpenAI's clients."""
+    """Serve a model with llama.cpp's web page and OpenAI's API.
+
+    OpenAI's clients can use it, at http://HOST:PORT/v1.
+    """
     from quantlab.run.llama_cpp import Options
     from quantlab.run.serve import serve
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from quantlab.files.arguments import check_path
@@ -149,10 +150,12 @@ def model_path(name: str | os.PathLike) -> Path:
     if str(name) in _names(data_dir() / "models"):
         return bundled
     if not Path(name).exists():
-        known = ", ".join([*_names(data_dir() / "models"), *_FETCHED])
+        known = [*_names(data_dir() / "models"), *_FETCHED]
+        near = get_close_matches(str(name).lower(), [*known, *shapes()], n=1, cutoff=0.7)
+        hint = f"Did you mean {near[0]}?" if near else "Only sizes, table and fit also take a shape, such as yi-34b."
         raise FileNotFoundError(
-            f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: {known}; "
-            f"for sizes, also one of:  {', '.join(shapes())}"
+            f"{name}: no such file or folder. Give a GGUF file, a checkpoint folder or one of: "
+            f"{', '.join(known)}. {hint}"
         )
     return Path(name)
 

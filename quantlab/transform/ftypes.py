@@ -97,8 +97,9 @@ def find_ftype(ftype: str | int) -> Ftype:
             raise ValueError(
                 f"ftype={ftype}, must be one of {' '.join(map(str, _BY_NUMBER))}, or a name such as Q4_K_M."
             )
-        near = did_you_mean(name, [*FTYPES, *_BY_ALIAS])
-        raise ValueError(f"ftype={ftype}, must be one of {' '.join(FTYPES)}.{near}")
+        near = f"{name}_K_M" if f"{name}_K_M" in FTYPES else ""  # of Q4, the mixture that most people take
+        hint = f" Did you mean {near}?" if near else did_you_mean(name, [*FTYPES, *_BY_ALIAS])
+        raise ValueError(f"ftype={ftype}, must be one of {' '.join(FTYPES)}.{hint or ' If in doubt, take Q4_K_M.'}")
     return found
 
 

@@ -400,7 +400,7 @@ def parse_bytes(text: str | int, name: str = "memory") -> int:
     Raises
     ------
     ValueError
-        If it is none; the text calls it `name`.
+        If it is none, or so small that a unit was forgotten; the text calls it `name`.
 
     Examples
     --------
@@ -410,4 +410,6 @@ def parse_bytes(text: str | int, name: str = "memory") -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
     if not found or not float(found[1]):
         raise ValueError(f"{name}={text}, must be a positive number of bytes. Give for example 8GiB.")
+    if isinstance(text, str) and not found[2] and float(found[1]) < 1024:
+        raise ValueError(f"{name}={text}, has no unit, must be at least 1024 bytes. Did you mean {text}GiB?")
     return int(float(found[1]) * _UNITS[found[2].upper()])
