@@ -58,18 +58,17 @@ class GgmlEngine(CpuEngine):
 
     def multiply(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
         """Compute out = x · weightᵀ on this thread, after rounding x to what each type of weights asks for."""
-        start, rounded = 0, {}
+        start, done, rounded = 0, None, x
         for part, width in zip(matrix.parts, matrix.widths, strict=True):
             target, is_ordered = out[:, start : start + width], isinstance(part, Packed)
             start += width
             order = ORDERS[part.qtype if is_ordered else part[0]]
-            if (order.activations, order.run) not in rounded:
-                rounded.clear()  # the blocks of another type take its memory
-                rounded[order.activations, order.run] = self._round(x, order.activations, order.run)
+            if done != (order.activations, order.run):
+                done, rounded = (order.activations, order.run), self._round(x, order.activations, order.run)
             if is_ordered:
-                product(rounded[order.activations, order.run], part, target)
+                product(rounded, part, target)
             else:
-                multiply(rounded[order.activations, order.run], part[1], target)
+                multiply(rounded, part[1], target)
 
     def _round(self, x: np.ndarray, qtype: str, run: int) -> Blocks | np.ndarray:
         """Round activations to a type: blocks of integers for products in runs, else the numbers of a float type."""

@@ -11,6 +11,7 @@ from quantlab.quants.compiled import njit
 from quantlab.quants.lanes import absolute, any_lane, bits, highest, lanes, load, maximum, nearest_int, store, total
 
 _ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
+_TOO_LARGE, _INFINITY = np.float32(65536), np.float32(np.inf)  # for float16
 
 
 class Blocks:
@@ -58,17 +59,11 @@ class Blocks:
 @njit(inline="always")
 def half(x):
     """The float32 nearest to `x` that float16 can hold, ties to even."""
-    bits = np.float32(x).view(np.uint32)
-    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    if magnitude < np.uint32(0x38800000):  # below 2^-14 float16 counts in steps of 2^-24, as float32 does beside 0.75
-        small = np.float32(magnitude.view(np.float32) + np.float32(0.75) - np.float32(0.75))
-        rounded = small.view(np.uint32)
-    elif magnitude >= np.uint32(0x477FF000):  # 65520 and more
-        rounded = np.uint32(0x7F800000)
-    else:
-        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
-        rounded = np.uint32((magnitude + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
-    return np.uint32(rounded | (bits & np.uint32(0x80000000))).view(np.float32)
+    exponent = max(np.float32(x).view(np.int32) & np.int32(0x7F800000), np.int32(0x38800000))  # float16's least: 2^-14
+    # added and taken away, a power of two 2^13 times as large leaves 13 bits fewer
+    power = np.int32(exponent + np.int32(13 << 23)).view(np.float32)
+    rounded = np.float32(np.float32(abs(x) + power) - power)
+    return np.copysign(rounded if rounded < _TOO_LARGE else _INFINITY, x)
 
 
 @njit(nogil=True, cache=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantlab import quants
+from quantlab.evaluate.engine import tiles
 from quantlab.evaluate.engine.ggml_activations import Blocks
 from quantlab.evaluate.engine.integer_tiles import DEPTH, GROUP_ROWS, LANE_ROWS, VNNI, add_groups, add_lanes
 from quantlab.evaluate.engine.tiles import LANES
@@ -165,7 +166,7 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], workers) -> Pac
         parts = blocks(len(integers), _ROWS_OF_A_TASK)
         workers.map(lambda part, x=integers, at=rows.start: _fill(x[part], codes, factors, at + part.start), parts)
         if mins.size:
-            _fill_pairs(np.ascontiguousarray(lowest), mins, rows.start)
+            _fill_pairs(lowest, mins, rows.start)
     return Packed(qtype, n_out, codes, factors, _panels(d), mins, _panels(*dmin) if dmin else _NO_FLOATS)
 
 
@@ -219,16 +220,9 @@ def _common_factor(row, at, run):
         common = np.int32(lowest(least))
 
 
-@njit(nogil=True, cache=True)
-def _fill_pairs(integers, words, first):
+def _fill_pairs(integers: np.ndarray, words: np.ndarray, first: int) -> None:
     """words[p, i, c] = columns 2i and 2i + 1 of row first + r, in 16 bits each."""
-    for start in range(0, words.shape[1], 16):
-        stop = min(start + 16, words.shape[1])
-        for r in range(integers.shape[0]):
-            p, c = divmod(first + r, LANES)
-            for i in range(start, stop):
-                low, high = np.int32(integers[r, 2 * i]), np.int32(integers[r, 2 * i + 1])
-                words[p, i, c] = (low & np.int32(0xFFFF)) | (high << np.int32(16))
+    tiles.pack(integers.astype(np.int16).view(np.int32), words, first)
 
 
 def _halves(data: np.ndarray, at: int) -> np.ndarray:
@@ -238,10 +232,9 @@ def _halves(data: np.ndarray, at: int) -> np.ndarray:
 
 def _panels(scales: np.ndarray) -> np.ndarray:
     """Put scales [n_out, blocks] into panels [panels, blocks, LANES]."""
-    n_out, n_blocks = scales.shape
-    padded = np.zeros((-(-n_out // LANES) * LANES, n_blocks), np.float32)
-    padded[:n_out] = scales
-    return np.ascontiguousarray(padded.reshape(-1, LANES, n_blocks).transpose(0, 2, 1))
+    panels = np.zeros((-(-len(scales) // LANES), scales.shape[1], LANES), np.float32)
+    tiles.pack(scales, panels, 0)
+    return panels
 
 
 def product(x: Blocks, part: Packed, out: np.ndarray) -> None:

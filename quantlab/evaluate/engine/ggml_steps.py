@@ -14,13 +14,13 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from quantlab.evaluate.engine.fused import add  # noqa: F401  (one addition per number: it has no order)
+from quantlab.evaluate.engine.fused import add, row_max  # noqa: F401  (`add`: one addition per number has no order)
 from quantlab.evaluate.engine.tiles import ROWS, WIDTH, pack, tile
 from quantlab.quants.compiled import intrinsic, njit
 from quantlab.quants.lanes import FLOATS
 
 KEYS = 64  # keys that flash attention takes at a time (GGML_FA_TILE_KV)
-_ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.int32(-(2**31))
+_ZERO, _ONE, _NO_SCORE = np.float32(0), np.float32(1), np.float32(-np.inf)
 
 
 @intrinsic
@@ -169,33 +169,22 @@ def flash_attention(q, k, v, first, scale, out, keys, values):
 
 
 @njit(inline="always")
-def _ordered(bits):
-    """Turn the bits of a float32 into an integer that compares as the number does, or back."""
-    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-
-
-@njit(inline="always")
 def _weigh(score, seen, scale, top, total, r, half):
     """Turn scores of up to KEYS keys into weights and add them to the row's total; return what came before shrinks by.
 
     `seen` of the keys count; the others get no weight.
     """
-    shrink, highest = _ONE, _LOWEST
     for j in range(KEYS):
-        scaled = np.float32(score[j] * scale)
-        score[j] = scaled
-        highest = max(highest, _ordered(scaled.view(np.int32)) if j < seen else _LOWEST)
-    top_score = np.int32(_ordered(highest)).view(np.float32)
-    if highest > _LOWEST and top_score > top[r]:
+        score[j] = np.float32(score[j] * scale) if j < seen else _NO_SCORE
+    shrink, top_score = _ONE, row_max(score)
+    if top_score > top[r]:
         shrink = np.float32(math.exp(np.float32(top[r] - top_score)))
         total[r] *= shrink
         top[r] = top_score
     for j in range(KEYS):
-        weight = exp32(np.float32(score[j] - top[r]))
-        score[j] = weight if j < seen else _ZERO
-    if seen > 0:
-        whole = 0.0
-        for j in range(0, KEYS, 16):
-            whole += np.float64(_total16(score, j, half))
-        total[r] = np.float32(np.float64(total[r]) + whole)
+        score[j] = exp32(np.float32(score[j] - top[r]))
+    whole = 0.0
+    for j in range(0, KEYS, 16):
+        whole += np.float64(_total16(score, j, half))
+    total[r] = np.float32(np.float64(total[r]) + whole)
     return shrink
