@@ -70,10 +70,7 @@ def test_attention_to_what_follows_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
-def test_cards_and_llama_cpps_arithmetic_refuse_it(tmp_path):
+def test_llama_cpps_arithmetic_refuses_it(tmp_path):
     model = ql.open(gemma_models.write_model(tmp_path, "gemma4"))
     with pytest.raises(ValueError, match="mode=ggml-cpu does not compute activation, window, .*of gemma4. Evaluate it"):
         logits(model, [1, 2, 3], mode="ggml-cpu")
-    pytest.importorskip("torch")
-    with pytest.raises(ValueError, match="head_dim_window=32 is not supported on device=cpu-torch. Use device=cpu"):
-        logits(model, [1, 2, 3], device="cpu-torch")

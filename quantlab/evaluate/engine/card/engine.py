@@ -6,7 +6,7 @@ A layer is applied to a few chunks at a time; where the card's memory does not s
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -94,6 +94,8 @@ class CardEngine(TorchEngine):
         does = self.record.layer_at(self.hparams, index)
         norms = {f: stored for f, name in does.norms.items() if (stored := read(f"{name}.weight")) is not None}
         vectors = {f: read(f"{name}.weight") or read(f"{name}.bias") or read(name) for f, name in does.vectors.items()}
+        if (scale := vectors.get("router_scale")) is not None:
+            vectors["router_scale"] = replace(scale, data=scale.floats() * np.float32(self.hparams.n_embd**-0.5))
         biases = {f: [read(f"{name}.bias") for name in names] for f, names in does.products.items()}
         return LayerWeights(
             {f: [self._matrix(needed(read, f"{name}.weight")) for name in names] for f, names in does.products.items()},

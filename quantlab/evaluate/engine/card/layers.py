@@ -25,10 +25,12 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 GATINGS = ("softmax", "sigmoid", "softmax_chosen")
 _LAYER = """attn_norm attn_qkv q_norm k_norm attn_output attn_post_norm ffn_norm router experts_in experts_down
-shared_gate ffn_in ffn_down ffn_post_norm rope activation query_width sinks
-conv time_step decay state_norm in_groups gating choice_bias sums_to_one""".split()
+shared_gate ffn_in ffn_down ffn_post_norm v_norm experts_norm shared_post_norm experts_post_norm router_scale
+expert_scales layer_scale rope activation query_width sinks conv time_step decay state_norm in_groups gating
+choice_bias sums_to_one""".split()
 _HPARAMS = """arch n_embd n_ff n_layer n_head n_head_kv n_vocab n_ctx head_dim n_rot rms_eps rope_base rope_base_window
-rope_scaling window attn_scale attn_softcap attn_temp_scale embd_scale residual_scale logit_scale logit_softcap n_expert
+head_dim_window n_rot_window v_is_k n_layer_nextn nextn rope_scaling window attn_scale attn_softcap attn_temp_scale
+embd_scale residual_scale logit_scale logit_softcap n_expert
 n_expert_used n_ff_exp n_ff_shexp expert_scale recurrent ssm_conv ssm_state ssm_groups ssm_heads ssm_inner
 attention_interval tied_embeddings""".split()
 
@@ -90,6 +92,7 @@ class Layers:
         self.hparams, self.n_ctx, self.products, self.device = model.hparams, n_ctx, products, device
         self._matrices = matrices
         self._factors = rope_factors(model, n_ctx)
+        self._window_rope = arch.known(self.hparams.arch).window_rope
         self._rotations, self._masks = {}, {}
 
     def apply(self, layer: LayerWeights, x: torch.Tensor, first: int, observe: Observe | None) -> torch.Tensor:
@@ -104,30 +107,43 @@ class Layers:
         del attended
         x = self._add(layer, "attn_post_norm", x[:, first:].reshape(-1, n_embd), change)
         del change
-        return self._feed_forward(layer, x, observe).view(n_chunks, n_ctx - first, n_embd)
+        x = self._feed_forward(layer, x, observe)
+        if "layer_scale" in layer.vectors:
+            x.mul_(layer.vectors["layer_scale"])
+        return x.view(n_chunks, n_ctx - first, n_embd)
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor, observe: Observe | None) -> torch.Tensor:
         """Apply all steps after attention to rows."""
         normed, is_safe = self._norm(layer, "ffn_norm", x)
-        routes = shared = None
+        routes = routed = shared = None
         if "router" in layer.matrices:
-            (scores,) = self._products(layer, "router", normed, is_safe, observe)
+            scored = routed = normed, is_safe
+            if "experts_norm" in layer.norms:
+                routed = self._norm(layer, "experts_norm", x)
+                scored = self.rms_norm(x, layer.vectors["router_scale"]), False
+            (scores,) = self._products(layer, "router", *scored, observe)
             routes = choose(scores, layer)
+            del scored, scores
         if "shared_gate" in layer.matrices:
             (shared,) = self._products(layer, "shared_gate", normed, is_safe, observe)
         if "ffn_in" in layer.matrices:
             inner = self._activate(layer, self._products(layer, "ffn_in", normed, is_safe, observe))
-            seen = normed if routes else None
             del normed
             (change,) = self._products(layer, "ffn_down", inner, False, observe)
             del inner
+            if routes is not None and "experts_norm" in layer.norms:
+                dense, _ = self._norm(layer, "shared_post_norm", change)
+                del change
+                sums = self._add_experts(layer, torch.zeros_like(x), routed, routes, observe)
+                sums, _ = self._norm(layer, "experts_post_norm", sums)
+                return self._add(layer, "ffn_post_norm", x, sums.add_(dense))
             gate = None if shared is None else shared.sigmoid()
-            x, normed = self._add(layer, "ffn_post_norm", x, change, gate), seen
-        return x if routes is None else self._add_experts(layer, x, normed, is_safe, routes, observe)
+            x = self._add(layer, "ffn_post_norm", x, change, gate)
+        return x if routes is None else self._add_experts(layer, x, routed, routes, observe)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return rows divided by their root mean square, times a weight."""
-        return functional.rms_norm(x, weight.shape, weight, self.hparams.rms_eps)
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Return rows divided by their root mean square, times a weight (None: 1)."""
+        return functional.rms_norm(x, x.shape[-1:], weight, self.hparams.rms_eps)
 
     def _norm(self, layer: LayerWeights, field: str, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Normalize rows if the layer does, and tell whether halves can hold them without a scale."""
@@ -179,7 +195,10 @@ class Layers:
     def _queries_keys_values(self, layer: LayerWeights, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return q, k and v [n_chunks, heads, n_ctx, head_dim], normalized, rotated and scaled."""
         h = layer.hparams
-        parts = parts if len(parts) == 3 else list(parts[0].split([h.n_q, h.n_kv, h.n_kv], 1))
+        if len(parts) == 1:
+            parts = list(parts[0].split([h.n_q, h.n_kv, h.n_kv], 1))
+        if h.v_is_k:
+            parts = [*parts, parts[1].clone()]
         found = [part.unflatten(1, (-1, h.head_dim)).unflatten(0, (-1, self.n_ctx)) for part in parts]
         for name, part, rows in zip(("q_norm", "k_norm"), found, parts, strict=False):
             if name in layer.norms:
@@ -187,6 +206,8 @@ class Layers:
                 whole.copy_(self.rms_norm(whole, layer.norms[name]))
             if h.n_rot:
                 self._rotate(layer, part)
+        if layer.does.v_norm:
+            found[2].copy_(self.rms_norm(found[2], None))
         if h.attn_temp_scale:
             step = h.rope_scaling.orig_ctx if h.rope_scaling and h.rope_scaling.orig_ctx else h.n_ctx
             scale = (1 + h.attn_temp_scale * np.log(1 + np.arange(self.n_ctx) // step)).astype(np.float32)
@@ -196,9 +217,10 @@ class Layers:
     def _rotate(self, layer: LayerWeights, x: torch.Tensor) -> None:
         """Rotate pairs of dimensions of [n_chunks, n_ctx, heads, head_dim] in place."""
         h = layer.hparams
-        key = h.n_rot, h.rope_base, h.rope_scaling
+        is_other = bool(h.window) and self._window_rope is not None  # than those that factors are for
+        key = h.n_rot, h.rope_base, h.rope_scaling, is_other
         if key not in self._rotations:
-            tables = rope_angles(h, self.n_ctx, self._factors)
+            tables = rope_angles(h, self.n_ctx, None if is_other else self._factors)
             self._rotations[key] = [torch.from_numpy(table).to(self.device)[:, None] for table in tables]
         cos, sin = self._rotations[key]
         pairs = layer.does.rope == "pairs"
@@ -246,8 +268,9 @@ class Layers:
 
     # ---- experts
 
-    def _add_experts(self, layer: LayerWeights, x, normed, is_safe: bool, routes: "Routes", observe) -> torch.Tensor:
+    def _add_experts(self, layer: LayerWeights, x, routed: Any, routes: "Routes", observe) -> torch.Tensor:
         """Add the outputs of each token's experts to its row, one expert after the other."""
+        normed, is_safe = routed
         self._observe(layer, "experts_in", routes.inputs(normed), observe)
         operand, n_expert = self.products.operand(normed, is_safe), layer.hparams.n_expert
         inner: Any = None  # as soon as its width is known: [n_seen, n_ff]
@@ -256,11 +279,13 @@ class Layers:
             made = self._activate(layer, self._of_expert(layer, "experts_in", seen, expert, n_expert))
             inner = made.new_empty(len(routes.tokens), made.shape[1]) if inner is None else inner
             inner[mine] = made
+            del seen, made  # before the next expert's are there
         self._observe(layer, "experts_down", routes.inputs(inner, sorted_already=True), observe)
         for expert, mine in routes.each():
             seen = self.products.operand(inner[mine])
             (change,) = self._of_expert(layer, "experts_down", seen, expert, n_expert)
             x.index_add_(0, routes.tokens[mine], change.mul_(routes.weights[mine, None]))
+            del seen, change
         return x
 
     def _of_expert(self, layer: LayerWeights, field: str, seen: Operand, expert: int, n_expert: int) -> list:
@@ -309,5 +334,8 @@ def choose(scores: torch.Tensor, layer: LayerWeights) -> Routes:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
     order = ids.flatten().argsort(stable=True)
     counts = ids.flatten().bincount(minlength=h.n_expert).cpu().numpy()
-    weights = weights.flatten()[order] * h.expert_scale
+    weights = weights * h.expert_scale
+    if "expert_scales" in layer.vectors:
+        weights = weights * layer.vectors["expert_scales"][ids]
+    weights = weights.flatten()[order]
     return Routes(order // h.n_expert_used, weights, np.concatenate([[0], counts.cumsum()]))

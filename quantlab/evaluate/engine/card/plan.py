@@ -91,24 +91,39 @@ def _card_bytes(engine) -> int:
 
 def token_bytes(does: arch.Layer, h: arch.Hparams, products: Products, n_ctx: int) -> int:
     """Return the bytes that the worst step of a layer takes for a chunk, weights and kept scores of attention aside."""
-    n_embd, q, kv, n_ff = h.n_embd, h.n_head * h.head_dim, h.n_head_kv * h.head_dim, h.n_ff
+    x, q, kv = 4 * h.n_embd, h.n_head * h.head_dim, h.n_head_kv * h.head_dim  # x: bytes of a row of the stream
+    n_ff = max(h.n_ff, h.n_ff_shexp) if does.ffn_in else 0
     operand, making, adding = {"float32": (0, 0, 0), "half": (2, 2, 0), "halves": (4, 8, 4)}[products.precision]
     width = 2 if products.precision == "half" else 4  # of what attention sees
     repeated = 2 * q if kv < q else 0  # k and v for every head
     gate = 8 * q * (does.query_width - 1)  # queries and their gates, until the latter are used
-    routed = h.n_expert_used * (h.n_ff_exp * 4 + 12) + (4 + operand) * n_embd if does.experts_in else 0
+    normed = [bool(name) * x + operand * h.n_embd for name in (does.attn_norm, does.ffn_norm)]
+    apart = x if does.experts_norm else 0  # what experts see, where that is not what the others see
+    routes = apart + 12 * h.n_expert_used if does.router else 0
     peaks = [
-        (8 + operand) * n_embd + 4 * (does.query_width * q + 2 * kv) + adding * q,
-        gate + 4 * n_embd + 4 * (q + 2 * kv) + (4 - width) * (q + 2 * kv) + width * (repeated + q),
-        routed + (8 + operand) * n_embd + (8 + adding) * n_ff,
-        routed + 8 * n_embd + 12 * n_ff,
-        routed + 4 * n_embd + (4 + making) * n_ff,
+        x + normed[0] + _made([does.query_width * q, kv, kv], len(does.attn_qkv), adding),
+        gate + x + 4 * (q + 2 * kv) + (4 - width) * (q + 2 * kv) + width * (repeated + q),
+        routes + x + normed[1] + _made([n_ff, n_ff], len(does.ffn_in), adding),
+        routes + 2 * x + 12 * n_ff,
+        routes + (x if does.router else 0) + x + (4 + making) * n_ff,
     ]
+    if does.router:
+        share = min(1.0, 1.25 * h.n_expert_used / h.n_expert)  # of the tokens, for the expert that sees most
+        inner = 4 * h.n_expert_used * h.n_ff_exp
+        first = (operand or 4) * h.n_embd + (12 + adding) * h.n_ff_exp
+        last = making * h.n_ff_exp + (4 + adding) * h.n_embd
+        peaks.append(routes + 2 * apart + x + normed[1] + inner + int(share * max(first, last)))
     if does.conv:
         width_all, states = h.conv_width + h.ssm_inner + 2 * h.ssm_heads, h.ssm_heads * h.ssm_state * h.ssm_value
-        peaks[1] = 4 * (n_embd + width_all + h.conv_width + 2 * h.ssm_heads * h.ssm_state + h.ssm_inner)
+        peaks[1] = x + 4 * (width_all + h.conv_width + 2 * h.ssm_heads * h.ssm_state + 2 * h.ssm_inner)
         peaks[1] += 4 * 2 * states // n_ctx  # a matrix for each head of a chunk, and what is added to it
     return n_ctx * max(peaks)
+
+
+def _made(widths: list[int], matrices: int, adding: int) -> int:
+    """Return the bytes of a row's products with matrices (one: side by side), as the last term is added."""
+    widths = [sum(widths)] if matrices == 1 else widths[:matrices]
+    return max(4 * sum(widths[: i + 1]) + adding * width for i, width in enumerate(widths or [0]))
 
 
 def score_bytes(does: arch.Layer, h: arch.Hparams, n_ctx: int, chunks: int) -> int:
@@ -128,8 +143,9 @@ class _Needs:
         self.is_cpu = engine.device.type == "cpu"
         by_layer = Counter()
         for tensor in variants[0].model:
-            if tensor.name.startswith("blk."):
-                by_layer[int(tensor.name.split(".")[1])] += tensor.n_weights
+            kind, index, *_ = tensor.name.split(".")
+            if kind == "blk" and int(index) < self.hparams.n_layer:  # those after guess ahead
+                by_layer[int(index)] += tensor.n_weights
         (self.widest, self.weights), *_ = by_layer.most_common(1)
         self.shapes = budget.layer_shapes(variants[0].model, self.widest)
 
