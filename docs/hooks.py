@@ -7,9 +7,12 @@ could fall behind is kept.
 import importlib
 import json
 import re
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from textwrap import indent
 
+import griffe
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -34,8 +37,25 @@ _MODULES = {
 }
 
 
+_parse = griffe.Docstring.parse
+
+
+def _parse_with_own_types(docstring: griffe.Docstring, *args, **options) -> list[griffe.DocstringSection]:
+    """Parse a docstring; parameters that share a description get their own types and defaults, not the first one's."""
+    sections = _parse(docstring, *args, **options)
+    signature = getattr(docstring.parent, "parameters", ())
+    for section in sections:
+        if section.kind is griffe.DocstringSectionKind.parameters:
+            shared = Counter(item.description for item in section.value)
+            for item in section.value:
+                if shared[item.description] > 1 and item.name in signature:
+                    item.annotation, item.value = signature[item.name].annotation, signature[item.name].default
+    return sections
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Replace the folders of the navigation by the pages that are made for them."""
+    griffe.Docstring.parse = _parse_with_own_types
     made = {folder: [page for page, _ in pages()] for folder, pages in _FOLDERS.items()}
     for entry in config.nav:
         for title, page in entry.items():
@@ -88,10 +108,10 @@ def _word(name: str, word) -> str:
 def _names(parameter, word: typer.Context) -> str:
     """Names of a parameter, with what it takes."""
     if parameter.param_type_name == "argument":
-        return f"`{_bar(parameter.metavar or parameter.name.upper())}`"
+        return f"`{parameter.metavar or parameter.name.upper()}`"
     takes = "" if parameter.is_flag else parameter.metavar or as_value(parameter.display_type(word))
     names = [*parameter.opts, *parameter.secondary_opts]
-    return "<br>".join(f"`{_bar(f'{name} {takes}'.strip())}`" for name in names)
+    return "<br>".join(f"`{f'{name} {takes}'.strip()}`" for name in names)
 
 
 def _default(parameter) -> str:
@@ -99,12 +119,7 @@ def _default(parameter) -> str:
     value = parameter.default
     if parameter.required:
         return "required"
-    return "" if value is None or value == "" or isinstance(value, bool) or callable(value) else f"`{_cell(value)}`"
-
-
-def _bar(text: str) -> str:
-    """Text of a table's cell that stands between backticks: a bar would end the cell."""
-    return text.replace("|", "\\|")
+    return "" if value is None or value == "" or isinstance(value, bool) or callable(value) else f"`{value}`"
 
 
 def _cell(text: object) -> str:
@@ -208,7 +223,9 @@ def _as_page(cell: dict) -> str:
     """A cell as Markdown, its links to notebooks and pictures as those of the site."""
     source = "".join(cell["source"])
     if cell["cell_type"] == "code":
-        return f"```python\n{source}\n```"
+        block = f"```python\n{source}\n```"
+        is_solution = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+        return '??? example "Solution"\n' + indent(block, "    ") if is_solution else block
     source = re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", source)
     source = re.sub(r"<img src=\"pictures/([\w.]+)\"[^>]*>", r"![](../pictures/\1){ width=240 }", source)
     return re.sub(r"\]\(pictures/", "](../pictures/", source)

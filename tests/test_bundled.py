@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,14 @@ def test_shapes():
     assert bundled.shape("yi-34b")["n_embd"] == 7168
     with pytest.raises(FileNotFoundError, match="gpt-5: no such shape. .* yi-34b"):
         bundled.shape("gpt-5")
+
+
+def test_the_command_that_installs_an_extra_works_here(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/my env/python")
+    monkeypatch.setattr(bundled, "checkout", lambda: Path("/a"))
+    assert bundled.how_to_install("run") == "'/my env/python' -m pip install -e '/a[run]'"
+    monkeypatch.setattr(bundled, "checkout", lambda: None)
+    assert bundled.how_to_install("run") == "'/my env/python' -m pip install 'gguf-quantlab[run]'"
 
 
 def test_models_by_name_and_by_path(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import quantlab as ql
+from quantlab.files import bundled
 from quantlab.files.gguf_file import write_gguf
 from quantlab.run.chat import HELP, Conversation, Sampling, talk
 from quantlab.run.llama_cpp import Engine, Options, _only_continues, as_gguf
@@ -175,7 +176,7 @@ def test_without_the_extra_one_line_names_it(path):
     for word in (["chat", str(path)], ["serve", "-m", str(path)]):
         done = subprocess.run([sys.executable, "-c", code, *word], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")
-        assert "pip install -e .[run]" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert bundled.how_to_install("run") in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_layers_on_a_card_that_is_not_there_are_warned_of(path):

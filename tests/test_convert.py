@@ -122,7 +122,8 @@ def test_the_plan_line_comes_first(tmp_path, capsys):
     src = write_checkpoint(tmp_path / "m", "llama1")
     path = convert(src)
     plan = capsys.readouterr().err.splitlines()[0]
-    assert f"{len(ql.open(path))} tensors, {path.stat().st_size} bytes to write" in plan and "MiB of memory" in plan
+    assert f"{len(ql.open(path))} tensors, {path.stat().st_size / 2**20:.1f} MiB to write (" in plan
+    assert "GiB are free), about" in plan and "MiB of memory" in plan
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -282,11 +282,10 @@ def quantize(
         numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
     options = {
         "ftype": ftype, "layout_of": layout_of, "rules": rules, "imatrix": imatrix,
-        "include_weights": include_weights or (),
-        "exclude_weights": exclude_weights or (), "output_tensor_type": output_tensor_type,
-        "token_embedding_type": token_embedding_type, "pure": pure, "leave_output_tensor": leave_output_tensor,
-        "allow_requantize": allow_requantize, "keep_split": keep_split, "override_kv": override_kv or (),
-        "fallback": not no_fallback, "via": via, "as_llama_cpp": as_llama_cpp,
+        "include_weights": include_weights or (), "exclude_weights": exclude_weights or (), "pure": pure,
+        "output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type, "via": via,
+        "leave_output_tensor": leave_output_tensor, "allow_requantize": allow_requantize, "keep_split": keep_split,
+        "override_kv": override_kv or (), "fallback": not no_fallback, "as_llama_cpp": as_llama_cpp,
         "prune_layers": layers_of(prune_layers) if prune_layers else (),
     }  # fmt: skip
     options["tensor_types"] = [parse_tensor_type(text) for text in tensor_type or ()]
@@ -299,6 +298,7 @@ def quantize(
         else:
             typer.echo(as_options(str(item)), err=prints_to(json, outfile))
 
-    quantize(
-        src, outfile, reuse=reuse, histogram=histogram, dry_run=dry_run, overwrite=overwrite, report=say, **options
-    )
+    options |= {"reuse": reuse, "histogram": histogram, "dry_run": dry_run, "overwrite": overwrite}
+    path = quantize(src, outfile, report=say, **options)
+    if path is not None and path.is_file():
+        say(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")

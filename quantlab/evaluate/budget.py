@@ -32,7 +32,8 @@ class Budget:
     def __str__(self) -> str:
         before, after = self.said
         disk = "" if self.in_memory or after else f", {self.disk / 2**30:.2f} GiB on disk"
-        return f"{before}memory {self.memory / 2**30:.2f} GiB{disk}{after}; about {self.seconds / 60:.1f} minutes"
+        time = f"{max(self.seconds, 1):.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.1f} minutes"
+        return f"{before}memory {self.memory / 2**30:.2f} GiB{disk}{after}; about {time}"
 
 
 def fit(

@@ -7,6 +7,7 @@ A *name* stands for one of them wherever a path is expected: `tiny` is a model, 
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,13 @@ def checkout() -> Path | None:
     """Return the checkout that this package runs from (None: it is installed elsewhere)."""
     root = _PACKAGE.parent
     return root if (root / "pyproject.toml").is_file() and (root / "data").is_dir() else None
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that adds an extra to this Python, for the copy of the package that it runs."""
+    root = checkout()
+    what = f"gguf-quantlab[{extra}]" if root is None else f"{root}[{extra}]"
+    return f"{shlex.quote(sys.executable)} -m pip install {'' if root is None else '-e '}{shlex.quote(what)}"
 
 
 def data_dir() -> Path:
@@ -236,9 +244,7 @@ def _wikitext() -> Text:
     try:
         import datasets
     except ImportError:
-        raise ImportError(
-            f"{name}: needs the package datasets. Install it with pip install 'gguf-quantlab[lab]'."
-        ) from None
+        raise ImportError(f"{name}: needs the package datasets. Run: {how_to_install('lab')}") from None
     folder, config, split = _WIKITEXT["loaded"]
     try:
         rows = datasets.load_dataset(folder, config, split=split)["text"]

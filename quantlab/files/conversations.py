@@ -16,7 +16,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from quantlab.files.bundled import Text, read_text
+from quantlab.files.bundled import Text, how_to_install, read_text
 
 __all__ = ["Answer", "answers", "is_chat", "read_conversations", "renderer"]
 
@@ -157,7 +157,7 @@ def renderer(metadata: Mapping[str, Any], vocab, *, source: str = "metadata") ->
         from jinja2 import TemplateError
     except ImportError:
         raise ImportError(
-            "jinja2 is not installed, which renders chat templates. Install it with: pip install -e .[lab]"
+            f"jinja2, which renders chat templates, is not installed. Run: {how_to_install('lab')}"
         ) from None
     template = metadata.get("tokenizer.chat_template")
     if template is None and "<|im_start|>" in vocab.tokens:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantlab.files.bundled import notebooks_dir, runs_dir
+from quantlab.files.bundled import how_to_install, notebooks_dir, runs_dir
 from quantlab.files.output import SOFTWARE, is_picture, replacing
 
 _LARGE_PICTURE = 100_000  # bytes
@@ -100,7 +100,7 @@ def run(name: str, parameters: Mapping[str, Any] | None = None, *, overwrite: bo
     try:
         import papermill
     except ImportError:
-        raise ImportError(f"{name}: needs papermill. Install it with pip install 'gguf-quantlab[lab]'.") from None
+        raise ImportError(f"{name}: needs papermill. Run: {how_to_install('lab')}") from None
     given = dict(parameters or {})
     source = notebooks_dir() / f"{name}.ipynb"
     declared = papermill.inspect_notebook(source)

@@ -5,6 +5,7 @@ import io
 import matplotlib.pyplot as plt
 import numpy as np
 
+from quantlab.files.bundled import how_to_install
 from quantlab.lab import blocks
 from quantlab.study.plots.types import block_weights
 
@@ -31,7 +32,7 @@ def outlier(x: np.ndarray, qtypes: list[str], *, qtype: str = "Q4_K", size: floa
     try:
         import ipywidgets
     except ImportError:
-        return "Sliders need ipywidgets: pip install 'gguf-quantlab[lab]'. The figure above shows one setting."
+        return f"Sliders need ipywidgets. The figure above shows one setting. Run: {how_to_install('lab')}"
 
     slider = ipywidgets.FloatSlider(
         value=size,

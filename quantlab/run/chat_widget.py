@@ -6,6 +6,7 @@ import threading
 from html import escape
 from pathlib import Path
 
+from quantlab.files.bundled import how_to_install
 from quantlab.run.chat import Conversation, Sampling
 from quantlab.run.llama_cpp import Engine, Options
 
@@ -46,7 +47,7 @@ class ChatWidget:
         try:
             import ipywidgets
         except ImportError:
-            raise ImportError("ipywidgets is not installed. Install it with: pip install -e .[lab]") from None
+            raise ImportError(f"ipywidgets is not installed. Run: {how_to_install('lab')}") from None
         engine = model if isinstance(model, Engine) else Engine(model, options)
         self.conversation = Conversation(engine, system, sampling)
         self._answering: threading.Thread | None = None

@@ -93,7 +93,8 @@ class Generation(Result):
             cells = f"<th>{escape(row.variant)}</th><td>{row.bytes / 1024**2:.1f} MiB</td><td>{row.n_same}</td>"
             text = f"<td style='text-align:left;white-space:pre-wrap'>{before}{marked}{after}</td>"
             rows.append(f"<tr>{cells}{text}</tr>")
-        head = "<tr><th>variant</th><th>file</th><th>same tokens</th><th>continuation</th></tr>"
+        head = "<tr><th>variant</th><th>file</th><th>same tokens</th>"
+        head += "<th style='text-align:left'>continuation</th></tr>"
         return f"<p>{escape(self.prompt)} …</p><table>{head}{''.join(rows)}</table>"
 
 

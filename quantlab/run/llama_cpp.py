@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.files import bundled
-from quantlab.files.bundled import runs_dir
+from quantlab.files.bundled import how_to_install, runs_dir
 from quantlab.files.model import open as open_model
 from quantlab.transform.convert import convert
 
@@ -191,9 +191,7 @@ def _xllamacpp():
     try:
         import xllamacpp
     except ImportError:
-        raise ImportError(
-            "xllamacpp, which runs llama.cpp, is not installed. Install it with: pip install -e .[run]"
-        ) from None
+        raise ImportError(f"xllamacpp, which runs llama.cpp, is not installed. Run: {how_to_install('run')}") from None
     return xllamacpp
 
 

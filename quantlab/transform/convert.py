@@ -151,10 +151,10 @@ def _plan_line(src: Path, outfile: Path, model: Model, header: int) -> str:
     largest.rows(0, rows)
     rate = rows * largest.nbytes / largest.nrows / (time.perf_counter() - begin)
     free = _free(outfile)
-    disk = "" if free is None else f"{free} free on the disk, "
+    disk = "" if free is None else f" ({free / 2**30:.1f} GiB are free)"
     return (
-        f"{src} → {outfile}: {len(model)} tensors, {header + model.nbytes} bytes to write, {disk}"
-        f"about {4 * (AHEAD + 1) * BLOCK >> 20} MiB of memory, {model.nbytes / rate:.0f} s or more"
+        f"{src} → {outfile}: {len(model)} tensors, {(header + model.nbytes) / 2**20:.1f} MiB to write{disk}, "
+        f"about {4 * (AHEAD + 1) * BLOCK >> 20} MiB of memory, at least {max(model.nbytes / rate, 1):.0f} s"
     )
 
 

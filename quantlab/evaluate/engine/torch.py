@@ -13,10 +13,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from quantlab.evaluate.engine import Choice, Engine
+from quantlab.files.bundled import how_to_install
 from quantlab.transform.plan import parse_bytes
 
 OLDEST = (2, 9)  # torch's version, as in pyproject.toml
-INSTALL = "Install it with pip install 'gguf-quantlab[gpu]'."
+INSTALL = f"Run: {how_to_install('gpu')}"
 
 
 class TorchEngine(Engine):

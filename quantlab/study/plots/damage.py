@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -45,11 +46,14 @@ def bpw_against_ppl(
     for family, rows in families:
         look = {"fmt": family.marker, "color": family.colour, "ms": 5, "lw": 1, "capsize": 3}
         bars = rows["delta_ppl_se"] * unit
-        ax.errorbar(rows["bpw"], (rows["ppl"] - zero) * unit, yerr=bars, label=family.label, **look)
+        heights = (rows["ppl"] - zero) * unit
+        ax.errorbar(rows["bpw"], heights, yerr=bars, label=family.label, **look)
+        for step in np.linspace(-1, 1, 9):  # no label on a bar
+            marks += zip(rows["bpw"], heights + step * bars, strict=True)
     if published is not None:
         others = published[published["ftype"].map(_base_type).notna() & published["ppl"].notna()]
         increase = 100 * others["delta_ppl"] / (others["ppl"] - others["delta_ppl"])
-        marks = list(zip(others["bpw"], increase, strict=True))
+        marks += zip(others["bpw"], increase, strict=True)
         ax.plot(others["bpw"], increase, "D", mfc="none", mec="0.35", ms=6, label="LLaMA-7B, published by llama.cpp")
         ax.set_yscale("symlog", linthresh=1)
         ax.yaxis.set_major_formatter("{x:g}")

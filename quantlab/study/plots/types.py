@@ -9,11 +9,21 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from quantlab.study.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, by_family, new_axes, panels
+from quantlab.study.plots.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    by_family,
+    label_points,
+    new_axes,
+    panels,
+)
 
 _SUB_BLOCKS = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#B8A900", "0.55"]  # then from the beginning
 _BLOCK = "0.25"  # colour of what belongs to the whole block
-_PLAIN = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}  # behind a label
 _DARK = (BLUE, GREEN, VERMILION, _BLOCK)  # on which white is easier to read
 
 
@@ -184,17 +194,16 @@ def snr_against_bits(
         marker = "." if len(line) < 10 else ""
         ax.plot(line["bpw"], line["snr_db"], color=colour, ls=style, lw=1.2, marker=marker, label=label, zorder=1)
     frame = frame[np.isfinite(frame["snr_db"])]  # what loses nothing has no place on the axis
-    places = cycle(({"xytext": (-8, 4), "ha": "right"}, {"xytext": (8, -8), "ha": "left"}))
-    for (family, rows), place in zip(by_family(frame, frame["type"]), places, strict=False):
+    families = by_family(frame, frame["type"])
+    for family, rows in families:
         ax.plot(rows["bpw"], rows["snr_db"], family.marker, color=family.colour, mec="black", ms=8, label=family.label)
-        row: Any
-        for row in rows.itertuples():
-            ax.annotate(row.type, (row.bpw, row.snr_db), textcoords="offset points", fontsize=9, bbox=_PLAIN, **place)
     low, high = frame["bpw"].min(), frame["bpw"].max()
     ax.set(xlabel="size (bits per weight)", ylabel="signal to noise ratio (dB)", title=title)
     ax.set(xlim=(low - 0.8, high + 0.8), ylim=(frame["snr_db"].min() - 4, frame["snr_db"].max() + 7))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=9, loc="best")
+    shown = pd.concat([rows for _, rows in families])
+    label_points(ax, shown["type"], shown["bpw"], shown["snr_db"])
     return ax
 
 
