@@ -103,11 +103,12 @@ def activation_noise(model, variants: Sequence[Variant], tokens: np.ndarray) -> 
 
 
 def _roundings(model, variant: Variant, output: str) -> tuple[tuple[str, str], ...]:
-    """Name of each matrix of a product, and the type of the product's inputs."""
+    """Name of each matrix of a product, and the type of its inputs; Q8_1 rounds as Q8_0 does, and adds sums."""
     types = variant.types
     types = types | {output: types.get("output.weight", types["token_embd.weight"])}
     names = [tensor.name for tensor in model if len(tensor.shape) > 1 and tensor.name in types]
-    return tuple((name, activations_of(types[name])) for name in names if name == output or name.startswith("blk."))
+    names = [name for name in names if name == output or name.startswith("blk.")]
+    return tuple((name, activations_of(types[name]).replace("Q8_1", "Q8_0")) for name in names)
 
 
 def _mean_kld(exact: np.ndarray, other: np.ndarray) -> float:

@@ -35,8 +35,8 @@ class BestRecipe(Result, Recipe):
     provenance : dict
         What it was made from: calibration, criterion, rule set, constraints.
     measured : dict or None
-        Of a recipe of `quantlab.exchange`: the divergence on the calibration text `before` and `after` the exchanges
-        (`after_se`), the number of exchanges `tried`, and the `steps` that were kept.
+        Of a recipe of `quantlab.exchange`: the divergence on `chunks` of the calibration text `before` and `after` the
+        exchanges (`after_se`), the number of exchanges `tried`, and the `steps` that were kept.
     """
 
     rows: tuple[dict, ...]
@@ -102,7 +102,8 @@ class BestRecipe(Result, Recipe):
             return lines
         before, after = self.measured["before"], self.measured["after"]
         steps = f"{self.measured['tried']} exchanges tried, {len(self.measured['steps'])} steps kept"
-        return [f"{lines[0]}, measured {after:.5f}", f"{steps}: measured KLD {before:.5f} → {after:.5f}"]
+        chunks = f"on {self.measured['chunks']} chunks"
+        return [f"{lines[0]}, measured {after:.5f}", f"{steps}: measured KLD {before:.5f} → {after:.5f} {chunks}"]
 
     def _shown(self) -> pd.DataFrame:
         """Return the types by layer and kind, if the groups are single tensors."""
