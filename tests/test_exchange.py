@@ -102,9 +102,9 @@ def test_refined_bytes_are_exchanged(tmp_path):
     best = ql.recipe(found, "tiny", target_size=11_310_000, max_type={"weight": "Q4_K"})
     moved = ql.exchange(best, found, "tiny", text, exchanges=2, **options)
     assert moved.measured["after"] <= moved.measured["before"] and moved.measured["tried"] >= 1
-    assert moved.command("r.txt").startswith("quantlab refine model.gguf") and "--recipe r.txt" in moved.command(
-        "r.txt"
-    )
+    command = moved.command("r.txt", text=text)
+    assert command.startswith("quantlab refine model.gguf") and command.endswith(f"--recipe r.txt -f {text}")
+    assert moved.command("r.txt").endswith("-f text.txt")
 
 
 @pytest.mark.long

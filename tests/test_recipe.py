@@ -220,6 +220,7 @@ def test_the_word(tmp_path, monkeypatch, measured):
     )
     assert done.exit_code == 0, done.exception
     assert json.loads(done.stdout)["protocol"]["ftype"] == "Q4_K_M" and "llama-quantize" in done.stderr
+    assert done.stderr.count("predicted KLD") == 1
     types = {tensor.name: tensor.qtype for tensor in open_model("out.gguf")}
     assert Recipe.load("recipe.txt").types.items() <= types.items()
     assert isinstance(CliRunner().invoke(app, words).exception, FileExistsError)
@@ -236,6 +237,8 @@ def test_the_word(tmp_path, monkeypatch, measured):
     ):
         wrong = CliRunner().invoke(app, [*words, "--overwrite", *more])
         assert wrong.exit_code == 2 and text in wrong.stderr
+    wrong = CliRunner().invoke(app, [*words, "--overwrite", "--judge", "sampled"])
+    assert wrong.exit_code == 2 and "is the calibration text, choose another" in wrong.stderr
     options = ["--exchanges", "2", "--minutes", "5", "--exclude", "Q6_K,Q5_K", "-o", "moved.txt"]
     moved = CliRunner().invoke(app, [*words, "--overwrite", *options])
     assert json.loads(moved.stdout)["protocol"]["exchanges"]["tried"] == 2

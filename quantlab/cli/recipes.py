@@ -120,7 +120,10 @@ CalibrationChunks = Annotated[
     int | None, typer.Option("--chunks", help="Calibrate on N chunks, -1 for the whole text (default: 8).")
 ]
 Judge = Annotated[
-    str, typer.Option("--judge", metavar="TEXT|none", help="Text to measure the recipe on, other than that of -f.")
+    str | None,
+    typer.Option(
+        "--judge", metavar="TEXT|none", help="Text to measure the recipe on, not that of -f (default: primer)."
+    ),
 ]
 Out = Annotated[
     Path,
@@ -159,7 +162,7 @@ def recipe(
     imatrix: Matrix = None,
     n_ctx: CalibrationContext = None,
     chunks: CalibrationChunks = None,
-    judged_on: Judge = "primer",
+    judge: Judge = None,
     outfile: Out = Path("recipe.txt"),
     gguf: Gguf = None,
     rules: Rules = "current",
@@ -189,7 +192,7 @@ def recipe(
     asked |= {"exclude": names_in(exclude), "criterion": criterion, "imatrix": imatrix, "rules": rules}
     given = {"types": names_in(types) or None, "sample": sample, "chunks": chunks, "n_ctx": n_ctx}
     given |= {"refined": refined or None}
-    _check_recipe(given | {"text": text}, sensitivity, criterion, exchanges, minutes, gguf)
+    judge = _check_recipe(given | {"text": text}, sensitivity, criterion, exchanges, minutes, gguf, judge)
     found = sensitivity or _measured(base, text, given | {"n_ctx": context_size(model, n_ctx)}, asked, where, mode)
     best = recipe(found, base, **sizes, **asked)  # pyright: ignore[reportArgumentType]
     if criterion == "kld" and exchanges != 0:
@@ -199,10 +202,10 @@ def recipe(
     if gguf is not None:
         options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
         quantize(base, gguf, ftype=best.ftype, **options)
-    typer.echo(f"{best}\n{best.command(outfile, imatrix=imatrix)}", err=prints_to(json, outfile, gguf))
+    said = [best] * (judge != "none") + [best.command(outfile, imatrix=imatrix, text=text)]
+    typer.echo("\n".join(map(str, said)), err=prints_to(json, outfile, gguf))
     where |= {"mode": mode, "imatrix": imatrix, "calibrate_on": text}
-    verdict = best if judged_on == "none" else front.judge(best, base, judged_on, **where)
-    report(verdict, json, overwrite, outfile, gguf)
+    report(best if judge == "none" else front.judge(best, base, judge, **where), json, overwrite, outfile, gguf)
 
 
 def _one_limit(**limits: Any) -> dict[str, Any]:
@@ -213,8 +216,18 @@ def _one_limit(**limits: Any) -> dict[str, Any]:
     return limits
 
 
-def _check_recipe(given: dict[str, Any], sensitivity, criterion: str, exchanges, minutes, gguf) -> None:
-    """Refuse options that would do nothing."""
+def _other_text(judge: str | None, text: str | None, sensitivity: Path | None) -> str:
+    """Return the text to judge on, by default the primer unless it is the calibration text."""
+    from quantlab.study.sensitivity import Sensitivity
+
+    calibration = text or (Sensitivity.load(sensitivity).protocol["text"] if sensitivity else "sampled")
+    if judge is not None and judge == calibration:
+        raise typer.BadParameter("is the calibration text, choose another or none", param_hint="--judge")
+    return judge or ("none" if calibration == "primer" else "primer")
+
+
+def _check_recipe(given: dict[str, Any], sensitivity, criterion: str, exchanges, minutes, gguf, judge) -> str:
+    """Refuse options that would do nothing; return the text to judge on."""
     used = {"text"} if exchanges != 0 else set()
     if sensitivity is not None and any(value is not None for key, value in given.items() if key not in used):
         raise typer.BadParameter(
@@ -230,6 +243,7 @@ def _check_recipe(given: dict[str, Any], sensitivity, criterion: str, exchanges,
         )
     if given["refined"] and gguf is not None:
         raise typer.BadParameter("writes ordinary bytes; use quantlab refine with --recipe", param_hint="--quantize")
+    return _other_text(judge, given["text"], sensitivity)
 
 
 def _measured(base, text: str | None, given: dict[str, Any], asked: dict[str, Any], where: dict[str, Any], mode: str):

@@ -84,10 +84,13 @@ class BestRecipe(Result, Recipe):
             part.write_text(self.to_json() + "\n", encoding="utf-8")
         return path
 
-    def command(self, path: str | Path, source: str = "model.gguf", imatrix: str | Path | None = None) -> str:
+    def command(
+        self, path: str | Path, source: str = "model.gguf", imatrix: str | Path | None = None, text=None
+    ) -> str:
         """Return the call that applies the recipe in `path`: of llama-quantize, or of quantlab for refined bytes."""
         if self.provenance["calibration"].get("refined"):
-            words = ["quantlab", "refine", source, self.ftype, "--recipe", str(path)]
+            text = text or self.provenance["calibration"]["text"]
+            words = ["quantlab", "refine", source, self.ftype, "--recipe", str(path), "-f", str(text)]
             return shlex.join(words + (["--imatrix", str(imatrix)] if imatrix else []))
         target = f"{Path(source).stem}-{Path(path).stem}.gguf"
         words = ["llama-quantize", "--tensor-type-file", str(path), source, target, self.ftype]
