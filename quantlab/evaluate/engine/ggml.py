@@ -66,7 +66,7 @@ class GgmlEngine(CpuEngine):
             if done != (order.activations, order.run):
                 done, rounded = (order.activations, order.run), self._round(x, order.activations, order.run)
             if is_ordered:
-                product(rounded, part, target)
+                product(rounded, part, target)  # pyright: ignore[reportArgumentType]
             else:
                 multiply(rounded, part[1], target)
 

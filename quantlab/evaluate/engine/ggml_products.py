@@ -166,7 +166,7 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], workers) -> Pac
         parts = blocks(len(integers), _ROWS_OF_A_TASK)
         workers.map(lambda part, x=integers, at=rows.start: _fill(x[part], codes, factors, at + part.start), parts)
         if mins.size:
-            _fill_pairs(lowest, mins, rows.start)
+            _fill_pairs(lowest, mins, rows.start)  # pyright: ignore[reportArgumentType]
     return Packed(qtype, n_out, codes, factors, _panels(d), mins, _panels(*dmin) if dmin else _NO_FLOATS)
 
 
