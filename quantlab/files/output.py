@@ -110,9 +110,7 @@ def check_apart(path: Path, inputs: Iterable[Path]) -> None:
         raise ValueError(f"{path}: is the input, must be another file. Choose another output.")
 
 
-def check_outputs(
-    outputs: Iterable[Path], inputs: Iterable[Path] = (), *, overwrite: bool = False, own: Own | None = None
-) -> None:
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path] = (), *, overwrite: bool = False) -> None:
     """Check the outputs of one call: each must be writable, different from the inputs and the others.
 
     Parameters
@@ -120,7 +118,7 @@ def check_outputs(
     outputs : iterable of Path
     inputs : iterable of Path
         All files that the call reads, see `quantlab.files.inputs.input_files`.
-    overwrite, own
+    overwrite : bool
         As for `check_output`.
 
     Raises
@@ -133,7 +131,7 @@ def check_outputs(
     inputs, seen = list(inputs), set()
     for path in outputs:
         check_apart(path, inputs)
-        check_output(path, overwrite=overwrite, own=own)
+        check_output(path, overwrite=overwrite)
         if follow(path) in seen:
             raise ValueError(f"{path}: is given for two outputs, must be for one. Choose another output.")
         if not is_stream(path):
@@ -191,8 +189,7 @@ def _flush() -> None:
 
 def is_report(path: Path) -> bool:
     """Tell whether a file is a report of `--json` or `save`: JSON of `schema`, `protocol` and `rows`."""
-    found = _json(path)
-    return _has(found, schema=int, protocol=dict, rows=list)
+    return _has(_json(path), schema=int, protocol=dict, rows=list)
 
 
 def is_digests(path: Path) -> bool:

@@ -187,13 +187,8 @@ def _normalizer(entry: Any) -> dict[str, bool]:
     """Return the keys of a lower-casing or accent-stripping normalizer."""
     if not isinstance(entry, dict):
         return {}
-    keys: dict[str, bool] = {}
     steps = entry.get("normalizers") if entry.get("type") == "Sequence" else None
-    for step in [entry, *(steps if isinstance(steps, list) else [])]:
-        kind = step.get("type") if isinstance(step, dict) else None
-        if kind == "Lowercase":
-            keys["lowercase"] = True
-        elif kind == "StripAccents":
-            keys["strip_accents"] = True
-    order = [name for name in ("lowercase", "strip_accents") if name in keys]
-    return {f"tokenizer.ggml.normalizer.{name}": keys[name] for name in order}
+    steps = [entry, *(steps if isinstance(steps, list) else [])]
+    kinds = [step.get("type") for step in steps if isinstance(step, dict)]
+    names = {"Lowercase": "lowercase", "StripAccents": "strip_accents"}
+    return {f"tokenizer.ggml.normalizer.{name}": True for kind, name in names.items() if kind in kinds}

@@ -5,38 +5,22 @@ See `changes.py` for what a source is. A stack has the shape (n_expert, n_out, n
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 
 import numpy as np
 
-from quantlab.files.changes import Source
+from quantlab.files.changes import Changed, Source
 from quantlab.quants.ggml_types import block_size, row_bytes
 
 __all__ = ["STACK_CHANGES", "Stacked", "stack_change"]
 
 
 @dataclass(frozen=True)
-class _Stack:
+class _Stack(Changed):
     """A source whose shape differs from that of the tensors it is made from."""
-
-    source: Source
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the stack."""
-        raise NotImplementedError
 
     def _of_expert(self, expert: int, first: int, last: int) -> np.ndarray:
         """Read rows of one expert."""
         raise NotImplementedError
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def nrows(self) -> int:
-        return prod(self.shape[:-1])
 
     def _cuts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield (expert, first, last) of the rows `start:stop`, each range within one expert."""
@@ -83,14 +67,8 @@ class Half(_Stack):
 
 
 @dataclass(frozen=True)
-class Every(_Stack):
-    """Every other row of each expert."""
-
-    part: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.source.shape[:-2], self.source.shape[-2] // 2, self.source.shape[-1])
+class Every(Half):
+    """The even or the odd rows of each expert."""
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self.source.rows(2 * start, 2 * stop)[self.part :: 2]

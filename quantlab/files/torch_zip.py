@@ -113,15 +113,7 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
             return _read_zip(path)
         if start.startswith(b"\x80"):
             return _read_legacy(path)
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        OSError,
-        ValueError,
-    ) as error:
+    except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, LookupError, OSError, ValueError) as error:
         if str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path}: broken torch file ({reason(error)}). {_DAMAGED}") from None
@@ -404,14 +396,10 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any
     return view
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
 _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
     "collections.OrderedDict": lambda *_: {},
 }
 _CONSTANTS: dict[str, Callable[[], Any]] = {

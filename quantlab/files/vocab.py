@@ -296,23 +296,20 @@ class Vocab:
 
         cut = pre_tokenizer(self.pre)
         ids = {token: i for i, token in enumerate(self.tokens) if not _HALF.search(token)}  # no text holds the others
-        if cut.of_bytes:
-            merges = [self._split_merge(merge, ids) for merge in self.merges]
-        else:  # runs of spaces are tokens of their own, which no merge makes
-            pairs = [(merge[: merge.find(" ", 1)], merge[merge.find(" ", 1) + 1 :]) for merge in self.merges]
-            merges = [(left, right) for left, right in pairs if {left, right, left + right} <= ids.keys()]
+        merges = []
+        for merge in self.merges:
+            head, _, right = merge[1:].partition(" ")  # a part may begin with a space
+            left = merge[:1] + head
+            if {left, right, left + right} <= ids.keys():
+                merges.append((left, right))
+            elif cut.of_bytes:  # Gemma's runs of spaces are tokens of their own, which no merge makes
+                raise ValueError(
+                    f"{self.source}: merge {short(merge)} names missing tokens. Convert the checkpoint again."
+                )
         model = models.BPE(ids, merges, ignore_merges=cut.ignore_merges, byte_fallback=not cut.of_bytes)
         tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = cut.build()
         return tokenizer
-
-    def _split_merge(self, merge: str, ids: Mapping[str, int]) -> tuple[str, str]:
-        """Split `"left right"` at the first space after the first character; both and their sum must be tokens."""
-        cut = merge.find(" ", 1)
-        left, right = merge[:cut], merge[cut + 1 :]
-        if cut < 0 or not {left, right, left + right} <= ids.keys():
-            raise ValueError(f"{self.source}: merge {short(merge)} names missing tokens. Convert the checkpoint again.")
-        return left, right
 
     @cached_property
     def pieces(self) -> list[bytes]:

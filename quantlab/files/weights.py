@@ -90,8 +90,7 @@ def _is_left_over(whole: Path, index_path: Path, parts: list[str]) -> bool:
     others = [index_path.name] * index_path.is_file() + shards
     warnings.warn(
         f"{whole}: only this file is read, as transformers does; {', '.join(others[:3])}{', …' * (len(others) > 3)} "
-        f"in the same folder "
-        "can be deleted.",
+        "in the same folder can be deleted.",
         stacklevel=4,
     )
     return True
