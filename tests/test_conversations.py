@@ -123,6 +123,13 @@ def test_scores_do_not_depend_on_what_stands_behind_a_sequence(model, tmp_path):
     assert "chat turns, rendered by the model's own chat template" in both.to_html()
 
 
+def test_only_a_newline_ends_a_conversation():
+    said = "one\u2028two\x85three"
+    lines = [json.dumps({"messages": [*TURNS[:1], TURNS[1] | {"content": said}]}, ensure_ascii=False)] * 2
+    read = read_conversations(Text.from_bytes("turns.jsonl", "\r\n".join(lines).encode()))
+    assert [messages[1]["content"] for messages in read] == [said] * 2
+
+
 def test_what_is_too_long_loses_its_end(model):
     text = text_of({"messages": TURNS}, {"messages": TURNS[:2]})
     whole = cut_answers(text, model, n_ctx=256, chunks=None, mode="float", rules="none")

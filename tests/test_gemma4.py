@@ -64,6 +64,14 @@ def test_other_positions_are_refused(tmp_path):
         ql.open(changed(tmp_path, "gemma4", rope_parameters=rope))
 
 
+def test_a_window_and_a_number_of_layers_must_be_numbers(tmp_path):
+    for key, value in (("sliding_window", 0), ("num_kv_shared_layers", "2")):
+        with pytest.raises(
+            ValueError, match=f"{key}={value!r}, must be 1 to 2147483647. Use the config.json that came"
+        ):
+            ql.open(changed(tmp_path / key, "gemma4-e", **{key: value}))
+
+
 def test_attention_to_what_follows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="use_bidirectional_attention='all', must be vision, as llama.cpp computes"):
         ql.open(changed(tmp_path, "gemma4", use_bidirectional_attention="all"))

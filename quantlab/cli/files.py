@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import AsLlamaCpp, JsonPath, Overwrite, Rules, app, as_options, prints_to, report, written
+import quantlab.cli.options as cli
 
 
-@app.command()
+@cli.app.command()
 def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model: smollm2.")]) -> None:
     """Download a model, check its SHA-256 and print its path."""
     from quantlab.files.bundled import fetch
@@ -19,7 +19,7 @@ def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the 
     typer.echo(str(fetch(name)))
 
 
-@app.command()
+@cli.app.command()
 def convert(
     src: Annotated[
         str, typer.Argument(metavar="SRC", help="A checkpoint's folder or file of weights, or org/model on the hub.")
@@ -27,7 +27,7 @@ def convert(
     outfile: Annotated[
         Path | None,
         typer.Option(
-            "--outfile", callback=written(), help="Default: ggml-model-<TYPE>.gguf in the checkpoint's folder."
+            "--outfile", callback=cli.written(), help="Default: ggml-model-<TYPE>.gguf in the checkpoint's folder."
         ),
     ] = None,
     outtype: Annotated[
@@ -36,7 +36,7 @@ def convert(
             "--outtype", metavar="auto|f32|f16|bf16|q8_0", help="Type of the weights, auto for the checkpoint's own."
         ),
     ] = "auto",
-    as_llama_cpp: AsLlamaCpp = False,
+    as_llama_cpp: cli.AsLlamaCpp = False,
     model_name: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +46,7 @@ def convert(
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Write layers that guess several tokens at once (Qwen3.5, Qwen3-Next).")
     ] = False,
-    overwrite: Overwrite = False,
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Convert a checkpoint to GGUF.
 
@@ -56,30 +56,30 @@ def convert(
 
     options = {"outtype": outtype, "as_llama_cpp": as_llama_cpp, "model_name": model_name, "mtp": mtp}
     path = convert(src, outfile, overwrite=overwrite, **options)
-    typer.echo(str(path), err=prints_to(outfile))
+    typer.echo(str(path), err=cli.prints_to(outfile))
 
 
-@app.command()
+@cli.app.command()
 def sizes(
     shape: Annotated[
         str, typer.Argument(metavar="SHAPE|FILE", help="A bundled shape (yi-34b), a GGUF file or a checkpoint.")
     ],
-    rules: Rules = "current",
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    rules: cli.Rules = "current",
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Print the exact size of every ftype, without any weights."""
     from quantlab.transform.plan import sizes
 
-    report(sizes(shape, rules=rules), json, overwrite)
+    cli.report(sizes(shape, rules=rules), json, overwrite)
 
 
-@app.command()
+@cli.app.command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     layout: Annotated[bool, typer.Option("--layout", help="Print the types as a --tensor-type-file.")] = False,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Print metadata, tensors, types and mixture of a model."""
     from quantlab.files.model import open
@@ -89,15 +89,15 @@ def inspect(
     if layout:
         typer.echo("\n".join(layouts.layout_lines(layouts.layout(open(file)))))
         return
-    report(inspect(file), json, overwrite)
+    cli.report(inspect(file), json, overwrite)
 
 
-@app.command()
+@cli.app.command()
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A GGUF file or a checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The file or checkpoint to compare with.")],
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Print the differences from A to B.
 
@@ -107,17 +107,17 @@ def diff(
     from quantlab.transform.diff import diff
 
     result = diff(a, b)
-    report(result, json, overwrite)
+    cli.report(result, json, overwrite)
     raise typer.Exit(0 if result.is_same else 1)
 
 
-@app.command()
+@cli.app.command()
 def verify(
     quant: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized GGUF file.")],
     source: Annotated[str, typer.Option("--source", metavar="BASE", help="The GGUF file or checkpoint behind QUANT.")],
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="The importance matrix used for QUANT.")] = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Check that QUANT comes from BASE.
 
@@ -127,11 +127,11 @@ def verify(
     from quantlab.transform.verify import verify
 
     result = verify(quant, source, imatrix=imatrix)
-    report(result, json, overwrite)
+    cli.report(result, json, overwrite)
     raise typer.Exit(0 if result.is_genuine else 1)
 
 
-@app.command()
+@cli.app.command()
 def split(
     src: Annotated[str, typer.Argument(metavar="IN", help="A whole GGUF file.")],
     outfile: Annotated[
@@ -147,8 +147,8 @@ def split(
         bool, typer.Option("--no-tensor-first-split", help="Put only metadata into the first shard.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the shards without writing them.")] = False,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Split a GGUF file into shards, as llama-gguf-split does.
 
@@ -157,22 +157,22 @@ def split(
     from quantlab.transform.split import split
 
     limits = {"max_tensors": max_tensors, "max_size": max_size, "no_tensor_first_split": no_tensor_first_split}
-    report(split(src, outfile, **limits, dry_run=dry_run, overwrite=overwrite), json, overwrite)
+    cli.report(split(src, outfile, **limits, dry_run=dry_run, overwrite=overwrite), json, overwrite)
 
 
-@app.command()
+@cli.app.command()
 def merge(
     src: Annotated[str, typer.Argument(metavar="SHARD", help="Any of the shards.")],
     outfile: Annotated[
         str | None,
-        typer.Argument(metavar="[OUT]", callback=written(), help="Default: the shards' name without numbers."),
+        typer.Argument(metavar="[OUT]", callback=cli.written(), help="Default: the shards' name without numbers."),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Merge the shards of a GGUF file into one file."""
     from quantlab.transform.split import merge
 
-    typer.echo(str(merge(src, outfile, overwrite=overwrite)), err=prints_to(outfile))
+    typer.echo(str(merge(src, outfile, overwrite=overwrite)), err=cli.prints_to(outfile))
 
 
 def _strings(name: str, metavar: str, text: str):
@@ -222,7 +222,7 @@ Quantized = Annotated[
     list[str],
     typer.Argument(
         metavar="IN [OUT] FTYPE [THREADS]",
-        callback=written(also=[(".quantlab.json", "is_digests")], pick=_outfile),
+        callback=cli.written(also=[(".quantlab.json", "is_digests")], pick=_outfile),
         help="GGUF file or checkpoint, output, mixture, number of threads (default: all cores).",
     ),
 ]
@@ -235,7 +235,7 @@ PruneLayers = Annotated[
 Reuse = Annotated[Path | None, typer.Option(metavar="OLD", help="Copy unchanged tensors from an older output.")]
 
 
-@app.command()
+@cli.app.command()
 def quantize(
     files: Quantized,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix in either format.")] = None,
@@ -257,10 +257,10 @@ def quantize(
     reuse: Reuse = None,
     histogram: _flag("--histogram", "Show how often each code is used, per tensor.") = False,
     dry_run: _flag("--dry-run", "Print the plan and write nothing.") = False,
-    as_llama_cpp: AsLlamaCpp = False,
-    rules: Rules = "current",
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    as_llama_cpp: cli.AsLlamaCpp = False,
+    rules: cli.Rules = "current",
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Quantize a GGUF file or a checkpoint.
 
@@ -293,10 +293,10 @@ def quantize(
 
     def say(item):
         if isinstance(item, Plan) and (dry_run or json):
-            typer.echo(item.to_frame().to_string(index=False), err=prints_to(json, outfile))
-            report(item, json, overwrite, outfile)
+            typer.echo(item.to_frame().to_string(index=False), err=cli.prints_to(json, outfile))
+            cli.report(item, json, overwrite, outfile)
         else:
-            typer.echo(as_options(str(item)), err=prints_to(json, outfile))
+            typer.echo(cli.as_options(str(item)), err=cli.prints_to(json, outfile))
 
     options |= {"reuse": reuse, "histogram": histogram, "dry_run": dry_run, "overwrite": overwrite}
     path = quantize(src, outfile, report=say, **options)

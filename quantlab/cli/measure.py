@@ -7,30 +7,10 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import (
-    CalibrateOn,
-    Chunks,
-    ContextSize,
-    Device,
-    DeviceMemory,
-    JsonPath,
-    Memory,
-    Mode,
-    Overwrite,
-    ProtocolName,
-    Rules,
-    Scratch,
-    TextName,
-    app,
-    context_size,
-    pairs,
-    prints_to,
-    report,
-    written,
-)
+import quantlab.cli.options as cli
 
 
-@app.command()
+@cli.app.command()
 def perplexity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     text: Annotated[
@@ -45,27 +25,27 @@ def perplexity(
     n_ctx: Annotated[
         int | None, typer.Option("-c", "--ctx-size", help="Tokens per chunk, 0: the model's own (default: 512).")
     ] = None,
-    chunks: Chunks = None,
-    protocol: ProtocolName = "llama.cpp",
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    scratch: Scratch = None,
+    chunks: cli.Chunks = None,
+    protocol: cli.ProtocolName = "llama.cpp",
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
+    scratch: cli.Scratch = None,
     kl_divergence_base: Annotated[
         Path | None,
         typer.Option(
             "--kl-divergence-base",
             metavar="FILE",
-            callback=written(pick=lambda values, all_values: [] if all_values["kl_divergence"] else values),
+            callback=cli.written(pick=lambda values, all_values: [] if all_values["kl_divergence"] else values),
             help="File for the predictions: written, or read with --kl-divergence.",
         ),
     ] = None,
     kl_divergence: Annotated[
         bool, typer.Option("--kl-divergence", help="Compare with the predictions in the --kl-divergence-base FILE.")
     ] = False,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Measure the perplexity of a model on a text.
 
@@ -74,7 +54,7 @@ def perplexity(
     from quantlab.evaluate import perplexity as measure
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    options |= {"chunks": chunks, "scratch": scratch, "n_ctx": context_size(model, n_ctx)}
+    options |= {"chunks": chunks, "scratch": scratch, "n_ctx": cli.context_size(model, n_ctx)}
     if kl_divergence:
         if kl_divergence_base is None or protocol != "llama.cpp":
             raise typer.BadParameter(
@@ -85,29 +65,29 @@ def perplexity(
         options |= {"protocol": protocol, "kl_divergence_base": kl_divergence_base, "overwrite": overwrite}
         options["n_ctx"] = 512 if options["n_ctx"] is None else options["n_ctx"]
         result = measure.perplexity(model, text or "primer", **options)
-    report(result, json, overwrite, None if kl_divergence else kl_divergence_base)
+    cli.report(result, json, overwrite, None if kl_divergence else kl_divergence_base)
 
 
-@app.command()
+@cli.app.command()
 def compare(
     base: Annotated[str, typer.Argument(metavar="BASE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     variants: Annotated[
         list[str], typer.Argument(metavar="[NAME=]VARIANT…", help="Ftypes (Q4_K_M, Q4_K_M+refined), files or recipes.")
     ],
-    text: TextName = "primer",
+    text: cli.TextName = "primer",
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix for ftypes and recipes.")] = None,
-    calibrate_on: CalibrateOn = "sampled",
-    rules: Rules = "current",
-    n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
-    protocol: ProtocolName = "llama.cpp",
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    scratch: Scratch = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    calibrate_on: cli.CalibrateOn = "sampled",
+    rules: cli.Rules = "current",
+    n_ctx: cli.ContextSize = 512,
+    chunks: cli.Chunks = None,
+    protocol: cli.ProtocolName = "llama.cpp",
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
+    scratch: cli.Scratch = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Compare variants with their base: perplexity, KL divergence.
 
@@ -116,12 +96,12 @@ def compare(
     from quantlab.evaluate.perplexity import compare
 
     options = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    options |= {"protocol": protocol, "scratch": scratch, "n_ctx": context_size(base, n_ctx), "chunks": chunks}
+    options |= {"protocol": protocol, "scratch": scratch, "n_ctx": cli.context_size(base, n_ctx), "chunks": chunks}
     options |= {"imatrix": imatrix, "rules": rules, "calibrate_on": calibrate_on}
-    report(compare(base, variants, text, **options), json, overwrite)
+    cli.report(compare(base, variants, text, **options), json, overwrite)
 
 
-@app.command()
+@cli.app.command()
 def table(
     model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     text: Annotated[
@@ -131,23 +111,23 @@ def table(
     today: Annotated[
         bool, typer.Option("--today", help="Add the I-quants, with an importance matrix from the text sampled.")
     ] = False,
-    calibrate_on: CalibrateOn = "sampled",
-    rules: Rules = "current",
-    n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    calibrate_on: cli.CalibrateOn = "sampled",
+    rules: cli.Rules = "current",
+    n_ctx: cli.ContextSize = 512,
+    chunks: cli.Chunks = None,
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Print the size and the perplexity of every ftype."""
     from quantlab.study import tables
 
     names = [name for name in ftypes.split(",") if name]
     where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": context_size(model, n_ctx), "chunks": chunks}
+    options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": cli.context_size(model, n_ctx), "chunks": chunks}
     result = tables.size_ppl(model, text, ftypes=names, **where, **options)
     if today:
         from quantlab.study.today import with_today
@@ -155,12 +135,12 @@ def table(
         try:
             result = with_today(result, model, text, calibrate_on=calibrate_on, **where)
         finally:  # what was measured already is shown whatever happens
-            report(result, json, overwrite)
+            cli.report(result, json, overwrite)
     else:
-        report(result, json, overwrite)
+        cli.report(result, json, overwrite)
 
 
-@app.command()
+@cli.app.command()
 def imatrix(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="tiny, smollm2, a GGUF file or a checkpoint.")
@@ -170,24 +150,24 @@ def imatrix(
     ] = None,
     outfile: Annotated[
         Path | None,
-        typer.Option("-o", "--output-file", callback=written(), help="Output file (default: imatrix.gguf)."),
+        typer.Option("-o", "--output-file", callback=cli.written(), help="Output file (default: imatrix.gguf)."),
     ] = None,
     in_file: Annotated[
         list[Path] | None, typer.Option("--in-file", help="Importance matrix to add (repeatable).")
     ] = None,
-    n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
+    n_ctx: cli.ContextSize = 512,
+    chunks: cli.Chunks = None,
     process_output: Annotated[bool, typer.Option("--process-output", help="Collect for output.weight also.")] = False,
     legacy: Annotated[bool, typer.Option("--legacy", help="Write the older format, .dat.")] = False,
     show_statistics: Annotated[
         bool, typer.Option("--show-statistics", help="Print a table of statistics of every tensor's inputs.")
     ] = False,
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Collect an importance matrix on a text.
 
@@ -205,7 +185,7 @@ def imatrix(
     files = in_file or []
     if model is None and show_statistics and outfile is None:
         matrix = read_imatrix(files[0]) if len(files) == 1 else merge(map(read_imatrix, files), chunk_size=n_ctx)
-        report(matrix, json, overwrite)
+        cli.report(matrix, json, overwrite)
         return
     outfile = outfile or Path("imatrix.gguf")
     others = [Path(json)] if json not in (None, "-") else []
@@ -216,18 +196,18 @@ def imatrix(
         else:
             options = {"process_output": process_output, "in_files": files}
             options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-            matrix = imatrix(model, text or "sampled", n_ctx=context_size(model, n_ctx), chunks=chunks, **options)  # pyright: ignore[reportArgumentType]
+            matrix = imatrix(model, text or "sampled", n_ctx=cli.context_size(model, n_ctx), chunks=chunks, **options)  # pyright: ignore[reportArgumentType]
         matrix.save(part, legacy=legacy, overwrite=True)
-    typer.echo(str(outfile), err=prints_to(json, outfile))
+    typer.echo(str(outfile), err=cli.prints_to(json, outfile))
     if show_statistics or json:
-        report(matrix, json, overwrite, outfile)
+        cli.report(matrix, json, overwrite, outfile)
 
 
 Refined = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL [OUT] FTYPE",
-        callback=written(pick=lambda files, _: files[1:2] if len(files) == 3 else []),
+        callback=cli.written(pick=lambda files, _: files[1:2] if len(files) == 3 else []),
         help="GGUF file or checkpoint, output, mixture.",
     ),
 ]
@@ -253,23 +233,23 @@ Judge = Annotated[
 ]
 
 
-@app.command()
+@cli.app.command()
 def refine(
     files: Refined,
     text: Texts = None,
-    n_ctx: ContextSize = 512,
+    n_ctx: cli.ContextSize = 512,
     chunks: RefineChunks = 64,
     sweeps: Sweeps = 2,
     damping: Damping = "auto",
     imatrix: OtherMatrix = None,
     recipe: RecipeFile = None,
-    tensor_type: pairs("--tensor-type", "Type of tensors by name; the first match counts.") = None,
+    tensor_type: cli.pairs("--tensor-type", "Type of tensors by name; the first match counts.") = None,
     judge: Judge = None,
-    rules: Rules = "current",
-    memory: Memory = None,
-    scratch: Scratch = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    rules: cli.Rules = "current",
+    memory: cli.Memory = None,
+    scratch: cli.Scratch = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Quantize with the same types and size, but less damage.
 
@@ -290,42 +270,42 @@ def refine(
     judge = judge or ("none" if "primer" in texts else "primer")
     if judge in texts:
         raise typer.BadParameter("is a calibration text, choose another or none", param_hint="--judge")
-    n_ctx = context_size(files[0], n_ctx)  # pyright: ignore[reportAssignmentType]
+    n_ctx = cli.context_size(files[0], n_ctx)  # pyright: ignore[reportAssignmentType]
     path = refine(
         files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,
         chunks=None if chunks == -1 else chunks,
         sweeps=sweeps, damping=damping, imatrix=imatrix, recipe=recipe, rules=rules, memory=memory, scratch=scratch,
         tensor_types=[parse_tensor_type(item) for item in tensor_type or ()], overwrite=overwrite,
     )  # fmt: skip
-    typer.echo(str(path), err=prints_to(json, path))
+    typer.echo(str(path), err=cli.prints_to(json, path))
     if is_stream(path):  # it cannot be read again
         return
     if judge == "none":
-        report(inspect(path), json, overwrite, path)
+        cli.report(inspect(path), json, overwrite, path)
         return
     judged = judge_refined(path, files[0], judge, imatrix=imatrix, rules=rules, n_ctx=n_ctx, memory=memory)
-    report(judged, json, overwrite, path)
+    cli.report(judged, json, overwrite, path)
     if not judged.helped:
         typer.echo(
             f"quantlab: on {judge} the refined bytes do no less damage. Calibrate on more or other text.", err=True
         )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@cli.app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def notebook(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The notebook's name, without .ipynb.")],
     picture: Annotated[
         str | None,
         typer.Option(
-            "--picture", metavar="FILE", callback=written("is_picture"), help="Write the first figure as PNG."
+            "--picture", metavar="FILE", callback=cli.written("is_picture"), help="Write the first figure as PNG."
         ),
     ] = None,
     parameters_file: Annotated[
         Path | None,
         typer.Option("-f", "--parameters_file", metavar="FILE.yaml", help="Parameters, as in notebooks/params/."),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Run a notebook, with parameters as -p KEY VALUE.
 
@@ -348,8 +328,8 @@ def notebook(
     folder = notebooks.run(name, given, overwrite=overwrite)
     table = folder / f"{name}.txt"
     if table.is_file():
-        typer.echo(f"\n{table.read_text(encoding='utf-8').strip()}\n", err=prints_to(picture))
+        typer.echo(f"\n{table.read_text(encoding='utf-8').strip()}\n", err=cli.prints_to(picture))
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
-    typer.echo(f"Written to {folder}: {files}", err=prints_to(picture))
+    typer.echo(f"Written to {folder}: {files}", err=cli.prints_to(picture))
     if picture:
         notebooks.picture(name, folder, picture, overwrite=overwrite)

@@ -7,24 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import (
-    CalibrateOn,
-    Chunks,
-    ContextSize,
-    Device,
-    DeviceMemory,
-    JsonPath,
-    Memory,
-    Mode,
-    Overwrite,
-    ProtocolName,
-    Rules,
-    Scratch,
-    app,
-    prints_to,
-    written,
-)
-from quantlab.cli.options import report as show
+import quantlab.cli.options as cli
 
 
 def _page_and_json(values: list[str], _) -> list[str]:
@@ -33,7 +16,7 @@ def _page_and_json(values: list[str], _) -> list[str]:
     return [str(path) for value in values for path in outputs(value)]
 
 
-@app.command()
+@cli.app.command()
 def report(
     base: Annotated[str, typer.Argument(metavar="BASE", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     variants: Annotated[
@@ -53,11 +36,11 @@ def report(
     outfile: Annotated[
         Path,
         typer.Option(
-            "-o", "--output-file", callback=written(pick=_page_and_json), help="Page; its figures go into a .json."
+            "-o", "--output-file", callback=cli.written(pick=_page_and_json), help="Page; its figures go into a .json."
         ),
     ] = Path("report.html"),
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix for ftypes and recipes.")] = None,
-    calibrate_on: CalibrateOn = "sampled",
+    calibrate_on: cli.CalibrateOn = "sampled",
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -65,19 +48,19 @@ def report(
         ),
     ] = None,
     n_predict: Annotated[int, typer.Option("-n", "--predict", "--n-predict", help="Tokens of a continuation.")] = 48,
-    rules: Rules = "current",
-    n_ctx: ContextSize = 512,
+    rules: cli.Rules = "current",
+    n_ctx: cli.ContextSize = 512,
     chunks: Annotated[
         int | None,
         typer.Option("--chunks", help="Stop after N chunks of each text; -1: none (default: none, large models 16)."),
     ] = None,
-    protocol: ProtocolName = "llama.cpp",
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    scratch: Scratch = None,
-    overwrite: Overwrite = False,
+    protocol: cli.ProtocolName = "llama.cpp",
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
+    scratch: cli.Scratch = None,
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Measure variants on texts, and write a page about them.
 
@@ -91,7 +74,7 @@ def report(
     options |= {"calibrate_on": calibrate_on, "prompt": prompt, "n_predict": n_predict, "overwrite": overwrite}
     options["n_ctx"] = n_ctx or open_model(base).hparams.n_ctx
     result = report(base, variants, text or ["primer"], out=outfile, **options)
-    typer.echo("\n".join(map(str, [result, *outputs(outfile)])), err=prints_to(outfile))
+    typer.echo("\n".join(map(str, [result, *outputs(outfile)])), err=cli.prints_to(outfile))
 
 
 def _card(name: str, text: str):
@@ -117,7 +100,7 @@ ReportTexts = Annotated[
 ]
 
 
-@app.command()
+@cli.app.command()
 def release(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A checkpoint, org/model on the hub, a GGUF file, or tiny.")
@@ -131,8 +114,8 @@ def release(
         str, typer.Option("-f", "--file", metavar="TEXT", help="Calibrate on this text.")
     ] = "sampled",
     text: ReportTexts = None,
-    n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
+    n_ctx: cli.ContextSize = 512,
+    chunks: cli.Chunks = None,
     split_max_size: Annotated[
         str | None, typer.Option("--split-max-size", metavar="N(M|G)", help="Put more than this into shards.")
     ] = None,
@@ -146,14 +129,14 @@ def release(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Allow tensors that are already quantized.")
     ] = False,
-    rules: Rules = "current",
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
+    rules: cli.Rules = "current",
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Make a folder that can be uploaded to the hub.
 
@@ -171,4 +154,4 @@ def release(
     specs = [spec for given in ftypes for spec in given.split(",") if spec]
     matrix = None if imatrix == "none" else imatrix
     n_ctx = n_ctx or open_model(model).hparams.n_ctx
-    show(release(model, out, ftypes=specs, imatrix=matrix, texts=texts, n_ctx=n_ctx, **options), json, overwrite)  # pyright: ignore[reportArgumentType]
+    cli.report(release(model, out, ftypes=specs, imatrix=matrix, texts=texts, n_ctx=n_ctx, **options), json, overwrite)  # pyright: ignore[reportArgumentType]

@@ -7,25 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.options import (
-    Chunks,
-    ContextSize,
-    Device,
-    DeviceMemory,
-    JsonPath,
-    Memory,
-    Mode,
-    Overwrite,
-    Rules,
-    TextName,
-    app,
-    context_size,
-    names_in,
-    pairs,
-    prints_to,
-    report,
-    written,
-)
+import quantlab.cli.options as cli
 
 Types = Annotated[
     str | None,
@@ -38,10 +20,10 @@ Exclude = Annotated[
 Refined = Annotated[bool, typer.Option("--refined", help="Measure with refined bytes, for recipes of refine.")]
 
 
-@app.command()
+@cli.app.command()
 def sensitivity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
-    text: TextName = "sampled",
+    text: cli.TextName = "sampled",
     types: Types = None,
     exclude: Exclude = None,
     groups: Annotated[
@@ -56,19 +38,19 @@ def sensitivity(
         int | None, typer.Option("--sample", metavar="N", help="Measure N layers only, predict the rest.")
     ] = None,
     refined: Refined = False,
-    rules: Rules = "current",
-    n_ctx: ContextSize = 512,
-    chunks: Chunks = None,
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
+    rules: cli.Rules = "current",
+    n_ctx: cli.ContextSize = 512,
+    chunks: cli.Chunks = None,
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="FOLDER", help="Folder of measurements (default: the user's cache)."),
     ] = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Measure the damage of each tensor at each type.
 
@@ -78,10 +60,10 @@ def sensitivity(
     from quantlab.study.sensitivity import sensitivity
 
     options = {"groups": groups, "imatrix": imatrix, "around": around, "sample": sample, "rules": rules}
-    options |= {"types": names_in(types) or CANDIDATES, "exclude": names_in(exclude), "refined": refined}
-    options |= {"n_ctx": context_size(model, n_ctx), "chunks": chunks, "cache": cache or True}
+    options |= {"types": cli.names_in(types) or CANDIDATES, "exclude": cli.names_in(exclude), "refined": refined}
+    options |= {"n_ctx": cli.context_size(model, n_ctx), "chunks": chunks, "cache": cache or True}
     options |= {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
-    report(sensitivity(model, text, **options), json, overwrite)
+    cli.report(sensitivity(model, text, **options), json, overwrite)
 
 
 Size = Annotated[str | None, typer.Option("--target-size", metavar="3MiB", help="Limit: bytes of tensor data.")]
@@ -128,28 +110,28 @@ Judge = Annotated[
 Out = Annotated[
     Path,
     typer.Option(
-        "-o", "--output-file", callback=written(also=[(".json", "is_report")]),
+        "-o", "--output-file", callback=cli.written(also=[(".json", "is_report")]),
         help="Write a --tensor-type-file, and its origin into <FILE>.json.",
     ),
 ]  # fmt: skip
 Gguf = Annotated[
     Path | None,
     typer.Option(
-        "--quantize", metavar="OUT", callback=written(also=[(".quantlab.json", "is_digests")]),
+        "--quantize", metavar="OUT", callback=cli.written(also=[(".quantlab.json", "is_digests")]),
         help="Write the quantized GGUF file also.",
     ),
 ]  # fmt: skip
 
 
-@app.command()
+@cli.app.command()
 def recipe(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     target_size: Size = None,
     target_bpw: Bpw = None,
     like: Like = None,
-    keep: pairs("--keep", "Type of tensors by name.") = None,
-    min_type: pairs("--min-type", "Narrowest type of tensors by name.") = None,
-    max_type: pairs("--max-type", "Widest type of tensors by name.") = None,
+    keep: cli.pairs("--keep", "Type of tensors by name.") = None,
+    min_type: cli.pairs("--min-type", "Narrowest type of tensors by name.") = None,
+    max_type: cli.pairs("--max-type", "Widest type of tensors by name.") = None,
     exclude: Exclude = None,
     criterion: Criterion = "kld",
     refined: Refined = False,
@@ -165,13 +147,13 @@ def recipe(
     judge: Judge = None,
     outfile: Out = Path("recipe.txt"),
     gguf: Gguf = None,
-    rules: Rules = "current",
-    mode: Mode = "float",
-    device: Device = "auto",
-    device_memory: DeviceMemory = None,
-    memory: Memory = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    rules: cli.Rules = "current",
+    mode: cli.Mode = "float",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
+    memory: cli.Memory = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Choose the type of every tensor under a size limit.
 
@@ -189,11 +171,11 @@ def recipe(
     size_limit(base, **sizes, rules=rules, imatrix=imatrix is not None)  # refused before anything is measured
     asked = {"keep": keep, "min_type": min_type, "max_type": max_type}
     asked = {key: list(map(parse_tensor_type, given or ())) for key, given in asked.items()}
-    asked |= {"exclude": names_in(exclude), "criterion": criterion, "imatrix": imatrix, "rules": rules}
-    given = {"types": names_in(types) or None, "sample": sample, "chunks": chunks, "n_ctx": n_ctx}
+    asked |= {"exclude": cli.names_in(exclude), "criterion": criterion, "imatrix": imatrix, "rules": rules}
+    given = {"types": cli.names_in(types) or None, "sample": sample, "chunks": chunks, "n_ctx": n_ctx}
     given |= {"refined": refined or None}
     judge = _check_recipe(given | {"text": text}, sensitivity, criterion, exchanges, minutes, gguf, judge)
-    found = sensitivity or _measured(base, text, given | {"n_ctx": context_size(model, n_ctx)}, asked, where, mode)
+    found = sensitivity or _measured(base, text, given | {"n_ctx": cli.context_size(model, n_ctx)}, asked, where, mode)
     best = recipe(found, base, **sizes, **asked)  # pyright: ignore[reportArgumentType]
     if criterion == "kld" and exchanges != 0:
         count = EXCHANGES if exchanges is None else exchanges
@@ -203,9 +185,9 @@ def recipe(
         options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
         quantize(base, gguf, ftype=best.ftype, **options)
     said = [best] * (judge != "none") + [best.command(outfile, imatrix=imatrix, text=text)]
-    typer.echo("\n".join(map(str, said)), err=prints_to(json, outfile, gguf))
+    typer.echo("\n".join(map(str, said)), err=cli.prints_to(json, outfile, gguf))
     where |= {"mode": mode, "imatrix": imatrix, "calibrate_on": text}
-    report(best if judge == "none" else front.judge(best, base, judge, **where), json, overwrite, outfile, gguf)
+    cli.report(best if judge == "none" else front.judge(best, base, judge, **where), json, overwrite, outfile, gguf)
 
 
 def _one_limit(**limits: Any) -> dict[str, Any]:

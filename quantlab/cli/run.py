@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli.options import JsonPath, Overwrite, Rules, app, report, written
+import quantlab.cli.options as cli
 
 
-@app.command()
+@cli.app.command()
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help="tiny, yi-34b, a GGUF file or a checkpoint.")],
     ftype: Annotated[str | None, typer.Option("--ftype", metavar="FTYPE", help="Show only this mixture.")] = None,
@@ -30,13 +30,13 @@ def fit(
     flash_attn: Annotated[
         bool, typer.Option("--flash-attn/--no-flash-attn", help="Use attention that stores no scores.")
     ] = True,
-    rules: Rules = "current",
+    rules: cli.Rules = "current",
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE.png", callback=written("is_picture"), help="Draw the memory as bars."),
+        typer.Option("--plot", metavar="FILE.png", callback=cli.written("is_picture"), help="Draw the memory as bars."),
     ] = None,
-    overwrite: Overwrite = False,
-    json: JsonPath = None,
+    overwrite: cli.Overwrite = False,
+    json: cli.JsonPath = None,
 ) -> None:
     """Print the memory that a model needs, and what fits.
 
@@ -47,7 +47,7 @@ def fit(
     options = {"ftype": ftype, "vram": vram, "ram": ram, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "rules": rules}
     options |= {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v, "n_ubatch": n_ubatch}
     result = fit(model, flash_attn=flash_attn, **options)
-    report(result, json, overwrite, plot)
+    cli.report(result, json, overwrite, plot)
     if plot is not None:
         from quantlab.study import plots
 
@@ -64,7 +64,7 @@ GpuLayers = Annotated[
 Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Threads (default: llama.cpp's choice).")]
 
 
-@app.command()
+@cli.app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")],
     system: Annotated[str, typer.Option("-sys", "--system-prompt", help="Instruction before the conversation.")] = "",
@@ -96,7 +96,7 @@ def chat(
         talk(Conversation(engine, system, sampling))
 
 
-@app.command()
+@cli.app.command()
 def serve(
     model: Annotated[
         str, typer.Option("-m", "--model", metavar="MODEL", help="tiny, smollm2, a GGUF file or a checkpoint.")

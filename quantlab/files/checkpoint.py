@@ -74,16 +74,10 @@ def open_checkpoint(
     ----------
     path : str or Path
         A Hugging Face folder, a folder of Meta's, or one file of weights with its configuration beside it.
-    outtype : str
-        Type of the matrices: `"f32" "f16" "bf16" "q8_0"`, or `"auto"` for the checkpoint's own. Vectors stay F32.
+    outtype, as_llama_cpp, model_name, mtp
+        As for `quantlab.convert`.
     loss : RangeLoss, optional
         Filled while tensors are read.
-    as_llama_cpp : bool
-        Whether vocabulary and activation are those of llama.cpp where quantlab differs on purpose.
-    model_name : str, optional
-        `general.name`. Default: that of the model card, or one made from the folder's name.
-    mtp : bool
-        Whether layers that guess several tokens at once are kept.
 
     Returns
     -------
@@ -372,7 +366,7 @@ def _check_finite(rows: np.ndarray, name: str, start: int) -> None:
         )
     if not rows.size:
         return
-    magnitude = rows.view(bits) & bits(~(1 << (8 * rows.dtype.itemsize - 1)) & (1 << 8 * rows.dtype.itemsize) - 1)
+    magnitude = rows.view(bits) & bits(np.iinfo(bits).max >> 1)
     if magnitude.max() >= ceiling:
         row, column = np.unravel_index(np.argmax(magnitude >= ceiling), rows.shape)
         value = rows[row, column]

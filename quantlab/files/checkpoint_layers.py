@@ -57,7 +57,8 @@ def recurrent(path: Path, table: dict[str, Any], config: Any) -> dict[str, Any]:
 
 def windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: int) -> tuple[int, ...] | int:
     """Return the window of each layer, for architectures that have windows in llama.cpp."""
-    if not record.window_period or not table.get("sliding_window"):
+    has_two_sizes = "head_dim_window" in record.metadata.values()
+    if not record.window_period or not (table.get("sliding_window") or has_two_sizes):
         return 0
     size, kinds = number(path, table, "sliding_window"), table.get("layer_types")
     step = table.get("sliding_window_pattern", table.get("_sliding_window_pattern", record.window_period))
@@ -65,7 +66,7 @@ def windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: in
         given = tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
     else:
         given = tuple(size if type(step) is int and step and (i + 1) % step else 0 for i in range(n_layer))
-    if given and "head_dim_window" in record.metadata.values():
+    if given and has_two_sizes:
         given = (*given[:-1], 0)  # as transformers has it
     usual = tuple(size if (i + 1) % record.window_period else 0 for i in range(n_layer))
     if len(given) != n_layer or given != usual and "windowed" not in record.metadata.values():
@@ -111,6 +112,7 @@ def sizes_of_windows(
         n_kv = number(path, {"num_global_key_value_heads": n_kv}, "num_global_key_value_heads")
         found["n_head_kv"] = tuple(sizes["n_head_kv"] if size else n_kv for size in window)
     if table.get("use_double_wide_mlp") is True:
-        n_ff, first = number(path, table, "intermediate_size"), len(window) - table.get("num_kv_shared_layers", 0)
+        n_shared = number(path, table, "num_kv_shared_layers") if table.get("num_kv_shared_layers") else 0
+        n_ff, first = number(path, table, "intermediate_size"), len(window) - n_shared
         found["n_ff"] = tuple(n_ff if i < first else 2 * n_ff for i in range(len(window)))
     return sizes | found

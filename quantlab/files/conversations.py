@@ -92,7 +92,7 @@ def _items(text: Text) -> list[Any]:
     if whole is not None:
         return whole if isinstance(whole, list) and not _is_message(whole[:1]) else [whole]
     items = []
-    for number, line in enumerate(text.text.splitlines(), 1):
+    for number, line in enumerate(text.text.split("\n"), 1):  # a text may hold other signs that end a line
         if line.strip():
             try:
                 items.append(json.loads(line))

@@ -58,18 +58,12 @@ def general_metadata(folder: Path, arch: str, tensors: Sequence[LazyTensor], nam
     card, sampling = folder / "README.md", folder / "generation_config.json"
     of_card, of_sampling = _read(card, _front_matter), _read(sampling, read_json)
     collect = partial(_collect, folder, arch, tensors, name)
-    failed: list[Path] = []
-    for parts, bad in (
-        ((of_card, of_sampling), []),
-        (({}, of_sampling), [card]),
-        ((of_card, {}), [sampling]),
-    ):
+    for parts, bad in (((of_card, of_sampling), []), (({}, of_sampling), [card]), ((of_card, {}), [sampling])):
         try:
-            metadata = collect(*parts)
+            metadata, failed = collect(*parts), bad
+            break
         except Exception:  # values of kinds that the library or a GGUF file does not take
             continue
-        failed = bad
-        break
     else:
         metadata, failed = collect({}, {}), [card, sampling]
     for path in failed:

@@ -8,7 +8,7 @@ import numpy as np
 from quantlab.files.gguf_file import Header, read_header
 from quantlab.files.recognize import short
 
-__all__ = ["shard_count", "shard_headers", "shard_path"]
+__all__ = ["shard_count", "shard_headers", "shard_path", "shard_paths"]
 
 MAX_SHARDS = 1000
 
@@ -33,6 +33,18 @@ def shard_path(path: Path, number: int, count: int) -> Path:
             f"Rename the shards to their published names."
         )
     return path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
+
+
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """Return the names of all shards of a file.
+
+    Examples
+    --------
+    >>> [shard.name for shard in shard_paths(Path("m.gguf"), 2)]
+    ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
+    """
+    stem = path.name.removesuffix(".gguf")
+    return [path.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
 def shard_count(header: Header) -> int:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from quantlab.files.bundled import bundled_path, is_own, model_path
+from quantlab.files.recognize import reason
 
 __all__ = ["default_folder", "find_checkpoint", "repository_of"]
 
@@ -38,9 +39,8 @@ def find_checkpoint(src: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(src), allow_patterns=_WANTED))
     except Exception as error:  # network, authorization and naming errors come from several libraries
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise FileNotFoundError(
-            f"{src}: no such folder, and the hub did not provide it ({reason}). Check the name and the network."
+            f"{src}: no such folder, and the hub did not provide it ({reason(error)}). Check the name and the network."
         ) from None
 
 

@@ -267,10 +267,6 @@ def open(path: str | PathLike[str]) -> Model:
         A GGUF file, any one shard of a sharded one, a checkpoint folder, a single checkpoint file, or the name of a
         bundled or fetched model ("tiny", "smollm2").
 
-    Returns
-    -------
-    Model
-
     Raises
     ------
     FileNotFoundError

@@ -20,7 +20,6 @@ from typing import BinaryIO
 
 __all__ = [
     "DIGESTS",
-    "SOFTWARE",
     "beside",
     "check_apart",
     "check_output",
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 DIGESTS = ".quantlab.json"  # added to a quantized file's name: the digests that a later run with `reuse` compares
-SOFTWARE = b"tEXtSoftware\0quantlab"  # in every picture, near its start
 
 Own = Callable[[Path], bool]
 
@@ -199,7 +197,7 @@ def is_digests(path: Path) -> bool:
 
 def is_picture(path: Path) -> bool:
     """Tell whether a file is a PNG picture that quantlab wrote."""
-    return SOFTWARE in _start(path)
+    return b"tEXtSoftware\0quantlab" in _start(path)
 
 
 _OTHERS = {  # what a file is not that stands in the way of a report, a picture, digests; and the remedy

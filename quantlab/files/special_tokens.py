@@ -37,10 +37,8 @@ def special_metadata(
 
     Parameters
     ----------
-    folder : Path
-        The checkpoint.
-    tokenizer, tokenizer_config : dict
-        Its tokenizer.json and tokenizer_config.json.
+    folder, tokenizer, tokenizer_config
+        As for `added_tokens`.
     n_vocab : int, optional
         Ids from here on are left out.
     fixed : dict, optional

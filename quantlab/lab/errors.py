@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 
 from quantlab.files.model import LazyTensor, Model
-from quantlab.quants import block_size, code_histogram, dequantize, grid, quantize
+from quantlab.quants import block_size, code_histogram, dequantize, grid, quantize, roundtrip
 from quantlab.quants import errors as errors_of
 from quantlab.quants.codebook import code_values
+from quantlab.study.changes import kind_of
 from quantlab.transform.mixture import is_quantizable, layer_of
 
 _PERCENTILES = (50, 90, 99, 99.9, 100)
@@ -49,11 +50,6 @@ def matrices(model: Model, pattern: str = "", *, block: int = 1) -> list[LazyTen
     return sorted(kept, key=lambda tensor: (layer_of(tensor.name), tensor.name))
 
 
-def _kind(name: str) -> str:
-    """Return the part of a name that all layers share: `ffn_down` of `blk.3.ffn_down.weight`."""
-    return re.sub(r"^blk\.\d+\.|\.weight$", "", name)
-
-
 def _rms(x: np.ndarray) -> float:
     """Return the root mean square (zeros: 1, so that they stay zeros in units of it)."""
     return float(np.sqrt(np.square(x, dtype=np.float64).mean())) or 1.0
@@ -84,7 +80,7 @@ def tails(tensors: Iterable[LazyTensor]) -> pd.DataFrame:
             {
                 "tensor": tensor.name,
                 "layer": layer_of(tensor.name),
-                "kind": _kind(tensor.name),
+                "kind": kind_of(tensor.name),
                 "n_weights": x.size,
                 "rms": _rms(x),
                 "kurtosis": _kurtosis(x),
@@ -122,7 +118,7 @@ def by_type(tensors: Iterable[LazyTensor], qtypes: Iterable[str]) -> pd.DataFram
     rows, qtypes = [], list(qtypes)
     for tensor in tensors:
         x = tensor.floats()
-        place = {"tensor": tensor.name, "layer": layer_of(tensor.name), "kind": _kind(tensor.name)}
+        place = {"tensor": tensor.name, "layer": layer_of(tensor.name), "kind": kind_of(tensor.name)}
         for qtype in (q for q in qtypes if tensor.shape[-1] % block_size(q) == 0):
             lost = errors_of(x, qtype, name=tensor.name)
             measures = ("n_weights", "bpw", "rmse", "relative", "snr_db", "max_abs")
@@ -165,14 +161,10 @@ def percentiles(tensors: Iterable[LazyTensor], qtype: str) -> pd.DataFrame:
     rows = []
     for tensor in tensors:
         x = tensor.floats()
-        error = np.abs(_decoded(x, qtype, tensor.name) - x) / _rms(x)
+        error = np.abs(roundtrip(x, qtype, name=tensor.name) - x) / _rms(x)
         values = dict(zip([f"p{p:g}" for p in _PERCENTILES], np.percentile(error, _PERCENTILES), strict=True))
-        rows.append({"tensor": tensor.name, "layer": layer_of(tensor.name), "kind": _kind(tensor.name)} | values)
+        rows.append({"tensor": tensor.name, "layer": layer_of(tensor.name), "kind": kind_of(tensor.name)} | values)
     return pd.DataFrame(rows)
-
-
-def _decoded(x: np.ndarray, qtype: str, name: str) -> np.ndarray:
-    return dequantize(quantize(x, qtype, name=name), qtype, x.shape)
 
 
 def histograms(tensor: LazyTensor, qtypes: Iterable[str], *, reach: float = 8, bins: int = 201) -> pd.DataFrame:
@@ -197,7 +189,7 @@ def histograms(tensor: LazyTensor, qtypes: Iterable[str], *, reach: float = 8, b
     """
     x = tensor.floats()
     edges = np.linspace(-reach, reach, bins + 1)
-    samples = {"weights": x} | {qtype: _decoded(x, qtype, tensor.name) - x for qtype in qtypes}
+    samples = {"weights": x} | {qtype: roundtrip(x, qtype, name=tensor.name) - x for qtype in qtypes}
     frames = []
     for name, values in samples.items():
         count, _ = np.histogram(np.clip(values / _rms(x), -reach, reach), edges)
@@ -259,7 +251,7 @@ def error_map(tensor: LazyTensor, qtype: str, *, cells: int = 64) -> pd.DataFram
         Index: first row of the cell; columns: first column; values in rms of the tensor's weights.
     """
     x = tensor.floats().reshape(-1, tensor.shape[-1])
-    error = np.square(_decoded(x, qtype, tensor.name) - x, dtype=np.float64)
+    error = np.square(roundtrip(x, qtype, name=tensor.name) - x, dtype=np.float64)
     rows, columns = (np.unique(np.linspace(0, n, min(cells, n), endpoint=False).astype(int)) for n in x.shape)
     sums = np.add.reduceat(np.add.reduceat(error, rows, axis=0), columns, axis=1)
     areas = np.outer(np.diff([*rows, x.shape[0]]), np.diff([*columns, x.shape[1]]))

@@ -11,13 +11,12 @@ import io
 import json
 import re
 import sys
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantlab.files.bundled import how_to_install, notebooks_dir, runs_dir
-from quantlab.files.output import SOFTWARE, is_picture, replacing
+from quantlab.files.output import is_picture, replacing
 
 _LARGE_PICTURE = 100_000  # bytes
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -148,6 +147,8 @@ def picture(name: str, folder: Path, path: str | Path, *, overwrite: bool = Fals
         If the notebook shows no figure.
     """
     import nbformat
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     cells = nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
     figures = [
@@ -156,25 +157,14 @@ def picture(name: str, folder: Path, path: str | Path, *, overwrite: bool = Fals
     if not figures:
         raise ValueError(f"{name}: shows no figure. Look at {folder / name}.ipynb.")
     data = base64.b64decode(figures[0]["image/png"])
+    image = Image.open(io.BytesIO(data))
+    if len(data) >= _LARGE_PICTURE:
+        image = image.convert("RGB").quantize(256)
+    said = PngInfo()
+    said.add_text("Software", "quantlab")  # by which a later run recognizes it
     with replacing(path, overwrite=overwrite, own=is_picture) as part:
-        part.write_bytes(_signed(data if len(data) < _LARGE_PICTURE else _in_256_colours(data)))
+        image.save(part, "PNG", optimize=True, pnginfo=said)
     return Path(path)
-
-
-def _signed(png: bytes) -> bytes:
-    """Return a PNG that contains the program's name, so that a later run recognizes it."""
-    begin = png.index(b"IHDR") + 4 + 13 + 4  # behind the first chunk: type, 13 bytes, checksum
-    checksum = zlib.crc32(SOFTWARE).to_bytes(4, "big")
-    return png[:begin] + (len(SOFTWARE) - 4).to_bytes(4, "big") + SOFTWARE + checksum + png[begin:]
-
-
-def _in_256_colours(data: bytes) -> bytes:
-    """Return the picture as a PNG with a palette, which takes about half the bytes."""
-    from PIL import Image
-
-    small = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-    return small.getvalue()
 
 
 def _folder_name(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

@@ -92,10 +92,6 @@ def refined(
         Share of the diagonal of the second moments that is added to it.
     sweeps : int
         How often codes and scales are gone through after the feedback.
-
-    Returns
-    -------
-    np.ndarray [shape=(nrows, n_per_row), dtype=float32]
     """
     with Workers() as workers:
         h = damped_moments(inputs, damping, workers)

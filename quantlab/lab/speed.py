@@ -192,21 +192,13 @@ def bandwidth(n_threads: int, *, mib: int = 256, repeats: int = 5) -> float:
     source = np.ones(mib << 18, np.float32)
     target = np.zeros_like(source)
     parts = [slice(len(source) * i // n_threads, len(source) * (i + 1) // n_threads) for i in range(n_threads)]
-    with ThreadPoolExecutor(n_threads) as pool:
-        best = _best(
-            lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)), n_threads, repeats
-        )
-    return 2 * source.nbytes / best
-
-
-def _best(function: Callable[[], object], n_threads: int, repeats: int) -> float:
-    """Return the seconds of the fastest call."""
     clock, times = _clock(n_threads), []
-    for _ in range(repeats):
-        start = clock()
-        function()
-        times.append(clock() - start)
-    return min(times)
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(repeats):
+            start = clock()
+            list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
+            times.append(clock() - start)
+    return 2 * source.nbytes / min(times)
 
 
 def _clock(n_threads: int) -> Callable[[], float]:

@@ -59,7 +59,7 @@ def _coloured(token: str, nll: float) -> str:
 def surprise(
     base, variants: Sequence, text="primer", *, chunk: int = 0, first: int = 0, n_tokens: int = 80, n_ctx: int = 512
 ) -> Surprise:
-    """Measure the surprise of a model and its variants at each token of a passage.
+    """Measure the surprise of a model, then of its variants, at each token of a passage.
 
     Parameters
     ----------
@@ -73,11 +73,6 @@ def surprise(
         Where the passage begins among the scored tokens of the chunk, and its length.
     n_ctx : int
         Tokens per chunk, of which the second half is scored.
-
-    Returns
-    -------
-    Surprise
-        The base first.
 
     Raises
     ------

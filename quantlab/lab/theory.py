@@ -1,9 +1,11 @@
 """Theory of rounding numbers to few bits: bounds and plain quantizers to compare the types with."""
 
-from math import erf, exp, log2, log10, pi, sqrt
+from math import log2, log10
+from statistics import NormalDist
 
 import numpy as np
 
+_NORMAL = NormalDist()
 DB_PER_BIT = 20 * log10(2)  # of the signal to noise ratio
 
 
@@ -60,7 +62,7 @@ def uniform_with_entropy_code(step: float) -> tuple[float, float]:
     error, bits = 0.0, 0.0
     for left, right in zip(edges[:-1], edges[1:], strict=True):
         error += _squared_error_between(left, right, (left + right) / 2)
-        p = _below(right) - _below(left)
+        p = _NORMAL.cdf(right) - _NORMAL.cdf(left)
         bits -= p * log2(p) if p > 0 else 0.0
     return bits, -10 * log10(error)
 
@@ -81,10 +83,6 @@ def round_in_groups(x: np.ndarray, bits: int, group: int, *, minimum: bool = Fal
         Numbers that share a scale.
     minimum : bool
         Whether each group also has a minimum, so that the levels need not lie around zero.
-
-    Returns
-    -------
-    np.ndarray [shape=(n,), dtype=float32]
     """
     rows = x.reshape(-1, group)
     if minimum:
@@ -111,20 +109,11 @@ def _levels_each_side(step: float) -> int:
     return int(np.ceil(8 / step))
 
 
-def _below(t: float) -> float:
-    """Return the share of normal numbers below `t`."""
-    return (1 + erf(t / sqrt(2))) / 2
-
-
-def _density(t: float) -> float:
-    return exp(-t * t / 2) / sqrt(2 * pi) if abs(t) < 40 else 0.0
-
-
 def _squared_error_between(left: float, right: float, level: float) -> float:
     """∫ (t - level)² density(t) dt from `left` to `right`."""
-    p = _below(right) - _below(left)
-    first = _density(left) - _density(right)
-    edges = [t * _density(t) if abs(t) < 40 else 0.0 for t in (left, right)]
+    p = _NORMAL.cdf(right) - _NORMAL.cdf(left)
+    first = _NORMAL.pdf(left) - _NORMAL.pdf(right)
+    edges = [t * _NORMAL.pdf(t) if abs(t) < 40 else 0.0 for t in (left, right)]
     return (1 + level * level) * p + edges[0] - edges[1] - 2 * level * first
 
 

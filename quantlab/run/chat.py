@@ -126,10 +126,13 @@ class Conversation:
                 self.messages.pop()
 
 
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def talk(
-    conversation: Conversation,
-    read: Callable[[str], str] = input,
-    write: Callable[[str], object] | None = None,
+    conversation: Conversation, read: Callable[[str], str] = input, write: Callable[[str], object] = _write
 ) -> None:
     """Talk in the terminal until the end of the input or /exit.
 
@@ -138,10 +141,9 @@ def talk(
     conversation : Conversation
     read : callable
         Asks for a line; raises EOFError at the end of the input.
-    write : callable, optional
+    write : callable
         Writes a text as it is. Default: standard output, at once.
     """
-    write = write or _write
     write(f"{HELP}\n")
     while True:
         try:
@@ -177,8 +179,3 @@ def _answer(conversation: Conversation, text: str, write: Callable[[str], object
     finally:
         answer.close()
     write(f"\n[{conversation.n_tokens} tokens, {conversation.speed:.1f} per second{end}]\n")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,10 +200,6 @@ def fit(
     rules : str
         Rule set of the mixtures: "current" or "2023-12".
 
-    Returns
-    -------
-    Fit
-
     Raises
     ------
     FileNotFoundError
@@ -373,7 +369,7 @@ def longest_context(weights: Weights, setting: Setting, vram: int, ram: int, n_g
     low, high = 0, -(-weights.hparams.n_ctx // CELLS)
     while low < high:
         middle = (low + high + 1) // 2
-        one = Setting(**asdict(setting) | {"n_ctx": middle * CELLS})
+        one = replace(setting, n_ctx=middle * CELLS)
         if n_gpu_layers is None:
             fits = most_layers(weights, one, vram, ram) is not None
         else:

@@ -131,10 +131,6 @@ def generate(
     **options
         Of `quantlab.quantize`: rules, imatrix, …
 
-    Returns
-    -------
-    Generation
-
     Raises
     ------
     ImportError

@@ -76,7 +76,7 @@ def plan_changes(
     """
     computed = [tensor for tensor in model if layer_of(tensor.name) < model.hparams.n_layer]
     names = [tensor.name for tensor in computed if is_quantizable(tensor.name, tensor.shape)]
-    place = partial(_place, kinds=_kinds(model.hparams.arch))
+    place = partial(_place, kinds=arch.known(model.hparams.arch).matrices())
     names.sort(key=place)
     if groups is None:
         members = {name: [name] for name in names}
@@ -110,11 +110,6 @@ def plan_changes(
             "Pass an importance matrix, or types that rows fit and exclude does not name."
         )
     return list(changes.values())
-
-
-def _kinds(name: str) -> list[str]:
-    """Return the kinds of an architecture's matrices, in the order of a layer's products."""
-    return arch.known(name).matrices()
 
 
 def _place(name: str, kinds: Sequence[str]) -> tuple:

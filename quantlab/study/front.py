@@ -24,18 +24,7 @@ from quantlab.study.menu import open_menu
 from quantlab.study.sensitivity import Sensitivity
 from quantlab.transform.mixture import Recipe
 
-_SHOWN = [
-    "variant",
-    "bytes",
-    "bpw",
-    "predicted_kld",
-    "measured_kld",
-    "kld_mean",
-    "kld_se",
-    "against",
-    "less",
-    "less_se",
-]
+_SHOWN = "variant bytes bpw predicted_kld measured_kld kld_mean kld_se against less less_se".split()
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,10 +60,6 @@ def front(sensitivity: Sensitivity | str | Path, model: ModelLike, *, points: in
         Sizes, each larger than the last by the same factor; those of the ftypes come in addition.
     **options
         keep, min_type, max_type, exclude, imatrix, rules as for `quantlab.recipe`.
-
-    Returns
-    -------
-    Front
 
     Raises
     ------
@@ -170,10 +155,6 @@ def judge(
     **options
         n_ctx, chunks, protocol, mode, device, device_memory, memory, scratch, progress as for `quantlab.compare`.
 
-    Returns
-    -------
-    Judgement
-
     Raises
     ------
     FileNotFoundError, ValueError
@@ -211,9 +192,7 @@ def judge(
     for row in rows:
         row |= dict.fromkeys(("predicted_kld", "measured_kld", "against", "less", "less_se"))
     for row, recipe, other in zip(rows[1 + len(others) :], recipes, theirs, strict=False):
-        less, error = (
-            None if math.isnan(value) else value for value in reduction(chunks[row["variant"]], chunks[other])
-        )
+        less, error = (None if math.isnan(x) else x for x in reduction(chunks[row["variant"]], chunks[other]))
         row |= {"predicted_kld": recipe.predicted, "measured_kld": recipe.measured and recipe.measured["after"]}
         row |= {"against": recipe.ftype if against is None else other, "less": less, "less_se": error}
         if against is None:  # else the pairs have equal sizes, and their names tell them apart
@@ -243,14 +222,10 @@ def judge_refined(
     ----------
     path : str or Path
         The file that `quantlab.refine` wrote.
-    model : str, Path or Model
-        What it was made from.
-    text : str, Path or Text
-        What to judge on; not the text of the calibration.
+    model, text, **options
+        As for `judge`.
     imatrix : str, Path or ImportanceMatrix, optional
         Importance matrix for the ordinary file.
-    **options
-        As for `judge`.
 
     Returns
     -------
@@ -270,7 +245,7 @@ def judge_refined(
     rows = [{"variant": name} | {key: row[key] for key in kept} for name, row in zip(names, measured.rows, strict=True)]
     for row in rows:
         row |= {"predicted_kld": None, "against": None, "less": None, "less_se": None}
-    less, error = (None if math.isnan(value) else value for value in reduction(chunks[2], chunks[1]))
+    less, error = (None if math.isnan(x) else x for x in reduction(chunks[2], chunks[1]))
     rows[2] |= {"against": "ordinary", "less": less, "less_se": error}
     return Judgement(measured, tuple(rows))
 

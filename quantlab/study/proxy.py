@@ -110,7 +110,7 @@ def sample(changes: Sequence, n_layer: int, n: int) -> list:
     changes : sequence of Change
         Of single tensors.
     n_layer, n : int
-        Layers that there are, and of which tensors are measured.
+        Layers of the model, and layers of which tensors are measured.
 
     Returns
     -------

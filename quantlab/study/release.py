@@ -128,10 +128,6 @@ def release(
     progress : bool
         Show what is done.
 
-    Returns
-    -------
-    Release
-
     Raises
     ------
     FileNotFoundError, FileExistsError, NotADirectoryError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 import shutil
 from collections import Counter
@@ -26,10 +25,11 @@ from quantlab.files.model import Model
 from quantlab.files.model import open as open_model
 from quantlab.files.progress import announce
 from quantlab.study import release_plan
+from quantlab.study.changes import kind_of
 from quantlab.study.model_card import Quantized, card, modelfile, modelfile_name
 from quantlab.study.release_folder import SUMS, Folder
 from quantlab.study.release_plan import Item
-from quantlab.transform.job import Job, Output
+from quantlab.transform.job import Job
 from quantlab.transform.layout import layout_lines
 from quantlab.transform.one_pass import quantize_together
 from quantlab.transform.plan import bits_per_weight
@@ -45,9 +45,8 @@ class Making:
     """One release on its way."""
 
     def __init__(self, given, out: Path, name: str | None, how: Mapping, cut: Mapping, progress: bool):
-        path = (
-            Path(given) if Path(given).suffix.lower() == ".gguf" or bundled_path(str(given)) else find_checkpoint(given)
-        )
+        is_file = Path(given).suffix.lower() == ".gguf" or bundled_path(str(given))
+        path = Path(given) if is_file else find_checkpoint(given)
         self.given, self.out, self.how, self.cut, self.progress = str(given), out, dict(how), dict(cut), progress
         self.model: Model = open_model(given if bundled_path(str(given)) else path)
         self.repository = repository_of(self.model.path.absolute()) if self.model.is_checkpoint else None
@@ -148,18 +147,16 @@ class Making:
         matrix = None if self.matrix_given is None else _digest_of(self.matrix_given)
         texts = [(name, text.sha256) for name, (_, text) in self.texts.items()]
         calibration = self.calibration and (self.calibration.name, self.calibration.sha256)
-        said = [
-            quantlab.__version__,
-            files,
-            items,
-            matrix,
-            self.collects,
-            calibration,
-            texts,
-            self.cut,
+        said = [quantlab.__version__, files, items, matrix, self.collects, calibration, texts, self.cut]
+        said += [
             self.how["mode"],
+            self.how["device"],
+            self.rules,
+            self.max_size,
+            self.name,
+            vars(self.about),
+            self.prompt,
         ]
-        said += [self.how["device"], self.rules, self.max_size, self.name, vars(self.about), self.prompt]
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
 
     def check_room(self, folder: Folder) -> None:
@@ -167,7 +164,7 @@ class Making:
         missing = [
             (item, job) for item, job in zip(self.items, self.jobs, strict=True) if not self._is_done(folder, job)
         ]
-        needed = sum(_bytes_of(job) * (2 if item.is_refined and len(job.outputs) > 1 else 1) for item, job in missing)
+        needed = sum(job.nbytes * (2 if item.is_refined and len(job.outputs) > 1 else 1) for item, job in missing)
         free = shutil.disk_usage(self.out if self.out.is_dir() else self.out.parent).free
         if needed > free + folder.unfinished_bytes():
             raise OSError(
@@ -179,8 +176,8 @@ class Making:
         pairs = list(zip(self.items, self.jobs, strict=True))
         given = {"calibration": self.windows, "text": self.calibration, "texts": self.texts}
         given |= {"refine_chunks": self.refine_chunks()}
-        seconds = release_plan.seconds(self.model, pairs, **given, **self.cut, **self.how)
-        sizes = {output.path.name: _output_bytes(output) for job in self.jobs for output in job.outputs}  # pyright: ignore[reportOptionalMemberAccess]
+        seconds = release_plan.seconds(self.model, pairs, **given, cut=self.cut, how=self.how)
+        sizes = {output.path.name: output.nbytes for job in self.jobs for output in job.outputs}  # pyright: ignore[reportOptionalMemberAccess]
         names = self.names().items()
         return [{"file": n, "what": what, "bytes": sizes.get(n), "sha256": None} for n, what in names], seconds
 
@@ -333,7 +330,7 @@ def _more_bits(job: Job) -> str:
         weights[step.choice.qtype] += step.tensor.n_weights
     base = weights.most_common(1)[0][0]
     above = [step for step in matrices if bits_per_weight(step.choice.qtype) > bits_per_weight(base)]
-    kinds = dict.fromkeys(re.sub(r"^blk\.\d+\.|\.weight$", "", step.tensor.name) for step in above)
+    kinds = dict.fromkeys(kind_of(step.tensor.name) for step in above)
     return f" More bits than {base} go to {', '.join(kinds)}, where errors cost more." if kinds else ""
 
 
@@ -348,13 +345,3 @@ def _digest_of(matrix: ImportanceMatrix) -> str:
     for name in sorted(matrix.sums):
         digest.update(name.encode() + matrix.sums[name].tobytes() + matrix.counts[name].tobytes())
     return digest.hexdigest()
-
-
-def _output_bytes(output: Output) -> int:
-    """Bytes of a file that will be written."""
-    aligned = (-(-step.spec.nbytes // output.alignment) * output.alignment for step in output.steps)
-    return len(output.header) + sum(aligned)
-
-
-def _bytes_of(job: Job) -> int:
-    return sum(map(_output_bytes, job.outputs))

@@ -11,7 +11,8 @@ import numpy as np
 
 from quantlab import arch
 from quantlab.evaluate.engine import find
-from quantlab.evaluate.protocol import Windows, cut
+from quantlab.evaluate.protocol import Windows
+from quantlab.evaluate.protocol import cut as cut_windows
 from quantlab.evaluate.refine import calibration_tokens, check_plan
 from quantlab.evaluate.refined_variants import MARK, is_refined
 from quantlab.evaluate.texts import TextCut, cut_text
@@ -21,11 +22,11 @@ from quantlab.files.conversations import is_chat
 from quantlab.files.hub import repository_of
 from quantlab.files.imatrix_file import ImportanceMatrix
 from quantlab.files.model import Model
-from quantlab.study.recipe import ftype_types
+from quantlab.study.menu import ftype_types, model_bytes
 from quantlab.transform.job import Job, Options, make_job, n_experts
 from quantlab.transform.mixture import FTYPES, Recipe, find_ftype
 from quantlab.transform.one_pass import in_shards
-from quantlab.transform.plan import plan_of, tensor_bytes
+from quantlab.transform.plan import plan_of
 from quantlab.transform.rules import is_quantizable
 
 REFINE_CHUNKS, REFINE_SWEEPS = 64, 2  # as `quantlab.refine` has them
@@ -122,13 +123,9 @@ def _item(model: Model, spec, matrix: ImportanceMatrix | None, rules: str, allow
 
 def _nearest_ftype(model: Model, variant: Variant, rules: str, imatrix: bool) -> str:
     """The quantized ftype whose size is nearest to a recipe's, as `quantlab recipe` names it."""
-    shapes = model.shapes
-
-    def size(types) -> int:
-        return sum(tensor_bytes(shapes[name], qtype) for name, qtype in types.items())
-
     names = [f.name for f in FTYPES.values() if f.is_quantized and rules in f.rules]
-    return min(names, key=lambda name: abs(size(ftype_types(model, name, rules, imatrix)) - variant.nbytes))
+    sizes = {name: model_bytes(model, ftype_types(model, name, rules, imatrix)) for name in names}
+    return min(names, key=lambda name: abs(sizes[name] - variant.nbytes))
 
 
 # ── the importance matrix before it is there ────────────────────────────────────────────────────────────────────────
@@ -152,7 +149,7 @@ def expected_matrix(model: Model, text: Text, windows: Windows) -> ImportanceMat
 def calibration_windows(model: Model, text: Text, n_ctx: int, chunks: int | None) -> Windows:
     """Return the chunks of the calibration text as `quantlab.imatrix` takes them."""
     options = {"n_ctx": n_ctx, "chunks": chunks, "name": "llama.cpp", "mode": "float", "rules": "current"}
-    windows, _ = cut(text, model.vocab, **options)
+    windows, _ = cut_windows(text, model.vocab, **options)
     return Windows(windows.tokens, windows.tokens, 0)
 
 
@@ -167,36 +164,16 @@ def seconds(
     text,
     refine_chunks: int,
     texts: Mapping[str, tuple[object, Text]],
-    n_ctx: int,
-    chunks: int | None,
-    mode: str,
-    device: str,
-    device_memory,
-    memory,
+    cut: Mapping,
+    how: Mapping,
 ) -> dict[str, float]:
-    """Estimate how long each step of a release takes.
+    """Estimate how long each step of a release takes, in seconds.
 
-    Parameters
-    ----------
-    model : Model
-    pairs : sequence of (Item, Job)
-    calibration : Windows or None
-        What the matrix is collected on.
-    text : Text or None
-        What is refined with.
-    refine_chunks : int
-        Chunks of it.
-    texts : mapping
-        What the report measures on, as `read_texts` returns it.
-    n_ctx, chunks, mode, device, device_memory, memory
-        As for `perplexity`.
-
-    Returns
-    -------
-    dict of str to float
-        Step → seconds.
+    The matrix is collected on `calibration`; files are refined with `refine_chunks` of `text`; the report measures on
+    `texts`, as `read_texts` returns them. `cut` holds n_ctx and chunks; `how` mode, device, device_memory and memory.
     """
-    choice, found = find(mode, device, device_memory), {}
+    n_ctx, memory = cut["n_ctx"], how["memory"]
+    choice, found = find(how["mode"], how["device"], how["device_memory"]), {}
     if calibration is not None:
         with choice(model, n_ctx) as engine:
             variants = [as_is(model)]
@@ -215,7 +192,7 @@ def seconds(
     if texts:
         found["report"] = 0.0
         for source, item in texts.values():
-            options = {"n_ctx": n_ctx, "chunks": chunks, "protocol": "llama.cpp", "rules": "current"}
+            options = {**cut, "protocol": "llama.cpp", "rules": "current"}
             windows = _windows(cut_text(item, model, choice, is_chat=is_chat(source), **options))
             with choice(model, windows.tokens.shape[1]) as engine:
                 found["report"] += engine.plan([as_is(model), *variants], windows, memory, keep_states=False).seconds

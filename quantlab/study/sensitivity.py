@@ -205,10 +205,6 @@ def sensitivity(
     progress : bool
         Show a progress bar.
 
-    Returns
-    -------
-    Sensitivity
-
     Raises
     ------
     FileNotFoundError

@@ -250,10 +250,6 @@ def size_ppl(
     mode, device, device_memory, memory
         As for `quantlab.compare`.
 
-    Returns
-    -------
-    SizePpl
-
     Raises
     ------
     FileNotFoundError

@@ -191,10 +191,3 @@ def root_mean_square(tensor: LazyTensor) -> float:
 def can_decode(qtype: str) -> bool:
     """Tell whether values of this type can be compared, and not only bytes."""
     return qtype in PLAIN_DTYPES or ggml_types.can_decode(qtype)
-
-
-def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape without leading ones, which GGUF does not store."""
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape

@@ -12,16 +12,9 @@ from tqdm.auto import tqdm
 
 from quantlab.files.model import Model, as_model
 from quantlab.result import Result
-from quantlab.transform.compare import (
-    Change,
-    Tally,
-    metadata_changes,
-    root_mean_square,
-    slabs,
-    squeezed,
-)
+from quantlab.transform.compare import Change, Tally, metadata_changes, root_mean_square, slabs
 from quantlab.transform.inspect import text_table
-from quantlab.transform.rules import layer_of
+from quantlab.transform.rules import layer_of, squeezed
 
 COLUMNS = ["name", "change", "a", "b", "blocks", "differing", "rmse", "max_abs", "relative"]
 
@@ -102,11 +95,6 @@ def diff(a: str | Path | Model, b: str | Path | Model) -> Difference:
     ----------
     a, b : str, Path or Model
         As `quantlab.open` takes them.
-
-    Returns
-    -------
-    Difference
-        Prints as text and shows as HTML.
 
     Raises
     ------

@@ -91,11 +91,6 @@ def inspect(path: str | Path) -> Inspection:
     path : str or Path
         As `quantlab.open` takes it.
 
-    Returns
-    -------
-    Inspection
-        Prints as text and shows as HTML.
-
     Raises
     ------
     FileNotFoundError

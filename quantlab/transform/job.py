@@ -16,8 +16,8 @@ import numpy as np
 from quantlab.arch import Hparams
 from quantlab.files.bundled import model_path
 from quantlab.files.checkpoint import open_checkpoint
-from quantlab.files.gguf_file import TensorSpec, pack_header
-from quantlab.files.gguf_shards import shard_path
+from quantlab.files.gguf_file import ALIGNMENT, TensorSpec, pack_header
+from quantlab.files.gguf_shards import shard_paths
 from quantlab.files.hparams import read_hparams
 from quantlab.files.hub import default_folder
 from quantlab.files.imatrix_file import ImportanceMatrix, as_matrix
@@ -29,7 +29,7 @@ from quantlab.transform.ftypes import ALL_FTYPES
 from quantlab.transform.layout import apply_layout
 from quantlab.transform.mixture import FTYPES, Choice, Ftype, choose_types, find_ftype
 from quantlab.transform.prune import pruned_metadata, pruned_names
-from quantlab.transform.rules import COMPARED, EMBEDDINGS, needs_imatrix
+from quantlab.transform.rules import COMPARED, EMBEDDINGS, needs_imatrix, squeezed
 
 QUANTIZATION_VERSION = 2  # of the block layouts, ggml's GGML_QNT_VERSION
 GUESSED = 1024  # added to the ftype number by llama.cpp where it was counted from the tensors' types
@@ -56,7 +56,7 @@ class Options:
     tensor_types : sequence of (regex, type)
         Types by tensor name; the first expression found in the name wins.
     output_tensor_type, token_embedding_type : str, optional
-        Types of `output.weight` and `token_embd.weight`.
+        Types of `output.weight` (also the embedding, where it is tied) and `token_embd.weight`.
     pure : bool
         Give every quantizable tensor the base type.
     leave_output_tensor : bool
@@ -108,10 +108,7 @@ class Step:
     @property
     def spec(self) -> TensorSpec:
         """Name, shape and type in the output, without leading dimensions of 1, as in ggml."""
-        shape = self.tensor.shape
-        while len(shape) > 1 and shape[0] == 1:
-            shape = shape[1:]
-        return TensorSpec(self.tensor.name, shape, self.choice.qtype)
+        return TensorSpec(self.tensor.name, squeezed(self.tensor.shape), self.choice.qtype)
 
     @property
     def is_kept(self) -> bool:
@@ -150,7 +147,12 @@ class Output:
     @property
     def alignment(self) -> int:
         """The alignment of the tensors, in bytes."""
-        return int(self.metadata.get("general.alignment", 32))
+        return int(self.metadata.get("general.alignment", ALIGNMENT))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(-(-step.spec.nbytes // self.alignment) * self.alignment for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,11 @@ class Job:
     def steps(self) -> list[Step]:
         """The tensors of all outputs, in the order of processing."""
         return [step for output in self.outputs for step in output.steps]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(output.nbytes for output in self.outputs)
 
 
 def make_job(src: str | Path | Model, outfile: str | Path | BinaryIO | None, options: Options) -> Job:
@@ -226,14 +233,16 @@ def _notes(
         yield "include_weights and exclude_weights leave no entry of the importance matrix"
     missing = [name for name, step in steps.items() if matrix and step.weights is None and not step.is_kept]
     if missing:
-        yield f"{len(missing)} tensors have no entry in the importance matrix: {_first(missing)}"
+        some = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+        yield f"{len(missing)} tensors have no entry in the importance matrix: {some}"
     idle_experts = sum(int((step.weights == 1).all(axis=1).sum()) for step in steps.values() if _has_experts(step))
     if idle_experts:
         yield f"{idle_experts} experts have no counts in the importance matrix: all their columns have the same weight"
-    if model.metadata["general.architecture"] not in COMPARED:
+    arch = model.metadata["general.architecture"]
+    if arch not in COMPARED:
         yield (
-            f"architecture={model.metadata['general.architecture']}: the rules follow tensor "
-            f"names. No file of this architecture was compared with llama-quantize's."
+            f"architecture={arch}: the rules follow tensor names. "
+            f"No file of this architecture was compared with llama-quantize's."
         )
 
 
@@ -262,11 +271,6 @@ _TYPE_OPTIONS = ("pure", "leave_output_tensor", "output_tensor_type", "token_emb
 def _has_experts(step: Step) -> bool:
     """Tell whether a step has weights for each of several experts."""
     return step.weights is not None and step.weights.ndim == 2
-
-
-def _first(names: Sequence[str], n: int = 3) -> str:
-    """Return the first names of a list, for a message."""
-    return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
 
 def _refusals(steps: Iterable[Step], ftype: Ftype, options: Options) -> Iterable[str]:
@@ -460,15 +464,11 @@ def _paths(model: Model, outfile, ftype: Ftype, keep_split: bool, count: int) ->
     if hasattr(outfile, "write"):
         return [None] * count
     path = Path(outfile) if outfile is not None else default_folder(model.path) / f"ggml-model-{ftype.name}.gguf"
-    if keep_split:
-        stem = path.name.removesuffix(".gguf")
-        first = path.with_name(f"{stem}-00001-of-{count:05d}.gguf")
-        if is_stream(path):
-            raise ValueError(f"{path}: is a device or a pipe, shards must be files. Choose another output.")
-        paths = [shard_path(first, number, count) for number in range(1, count + 1)]
-    else:
-        paths = [path]
-    return paths
+    if not keep_split:
+        return [path]
+    if is_stream(path):
+        raise ValueError(f"{path}: is a device or a pipe, shards must be files. Choose another output.")
+    return shard_paths(path, count)
 
 
 def _outputs(paths: Sequence[Path | None], shards, steps: Mapping[str, Step], metadata: dict) -> tuple[Output, ...]:

@@ -106,14 +106,8 @@ def choose_types(
         The types the tensors have now, kept where a tensor is not quantized. Default: those of an F16 conversion.
     keep_order : bool
         Process in the order of `shapes` under the current rules too, as ``--keep-split`` does.
-    pure : bool
-        Give every quantizable tensor the base type.
-    leave_output_tensor : bool
-        Keep ``output.weight`` as it is.
-    output_tensor_type, token_embedding_type : str, optional
-        Types for ``output.weight`` (also the embedding, where it is tied) and for ``token_embd.weight``.
-    tensor_types : Iterable of (regex, type)
-        Types by tensor name; the first expression found in the name wins.
+    pure, leave_output_tensor, output_tensor_type, token_embedding_type, tensor_types
+        As in `quantlab.transform.job.Options`.
 
     Returns
     -------

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from quantlab.files.gguf_file import TensorInfo
+from quantlab.files.gguf_shards import shard_paths
 from quantlab.files.model import LazyTensor
 from quantlab.transform.job import Job, Output, Step
 from quantlab.transform.quantize import encode, identity
@@ -93,11 +94,9 @@ def in_shards(job: Job, max_size: str | int) -> Job:
     groups = groups_within(tensors, max_size=max_size)
     if len(groups) == 1:
         return job
-    stem, count = output.path.name.removesuffix(".gguf"), len(groups)  # pyright: ignore[reportOptionalMemberAccess]
     outputs = []
-    for i, group in enumerate(groups):
-        path = output.path.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}.gguf")  # pyright: ignore[reportOptionalMemberAccess]
-        metadata = (output.metadata if i == 0 else {}) | shard_numbers(i, count, len(tensors))
+    for i, (path, group) in enumerate(zip(shard_paths(output.path, len(groups)), groups, strict=True)):  # pyright: ignore[reportArgumentType]
+        metadata = (output.metadata if i == 0 else {}) | shard_numbers(i, len(groups), len(tensors))
         outputs.append(Output(path, metadata, tuple(by_name[tensor.name] for tensor in group)))
     return replace(job, outputs=tuple(outputs))
 

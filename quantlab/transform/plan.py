@@ -156,10 +156,8 @@ def fallbacks(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...
 
     Parameters
     ----------
-    choices : Mapping[str, Choice]
-        What `choose_types` returned.
-    shapes : Mapping[str, tuple[int, ...]]
-        GGUF tensor name → shape.
+    choices, shapes
+        What `choose_types` returned, and was given.
 
     Returns
     -------
@@ -270,18 +268,8 @@ class Plan(Result):
         """Return the tensors in the order of processing: name, shape, source, type, why, bytes before and after."""
         import pandas as pd
 
-        rows = [
-            (
-                s.tensor.name,
-                s.tensor.shape,
-                s.tensor.qtype,
-                s.choice.qtype,
-                s.choice.why,
-                s.tensor.nbytes,
-                s.spec.nbytes,
-            )
-            for s in self.job.steps
-        ]
+        pairs = [(step.tensor, step) for step in self.job.steps]
+        rows = [(t.name, t.shape, t.qtype, s.choice.qtype, s.choice.why, t.nbytes, s.spec.nbytes) for t, s in pairs]
         return pd.DataFrame(rows, columns=["name", "shape", "source", "qtype", "why", "bytes_before", "bytes"])
 
     def _document(self) -> dict[str, Any]:
@@ -341,10 +329,6 @@ def plan_of(job: Job) -> Plan:
     import numba  # only here: sizes on paper need no kernels
 
     steps = job.steps
-    written = sum(len(output.header) for output in job.outputs)
-    written += sum(
-        -(-step.spec.nbytes // output.alignment) * output.alignment for output in job.outputs for step in output.steps
-    )
     slab = max((min(step.tensor.n_weights, max(SLAB, step.tensor.shape[-1])) for step in steps), default=0)
     _seconds_per_weight("F32", "F32", False)  # kernels first: they stay in memory
     seconds = sum(n_weights * _seconds_per_weight(*kernels) for kernels, n_weights in _work(job).items())
@@ -352,7 +336,7 @@ def plan_of(job: Job) -> Plan:
     return Plan(
         job,
         sum(step.tensor.nbytes for step in steps),
-        written,
+        job.nbytes,
         peak_memory() + 4 * in_flight,  # bytes if all were F32
         physical_memory(),
         _free_disk([output.path for output in job.outputs if output.path is not None]),

@@ -70,6 +70,13 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return any(n > 1 for n in shape[:-1])
 
 
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without leading ones, which GGUF does not store."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
 def is_quantizable(name: str, shape: tuple[int, ...], arch: str = "") -> bool:
     """Tell whether the current rules quantize a tensor: a matrix called `…weight`, not a small special one.
 
@@ -282,8 +289,8 @@ class CurrentRules:
         return layer
 
 
-class Rules2023:
-    """The rules of December 2023, for one ftype and one model; parameters as of `CurrentRules`."""
+class Rules2023(CurrentRules):
+    """The rules of December 2023, for one ftype and one model; values as by `CurrentRules`, but for shared heads."""
 
     fallback = FALLBACK | {"Q3_K": "Q4_1"}
     architectures = ("llama", "falcon", "gpt2", "gptj", "gptneox", "mpt", "baichuan", "starcoder", "persimmon")
@@ -302,7 +309,7 @@ class Rules2023:
         self.is_70b = hparams.arch == "llama" and hparams.n_layer == 80 and hparams.n_head != hparams.n_head_kv
         self.n_attn_v = sum("attn_v.weight" in name or "attn_qkv.weight" in name for name in shapes)
         self.n_ffn_down = sum("ffn_down.weight" in name for name in shapes)
-        self.i_attn_v = self.i_ffn_down = 0
+        self.gqa = self.i_attn_v = self.i_ffn_down = 0
 
     @staticmethod
     def order(names: Iterable[str]) -> list[str]:
@@ -322,7 +329,7 @@ class Rules2023:
         if "attn_k.weight" in name and self.n_expert == 8:
             return "Q8_0"
         if "ffn_down.weight" in name:
-            return self._ffn_down(base)
+            return self._ffn_down(base, name)
         if "attn_output.weight" in name:
             types = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}
             return ({"Q3_K_L": "Q4_K"} if self.is_falcon else types).get(self.ftype, base)
@@ -332,26 +339,7 @@ class Rules2023:
             return "Q3_K"
         return base
 
-    def _attn_v(self, base: str) -> str:
-        i = self.i_attn_v
-        self.i_attn_v += 1
-        qtype = base
-        match self.ftype:
-            case "Q2_K":
-                qtype = "Q3_K"
-            case "Q3_K_M":
-                qtype = "Q5_K" if i < 2 else "Q4_K"
-            case "Q3_K_L":
-                qtype = "Q5_K"
-            case "Q4_K_M" | "Q5_K_M" if more_bits(i, self.n_attn_v):
-                qtype = "Q6_K"
-            case "Q4_K_S" if i < 4:
-                qtype = "Q5_K"
-        if self.is_70b and qtype in ("Q3_K", "Q4_K"):
-            qtype = "Q5_K"
-        return "Q8_0" if self.n_expert == 8 else qtype
-
-    def _ffn_down(self, base: str) -> str:
+    def _ffn_down(self, base: str, name: str) -> str:
         i, n = self.i_ffn_down, self.n_ffn_down
         self.i_ffn_down += 1
         match self.ftype:

@@ -18,7 +18,7 @@ from quantlab.files.arguments import check_path, check_whole
 from quantlab.files.bundled import model_path
 from quantlab.files.byte_range import ByteRange
 from quantlab.files.gguf_file import ALIGNMENT, Header, TensorInfo, pack_header, read_header, write_gguf
-from quantlab.files.gguf_shards import MAX_SHARDS, shard_count, shard_headers
+from quantlab.files.gguf_shards import MAX_SHARDS, shard_count, shard_headers, shard_paths
 from quantlab.files.inputs import input_files
 from quantlab.files.output import check_apart, check_outputs, is_stream, replacing
 from quantlab.result import Result
@@ -231,21 +231,15 @@ def groups_within(
 
 def _shards(header: Header, stem: Path, groups: Sequence[Sequence[TensorInfo]]) -> Iterator[Shard]:
     """Yield the shards, with all metadata in the first and the numbers in each."""
-    prefix = stem.name.removesuffix(".gguf")
     own = {key: value for key, value in header.metadata.items() if not key.startswith("split.")}
-    for i, group in enumerate(groups):
+    for i, (path, group) in enumerate(zip(shard_paths(stem, len(groups)), groups, strict=True)):
         numbers = shard_numbers(i, len(groups), len(header.tensors))
-        path = stem.with_name(f"{prefix}-{i + 1:05d}-of-{len(groups):05d}.gguf")
         yield Shard(path, (own if i == 0 else {}) | numbers, tuple(group))
 
 
 def shard_numbers(i: int, count: int, n_tensors: int) -> dict[str, Any]:
     """Return the metadata that each shard has: its number from 0 on, that of shards, and of tensors in all of them."""
-    return {
-        "split.no": np.uint16(i),
-        "split.tensors.count": np.int32(n_tensors),
-        "split.count": np.uint16(count),
-    }
+    return {"split.no": np.uint16(i), "split.tensors.count": np.int32(n_tensors), "split.count": np.uint16(count)}
 
 
 def _write(shards: Sequence[Shard], places: dict[str, Path], overwrite: bool) -> None:

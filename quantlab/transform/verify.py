@@ -33,7 +33,6 @@ from quantlab.transform.compare import (
     metadata_changes,
     n_weights,
     read,
-    squeezed,
     untyped,
 )
 from quantlab.transform.inspect import mixtures, text_table
@@ -42,6 +41,7 @@ from quantlab.transform.mixture import FTYPES, RULES, Choice, choose_types
 from quantlab.transform.quantize import encode
 from quantlab.transform.rounding import COMPARED as ROUNDED
 from quantlab.transform.rounding import allowed, is_other_rounding
+from quantlab.transform.rules import squeezed
 from quantlab.transform.slabs import kernels_in_order
 
 IDENTICAL, ROUNDING, REFINED, OTHER = VERDICTS = ("identical", "rounding", "refined", "other")
@@ -52,9 +52,8 @@ MEANING = {
     OTHER: "other",
 }
 COLUMNS = ["name", "qtype", "verdict", "imatrix", "blocks", "differing", "fused", "left", "relative"]
-OWN_KEYS = re.compile(  # a quantizer sets these
-    rf"general\.(file_type|quantization_version)|quantize\.imatrix\..*|{re.escape(refined.PREFIX)}.*"
-)
+# keys that a quantizer sets
+OWN_KEYS = re.compile(rf"general\.(file_type|quantization_version)|quantize\.imatrix\..*|{re.escape(refined.PREFIX)}.*")
 CLOSE = 0.01  # of the blocks of a probe: precisions that differ in fewer are told apart by all blocks
 PROBE = 1 << 16  # weights of a tensor by which one of several precisions of a source is chosen
 SHOWN = 20  # tensors and keys that do not fit, on a terminal
