@@ -171,15 +171,8 @@ class Joined(Source):
 def change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
     """Apply the change that an architecture's record asks for to a tensor.
 
-    Parameters
-    ----------
-    source : Source
-    how : tuple of str
-        `change` of the tensor's record; empty for none.
-    config : Hparams
-        Gives the sizes that `how` names.
-    where : str
-        What an error starts with.
+    `how` is `change` of the tensor's record, empty for none; `config` gives the sizes that it names. `where` starts the
+    error text.
 
     Raises
     ------

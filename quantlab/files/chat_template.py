@@ -22,14 +22,7 @@ MAX_TEMPLATE = 1 << 20  # bytes
 def template_metadata(folder: Path, tokenizer_config: dict[str, Any], *, as_llama_cpp: bool = False) -> dict[str, Any]:
     """Return the keys of the chat templates.
 
-    Parameters
-    ----------
-    folder : Path
-        The checkpoint.
-    tokenizer_config : dict
-        Its tokenizer_config.json.
-    as_llama_cpp : bool
-        Take the settings' template before the files', `null` too, as llama.cpp's converter does.
+    With `as_llama_cpp` the settings' template goes before the files', `null` too, as in llama.cpp's converter.
 
     Raises
     ------

@@ -115,7 +115,7 @@ def open_checkpoint(
         _lazy(name, source, "F32" if roles[name] in FLOAT_ROLES else qtype, loss) for name, source in sources.items()
     ]
     factors = [
-        LazyTensor(name, values.shape, "F32", partial(_constant_rows, values))
+        LazyTensor(name, values.shape, "F32", lambda start, stop, values=values: values[None, :][start:stop])
         for name, values in rope_factors(config).items()
     ]
     tensors = factors + tensors
@@ -315,10 +315,6 @@ def _lazy(name: str, source: Source, qtype: str, loss: RangeLoss | None) -> Lazy
     if shape[-1] % block_size(qtype):
         qtype = "F16"  # a row that Q8_0's blocks do not divide
     return LazyTensor(name, shape, qtype, partial(_read_as, source, name, qtype, loss))
-
-
-def _constant_rows(values: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return values.reshape(-1, values.shape[-1])[start:stop]
 
 
 def _read_as(source: Source, name: str, qtype: str, loss: RangeLoss | None, start: int, stop: int) -> np.ndarray:

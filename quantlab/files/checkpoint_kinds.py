@@ -44,16 +44,7 @@ def check_no_adapter(folder: Path, table: Mapping[str, Any] | None = None) -> No
 
 
 def check_not_packed(path: Path, names: Iterable[str], table: Mapping[str, Any] | None = None) -> None:
-    """Refuse weights that another quantizer packed.
-
-    Parameters
-    ----------
-    path : Path
-        The file of the weights or of the configuration.
-    names : iterable of str
-        Names of the tensors.
-    table : mapping, optional
-        The configuration.
+    """Refuse weights that another quantizer packed, told by the tensors' names or the configuration, `table`.
 
     Raises
     ------

@@ -34,18 +34,11 @@ Render = Callable[[list[Message], bool], str]
 
 @dataclass(frozen=True)
 class Answer:
-    """A rendered conversation up to an assistant's answer.
-
-    Attributes
-    ----------
-    text : str
-    start, end : int
-        Characters that the answer starts at and ends before. Behind it stands the mark of its end.
-    """
+    """A rendered conversation up to an assistant's answer, behind which stands the mark of its end."""
 
     text: str
-    start: int
-    end: int
+    start: int  # character that the answer starts at
+    end: int  # character that it ends before
 
 
 def is_chat(text: object) -> bool:
@@ -129,15 +122,7 @@ def _conversation(item: Any, where: str) -> list[Message]:
 
 
 def renderer(metadata: Mapping[str, Any], vocab, *, source: str = "metadata") -> Render:
-    """Return what renders messages with the chat template of a GGUF file, in a sandbox.
-
-    Parameters
-    ----------
-    metadata : mapping
-        Of the file.
-    vocab : Vocab
-    source : str
-        What error texts start with.
+    """Return what renders messages with the chat template of a GGUF file, in a sandbox; `source` starts error texts.
 
     Returns
     -------
@@ -162,7 +147,8 @@ def renderer(metadata: Mapping[str, Any], vocab, *, source: str = "metadata") ->
         template = _CHATML
     if not isinstance(template, str):
         raise ValueError(f"{source}: has no chat template. Give texts that are not chat turns.")
-    marks = {f"{name}_token": _text_of(vocab, getattr(vocab, f"{name}_id")) for name in ("bos", "eos", "unk")}
+    ids = {name: getattr(vocab, f"{name}_id") for name in ("bos", "eos", "unk")}
+    marks = {f"{name}_token": "" if i is None else vocab.tokens[i] for name, i in ids.items()}
     try:
         compiled = _environment().from_string(template)
     except (TemplateError, RecursionError, SyntaxError) as error:
@@ -175,10 +161,6 @@ def renderer(metadata: Mapping[str, Any], vocab, *, source: str = "metadata") ->
             raise ValueError(f"{source}: its chat template refuses a conversation ({error}). Leave it out.") from None
 
     return render
-
-
-def _text_of(vocab, token_id: int | None) -> str:
-    return "" if token_id is None else vocab.tokens[token_id]
 
 
 def _environment():

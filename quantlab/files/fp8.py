@@ -45,14 +45,7 @@ def is_fp8(table: Mapping[str, Any]) -> bool:
 def without_scales(folder: Path, stored: Mapping[str, Source], table: Any) -> dict[str, Source]:
     """Apply the scales to the tensors and drop the scale tensors.
 
-    Parameters
-    ----------
-    folder : Path
-        For messages.
-    stored : mapping
-        Tensors by name.
-    table : mapping or None
-        quantization_config; where it describes no FP8, the tensors are returned as they are.
+    `table` is quantization_config; where it describes no FP8, the tensors are returned as they are.
 
     Raises
     ------

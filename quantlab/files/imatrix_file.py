@@ -235,8 +235,7 @@ def write_imatrix(matrix: ImportanceMatrix, path: str | Path, *, legacy: bool = 
 
     Parameters
     ----------
-    matrix : ImportanceMatrix
-    path : str or Path
+    matrix, path
     legacy : bool
         Write the older format, for tools that read no other.
     overwrite : bool

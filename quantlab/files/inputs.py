@@ -1,5 +1,6 @@
 """Input files behind a file, folder or name: an output of the same call must not replace them."""
 
+import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,15 +49,10 @@ def _behind(path: Path) -> list[Path]:
     found = [path, *(old for old in (beside(path, DIGESTS), beside(path, ".json")) if is_digests(old))]
     if shard := _SHARD.search(path.name):
         number = "[0-9]" * 5
-        found += path.parent.glob(f"{_literal(path.name[: shard.start()])}-{number}-of-{number}{shard[1]}")
+        found += path.parent.glob(f"{glob.escape(path.name[: shard.start()])}-{number}-of-{number}{shard[1]}")
     if path.suffix in _WEIGHTS or path.name in ("config.json", "params.json"):
         found += _checkpoint(path.parent)
     return found
-
-
-def _literal(name: str) -> str:
-    """Return a glob that matches only this name."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _checkpoint(folder: Path) -> list[Path]:

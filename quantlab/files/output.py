@@ -113,11 +113,10 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path] = (), *, overw
 
     Parameters
     ----------
-    outputs : iterable of Path
+    outputs, overwrite
+        As for `check_output`.
     inputs : iterable of Path
         All files that the call reads, see `quantlab.files.inputs.input_files`.
-    overwrite : bool
-        As for `check_output`.
 
     Raises
     ------

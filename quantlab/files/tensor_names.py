@@ -27,13 +27,6 @@ def plain_names(folder: Path, stored: Mapping[str, Source]) -> dict[str, Source]
     The parts that `torch.compile` (`_orig_mod.`), data parallel training (`module.`) and FSDP add are dropped. Names
     without `model.` in front, as those of a model that was saved without its head, get it back.
 
-    Parameters
-    ----------
-    folder : Path
-        For messages.
-    stored : mapping
-        Tensors by name.
-
     Raises
     ------
     ValueError

@@ -86,10 +86,8 @@ def vocab_metadata(folder: Path, config: Config, *, as_llama_cpp: bool = False) 
 
     Parameters
     ----------
-    folder : Path
-        The checkpoint.
-    config : Config
-        Its configuration.
+    folder, config
+        The checkpoint, and its configuration.
     as_llama_cpp : bool
         Whether llama.cpp's values are kept where they give a text wrong ids.
 
@@ -291,8 +289,7 @@ def _gemma4(files: _Files) -> dict[str, Any]:
     """Read Gemma 4's vocabulary: characters with byte fallback, and the merges."""
     texts = read_texts(files.folder, files.tokenizer, files.n_vocab)
     added = added_tokens(files.folder, files.tokenizer, files.tokenizer_config, files.n_vocab)
-    n_base = len(texts)
-    ordered, types = _texts_and_types(files, texts | {i: token.text for i, token in added.items()}, n_base)
+    ordered, types = _texts_and_types(files, texts | {i: token.text for i, token in added.items()}, len(texts))
     types = [USER_DEFINED if text in _SHOWN else kind for text, kind in zip(ordered, types, strict=True)]
     keys = _keys("gemma4", "", ordered, [_ADDED_SCORE] * len(ordered), types)
     del keys["tokenizer.ggml.pre"]

@@ -167,7 +167,7 @@ def percentiles(tensors: Iterable[LazyTensor], qtype: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def histograms(tensor: LazyTensor, qtypes: Iterable[str], *, reach: float = 8, bins: int = 201) -> pd.DataFrame:
+def histograms(tensor: LazyTensor, qtypes: Iterable[str], *, reach: float = 8) -> pd.DataFrame:
     """Count weights and errors by their size.
 
     Parameters
@@ -178,8 +178,6 @@ def histograms(tensor: LazyTensor, qtypes: Iterable[str], *, reach: float = 8, b
         Types that fit the tensor's rows.
     reach : float
         Bins go from -`reach` to `reach` rms of the weights; what lies beyond is counted in the last ones.
-    bins : int
-        How many.
 
     Returns
     -------
@@ -188,7 +186,7 @@ def histograms(tensor: LazyTensor, qtypes: Iterable[str], *, reach: float = 8, b
         bin in rms of the weights, `count`.
     """
     x = tensor.floats()
-    edges = np.linspace(-reach, reach, bins + 1)
+    edges = np.linspace(-reach, reach, 202)
     samples = {"weights": x} | {qtype: roundtrip(x, qtype, name=tensor.name) - x for qtype in qtypes}
     frames = []
     for name, values in samples.items():

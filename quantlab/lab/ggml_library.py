@@ -56,11 +56,6 @@ def version() -> str:
     return f"libggml-python {metadata.version('libggml-python')} (ggml {library().ggml_version().decode()})"
 
 
-def traits(qtype):
-    """Return block size, block bytes and row functions of a type."""
-    return library().ggml_get_type_traits(GGML_TYPES[qtype].number).contents
-
-
 def quantize(x, qtype, imatrix=None, out=None):
     """Encode float32 rows (nrows, n_per_row) with the C library; one thread."""
     # zeros: of a block of zeros quantize_row_q8_K_ref leaves the sums as they were
@@ -81,5 +76,6 @@ def dequantize(data, qtype, n_per_row, out=None):
     if qtype == "Q8_K":
         library().dequantize_row_q8_K(data.ctypes, out.ctypes, ctypes.c_int64(out.size))
     else:
-        traits(qtype).to_float(data.ctypes.data, out.ctypes.data, out.size)
+        traits = library().ggml_get_type_traits(GGML_TYPES[qtype].number).contents
+        traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out

@@ -15,19 +15,16 @@ _WITH_RULE = ("Q4_K_M", "Q5_K_M")
 _WIDE = "Q6_K"
 
 
-def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M", *, rules: str = "current") -> pd.DataFrame:
+def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M") -> pd.DataFrame:
     """List the gain of widening each tensor of the layers, and whether rule and measurement pick it.
 
     Parameters
     ----------
     model : Model
-        The one that was measured.
     found : Sensitivity
         Of single tensors, at the mixture's base type and at Q6_K (or at what stands in for them).
     ftype : str
         Q4_K_M or Q5_K_M.
-    rules : str
-        Rule set of the mixture.
 
     Returns
     -------
@@ -45,8 +42,8 @@ def more_bits(model, found: Sensitivity, ftype: str = "Q4_K_M", *, rules: str = 
         raise ValueError(
             f"ftype={ftype}, must be {' or '.join(_WITH_RULE)}, which have the rule for more bits. Choose one of them."
         )
-    plain = choose_types(model.hparams, model.shapes, ftype, rules=rules, pure=True)
-    rule = choose_types(model.hparams, model.shapes, ftype, rules=rules)
+    plain = choose_types(model.hparams, model.shapes, ftype, pure=True)
+    rule = choose_types(model.hparams, model.shapes, ftype)
     kld = {(row["group"], row["qtype"]): row["delta_kld"] for row in found.rows}
     rows = []
     for name in (name for name in dict.fromkeys(row["group"] for row in found.rows) if layer_of(name) >= 0):

@@ -48,7 +48,8 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     import yaml
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file. Choose one of: {', '.join(map(str, _parameter_files()))}")
+        ready = sorted((notebooks_dir() / "params").glob("*.yaml"))
+        raise FileNotFoundError(f"{path}: no such file. Choose one of: {', '.join(map(str, ready))}")
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -56,10 +57,6 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must be a YAML file of lines `KEY: VALUE`. Check the file.")
     return found
-
-
-def _parameter_files() -> list[Path]:
-    return sorted((notebooks_dir() / "params").glob("*.yaml"))
 
 
 def run(name: str, parameters: Mapping[str, Any] | None = None, *, overwrite: bool = False) -> Path:
@@ -109,14 +106,8 @@ def run(name: str, parameters: Mapping[str, Any] | None = None, *, overwrite: bo
     executed = folder / f"{name}.ipynb"
     _prepare(folder, executed, values, defaults, overwrite)
     try:
-        papermill.execute_notebook(
-            source,
-            executed,
-            {**values, "out": str(folder)},
-            kernel_name="python3",
-            progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
+        how = {"progress_bar": sys.stderr.isatty(), "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
+        papermill.execute_notebook(source, executed, {**values, "out": str(folder)}, kernel_name="python3", **how)
     except papermill.PapermillExecutionError as error:
         raise ValueError(
             f"{name}: cell {error.exec_count} failed with {error.ename}: {error.evalue} See {executed}"

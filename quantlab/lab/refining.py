@@ -19,14 +19,10 @@ def layer_inputs(model, name: str, text="sampled", *, n_ctx: int = 512, chunks: 
 
     Parameters
     ----------
-    model : str, Path or Model
     name : str
         GGUF name of the matrix.
-    text : str, Path or Text
-    n_ctx : int
-        Tokens per chunk.
-    chunks : int or None
-        Chunks at most.
+    model, text, n_ctx, chunks
+        As for `quantlab.imatrix`.
 
     Returns
     -------

@@ -34,15 +34,9 @@ def outlier(x: np.ndarray, qtypes: list[str], *, qtype: str = "Q4_K", size: floa
     except ImportError:
         return f"Sliders need ipywidgets. The figure above shows one setting. Run: {how_to_install('lab')}"
 
-    slider = ipywidgets.FloatSlider(
-        value=size,
-        max=max(40.0, size),
-        step=0.5,
-        description="outlier (rms of the block)",
-        continuous_update=False,
-        style={"description_width": "initial"},
-        layout={"width": "480px"},
-    )
+    look = {"description": "outlier (rms of the block)", "style": {"description_width": "initial"}}
+    look |= {"continuous_update": False, "layout": {"width": "480px"}}
+    slider = ipywidgets.FloatSlider(value=size, max=max(40.0, size), step=0.5, **look)
     types = ipywidgets.Dropdown(options=qtypes, value=qtype, description="type")
     picture = ipywidgets.Image(format="png", layout={"max_width": "1000px"})  # nbclient can hang at an Output widget
 

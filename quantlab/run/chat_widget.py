@@ -20,9 +20,8 @@ class ChatWidget:
     ----------
     model : str, Path or Engine
         A GGUF file, a bundled or fetched model's name, or a checkpoint; or what is loaded already.
-    system : str
-        System prompt; "" for none.
-    sampling : Sampling, optional
+    system, sampling
+        As for `Conversation`.
     options : Options, optional
 
     Raises

@@ -19,23 +19,14 @@ CELLS = 256  # the KV cache has a multiple of so many
 
 
 def compute_bytes(hparams, *, n_ctx: int, n_ubatch: int = 512, flash_attn: bool = True) -> int:
-    """Compute the size of llama.cpp's compute buffer.
+    """Compute the size of llama.cpp's compute buffer, in bytes.
 
     Parameters
     ----------
     hparams : Hparams
         Needs ``n_embd n_ff n_head n_head_kv head_dim``; with experts `n_expert`, `n_expert_used`, `n_ff_exp` too.
-    n_ctx : int
-        Tokens of context, as asked for.
-    n_ubatch : int
-        Most tokens that go through the model at once.
-    flash_attn : bool
-        Whether attention runs without storing its scores, as it does by default.
-
-    Returns
-    -------
-    int
-        Bytes.
+    n_ctx, n_ubatch, flash_attn
+        As for `quantlab.fit`.
 
     Examples
     --------

@@ -24,25 +24,14 @@ from quantlab.transform.quantize import quantize
 class Continuation:
     """The continuation that one model wrote.
 
-    Attributes
-    ----------
-    variant : str
-        The ftype, or the file's stem.
-    bytes : int
-        Size of its file.
-    tokens : tuple of int
-        Token ids.
-    pieces : tuple of str
-        The text of each token; a token may hold part of a character, which then reads `�`.
-    n_same : int
-        Tokens before the first that differs from the first model's.
+    A token may hold part of a character, which then reads `�`.
     """
 
-    variant: str
-    bytes: int
-    tokens: tuple[int, ...]
-    pieces: tuple[str, ...]
-    n_same: int
+    variant: str  # the ftype, or the file's stem
+    bytes: int  # of its file
+    tokens: tuple[int, ...]  # ids
+    pieces: tuple[str, ...]  # the text of each token
+    n_same: int  # tokens before the first that differs from the first model's
 
     @property
     def text(self) -> str:

@@ -88,13 +88,12 @@ class BestRecipe(Result, Recipe):
         self, path: str | Path, source: str = "model.gguf", imatrix: str | Path | None = None, text=None
     ) -> str:
         """Return the call that applies the recipe in `path`: of llama-quantize, or of quantlab for refined bytes."""
+        matrix = ["--imatrix", str(imatrix)] if imatrix else []
         if self.provenance["calibration"].get("refined"):
-            text = text or self.provenance["calibration"]["text"]
-            words = ["quantlab", "refine", source, self.ftype, "--recipe", str(path), "-f", str(text)]
-            return shlex.join(words + (["--imatrix", str(imatrix)] if imatrix else []))
+            words = ["quantlab", "refine", source, self.ftype, "--recipe", str(path), "-f"]
+            return shlex.join([*words, str(text or self.provenance["calibration"]["text"]), *matrix])
         target = f"{Path(source).stem}-{Path(path).stem}.gguf"
-        words = ["llama-quantize", "--tensor-type-file", str(path), source, target, self.ftype]
-        return shlex.join(words[:1] + (["--imatrix", str(imatrix)] if imatrix else []) + words[1:])
+        return shlex.join(["llama-quantize", *matrix, "--tensor-type-file", str(path), source, target, self.ftype])
 
     def _lines(self) -> list[str]:
         size = f"{self.bytes} of {self.limit} bytes, {self.bpw:.4f} bits per weight"

@@ -59,15 +59,9 @@ def plan_changes(
     exclude: Sequence[str] = (),
     weighted: Container[str] = (),
 ) -> list[Change]:
-    """List the changes of a model: groups in the order of the layers, types as given.
+    """List the changes of a model: groups in the order of the layers, types as given, as for `quantlab.sensitivity`.
 
-    Parameters
-    ----------
-    model : Model
-    types, groups, exclude
-        As for `quantlab.sensitivity`.
-    weighted : container of str
-        Tensors that an importance matrix has an entry for; the others get no type that needs one.
+    `weighted` are the tensors that an importance matrix has an entry for; the others get no type that needs one.
 
     Raises
     ------
@@ -137,15 +131,8 @@ def worth_measuring(
     """Leave out changes to types that no best recipe has, going by bytes and errors of the weights.
 
     Of a group's changes a few lie on the lower left hull of (bytes, error): nothing else is as good as two of them,
-    each for a part of the bytes. What has `FAR` times the hull's error at its bytes is left out.
-
-    Parameters
-    ----------
-    changes : sequence of Change
-    cost : callable
-        Bytes and error of a change.
-    can_beat : callable
-        Whether the error of one change says anything of the other's.
+    each for a part of the bytes. What has `FAR` times the hull's error at its bytes is left out. `cost` gives bytes and
+    error of a change, `can_beat` whether the error of one change says anything of the other's.
 
     Examples
     --------

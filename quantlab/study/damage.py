@@ -93,18 +93,9 @@ def threads(wanted: int | None):
 
 
 def cut(n_layer: int, first_layers: Sequence[int]) -> list[list[int]]:
-    """Cut changes into bundles.
+    """Cut changes into bundles: their indices, those of the first layers first, as they take longest.
 
-    Parameters
-    ----------
-    n_layer : int
-    first_layers : sequence of int
-        First layer that each change computes anew: 0 for the embeddings too, `n_layer` for the output alone.
-
-    Returns
-    -------
-    list of list of int
-        Indices of changes, those of the first layers first: they take longest.
+    `first_layers` is where each change begins to differ: 0 for the embeddings too, `n_layer` for the output alone.
     """
     bundles, work = [], 0
     for i in sorted(range(len(first_layers)), key=lambda i: (first_layers[i], i)):
@@ -125,21 +116,9 @@ def perform(task, bar: tqdm | None = None) -> list[dict]:
 
 
 def run(tasks: Sequence, work: Sequence[int], executor: Executor | None, bar: tqdm) -> list[list[dict]]:
-    """Measure tasks here, or through an executor.
+    """Measure tasks (anything with `measure`) here, or through an executor, and return the results in their order.
 
-    Parameters
-    ----------
-    tasks : sequence of Bundle
-        Or of anything else with `measure`.
-    work : sequence of int
-        How far each task moves the bar.
-    executor : concurrent.futures.Executor or None
-    bar : tqdm
-
-    Returns
-    -------
-    list of list of dict
-        In the order of `tasks`. A task whose worker was lost is given to another one.
+    `work` is how far each task moves the bar. A task whose worker was lost is given to another one.
 
     Raises
     ------

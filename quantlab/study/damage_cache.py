@@ -19,10 +19,7 @@ from quantlab.files.output import replacing
 class DamageCache:
     """A folder of entries, each a JSON file `<2 digits>/<62 digits>.json` with its key and its value.
 
-    Parameters
-    ----------
-    folder : Path or None
-        Made when the first entry is written; None remembers nothing.
+    The folder is made when the first entry is written; None remembers nothing.
     """
 
     def __init__(self, folder: Path | None):

@@ -31,21 +31,10 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class About:
-    """A card's statements about the quantized model.
+    """A card's statements about the quantized model; empty where nothing is known."""
 
-    Attributes
-    ----------
-    name : str
-        What the files' names begin with.
-    title : str
-        The model's own name.
-    base_model, license, license_name, license_link, quantized_by : str
-        Empty where nothing is known.
-    languages, tags : tuple of str
-    """
-
-    name: str
-    title: str
+    name: str  # what the files' names begin with
+    title: str  # the model's own name
     base_model: str = ""
     license: str = ""
     license_name: str = ""
@@ -86,28 +75,14 @@ class About:
 
 @dataclass(frozen=True)
 class Quantized:
-    """One quantized model of a release.
-
-    Attributes
-    ----------
-    label : str
-    files : tuple of str
-        Names of the file, or of its shards.
-    bytes : int
-        Of all shards.
-    bpw : float
-    types : Counter
-        ggml type → tensors.
-    how : str
-        Which types were chosen, in one sentence.
-    """
+    """One quantized model of a release."""
 
     label: str
-    files: tuple[str, ...]
-    bytes: int
+    files: tuple[str, ...]  # names of the file, or of its shards
+    bytes: int  # of all shards
     bpw: float
-    types: Counter
-    how: str
+    types: Counter  # ggml type → tensors
+    how: str  # which types were chosen, in one sentence
 
 
 def printable(text: object) -> str:
@@ -151,20 +126,9 @@ def card(
 ) -> str:
     """Return README.md.
 
-    Parameters
-    ----------
-    about : About
-    models : sequence of Quantized
-    rows : sequence of dict
-        Of a report: figures of each variant on each text, the base's first.
-    matrix : str
-        What the importance matrix was collected on, in one sentence; empty without one.
-    made : str
-        How the files were made, in one sentence.
-    command : str
-        What makes them again.
-    extras : dict of str to str
-        Other files of the release → what they are.
+    `rows` are a report's: figures of each variant on each text, the base's first. `matrix` says in one sentence what
+    the importance matrix was collected on (empty: none), `made` how the files were made, `command` what makes them
+    again. `extras` says of the other files what they are.
     """
     base = f"[{markdown(about.base_model)}](https://huggingface.co/{about.base_model})"
     base = base if re.fullmatch(r"[\w.-]+/[\w.-]+", about.base_model) else markdown(about.base_model or about.title)

@@ -26,10 +26,8 @@ class Folder:
         Made if missing; its parent must exist.
     identity : str
         What the bytes of all files depend on.
-    names : iterable of str
-        Files of the release, relative to `path`.
-    overwrite : bool
-        Whether files that stand there may be replaced.
+    names, overwrite
+        Files of the release, relative to `path`, and whether files that stand there may be replaced.
 
     Attributes
     ----------

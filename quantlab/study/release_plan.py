@@ -35,25 +35,12 @@ LONGEST = 80  # characters of a name
 
 @dataclass(frozen=True)
 class Item:
-    """One of the files that a release is about.
+    """One of the files that a release is about."""
 
-    Attributes
-    ----------
-    label : str
-        What tells it from the others, such as `Q4_K_M`.
-    ftype : str
-        The mixture, of a recipe the one of the nearest size.
-    options : Options
-        How it is quantized; the importance matrix comes later.
-    recipe : Path or None
-        The file of the types that were asked for.
-    is_refined : bool
-    """
-
-    label: str
-    ftype: str
-    options: Options
-    recipe: Path | None
+    label: str  # what tells it from the others, such as `Q4_K_M`
+    ftype: str  # the mixture, of a recipe the one of the nearest size
+    options: Options  # how it is quantized; the importance matrix comes later
+    recipe: Path | None  # the file of the types that were asked for
     is_refined: bool
 
     def job(self, model: Model, folder: Path, name: str, matrix: ImportanceMatrix | None, max_size) -> Job:

@@ -286,10 +286,8 @@ def both_rules(table: SizePpl, model: str | Path, text: str | Path = "primer", *
     ----------
     table : SizePpl
         What `size_ppl` returned for this model and text.
-    model, text
-        As for `size_ppl`.
-    **options
-        `mode`, `device`, `device_memory` and `memory` as for `size_ppl`.
+    model, text, **options
+        As for `size_ppl`; the options are `mode`, `device`, `device_memory` and `memory`.
 
     Returns
     -------

@@ -30,14 +30,10 @@ def with_today(
     ----------
     table : SizePpl
         What `size_ppl` returned for this model and text, with today's rules.
-    model, text
-        As for `size_ppl`.
-    calibrate_on : str or Path
-        A bundled text's name or a file, another text than the one to judge on.
+    model, text, calibrate_on, **options
+        As for `size_ppl`; the options are `mode`, `device`, `device_memory` and `memory`.
     ftypes : sequence of str
         Ftypes to add (default: the I-quants and Q2_K_S).
-    **options
-        `mode`, `device`, `device_memory` and `memory` as for `size_ppl`.
 
     Returns
     -------

@@ -14,7 +14,7 @@ from quantlab.files.gguf_file import Strings
 from quantlab.files.metadata_table import metadata_table
 from quantlab.files.model import LazyTensor
 from quantlab.quants import ggml_types
-from quantlab.transform.slabs import in_order, row_ranges
+from quantlab.transform.slabs import row_ranges
 
 # ---- metadata
 
@@ -140,31 +140,11 @@ def as_floats(rows: np.ndarray, qtype: str, n_per_row: int) -> np.ndarray:
     return quants.dequantize(rows.view(np.uint8), qtype, (len(rows), n_per_row))
 
 
-def slabs(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[tuple[Any, np.ndarray, np.ndarray, bool]]:
-    """Read pairs of tensors of one shape slab by slab, a few slabs ahead.
-
-    Parameters
-    ----------
-    pairs : iterable of (item, LazyTensor, LazyTensor)
-        What the pair belongs to, and its two tensors.
-
-    Yields
-    ------
-    item
-        What the pair belongs to.
-    a, b : np.ndarray [shape=(nrows, n_per_row) or, quantized, (nrows, row_bytes) of uint8]
-        The same rows of both tensors, as they are stored.
-    is_last : bool
-        Whether they are the tensor's last rows.
-    """
-    return in_order(read, cuts(pairs))
-
-
 Cut = tuple[Any, LazyTensor, LazyTensor, int, int]  # item, two tensors, first row and end
 
 
 def cuts(pairs: Iterable[tuple[Any, LazyTensor, LazyTensor]]) -> Iterator[Cut]:
-    """Cut pairs of tensors into unread slabs; see `slabs`."""
+    """Cut pairs of tensors of one shape into unread slabs; the item is what a pair belongs to."""
     return ((item, a, b, start, stop) for item, a, b in pairs for start, stop in row_ranges(a))
 
 
@@ -175,7 +155,7 @@ def n_weights(cut: Cut) -> int:
 
 
 def read(cut: Cut) -> tuple[Any, np.ndarray, np.ndarray, bool]:
-    """Read the rows of a cut, and return them as `slabs` does."""
+    """Return a cut's item, the same rows of both tensors as they are stored, and whether they are the last."""
     item, a, b, start, stop = cut
     return item, a.rows(start, stop), b.rows(start, stop), stop == a.nrows
 

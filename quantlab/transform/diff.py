@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from quantlab.files.model import Model, as_model
 from quantlab.result import Result
-from quantlab.transform.compare import Change, Tally, metadata_changes, root_mean_square, slabs
+from quantlab.transform.compare import Change, Tally, cuts, metadata_changes, read, root_mean_square
 from quantlab.transform.inspect import text_table
 from quantlab.transform.rules import layer_of, squeezed
+from quantlab.transform.slabs import in_order
 
 COLUMNS = ["name", "change", "a", "b", "blocks", "differing", "rmse", "max_abs", "relative"]
 
@@ -150,7 +151,8 @@ def _tallies(pairs: list[tuple]) -> Iterator[tuple[dict, Tally]]:
     qtypes = {row["name"]: (one.qtype, other.qtype) for row, one, other in pairs}
     tally = Tally()
     with tqdm(total=total, unit="B", unit_scale=True, desc="diff") as bar:
-        for (row, n_per_row), one, other, last in slabs(((r, x.shape[-1]), x, y) for r, x, y in pairs):
+        slabs = in_order(read, cuts(((row, one.shape[-1]), one, other) for row, one, other in pairs))
+        for (row, n_per_row), one, other, last in slabs:
             tally.add(one, other, qtypes[row["name"]], n_per_row)
             bar.update(one.nbytes + other.nbytes)
             if last:

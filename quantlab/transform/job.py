@@ -477,10 +477,7 @@ def _outputs(paths: Sequence[Path | None], shards, steps: Mapping[str, Step], me
         return (Output(paths[0], metadata, tuple(steps.values())),)
     outputs = []
     for i, (path, names) in enumerate(zip(paths, shards, strict=True)):
-        split = {
-            "split.no": np.uint16(i),
-            "split.count": np.uint16(len(paths)),
-            "split.tensors.count": np.int32(len(steps)),
-        }
+        split = {"split.no": np.uint16(i), "split.count": np.uint16(len(paths))}
+        split |= {"split.tensors.count": np.int32(len(steps))}
         outputs.append(Output(path, (metadata if i == 0 else {}) | split, tuple(steps[name] for name in names)))
     return tuple(outputs)

@@ -74,19 +74,9 @@ def quantize_together(jobs: Sequence[Job], *, progress: bool = True) -> None:
 
 
 def in_shards(job: Job, max_size: str | int) -> Job:
-    """Return a job whose one output is distributed over shards, those that `split` would make of it.
+    """Return a job whose one output, on disk, is distributed over the shards that `split` would make of it.
 
-    Parameters
-    ----------
-    job : Job
-        With one output, on disk.
-    max_size : str or int
-        As for `split`.
-
-    Returns
-    -------
-    Job
-        The job itself if all tensors fit into one shard.
+    It is the job itself if all tensors fit into one shard.
     """
     (output,) = job.outputs
     by_name = {step.tensor.name: step for step in output.steps}

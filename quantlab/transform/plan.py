@@ -131,16 +131,11 @@ def look_up(shape_or_file: str | Path):
         hparams = Hparams(**{key: value for key, value in shape.items() if key not in ("name", "source")})
         return shape["name"], complete(hparams), tensor_shapes(hparams), None
     if folder := _of_config_alone(Path(name)):
-        return folder.resolve().name, *_from_config(folder), None
+        config = read_config(folder)
+        factors = {tensor: values.shape for tensor, values in rope_factors(config).items()}
+        return folder.resolve().name, complete(config), tensor_shapes(config) | factors, None
     opened = open_model(name)
     return opened.path.name, opened.hparams, opened.shapes, {tensor.name: tensor.qtype for tensor in opened}
-
-
-def _from_config(folder: Path) -> tuple[Hparams, dict[str, tuple[int, ...]]]:
-    """Return the hyper-parameters and shapes of a checkpoint's configuration."""
-    config = read_config(folder)
-    factors = rope_factors(config)
-    return complete(config), tensor_shapes(config) | {name: values.shape for name, values in factors.items()}
 
 
 def _of_config_alone(path: Path) -> Path | None:

@@ -33,13 +33,7 @@ def layers_of(text: str) -> tuple[int, ...]:
 def pruned_names(names: Iterable[str], n_layer: int, layers: Sequence[int]) -> dict[str, str]:
     """Return the new name of every remaining tensor; the remaining layers are numbered from 0.
 
-    Parameters
-    ----------
-    names : iterable of str
-    n_layer : int
-        Layers of the whole model.
-    layers : sequence of int
-        Numbers of the layers that are left out.
+    `n_layer` counts the layers of the whole model, `layers` are the ones that are left out.
 
     Raises
     ------

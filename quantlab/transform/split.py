@@ -45,13 +45,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split(Result):
-    """The distribution of a GGUF file over shards, written or planned.
-
-    Attributes
-    ----------
-    source : Path
-    shards : tuple[Shard, ...]
-    """
+    """The distribution of a GGUF file over shards, written or planned."""
 
     source: Path
     shards: tuple[Shard, ...]

@@ -30,12 +30,7 @@ _JOURNAL = b'{"identity": '  # how every journal begins
 class Unfinished:
     """The unfinished files of one job, as a context manager.
 
-    Parameters
-    ----------
-    outputs : sequence of Output
-        What will be written; all with paths.
-    identity : str
-        Whatever the bytes depend on; a state of another identity is begun anew.
+    All outputs have paths. `identity` is what the bytes depend on: a state of another identity is begun again.
 
     Attributes
     ----------

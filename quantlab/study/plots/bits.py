@@ -121,14 +121,10 @@ def type_map(types: Mapping[str, str], *, title: str = "", ax: Axes | None = Non
     ax.imshow(bits, cmap="Blues", vmin=1.5, vmax=8.5, aspect="auto")
     ax.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     ax.set_yticks(range(len(layers)), map(str, layers))
-    outer = ", ".join(f"{name.removesuffix('.weight')} {q}" for name, q in types.items() if _is_outer(name))
+    outside = [name for name in types if name in ("token_embd.weight", "output.weight")]
+    outer = ", ".join(f"{name.removesuffix('.weight')} {types[name]}" for name in outside)
     ax.set(ylabel="layer", title=f"{title}\n{outer}" if outer else title)
     return ax
-
-
-def _is_outer(name: str) -> bool:
-    """Tell whether a tensor is a matrix outside the layers."""
-    return name in ("token_embd.weight", "output.weight")
 
 
 def block_search(

@@ -24,19 +24,7 @@ def new_axes(size: tuple[float, float]) -> Axes:
 
 
 def by_family(frame: pd.DataFrame, qtypes: pd.Series) -> list[tuple[Family, pd.DataFrame]]:
-    """Group the rows of a frame by the family of their types, without rows that have no type.
-
-    Parameters
-    ----------
-    frame : pd.DataFrame
-    qtypes : pd.Series
-        The ggml type of each row, or None.
-
-    Returns
-    -------
-    list of (Family, pd.DataFrame)
-        The families that there are rows of.
-    """
+    """Group the rows of a frame by the family of their types, `qtypes`, without rows that have none."""
     names = qtypes.map({record.name: record.family for record in GGML_TYPES.values()})
     parts = ((family, frame[names == name]) for name, family in FAMILIES.items())
     return [(family, rows) for family, rows in parts if len(rows)]
