@@ -49,7 +49,8 @@ def label_points(
             far = abs(dx) + abs(dy) > 24
             line = {"arrowstyle": "-", "lw": 0.5, "color": "0.5", "shrinkB": 4} if far else None
             look = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center", "va": "center_baseline", "fontsize": 8}
-            label = ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", arrowprops=line, **look)
+            look |= {"arrowprops": line, "bbox": _PLAIN}
+            label = ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", **look)
             label.set_in_layout(False)
             box = _text_box(label)
             if inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) and not box.count_overlaps(taken):
@@ -60,6 +61,7 @@ def label_points(
         taken.append(box)
 
 
+_PLAIN = {"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5}  # behind a label, so that lines do not cross it
 _PLACES = [
     (dx * r, dy * r)
     for r in (1, 1.6, 2.4, 3.4, 4.6)
