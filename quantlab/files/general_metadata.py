@@ -40,10 +40,8 @@ def general_metadata(folder: Path, arch: str, tensors: Sequence[LazyTensor], nam
 
     Parameters
     ----------
-    folder : Path
+    folder, arch
         The checkpoint's; in the hub's cache, the repository's name stands for it.
-    arch : str
-        `general.architecture`.
     tensors : sequence of LazyTensor
         What the file will hold, for its size class.
     name : str, optional

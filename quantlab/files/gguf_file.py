@@ -79,13 +79,8 @@ class TensorInfo(TensorSpec):
 class Strings(Sequence):
     """An array of strings in a file: bytes that can be copied, and a sequence of str for readers.
 
-    A vocabulary has hundreds of thousands; to unpack and pack them takes longer than to quantize a small model.
-
-    Parameters
-    ----------
-    raw : bytes
-        Each string's length, 8 bytes, and the string.
-    count : int
+    A vocabulary has hundreds of thousands; to unpack and pack them takes longer than to quantize a small model. `raw`
+    holds each string's length, 8 bytes, and the string.
     """
 
     def __init__(self, raw: bytes, count: int):

@@ -17,16 +17,9 @@ _YARN = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "log_mul": "log_mul
 
 
 def read_hparams(metadata: Mapping[str, Any], tensors: Container[str], *, source: str = "metadata") -> Hparams:
-    """Read the hyper-parameters from GGUF metadata.
+    """Read the hyper-parameters from GGUF metadata, as `read_header` returns it, and the names of the tensors.
 
-    Parameters
-    ----------
-    metadata : mapping
-        As `read_header` returns it.
-    tensors : container of str
-        Names of the tensors that there are.
-    source : str
-        What the error text starts with.
+    `source` starts the error text.
 
     Returns
     -------

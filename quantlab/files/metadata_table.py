@@ -19,12 +19,7 @@ N_ITEMS = 3  # of an array
 
 
 def metadata_table(metadata: Mapping[str, Any]) -> pd.DataFrame:
-    """Return the table of metadata: key, type, value as short text.
-
-    Parameters
-    ----------
-    metadata : mapping
-        As `read_header` returns it.
+    """Return the table of metadata, as `read_header` returns it: key, type, value as short text.
 
     Examples
     --------

@@ -90,14 +90,7 @@ class Vocab:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, source: str = "metadata") -> "Vocab":
-        """Build the vocabulary that GGUF metadata describes.
-
-        Parameters
-        ----------
-        metadata : mapping
-            As `read_header` returns it.
-        source : str
-            What the error text starts with.
+        """Build the vocabulary that GGUF metadata, as `read_header` returns it, describes; `source` starts the errors.
 
         Raises
         ------

@@ -119,16 +119,8 @@ def run(name: str, parameters: Mapping[str, Any] | None = None, *, overwrite: bo
 def picture(name: str, folder: Path, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the first figure of an executed notebook as PNG, in 256 colours if it would be larger than 100 kB.
 
-    Parameters
-    ----------
-    name : str
-        The notebook's name.
-    folder : Path
-        What `run` returned.
-    path : str or Path
-        The picture.
-    overwrite : bool
-        Whether a file that is not a picture of quantlab may be replaced.
+    `run` executed the notebook `name` in `folder`. With `overwrite`, any file may be replaced, else only a picture of
+    quantlab.
 
     Raises
     ------

@@ -136,13 +136,7 @@ def talk(
 ) -> None:
     """Talk in the terminal until the end of the input or /exit.
 
-    Parameters
-    ----------
-    conversation : Conversation
-    read : callable
-        Asks for a line; raises EOFError at the end of the input.
-    write : callable
-        Writes a text as it is. Default: standard output, at once.
+    `read` asks for a line, and raises EOFError at the end of the input. `write` writes a text as it is.
     """
     write(f"{HELP}\n")
     while True:

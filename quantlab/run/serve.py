@@ -29,14 +29,8 @@ def serve(
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM, which end the process with status 0.
 
-    Parameters
-    ----------
-    model : str or Path
-        A GGUF file, a bundled or fetched model's name, or a checkpoint.
-    options : Options
-        The web page is always served.
-    report, warn : callable
-        Take a line each and write it at once: where it listens; what is risky about it. Neither holds the key.
+    The web page is always served. `report` and `warn` take a line each and write it at once: where it listens, and what
+    is risky about it. Neither holds the key.
 
     Raises
     ------

@@ -103,20 +103,10 @@ def weighted_error(x: np.ndarray, qtype: str, weights: np.ndarray | None = None)
 
 
 def sample(changes: Sequence, n_layer: int, n: int) -> list:
-    """Choose the changes to measure, so that the rest can be predicted.
+    """Choose the changes, of single tensors, to measure, so that the rest can be predicted.
 
-    Parameters
-    ----------
-    changes : sequence of Change
-        Of single tensors.
-    n_layer, n : int
-        Layers of the model, and layers of which tensors are measured.
-
-    Returns
-    -------
-    list of Change
-        The tensors of `n` layers, spread from the first to the last, at one type each, the second narrowest; those of
-        the middle one of these layers, and those of no layer, at every type.
+    They are the tensors of `n` layers, spread from the first to the last, at one type each, the second narrowest; those
+    of the middle one of these layers, and those of no layer, at every type.
     """
     layers = np.unique(np.linspace(0, n_layer - 1, n).round().astype(int)).tolist()
     whole = (-1, layers[len(layers) // 2])

@@ -48,12 +48,7 @@ def declaration(model: Model) -> str:
 class Distance:
     """The distance of a refined tensor's blocks from their weights, compared with ordinary encoding.
 
-    Parameters
-    ----------
-    tensor : LazyTensor
-        The refined one.
-    source : str
-        Type of the weights.
+    `tensor` is the refined one, `source` the type of the weights.
 
     Attributes
     ----------

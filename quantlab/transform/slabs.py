@@ -36,18 +36,8 @@ def in_order(
 ) -> Generator:
     """Yield ``work(item)`` for each item in order, while other threads process the next ones.
 
-    Parameters
-    ----------
-    work : callable
-        Called in the threads.
-    items : iterable
-        Taken in the caller's thread, `ahead` more than results were yielded.
-    threads : int
-        How many items are worked on at once.
-    kernel_threads : int, optional
-        How many threads each parallel kernel may use that `work` calls. Default: all.
-    ahead : int
-        Results that are there or under way while the caller holds one.
+    `work` is called in `threads` threads, and each kernel that it calls uses `kernel_threads` (default: all). Items are
+    taken in the caller's thread, `ahead` more than results were yielded.
 
     Raises
     ------
