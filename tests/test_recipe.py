@@ -239,6 +239,8 @@ def test_the_word(tmp_path, monkeypatch, measured):
         assert wrong.exit_code == 2 and text in wrong.stderr
     wrong = CliRunner().invoke(app, [*words, "--overwrite", "--judge", "sampled"])
     assert wrong.exit_code == 2 and "is the calibration text, choose another" in wrong.stderr
+    wrong = CliRunner().invoke(app, [*words, "--overwrite", "--judge", "missing.txt"])
+    assert "missing.txt: no such file. Give a text file" in str(wrong.exception) and "KLD" not in wrong.output
     options = ["--exchanges", "2", "--minutes", "5", "--exclude", "Q6_K,Q5_K", "-o", "moved.txt"]
     moved = CliRunner().invoke(app, [*words, "--overwrite", *options])
     assert json.loads(moved.stdout)["protocol"]["exchanges"]["tried"] == 2

@@ -11,11 +11,13 @@ from numba import get_num_threads, set_num_threads
 from test_verify import rewritten
 
 import quantlab as ql
+from quantlab.cli import app
 from quantlab.evaluate import refine as module
 from quantlab.files.bundled import bundled_path, read_text
 from quantlab.files.model import open as open_model
 from quantlab.study.front import judge_refined
 from quantlab.study.tables import size_ppl
+from quantlab.transform.mixture import Recipe
 
 OPTIONS = {"ftype": "Q2_K", "chunks": 2, "sweeps": 1, "progress": False}
 
@@ -163,11 +165,20 @@ def test_what_cannot_be_refined_for_a_comparison_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_text_to_judge_on_is_said_first(tmp_path):
+    words = ["refine", "tiny", str(tmp_path / "a.gguf"), "Q2_K", "--chunks", "2", "--judge", str(tmp_path / "b.txt")]
+    with pytest.raises(FileNotFoundError, match=r"b.txt: no such file. Give a text file"):
+        app(words, standalone_mode=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_options_are_refused_and_nothing_is_written(tmp_path):
     out = tmp_path / "a.gguf"
     for change, text in (
         ({"sweeps": -1}, r"sweeps=-1, must be 0 or more"),
         ({"damping": 0.0}, r"damping=0.0, must be above 0"),
+        ({"damping": "much"}, r"damping=much, must be above 0 and at most 10. Give auto"),
+        ({"recipe": Recipe({"blk.9.attn_q.weight": "Q3_K"})}, r"recipe: blk.9.attn_q.weight is not a tensor of .*tiny"),
         ({"ftype": "F16"}, r"no tensor of .* can be refined"),
         ({"n_ctx": 64, "chunks": 4}, r"256 tokens are fewer than the 512 inputs of the widest layer. Give at least 8"),
         ({"text": ["sampled", "primer"], "chunks": 1}, r"chunks=1, must be at least one for each of 2 texts"),

@@ -257,6 +257,7 @@ def refine(
     of ordinary and refined bytes on a held-out text.
     """
     from quantlab.evaluate.refine import refine
+    from quantlab.files.bundled import read_text
     from quantlab.files.output import is_stream
     from quantlab.study.front import judge_refined
     from quantlab.transform.inspect import inspect
@@ -270,6 +271,8 @@ def refine(
     judge = judge or ("none" if "primer" in texts else "primer")
     if judge in texts:
         raise typer.BadParameter("is a calibration text, choose another or none", param_hint="--judge")
+    if judge != "none":
+        read_text(judge)  # a missing text is said before anything is refined
     n_ctx = cli.context_size(files[0], n_ctx)  # pyright: ignore[reportAssignmentType]
     path = refine(
         files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,

@@ -200,11 +200,14 @@ def _one_limit(**limits: Any) -> dict[str, Any]:
 
 def _other_text(judge: str | None, text: str | None, sensitivity: Path | None) -> str:
     """Return the text to judge on, by default the primer unless it is the calibration text."""
+    from quantlab.files.bundled import read_text
     from quantlab.study.sensitivity import Sensitivity
 
     calibration = text or (Sensitivity.load(sensitivity).protocol["text"] if sensitivity else "sampled")
     if judge is not None and judge == calibration:
         raise typer.BadParameter("is the calibration text, choose another or none", param_hint="--judge")
+    if judge is not None and judge != "none":
+        read_text(judge)  # a missing text is said before anything is measured
     return judge or ("none" if calibration == "primer" else "primer")
 
 

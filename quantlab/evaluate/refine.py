@@ -26,7 +26,7 @@ from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine.cpu import CpuEngine, peak
 from quantlab.evaluate.protocol import cut
 from quantlab.evaluate.refinement import AT_ONCE, Refinement, can_refine
-from quantlab.evaluate.variants import Variant
+from quantlab.evaluate.variants import Variant, check_recipe
 from quantlab.files.bundled import TextLike, read_text
 from quantlab.files.imatrix_file import MatrixLike, as_matrix
 from quantlab.files.inputs import input_files
@@ -175,9 +175,7 @@ def refine(
     if sweeps < 0:
         raise ValueError(f"sweeps={sweeps}, must be 0 or more. Give 2, the default.")
     tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
-    damping = auto_damping(opened, tokens) if damping == "auto" else float(damping)
-    if not 0 < damping <= 10:
-        raise ValueError(f"damping={damping}, must be above 0 and at most 10. Give auto.")
+    damping = _damping(opened, tokens, damping)
     digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
     settings = Settings(names, digest, n_ctx, len(tokens), sweeps, damping, cpu_kind())
     matrix = as_matrix(imatrix)
@@ -251,6 +249,17 @@ def _workspace(path: Path, scratch: str | Path | None) -> Iterator[tuple[Path, P
         folder.rmdir()
 
 
+def _damping(model: Model, tokens: np.ndarray, given: float | str) -> float:
+    """Return the damping that is given, or that these tokens need."""
+    try:
+        damping = auto_damping(model, tokens) if given == "auto" else float(given)
+    except ValueError:
+        damping = float("nan")
+    if not 0 < damping <= 10:
+        raise ValueError(f"damping={given}, must be above 0 and at most 10. Give auto.")
+    return damping
+
+
 def auto_damping(model: Model, tokens: np.ndarray) -> float:
     """Return the damping for these tokens: more if each input has few tokens."""
     return float(np.clip(0.1 * 16 * _widest(model) / tokens.size, 0.05, 0.3))
@@ -290,6 +299,7 @@ def _types(model: Model, ftype, rules: str, recipe, given: Sequence[tuple[str, s
     """Return types by name that give the file the types of an ordinary file with an importance matrix."""
     if recipe is not None:
         recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else Recipe(dict(recipe.types))
+        check_recipe(recipe, model, "recipe")
         given = [*recipe.tensor_types(), *given]
     if matrix is not None:
         return list(given)

@@ -112,11 +112,16 @@ def _resolve_one(base: Model, spec, rules: str, imatrix: Mapping[str, np.ndarray
 
 def _from_recipe(base: Model, name: str, recipe: Recipe, imatrix: Mapping[str, np.ndarray]) -> Variant:
     """Return a recipe's types; other tensors keep the base's types."""
+    check_recipe(recipe, base, name)
+    types = {tensor.name: recipe.types.get(tensor.name, tensor.qtype) for tensor in base}
+    return _checked(Variant(name, base, types, imatrix))
+
+
+def check_recipe(recipe: Recipe, base: Model, name: str) -> None:
+    """Refuse a recipe with tensors that the model does not have."""
     unknown = [tensor for tensor in recipe.types if tensor not in base]
     if unknown:
         raise ValueError(f"{name}: {unknown[0]} is not a tensor of {base.path}. Make the recipe for this model.")
-    types = {tensor.name: recipe.types.get(tensor.name, tensor.qtype) for tensor in base}
-    return _checked(Variant(name, base, types, imatrix))
 
 
 def _checked(variant: Variant) -> Variant:
