@@ -30,7 +30,6 @@ from quantlab.files.bundled import shape as bundled_shape
 from quantlab.study.tables import FTYPES
 
 torch = pytest.importorskip("torch", reason="the extra gpu is not installed", exc_type=ImportError)
-from quantlab.evaluate.engine.card import engine as engine_module  # noqa: E402
 from quantlab.evaluate.engine.card import layers, plan, products  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -434,31 +433,6 @@ def test_a_card_that_is_too_small_is_refused(tmp_path):
         plan.fit(*needs_of(tmp_path, "llama-7b", "halves", 0.5, 4), "64GiB", False)
     with pytest.raises(ValueError, match=r"memory=1GiB, must be at least .* GiB for this model. .* or device=cpu"):
         plan.fit(*needs_of(tmp_path, "llama-7b", "halves", 24, 4), "1GiB", True)
-
-
-def test_what_does_not_fit_is_done_in_smaller_pieces(monkeypatch, tmp_path):
-    folder, options = llama_models.write_model(tmp_path / "llama2", "llama2"), dict(n_ctx=64, chunks=6, **TORCH)
-    whole, taken = ql.compare(folder, ["Q4_0"], "primer", **options), []
-
-    def limited(of, most):
-        def call(*args, **kwargs):
-            taken.append(len(args[0]))
-            if len(args[0]) > most:
-                raise torch.OutOfMemoryError
-            return of(*args, **kwargs)
-
-        return call
-
-    attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 2))
-    monkeypatch.setattr(engine_module.scores.Prediction, "of", limited(engine_module.scores.Prediction.of, 10))
-    pieces = ql.compare(folder, ["Q4_0"], "primer", **options)
-    assert {6, 3, 1} < set(taken) and 10 > min(size for size in taken if size > 6) - 3
-    for a, b in zip(whole.rows, pieces.rows, strict=True):
-        assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-6)
-    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 0))
-    with pytest.raises(MemoryError, match="device=cpu-torch: 1 chunks of 64 tokens do not fit into its memory. Give"):
-        ql.compare(folder, ["Q4_0"], "primer", **options)
 
 
 # ── what is missing ─────────────────────────────────────────────────────────────────────────────────────────────────

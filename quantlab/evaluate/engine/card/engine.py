@@ -19,7 +19,7 @@ from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.engine import ExpertInputs, Observe, Read, Stored, needed
 from quantlab.evaluate.engine.card import plan, scores
 from quantlab.evaluate.engine.card.layers import Layers, LayerWeights, check
-from quantlab.evaluate.engine.card.products import Operand, Products, measure, synchronize
+from quantlab.evaluate.engine.card.products import Operand, Products, is_out_of_memory, measure, synchronize
 from quantlab.evaluate.engine.card.transfers import Transfers
 from quantlab.evaluate.engine.torch import TorchEngine
 from quantlab.evaluate.metrics import TokenScores
@@ -66,12 +66,13 @@ class CardEngine(TorchEngine):
         self.products, self.transfers = Products(precision, self.device), Transfers(self.device)
         self.layers = Layers(model, n_ctx, self.products, self.device, self._observed)
         self._chunks = plan.chunks_at_most(self.device, n_ctx)
-        self._on_device, self._lock = False, threading.Lock()
+        self._on_device, self._lock = False, threading.Lock()  # of the memory in which weights travel
+        self._piece = threading.Lock()  # held while chunks are computed
 
     def __enter__(self) -> "CardEngine":
-        self._before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+        self._before = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision
         torch.set_num_threads(numba.get_num_threads())
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.fp32_precision = "ieee"  # float32, not tf32
         self._inference = torch.inference_mode()
         self._inference.__enter__()
         return self
@@ -80,7 +81,7 @@ class CardEngine(TorchEngine):
         self._inference.__exit__(*exc)
         self.transfers.close()
         torch.set_num_threads(self._before[0])
-        torch.backends.cuda.matmul.allow_tf32 = self._before[1]
+        torch.backends.cuda.matmul.fp32_precision = self._before[1]
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -108,15 +109,25 @@ class CardEngine(TorchEngine):
         )
 
     def _make(self, weights: Callable):
-        """Return the weights on the device; if they do not fit, compute fewer chunks at a time."""
-        while True:
+        """Return the weights on the device; where they do not fit beside chunks that are computed, wait for those."""
+        try:
+            return self._made(weights)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        with self._piece:
             try:
-                with self._lock, torch.inference_mode(), self.transfers.loading():
-                    made = weights()
-                    self.transfers.loaded(made.tensors())
-                return made
-            except torch.OutOfMemoryError:
-                self._chunks = self._fewer(self._chunks, 1, f"chunk of {self.n_ctx} tokens beside the weights")
+                return self._made(weights)
+            except RuntimeError as error:
+                self._fewer(error, 1, "layer's weights")
+                raise
+
+    def _made(self, weights: Callable):
+        """Return the weights on the device."""
+        with self._lock, torch.inference_mode(), self.transfers.loading():
+            made = weights()
+            self.transfers.loaded(made.tensors())
+        return made
 
     def _matrix(self, stored: Stored) -> Operand:
         """Return a matrix as an operand, made piece by piece (experts: stacked)."""
@@ -153,7 +164,9 @@ class CardEngine(TorchEngine):
         if self._on_device:
             try:
                 return torch.empty(shape, dtype=torch.float32, device=self.device)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._on_device = False
         return self.transfers.pinned(shape)
 
@@ -167,26 +180,46 @@ class CardEngine(TorchEngine):
             table = table * np.float32(self.hparams.embd_scale)
         if not self._on_device:
             return table[places]
-        return torch.from_numpy(table).to(self.device)[torch.from_numpy(places).to(self.device)]
+        try:
+            return torch.from_numpy(table).to(self.device)[torch.from_numpy(places).to(self.device)]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return torch.from_numpy(table[places])
 
     def forward(self, layer: LayerWeights, states, first: int = 0, observe: Observe | None = None) -> None:
         """Apply a layer in place; see `Engine.forward`."""
         start = 0
         while start < len(states):
             piece = states[start : start + self._chunks]
-            try:
-                done = self.layers.apply(layer, self.transfers.fetch(piece), first, observe)
-                self.transfers.store(done, piece[:, first:])
-                del done
-            except torch.OutOfMemoryError:
-                least = len(piece) if observe else 1  # an observer has seen some inputs already
-                self._chunks = self._fewer(len(piece), least, f"chunks of {self.n_ctx} tokens")
-                continue
+            self._apply(layer, piece, first, observe, set())
             start += len(piece)
 
-    def _fewer(self, count: int, least: int, what: str) -> int:
+    def _apply(self, layer: LayerWeights, piece, first: int, observe: Observe | None, seen: set[str]) -> None:
+        """Apply a layer to some chunks, part by part after a failure; `seen` are the products observed before that."""
+
+        def watch(field: str, inputs):
+            if observe is None or field in seen:
+                return None
+            read = observe(field, inputs)
+            seen.add(field)
+            return read
+
+        try:
+            with self._piece:
+                done = self.layers.apply(layer, self.transfers.fetch(piece), first, observe and watch)
+                self.transfers.store(done, piece[:, first:])
+            return
+        except RuntimeError as error:
+            step = self._chunks = self._fewer(error, len(piece), f"chunks of {self.n_ctx} tokens")
+        for start in range(0, len(piece), step):
+            self._apply(layer, piece[start : start + step], first, observe, set(seen))
+
+    def _fewer(self, error: RuntimeError, count: int, what: str) -> int:
         """Return half of a count that did not fit into the card's memory; raise MemoryError at 1."""
-        if count <= least:
+        if not is_out_of_memory(error):
+            raise error
+        if count == 1:
             raise MemoryError(
                 f"device={self.name}: {count} {what} do not fit into its memory. "
                 "Give a smaller device_memory or n_ctx, or device=cpu."
@@ -201,9 +234,14 @@ class CardEngine(TorchEngine):
         return self._make(lambda: Output(self._vector(norm), self._matrix(matrix), self._is_safe(norm)))
 
     def output_inputs(self, norm: Stored, states) -> torch.Tensor:
-        """Return the inputs of the last product [shape=(-1, n_embd), dtype=float32]."""
-        x = self.transfers.fetch(states)
-        return self.layers.rms_norm(x.reshape(-1, x.shape[-1]), self._vector(norm))
+        """Return the inputs of the last product [shape=(-1, n_embd), dtype=float32], in the machine's memory."""
+        found, x = [], states.reshape(-1, states.shape[-1])
+
+        def work(piece: slice) -> None:
+            found.append(self.layers.rms_norm(self.transfers.fetch(x[piece]), self._vector(norm)).cpu())
+
+        self._in_pieces(work, len(x))
+        return torch.cat(found)
 
     def _logits(self, output: Output, states) -> torch.Tensor:
         """Return the logits [rows, n_vocab] of hidden states [..., n_embd]."""
@@ -251,8 +289,8 @@ class CardEngine(TorchEngine):
             rows = slice(start, min(start + step, n_rows))
             try:
                 work(rows)
-            except torch.OutOfMemoryError:
-                step = self._fewer(rows.stop - start, 1, "tokens' logits")
+            except RuntimeError as error:
+                step = self._fewer(error, rows.stop - start, "tokens' logits")
                 continue
             start = rows.stop
 

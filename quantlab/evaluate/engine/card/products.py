@@ -17,6 +17,7 @@ import torch
 PRECISIONS = {"float32": (torch.float32, 1), "half": (torch.float16, 1), "halves": (torch.float16, 2)}  # dtype, parts
 _SAFE = (2.0**-8, 2.0**15)  # the greatest number of a row that is rounded to halves without a scale
 SIDE = 4096  # of the square products that are measured; 1024 on a CPU
+_OUT_OF_MEMORY = ("out of memory", "Invalid buffer size", "can't allocate memory", "ALLOC_FAILED")  # MPS, CPU, cuBLAS
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Products:
         self.precision = precision
         self.dtype, self.n_parts = PRECISIONS[precision]
         self.weight_bytes = self.dtype.itemsize * self.n_parts
-        self.is_native = device.type == "cuda"  # elsewhere halves are widened again, for the same numbers
+        # elsewhere halves are widened again, for the same numbers; torch for AMD's cards lacks this product, too
+        self.is_native = device.type == "cuda" and torch.version.hip is None
 
     def operand(self, x: torch.Tensor, is_safe: bool = False) -> Operand:
         """Return rows [n, n_in] of float32 as an operand; `is_safe`: halves hold them without a scale."""
@@ -101,19 +103,28 @@ def _row_scales(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ((268 - exponent) << 23).view(torch.float32), ((exponent - 14) << 23).view(torch.float32)
 
 
-def measure(precision: str, device: torch.device) -> float:
-    """Return the operations per second of a large product, counting split products once."""
-    products, side = Products(precision, device), SIDE if device.type == "cuda" else 1024
-    x = products.operand(torch.ones(side, side, device=device))
-    products.multiply(x, x)
+def measure(precision: str, device: torch.device, side: int = 0) -> float:
+    """Return the operations per second of a large square product, counting split products once."""
+    products, side = Products(precision, device), side or (SIDE if device.type == "cuda" else 1024)
     best = float("inf")
-    for _ in range(3):
-        synchronize(device)
-        start = time.perf_counter()
-        products.multiply(x, x)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
+    try:
+        x = products.operand(torch.ones(side, side, device=device))
+        for _ in range(4):  # the first one starts the library
+            synchronize(device)
+            start = time.perf_counter()
+            products.multiply(x, x)
+            synchronize(device)
+            best = min(best, time.perf_counter() - start)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or side <= 512:
+            raise
+        return measure(precision, device, side // 2)
     return 2 * side**3 / best
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether torch's memory did not suffice: only one of its allocators has a class for that."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def synchronize(device: torch.device) -> None:

@@ -6,7 +6,8 @@ their way out. Elsewhere everything happens in turn.
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from math import prod
 
 import numpy as np
 import torch
@@ -57,16 +58,16 @@ class Transfers:
 
     def floats(self, stored: Stored) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield slices of rows and their float32 values on the device, valid until the next one."""
-        n, inner = stored.shape[0], int(np.prod(stored.shape[1:-1], dtype=np.int64))
-        step = max(1, PIECE // (inner * stored.shape[-1]))
+        n, n_in = prod(stored.shape[:-1]), stored.shape[-1]
+        flat = Stored(stored.data.reshape(n, -1), stored.qtype, (n, n_in))
+        step = max(1, PIECE // n_in)
         for i, start in enumerate(range(0, n, step)):
             some = slice(start, min(start + step, n))
-            x = self._bring(stored, some, (some.stop - start, *stored.shape[1:]), i % 2)
-            yield slice(some.start * inner, some.stop * inner), x.view(-1, stored.shape[-1])
+            yield some, self._bring(flat, some, (some.stop - start, n_in), i % 2)
 
-    def _bring(self, stored: Stored, some: slice, shape: tuple[int, ...], turn: int) -> torch.Tensor:
-        """Return a part along the first axis on the device."""
-        size = int(np.prod(shape, dtype=np.int64))
+    def _bring(self, stored: Stored, some: slice, shape: tuple[int, int], turn: int) -> torch.Tensor:
+        """Return some rows on the device."""
+        size = prod(shape)
         if not self.is_cuda or size > PIECE:  # more than is pinned
             return torch.from_numpy(np.array(stored.floats(some))).to(self.device)
         self._free[turn].synchronize()
@@ -84,8 +85,13 @@ class Transfers:
     def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return an array in pinned memory, for direct copies by the card."""
         array = np.empty(shape, np.float32)
-        if self.is_cuda and int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:  # pyright: ignore[reportOptionalMemberAccess]
-            self._pinned.append(array)  # where it may not be pinned, copies wait for each other
+        if not self.is_cuda:
+            return array
+        if int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:  # pyright: ignore[reportOptionalMemberAccess]
+            self._pinned.append(array)
+            return array
+        with suppress(RuntimeError):  # where it may not be pinned, copies wait for each other; the next kernel reports
+            torch.ones(1, device=self.device).add_(1)  # that failure, which must not be one of the computation
         return array
 
     def fetch(self, states) -> torch.Tensor:
