@@ -17,6 +17,8 @@ from quantlab.quants.lanes import (
     ROUNDER,
     absolute,
     any_lane,
+    bits,
+    from_bits,
     inlined_kernel,
     kernel,
     lanes,
@@ -33,6 +35,8 @@ from quantlab.quants.lanes import (
 GROUP_MAX_EPS = np.float32(1e-15)  # a block whose largest weight is smaller counts as all zero
 IN_RANGE = np.float32(4e6)  # below it nearest_int does not wrap
 ZERO, ONE, TENTH = np.float32(0), np.float32(1), np.float32(0.1)
+# ROUNDER plus a whole number has these bits plus that number. Clamped as ints, levels leave the adders to the sums.
+ROUNDER_BITS = np.int32(0x4B400000)
 
 
 @kernel
@@ -52,9 +56,10 @@ ISCALE = 1280  # its levels are those of iscale * (x - base)
 BASE = 1536
 SUM_W = 1792  # sum of the weights
 SUM_X = 2048  # weighted sum of the values
-FIT_SCALE = 2304  # scale and minimum of the try at hand
+FIT_SCALE = 2304  # scale and minimum of the current try
 FIT_LOW = 2560
-TRIED = 2816  # its levels, one column for each of TOGETHER values
+FIT_ISCALE = 2816  # its levels are spread with this
+TRIED = 3072  # its levels, one column for each of TOGETHER values
 TOGETHER = 64  # values of the blocks that a search works on alternately
 FOUND = TRIED + 16 * TOGETHER  # size of the array
 
@@ -68,7 +73,8 @@ def make_qkx_quants(x, w, levels, found, n, nmax, rmin, rdelta, nstep, use_mad):
     """Find scale and minimum of 256 / `n` blocks quantized as ``x ≈ scale * l + low`` with l = 0 … `nmax`.
 
     The C code has it twice, as make_qkx2_quants and make_qkx3_quants. Here some blocks take each step together: one of
-    them would have to wait for its divisions, during which the processor works on the others.
+    them would have to wait for its divisions, during which the processor works on the others. Short loops, one after
+    the other, are quicker than a long one: the processor sees more turns ahead.
 
     Parameters
     ----------
@@ -84,13 +90,15 @@ def make_qkx_quants(x, w, levels, found, n, nmax, rmin, rdelta, nstep, use_mad):
     together = TOGETHER // n
     for first in range(0, 256 // n, together):
         for block in range(first, first + together):
-            _start(x, w, found, n, block, nmax, use_mad)
+            _start(x, w, found, n, block, nmax, rmin + np.float32(nmax), use_mad)
         for step in range(nstep + 1):
-            steps = rmin + rdelta * np.float32(step) + np.float32(nmax)
+            next_steps = rmin + rdelta * np.float32(step + 1) + np.float32(nmax)
             for block in range(first, first + together):
-                _fit(x, w, found, n, block, TRIED + (block - first) * n * 16, nmax, steps)
+                _spread(x, found, n, block, TRIED + (block - first) * n * 16, nmax)
             for block in range(first, first + together):
-                _judge(x, w, found, n, block, TRIED + (block - first) * n * 16, steps, use_mad)
+                _fit(x, w, found, n, block, TRIED + (block - first) * n * 16)
+            for block in range(first, first + together):
+                _judge(x, w, found, n, block, TRIED + (block - first) * n * 16, next_steps, use_mad)
     for i in range(0, 256 * 16, 16):
         at = i // (16 * n) * 16
         iscale = load(found, ISCALE + at)
@@ -99,8 +107,11 @@ def make_qkx_quants(x, w, levels, found, n, nmax, rmin, rdelta, nstep, use_mad):
 
 
 @inlined_kernel
-def _start(x, w, found, n, block, nmax, use_mad):
-    """Spread the levels evenly from the smallest value, or from 0 if that is smaller, to the largest."""
+def _start(x, w, found, n, block, nmax, steps, use_mad):
+    """Spread the levels evenly from the smallest value, or from 0 if that is smaller, to the largest.
+
+    The first try will have `steps` levels.
+    """
     first, end, at = 16 * n * block, 16 * n * (block + 1), 16 * block
     smallest = load(x, first)
     high = smallest
@@ -127,44 +138,53 @@ def _start(x, w, found, n, block, nmax, use_mad):
     store(found, SUM_X + at, sum_x)
     store(found, BASE + at, low)
     # A flat block keeps scale 0, as no error is below 0; any other value serves as its largest, so that steps exist.
-    store(found, HIGH + at, select(flat, select(low < ZERO, lanes(ZERO), ONE), high))
+    high = select(flat, select(low < ZERO, lanes(ZERO), ONE), high)
+    store(found, HIGH + at, high)
+    store(found, FIT_ISCALE + at, steps / (high - low))
     store(found, ERROR + at, select(flat, ZERO, error))
     store(found, SCALE + at, select(flat, ZERO, scale))
     store(found, ISCALE + at, select(flat, ZERO, iscale))
 
 
 @inlined_kernel
-def _fit(x, w, found, n, block, tried, nmax, steps):
-    """Spread `steps` levels, and fit scale and minimum to them by least squares."""
+def _spread(x, found, n, block, tried, nmax):
+    """Round the values to the levels of a try."""
     first, at = 16 * n * block, 16 * block
-    low = load(found, LOW + at)
-    spread = load(found, HIGH + at) - low
-    iscale = steps / spread
-    reach = maximum(absolute(spread), absolute(load(found, SMALLEST + at) - low))
+    low, iscale = load(found, LOW + at), load(found, FIT_ISCALE + at)
+    reach = maximum(absolute(load(found, HIGH + at) - low), absolute(load(found, SMALLEST + at) - low))
     # Rounding in floats is quicker than nearest_int, and the same as long as nothing can wrap.
     wraps = any_lane(~(absolute(iscale) * reach < IN_RANGE))
-    top = np.float32(nmax)
+    top = ROUNDER_BITS + np.int32(nmax)
+    for i in range(first, first + 16 * n, 16):
+        v = iscale * (load(x, i) - low)
+        if wraps:
+            l = level(v, 0, nmax)
+        else:
+            l = from_bits(maximum(minimum(bits(v + ROUNDER), top), ROUNDER_BITS)) - ROUNDER
+        store(found, tried + i - first, l)
+
+
+@inlined_kernel
+def _fit(x, w, found, n, block, tried):
+    """Fit scale and minimum to the levels of a try by least squares."""
+    first, at = 16 * n * block, 16 * block
     sum_l = lanes(ZERO)
     sum_l2 = lanes(ZERO)
     sum_xl = lanes(ZERO)
     for i in range(0, 16 * n, 16):
-        v, weight = load(x, first + i), load(w, first + i)
-        if wraps:
-            l = level(iscale * (v - low), 0, nmax)
-        else:
-            l = maximum(minimum(iscale * (v - low) + ROUNDER - ROUNDER, top), ZERO)
-        store(found, tried + i, l)
-        wl = weight * l
+        l = load(found, tried + i)
+        wl = load(w, first + i) * l
         sum_l = sum_l + wl
         sum_l2 = sum_l2 + wl * l
-        sum_xl = sum_xl + wl * v
+        sum_xl = sum_xl + wl * load(x, first + i)
     sum_w, sum_x = load(found, SUM_W + at), load(found, SUM_X + at)
     determinant = sum_w * sum_l2 - sum_l * sum_l
     scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
     new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
     positive = new_low > ZERO
-    scale = select(positive, sum_xl / sum_l2, scale)
-    new_low = select(positive, ZERO, new_low)
+    if any_lane(positive):  # seldom; a division takes as long as five turns of the loop
+        scale = select(positive, sum_xl / sum_l2, scale)
+        new_low = select(positive, ZERO, new_low)
     # With NaN as scale the error will be NaN, which is not smaller than anything.
     store(found, FIT_SCALE + at, select(determinant > ZERO, scale, np.float32(np.nan)))
     store(found, FIT_LOW + at, new_low)
@@ -172,21 +192,22 @@ def _fit(x, w, found, n, block, tried, nmax, steps):
 
 @inlined_kernel
 def _judge(x, w, found, n, block, tried, steps, use_mad):
-    """Keep scale and minimum of a try if its error is smaller than the best before."""
+    """Keep scale and minimum of a try if its error is smaller than the best before; the next one has `steps` levels."""
     first, at = 16 * n * block, 16 * block
     scale, new_low = load(found, FIT_SCALE + at), load(found, FIT_LOW + at)
     error = lanes(ZERO)
     for i in range(0, 16 * n, 16):
         diff = scale * load(found, tried + i) + new_low - load(x, first + i)
         error = error + load(w, first + i) * (absolute(diff) if use_mad else diff * diff)
-    low = load(found, LOW + at)
-    iscale = steps / (load(found, HIGH + at) - low)
+    low, iscale = load(found, LOW + at), load(found, FIT_ISCALE + at)
     better = error < load(found, ERROR + at)
     store(found, ERROR + at, select(better, error, load(found, ERROR + at)))
     store(found, ISCALE + at, select(better, iscale, load(found, ISCALE + at)))
     store(found, BASE + at, select(better, low, load(found, BASE + at)))
     store(found, SCALE + at, select(better, scale, load(found, SCALE + at)))
-    store(found, LOW + at, select(better, new_low, low))
+    low = select(better, new_low, low)
+    store(found, LOW + at, low)
+    store(found, FIT_ISCALE + at, steps / (load(found, HIGH + at) - low))
 
 
 @kernel
@@ -233,6 +254,8 @@ def make_qx_quants(x, at, w, found, levels, n, nmax):
         iscale = -(np.float32(nmax) + TENTH * np.float32(step)) / peak
         sum_lx, sum_l2 = _sums(x, at, w, found, n, nmax, iscale, step >= 5, wraps)
         better = (sum_l2 > ZERO) & (sum_lx * sum_lx > best * sum_l2)
+        if not any_lane(better):
+            continue
         scale = select(better, sum_lx / sum_l2, scale)
         best = select(better, scale * sum_lx, best)
         best_iscale = select(better, iscale, best_iscale)
@@ -245,7 +268,7 @@ def make_qx_quants(x, at, w, found, levels, n, nmax):
 @inlined_kernel
 def _sums(x, at, w, found, n, nmax, iscale, beyond, wraps):
     """Return the weighted sums of x * l and of l * l over blocks of `n`; `beyond`: levels below -`nmax` may come up."""
-    low, high = np.float32(-nmax), np.float32(nmax - 1)
+    low, high = ROUNDER_BITS - np.int32(nmax), ROUNDER_BITS + np.int32(nmax - 1)
     sum_lx = lanes(ZERO)
     sum_l2 = lanes(ZERO)
     for i in range(0, 16 * n, 16):
@@ -253,9 +276,10 @@ def _sums(x, at, w, found, n, nmax, iscale, beyond, wraps):
         if wraps:
             l = level(v, -nmax, nmax - 1)
         else:
-            l = minimum(v + ROUNDER - ROUNDER, high)
+            rounded = minimum(bits(v + ROUNDER), high)
             if beyond:
-                l = maximum(l, low)
+                rounded = maximum(rounded, low)
+            l = from_bits(rounded) - ROUNDER
         sum_lx = sum_lx + load(found, WX + i) * l
         sum_l2 = sum_l2 + load(w, at + i) * l * l
     return sum_lx, sum_l2
