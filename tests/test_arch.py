@@ -17,6 +17,7 @@ from quantlab.files import bundled
 
 PACKAGE = Path(ql.__file__).parent
 SMALL = Hparams(arch="llama", n_layer=2, n_embd=64, n_head=4, n_head_kv=2, n_ff=96, n_vocab=320, n_ff_exp=32)
+SMALL = replace(SMALL, n_expert_shared=1, n_dense=1, n_lora_kv=32, head_dim_mla=24, head_dim_v=8)
 SMALL = replace(SMALL, n_ff_shexp=48, ssm_conv=4, ssm_state=16, ssm_groups=2, ssm_heads=4, ssm_inner=64)
 
 # a llama whose tensors have other names, with a norm after attention
@@ -123,7 +124,8 @@ def test_a_record_is_whole(record):
     assert all(kinds[kind].role == "norm" for kind in record.layer.norms.values())
     multiplied = ("matrix", "router", "experts")
     assert sorted(record.matrices()) == sorted(k for k, tensor in kinds.items() if tensor.role in multiplied)
-    dimensions = {"experts": (3,)} | dict.fromkeys(("embedding", "matrix", "output", "router"), (2,))
+    dimensions = {"experts": (3,)} | dict.fromkeys(("embedding", "output", "router"), (2,))
+    dimensions["matrix"] = (2, 3) if record.layer.latent_k else (2,)  # that has one for each head
     for name, tensor, shape in record.expand(hparams):
         assert len(shape) in dimensions.get(tensor.role, (1, 2)) and all(shape)
         assert record.tensor(name) is tensor

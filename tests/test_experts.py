@@ -113,7 +113,7 @@ def test_the_best_experts_are_chosen(gating):
     rng = np.random.default_rng(gating)
     scores, bias = rng.standard_normal((50, 12), np.float32), rng.standard_normal(12, np.float32)
     ids, weights = np.empty((50, 3), np.int32), np.empty((50, 3), np.float32)
-    choose(scores.copy(), bias, gating, gating != 2, np.float32(2.5), ids, weights)
+    choose(scores.copy(), bias, gating, gating != 2, np.float32(2.5), (0, 0), ids, weights)
     x = scores.astype(np.float64)
     probabilities = [np.exp(x) / np.exp(x).sum(axis=1, keepdims=True), 1 / (1 + np.exp(-x)), x][gating]
     expected = np.argsort(-(probabilities + bias), axis=1)[:, :3]

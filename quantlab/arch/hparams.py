@@ -84,6 +84,24 @@ class Hparams:
         Every how many layers one has attention, the others being recurrent; 0: not given.
     expert_scale : float
         What the weights of the chosen experts are multiplied by.
+    expert_gating : int
+        How scores of experts become weights, where models of an architecture differ: 1 softmax, 2 sigmoid; 0: as its
+        layers say.
+    expert_norm : bool
+        Whether the weights of the chosen experts are divided by their sum, where `expert_gating` counts.
+    expert_groups, expert_groups_used : int
+        Groups that experts lie in, and of how many of them a token's are chosen; 0: no groups.
+    n_expert_shared : int
+        Experts that every token sees, side by side in one.
+    n_dense : int
+        How many layers, the first ones, have no experts.
+    dense : int or tuple of int
+        1 in such a layer.
+    n_lora_q, n_lora_kv : int
+        Of latent attention the columns of the short row that queries are made of (0: none), and of that for keys and
+        values. `head_dim` is then that of the latter with the rotated dimensions, as one head of keys.
+    head_dim_mla, head_dim_v : int
+        Of latent attention the sizes of a head of keys and of one of values.
     rope_scaling : RopeScaling or None
     n_layer_nextn : int
         Layers after those that guess several tokens at once: `n_layer` does not count them, nobody computes them.
@@ -131,6 +149,17 @@ class Hparams:
     n_ff_exp: int = 0
     n_ff_shexp: int = 0
     expert_scale: float = 1.0
+    expert_gating: int = 0
+    expert_norm: bool = False
+    expert_groups: int = 0
+    expert_groups_used: int = 0
+    n_expert_shared: int = 0
+    n_dense: int = 0
+    dense: PerLayer = 0
+    n_lora_q: int = 0
+    n_lora_kv: int = 0
+    head_dim_mla: int = 0
+    head_dim_v: int = 0
     recurrent: PerLayer = 0
     ssm_conv: int = 0
     ssm_state: int = 0
@@ -243,6 +272,21 @@ class Hparams:
     def n_qkv(self) -> int:
         """Columns of a layer's queries, keys and values."""
         return self.n_q + 2 * self.n_kv
+
+    @property
+    def n_q_mla(self) -> int:
+        """Columns of the queries of latent attention."""
+        return self.n_head * self.head_dim_mla
+
+    @property
+    def n_nope(self) -> int:
+        """Dimensions of a head of latent attention that are not rotated."""
+        return self.head_dim_mla - self.n_rot
+
+    @property
+    def n_v(self) -> int:
+        """Columns of what latent attention gives."""
+        return self.n_head * self.head_dim_v
 
     @property
     def n_ff_twice(self) -> int:

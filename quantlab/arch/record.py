@@ -38,7 +38,8 @@ class Tensor:
         heads of v of this size, into an order in which they take turns for the heads of k; `("tile_columns", …)` the
         columns; `("tile_decay", "1")` also takes -e^x, `("decay", "")` does only that. `("squeeze", "")` drops
         dimensions of size 1. Of rows that lie head of k by head of k, `("part", "qkv")` takes all of q, all of k, all
-        of v, and `("part", "z")` all of the gate.
+        of v, and `("part", "z")` all of the gate. Of rows that hold keys and values head by head, `("head", "k")` takes
+        the keys, each head's matrix transposed, and `("head", "v")` the values; both are stacks.
     meta : str
         Its name in Meta's checkpoints, whose rows have GGUF's order already.
     optional : bool
@@ -94,6 +95,10 @@ class Layer:
         stacked, one matrix after the other, and so are their biases.
     attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm : str
         RMS norms. q_norm and k_norm are of each head, or of a whole row where their weights are as long as that.
+    latent_q_norm, latent_q, latent_norm, latent_k, latent_v : str, and tuple of str
+        Of latent attention: `attn_qkv` are queries, or a short row that `latent_q` makes queries of, and a short row
+        for keys and values with the rotated part of keys. `latent_k` and `latent_v` are stacks of a matrix for each
+        head: from queries to that row, and from it to values.
     v_norm : bool
         Whether each head of v is normalized, without weights.
     experts_norm, shared_post_norm, experts_post_norm : str
@@ -135,6 +140,11 @@ class Layer:
     q_norm: str = ""
     k_norm: str = ""
     v_norm: bool = False
+    latent_q_norm: str = ""
+    latent_q: tuple[str, ...] = ()
+    latent_norm: str = ""
+    latent_k: tuple[str, ...] = ()
+    latent_v: tuple[str, ...] = ()
     attn_output: tuple[str, ...] = ("attn_output",)
     attn_post_norm: str = ""
     ffn_norm: str = "ffn_norm"
@@ -167,13 +177,17 @@ class Layer:
     @property
     def products(self) -> dict[str, tuple[str, ...]]:
         """The matrices of each product with weights, by field, in the order in which a layer computes them."""
-        return self._there("attn_qkv", "attn_output", "router", "experts_in", "experts_down", *_DENSE)
+        latent = "latent_q", "latent_k", "latent_v"
+        return self._there("attn_qkv", *latent, "attn_output", "router", "experts_in", "experts_down", *_DENSE)
 
     @property
     def norms(self) -> dict[str, str]:
         """The norms of the layer, by field."""
         of_experts = "experts_norm", "shared_post_norm", "experts_post_norm"
-        return self._there("attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", *of_experts)
+        latent = "latent_q_norm", "latent_norm"
+        return self._there(
+            "attn_norm", *latent, "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", *of_experts
+        )
 
     @property
     def vectors(self) -> dict[str, str]:
@@ -226,7 +240,8 @@ class Architecture:
     packed : tuple of str
         Quantizers, by the names of `packed_by`, whose weights the converter reads.
     left_out : tuple of str
-        Starts of names of tensors of layers that guess several tokens at once, which are written where it is asked for.
+        Starts of names of tensors of layers that guess several tokens at once, `{}` for the number of the other layers.
+        They are written where it is asked for, if `metadata` has `nextn_predict_layers`.
     window_period : int
         Every how many layers one sees all tokens, the others a window, where the metadata does not say which; 0: the
         architecture knows no windows.
@@ -278,10 +293,15 @@ class Architecture:
         """Return what layer `index` does, with the matrices that it has."""
         own = hparams.at(index)
         layer = next((layer for field, layer in self.kinds if getattr(own, field)), self.layer)
-        there = [(name, self._by_name.get(f"blk.{{}}.{name}.weight")) for name in layer.attn_qkv]
-        if all(tensor is None or tensor.is_in(own) for _, tensor in there):
-            return layer
-        return replace(layer, attn_qkv=tuple(name for name, tensor in there if tensor is None or tensor.is_in(own)))
+
+        def is_there(name: str) -> bool:
+            tensor = self._by_name.get(f"blk.{{}}.{name}.weight")
+            return tensor is None or tensor.is_in(own)
+
+        found: dict[str, Any] = {field: tuple(filter(is_there, names)) for field, names in layer.products.items()}
+        if own.expert_gating and layer.router:
+            found |= {"gating": ("softmax", "sigmoid")[own.expert_gating - 1], "sums_to_one": own.expert_norm}
+        return replace(layer, **found)
 
     def matrices(self) -> list[str]:
         """Return the names of all matrices in layers' products, in the order of computation."""

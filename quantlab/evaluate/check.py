@@ -15,6 +15,7 @@ VARYING = (
     "head_dim",
     "n_head_kv",
     "v_is_k",
+    "dense",
 )  # hyper-parameters that may differ between layers
 
 
@@ -44,6 +45,11 @@ def check_model(model) -> None:
         raise ValueError(
             f"{model.path}: n_kv_shared={hparams.n_kv_shared}, n_embd_layer={hparams.n_embd_layer}: layers that use "
             f"keys of others, or embeddings of their own, are not computed. Evaluate it in llama.cpp."
+        )
+    if hparams.n_lora_kv and hparams.attn_temp_scale:
+        raise ValueError(
+            f"{model.path}: attn_temp_scale={hparams.attn_temp_scale}, must be 0 with latent attention. "
+            f"Evaluate it in llama.cpp."
         )
     if fixed := [name for name in hparams.varies if name not in VARYING]:
         raise ValueError(

@@ -29,7 +29,7 @@ from quantlab.transform.refined import has_refined_bytes
 
 AT_ONCE = 512  # rows of a matrix that are refined together
 TOKENS_AT_ONCE = 4096  # tokens of the original stream that a layer is applied to together
-FIELDS = ("attn_qkv", "attn_output", "ffn_in", "ffn_down")  # whose weights are chosen
+FIELDS = ("attn_qkv", "latent_q", "attn_output", "ffn_in", "ffn_down")  # whose weights are chosen
 # of the fields whose outputs are added to the residual stream the norm that may come before
 RESIDUAL = {"attn_output": "attn_post_norm", "ffn_down": "ffn_post_norm"}
 
@@ -155,7 +155,7 @@ class Refinement:
             rows, done = slice(*(states.shape[1] * i for i in (chunks.start, chunks.stop))), set()
 
             def keep(field: str, inputs: np.ndarray, rows=rows, done=done) -> None:
-                if field not in ("attn_qkv", "attn_output") and "attention" not in done:
+                if not field.startswith(("attn_", "latent_")) and "attention" not in done:
                     done.add("attention")
                     _put(streams, "attention", rows, after[rows], len(after))
                 if field in FIELDS and field not in RESIDUAL:

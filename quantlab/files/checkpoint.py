@@ -180,7 +180,7 @@ def _with_guessing(folder: Path, stored: Mapping[str, Source], config: Config) -
     """Name the layers that guess several tokens at once as layers after the others, and count them."""
     found, numbers = {}, set()
     for name, source in stored.items():
-        start = next((start for start in config.record.left_out if name.startswith(start)), None)
+        start = next((start for start in _left_out(config) if name.startswith(start)), None)
         kind, _, rest = name[len(start) :].partition(".") if start else ("", "", "")
         if kind == "layers" and rest.partition(".")[0].isdecimal():
             number, _, rest = rest.partition(".")
@@ -189,9 +189,15 @@ def _with_guessing(folder: Path, stored: Mapping[str, Source], config: Config) -
         elif kind in _GUESSING:
             name = f"model.layers.{config.n_layer}.{_GUESSING[kind]}.{rest}"
         found[name] = source
-    if not numbers or numbers != set(range(len(numbers))):
+    knows = "nextn_predict_layers" in config.record.metadata
+    if not knows or not numbers or numbers != set(range(len(numbers))):
         raise ValueError(f"{folder}: mtp=True, no layers here guess several tokens at once. Leave mtp out.")
     return found, replace(config, n_layer_nextn=len(numbers))
+
+
+def _left_out(config: Config) -> tuple[str, ...]:
+    """Return the starts of the names of tensors of layers that guess several tokens at once."""
+    return tuple(start.format(config.n_layer) for start in config.record.left_out)
 
 
 def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) -> Iterator[tuple[str, Source]]:
@@ -199,10 +205,11 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
     names = config.record.checkpoint_names(complete(config))
     yield from _packed(folder, stored, names)
     waiting: dict[str, dict[str, dict[int, Source]]] = {}  # layer → GGUF name → expert → its matrix
-    if left := [name for name in stored if config.record.left_out and name.startswith(config.record.left_out)]:
+    if left := [name for name in stored if name.startswith(_left_out(config))]:
+        again = " mtp=True (--mtp) writes them." if "nextn_predict_layers" in config.record.metadata else ""
         warnings.warn(
             f"{folder}: {len(left)} tensors of multi-token prediction layers are left out, as llama.cpp's "
-            f"converter does with --no-mtp. mtp=True (--mtp) writes them.",
+            f"converter does with --no-mtp.{again}",
             stacklevel=4,
         )
     for name, source in stored.items():
@@ -221,7 +228,7 @@ def _gguf_sources(folder: Path, stored: Mapping[str, Source], config: Config) ->
             elif how[:1] != ("mxfp4",):
                 is_stack = bool(how) and how[0] in STACK_CHANGES
                 where = f"{folder}: {name}"
-                yield gguf_name, stack_change(source, how) if is_stack else change(source, how, config, where)
+                yield gguf_name, (stack_change if is_stack else change)(source, how, config, where)
     n_expert = _most_experts(config)
     for layer in waiting.values():
         for gguf_name, parts in layer.items():

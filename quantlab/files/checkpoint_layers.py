@@ -6,7 +6,7 @@ from typing import Any
 from quantlab.arch import Architecture
 from quantlab.files.recognize import short
 
-__all__ = ["number", "recurrent", "rope_of_windows", "sizes_of_windows", "windows"]
+__all__ = ["number", "of_latent_attention", "recurrent", "rope_of_windows", "sizes_of_windows", "windows"]
 
 MIN_NUMBER = 1e-12  # of numbers that need not be whole: far from where float32 ends
 
@@ -53,6 +53,23 @@ def recurrent(path: Path, table: dict[str, Any], config: Any) -> dict[str, Any]:
         )
     sections = [*given, 0, 0, 0][:4]
     return {"recurrent": found, "ssm_inner": inner, "rope_sections": sections, "says_kinds": says_kinds}
+
+
+def of_latent_attention(path: Path, table: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return `sizes` with those of latent attention, and how experts are weighed.
+
+    Source: DeepseekV2Model in `conversion/deepseek.py` of llama.cpp.
+    """
+    names = "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"
+    n_lora, n_rot, n_nope = (number(path, table, name) for name in names)
+    scoring = table.get("scoring_func")
+    if scoring not in (None, "softmax", "sigmoid"):
+        raise ValueError(
+            f"{path}: scoring_func={short(scoring)}, must be softmax or sigmoid. Use llama.cpp's converter."
+        )
+    found = {"n_head_kv": 1, "head_dim": n_lora + n_rot, "n_rot": n_rot, "head_dim_mla": n_nope + n_rot}
+    found["expert_gating"] = {"softmax": 1, "sigmoid": 2}.get(scoring, 0)  # pyright: ignore[reportArgumentType]
+    return sizes | found | {"expert_norm": table.get("norm_topk_prob") is True}
 
 
 def windows(path: Path, table: dict[str, Any], record: Architecture, n_layer: int) -> tuple[int, ...] | int:

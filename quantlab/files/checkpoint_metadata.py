@@ -13,7 +13,14 @@ from gguf.constants import LlamaFileType
 
 from quantlab.arch import MAX_LAYERS, Architecture, Hparams, architectures, complete, find, find_class
 from quantlab.files.checkpoint_kinds import check_no_adapter, check_not_packed, packed_by
-from quantlab.files.checkpoint_layers import number, recurrent, rope_of_windows, sizes_of_windows, windows
+from quantlab.files.checkpoint_layers import (
+    number,
+    of_latent_attention,
+    recurrent,
+    rope_of_windows,
+    sizes_of_windows,
+    windows,
+)
 from quantlab.files.recognize import short
 from quantlab.files.weights import read_json
 
@@ -32,10 +39,12 @@ _FIELDS = {
     "logit_scale": "logits_scaling",
     "attn_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
+    "expert_scale": "routed_scaling_factor",
 }
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
-_EVEN_ZERO = ("declared_window", "n_kv_shared", "n_embd_layer")  # are written
+_EVEN_ZERO = ("declared_window", "n_kv_shared", "n_embd_layer", "n_dense", "n_expert_shared")  # are written
+_NEEDED = ("scoring_func", "topk_method", "mscale")  # without them, llama.cpp computes something else
 _FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16}
 _FILE_TYPES |= {"BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 _YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")  # may be left out
@@ -67,6 +76,11 @@ class Config(Hparams):
     def yarn_log_mul(self) -> float | None:
         """The part of YaRN's magnitude that the configuration removes."""
         return self.rope.get("mscale_all_dim")
+
+    @property
+    def yarn_log_mul_tenth(self) -> float | None:
+        """The same, as files of DeepSeek have it."""
+        return None if self.yarn_log_mul is None else 0.1 * self.yarn_log_mul
 
 
 def read_config(folder: Path) -> Config:
@@ -141,6 +155,8 @@ def _hugging_face(path: Path) -> Config:
     is_two_sizes = "head_dim_window" in record.metadata.values()
     if is_two_sizes:
         sizes = sizes_of_windows(path, table, window, sizes)  # pyright: ignore[reportArgumentType]
+    if "n_lora_kv" in record.sizes:
+        sizes = of_latent_attention(path, table, sizes)
     config = Config(
         arch=record.name,
         is_meta=False,
@@ -270,9 +286,12 @@ def check_computed(folder: Path, config: Config) -> None:
     key = "hidden_activation" if table.get("hidden_activation") else "hidden_act"
     wanted: list[tuple[str, tuple]] = [(key, names)] if names else []
     wanted.append(("use_bidirectional_attention", ("vision",)))
-    if record.layer.router:
+    if record.layer.router and not config.n_lora_kv:
         wanted += [("norm_topk_prob", (record.layer.sums_to_one,)), ("decoder_sparse_step", (1,))]
         wanted.append(("mlp_only_layers", ([],)))
+    if config.n_lora_kv:
+        wanted += _rules_of_latent_attention(config, table)
+        table |= {"mscale": config.rope.get("mscale")}
     if step := record.unrotated_period:
         wanted.append(("no_rope_layers", ([int((i + 1) % step > 0) for i in range(config.n_layer)],)))
     if "query_pre_attn_scalar" in table:
@@ -281,11 +300,23 @@ def check_computed(folder: Path, config: Config) -> None:
     usual = record.defaults.get(kind, {}) if isinstance(kind, str) else {}
     for key, allowed in wanted:
         given = table.get(key, usual.get(key))
-        if given is not None and given not in allowed:
+        if (given is not None or key in _NEEDED) and given not in allowed:
             raise ValueError(
                 f"{path}: {key}={short(given)}, must be {allowed[0]}, as llama.cpp computes every {record.name} "
                 "model. The converted file would give wrong results; as_llama_cpp=True writes it anyway."
             )
+
+
+def _rules_of_latent_attention(config: Config, table: dict[str, Any]) -> list[tuple[str, tuple]]:
+    """Return what llama.cpp reads of a configuration of latent attention, or takes for granted."""
+    is_newer = table.get("model_type") == "deepseek_v3"
+    rules: list[tuple[str, tuple]] = [("rope_interleave", (True,)), ("moe_layer_freq", (1,))]
+    rules.append(("scoring_func", ("sigmoid",) if is_newer else ("softmax", None)))
+    if config.expert_groups > 1:
+        rules.append(("topk_method", ("noaux_tc",) + (None,) * is_newer))
+    if config.rope["rope_type"] == "yarn":
+        rules.append(("mscale", (config.rope.get("mscale_all_dim") or 1.0,)))
+    return rules
 
 
 def _meta(folder: Path) -> Config:
@@ -404,7 +435,8 @@ def hparams_metadata(config: Config, qtype: str) -> dict[str, Any]:
         is_said = {"windowed": bool(config.window), "recurrent_layers": config.says_kinds}.get(name, True)
         if value and is_said or name in _EVEN_ZERO:
             kind = np.int32 if type(value) is list and type(value[0]) is int else None
-            keys[key] = {float: np.float32, int: np.uint32}.get(type(value), lambda v, k=kind: np.array(v, k))(value)
+            simple = {float: np.float32, int: np.uint32, bool: bool}
+            keys[key] = simple.get(type(value), lambda v, k=kind: np.array(v, k))(value)
     if config.record.order:
         keys = {key: keys[key] for key in config.record.order if key in keys}
     metadata = {"general.file_type" if key == "file_type" else f"{config.arch}.{key}": keys[key] for key in keys}

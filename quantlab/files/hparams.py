@@ -77,7 +77,9 @@ def _of_architecture(keys: "_Keys", n_layer: int) -> dict[str, Any]:
     defaults = {item.name: item.default for item in fields(Hparams)}
     for key, name in record.metadata.items():
         kind = type(defaults.get(name))
-        if kind in (int, float) and keys.get(key) is not None:
+        if kind is bool and keys.get(key) is not None:
+            found[name] = keys.get(key) is True
+        elif kind in (int, float) and keys.get(key) is not None:
             found[name] = keys.positive(key) if kind is float else keys.whole(key, least=0)
     recurrent = keys.get("attention.recurrent_layers")
     if "attention.recurrent_layers" in record.metadata and isinstance(recurrent, list | np.ndarray):

@@ -67,6 +67,24 @@ class Half(_Stack):
 
 
 @dataclass(frozen=True)
+class Heads(_Stack):
+    """Some rows of each head, from row `first` of its `height` on."""
+
+    n_head: int
+    height: int
+    first: int
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n_head, self.size, self.source.shape[-1])
+
+    def _of_expert(self, expert: int, first: int, last: int) -> np.ndarray:
+        begin = expert * self.height + self.first
+        return self.source.rows(begin + first, begin + last)
+
+
+@dataclass(frozen=True)
 class Every(Half):
     """The even or the odd rows of each expert."""
 
@@ -140,12 +158,26 @@ class Mxfp4(_Stack):
         return out.reshape(stop - start, row_bytes("MXFP4", n_blocks * block_size("MXFP4")))
 
 
-STACK_CHANGES = ("half", "every", "columns", "transpose")
+STACK_CHANGES = ("half", "every", "columns", "transpose", "head")
 
 
-def stack_change(source: Source, how: tuple[str, ...]) -> Source:
-    """Apply a record's change to a stack: one of `STACK_CHANGES`, with the wanted part."""
+def stack_change(source: Source, how: tuple[str, ...], config, where: str) -> Source:
+    """Apply a record's change to a stack: one of `STACK_CHANGES`, with the wanted part.
+
+    Raises
+    ------
+    ValueError
+        If the rows are not those of keys and values of all heads, beginning with `where`.
+    """
     kind, *part = how
+    if kind == "head":
+        height, n_nope = config.n_nope + config.head_dim_v, config.n_nope
+        if source.shape[0] != config.n_head * height:
+            raise ValueError(
+                f"{where}: {source.shape[0]} rows are not {config.n_head} heads of {height}. Check its configuration."
+            )
+        of_heads = source, config.n_head, height
+        return Transposed(Heads(*of_heads, 0, n_nope)) if part == ["k"] else Heads(*of_heads, n_nope, config.head_dim_v)
     if kind == "transpose":
         source = Transposed(source)
         return Every(source, int(*part)) if part else source

@@ -1,7 +1,7 @@
 """Write digests and logits: `python tests/golden/write_experts.py CONVERT_HF_TO_GGUF`.
 
-experts.json, hybrid.json and gemma4.json hold SHA-256 digests of what llama.cpp's converter makes of the checkpoints of
-`expert_models.py`, `hybrid_models.py` and `gemma_models.py`, the .npz files logits that transformers computes of them
+experts.json, hybrid.json, gemma4.json and latent.json hold SHA-256 digests of what llama.cpp's converter makes of the
+checkpoints of `expert_models.py`, `hybrid_models.py`, `gemma_models.py` and `latent_models.py`, the .npz files logits that transformers computes of them
 in float32. Needs torch and transformers, which nothing else here does.
 """
 
@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import expert_models  # noqa: E402
 import gemma_models  # noqa: E402
 import hybrid_models  # noqa: E402
+import latent_models  # noqa: E402
 from llama_models import SEEN, TOKENS  # noqa: E402
 from make_transformers_logits import logits  # noqa: E402
 
@@ -67,3 +68,7 @@ if __name__ == "__main__":
         write(expert_models, "experts", {"gpt-oss-MXFP4": digest(model, "f16")})
     write(hybrid_models, "hybrid", {}, "--no-mtp")
     write(gemma_models, "gemma4", {})
+    with tempfile.TemporaryDirectory() as folder:
+        model = latent_models.write_model(Path(folder) / "made", "deepseek-v3")
+        latent_models.pack_fp8(model)
+        write(latent_models, "latent", {"deepseek-v3-FP8-1": digest(model, "bf16")})

@@ -108,6 +108,16 @@ def joined(biases: Sequence[Stored | None], matrices: Sequence[Stored]) -> np.nd
 Read = Callable[[str], Stored | None]
 
 
+def stacked(parts: Sequence[Stored]) -> list[Stored]:
+    """Return matrices and all those of stacks in one list."""
+    return [one for part in parts for one in (_each(part) if len(part.shape) > 2 else [part])]
+
+
+def _each(stack: Stored) -> list[Stored]:
+    """Return the matrices of a stack."""
+    return [stack.expert(i) for i in range(stack.shape[0])]
+
+
 def needed(read: Read, name: str) -> Stored:
     """Return a tensor that no layer is without."""
     stored = read(name)

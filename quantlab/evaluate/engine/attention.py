@@ -19,6 +19,7 @@ def causal_attention(q, k, v, first, window, scale, cap, sinks, out, keys, value
     ----------
     q : np.ndarray [shape=(n_ctx, n_heads, head_dim), dtype=float32]
     k, v : np.ndarray [shape=(n_ctx, head_dim), dtype=float32]
+        v may have other columns.
     first : int
         Position from which on the result is wanted.
     window : int
@@ -29,9 +30,9 @@ def causal_attention(q, k, v, first, window, scale, cap, sinks, out, keys, value
         c of c · tanh(score / c); 0: none.
     sinks : np.ndarray [shape=(n_heads,), dtype=float32]
         Of each head a score that belongs to no key; -inf: none.
-    out : np.ndarray [shape=q.shape, dtype=float32]
+    out : np.ndarray [shape=(n_ctx, n_heads, columns of v), dtype=float32]
     keys, values, scores : np.ndarray [dtype=float32]
-        Scratch space: panels of k [n_ctx, head_dim], panels of vᵀ [head_dim, n_ctx], and [QUERIES * n_ctx].
+        Scratch space: panels of k [n_ctx, head_dim], panels of vᵀ [columns of v, n_ctx], and [QUERIES * n_ctx].
     """
     n_ctx, n_heads = q.shape[:2]
     pack(k, keys, 0)

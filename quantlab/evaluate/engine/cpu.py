@@ -8,7 +8,7 @@ A layer is cut into blocks of rows, and attention into heads; each piece is done
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import llvmlite.binding
@@ -18,10 +18,23 @@ from threadpoolctl import ThreadpoolController
 
 from quantlab import arch
 from quantlab.evaluate import budget
-from quantlab.evaluate.engine import Engine, ExpertInputs, Observe, Read, Stored, cpu_plan, fused, joined, needed
+from quantlab.evaluate.engine import (
+    Engine,
+    ExpertInputs,
+    Observe,
+    Read,
+    Stored,
+    cpu_plan,
+    fused,
+    joined,
+    needed,
+    stacked,
+)
 from quantlab.evaluate.engine.attention import QUERIES, causal_attention, heads
+from quantlab.evaluate.engine.cpu_weights import LayerWeights, Matrix, Output
 from quantlab.evaluate.engine.delta_net import mix_tokens
 from quantlab.evaluate.engine.experts import Experts, route
+from quantlab.evaluate.engine.latent import Latent
 from quantlab.evaluate.engine.rope import rope_angles, rope_factors
 from quantlab.evaluate.engine.tiles import BLAS, COLUMNS, fill_panels, multiply, n_panels, panels_size
 from quantlab.evaluate.engine.workers import Workers, blocks
@@ -33,69 +46,6 @@ PIECE = 1 << 22  # weights that are dequantized at a time on their way into pane
 LOGITS = 6 << 20  # logits per thread and model at a time
 SHARE_OF_PEAK = 0.7  # of the speed of one large product that a whole pass reaches
 _PANEL_ROWS = 64  # rows that a thread puts into panels at a time
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One or several weight matrices over the same input, side by side in one product.
-
-    Attributes
-    ----------
-    parts : tuple
-        Of each matrix what `CpuEngine.pack` made of it.
-    widths : tuple of int
-        Of each matrix its rows: columns of the product.
-    """
-
-    parts: tuple
-    widths: tuple[int, ...]
-
-    @property
-    def n_out(self) -> int:
-        """Columns of the product."""
-        return sum(self.widths)
-
-
-@dataclass
-class LayerWeights:
-    """The weights of one layer.
-
-    Attributes
-    ----------
-    matrices : dict[str, Matrix]
-        By field of the layer's description.
-    biases : dict[str, np.ndarray]
-        By field, where there is one.
-    norms : dict[str, np.ndarray]
-        By field, where there is one.
-    vectors : dict[str, np.ndarray]
-        What else there is, by field.
-    experts : dict[str, list of Stored]
-        The matrices of experts, stacked, by field.
-    expert_memory : dict[str, np.ndarray]
-        Where those of one expert are unpacked.
-    does : Layer
-        What the layer does.
-    hparams : Hparams
-        This layer's.
-    """
-
-    matrices: dict[str, Matrix]
-    biases: dict[str, np.ndarray]
-    norms: dict[str, np.ndarray]
-    vectors: dict[str, np.ndarray]
-    experts: dict[str, list[Stored]]
-    expert_memory: dict[str, np.ndarray]
-    does: arch.Layer
-    hparams: arch.Hparams
-
-
-@dataclass(frozen=True)
-class Output:
-    """Norm and matrix after the last layer."""
-
-    norm: np.ndarray
-    matrix: Matrix
 
 
 class CpuEngine(Engine):
@@ -136,7 +86,8 @@ class CpuEngine(Engine):
         """Return a layer's weights, with matrices in memory that the next call reuses."""
         does = self.record.layer_at(self.hparams, index)
         products = {field: [needed(read, f"{name}.weight") for name in names] for field, names in does.products.items()}
-        one = {f: [part.expert(0) if len(part.shape) > 2 else part for part in parts] for f, parts in products.items()}
+        packed = {f: parts if f.startswith("experts") else stacked(parts) for f, parts in products.items()}
+        one = {f: [part.expert(0) if len(part.shape) > 2 else part for part in parts] for f, parts in packed.items()}
         sizes = {field: sum(self.packed_size(stored) for stored in parts) for field, parts in one.items()}
         if self._memory.size < sum(sizes.values()):
             self._memory = np.empty(sum(sizes.values()), np.float32)
@@ -146,7 +97,7 @@ class CpuEngine(Engine):
                 experts[field], expert_memory[field] = parts, free[: sizes[field]]
                 free = free[sizes[field] :]
             else:
-                matrices[field], free = self.matrix(parts, free)
+                matrices[field], free = self.matrix(packed[field], free)
         norms = {field: read(f"{name}.weight") for field, name in does.norms.items()}
         vectors = {
             field: read(f"{name}.weight") or read(f"{name}.bias") or read(name) for field, name in does.vectors.items()
@@ -220,22 +171,12 @@ class CpuEngine(Engine):
 
     def forward(self, layer: LayerWeights, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:
         """Apply a layer in place; see `Engine.forward`."""
-        x, h = states.reshape(-1, states.shape[-1]), layer.hparams
-        width, is_delta = layer.matrices["attn_qkv"].n_out, "conv" in layer.vectors
-        width += h.n_kv if h.v_is_k else 0
-        size = len(x) * (width + (h.ssm_inner if is_delta else h.n_q))
-        if self._qkv.size < size:
-            self._qkv = np.empty(size, np.float32)
-        qkv = self._qkv[:size].reshape(len(x), -1)  # q, k, v, and what attention makes of them
-        q_k_v, whole = qkv[:, :width], {"attended": qkv[:, width:]}
+        x = states.reshape(-1, states.shape[-1])
         chunks, by_rows = blocks(len(x), self.n_ctx), blocks(len(x), ROWS)
-        self._run(lambda rows, space: self._project(layer, x, q_k_v, rows, space), by_rows, layer, whole, observe)
-        pieces = [(chunk, head) for chunk in chunks for head in range(h.ssm_heads if is_delta else h.n_head_kv)]
-        if is_delta:
-            mixed = whole["attended"]
-            self.workers.map(lambda p: mix_tokens(self, layer, q_k_v[p[0]], mixed[p[0]], p[1]), pieces)
+        if "latent_k" in layer.matrices:
+            q_k_v, whole = x[:, :0], {"attended": Latent(self, layer, x, observe).attended(first)}
         else:
-            self.workers.map(lambda piece: self._attend(qkv, layer, first, *piece), pieces)
+            q_k_v, whole = self._mix_tokens(layer, x, first, observe)
         if first:
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
         n_ff = layer.matrices["ffn_in"].n_out // 2 if "ffn_in" in layer.matrices else 0
@@ -247,7 +188,7 @@ class CpuEngine(Engine):
             whole |= {"routed": np.empty_like(x), "scores": np.empty((len(x), layer.hparams.n_expert), np.float32)}
         if "shared_post_norm" in layer.norms:
             whole |= {"dense": np.empty_like(x), "sums": np.zeros_like(x)}
-        self._run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
+        self.run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
         if layer.experts:
             tokens = np.concatenate([np.arange(rows.start, rows.stop) for rows in by_rows])
             routes = route(self, layer, whole["scores"], tokens)
@@ -259,7 +200,25 @@ class CpuEngine(Engine):
         if "layer_scale" in layer.vectors:
             self.workers.map(lambda rows: np.multiply(x[rows], layer.vectors["layer_scale"], out=x[rows]), by_rows)
 
-    def _run(self, part, by_rows: list[slice], layer: LayerWeights, whole: dict, observe: Observe | None) -> None:
+    def _mix_tokens(self, layer: LayerWeights, x: np.ndarray, first: int, observe: Observe | None) -> tuple:
+        """Return q, k, v side by side, and by name what attention or a delta net makes of them."""
+        h, is_delta = layer.hparams, "conv" in layer.vectors
+        width = layer.matrices["attn_qkv"].n_out + (h.n_kv if h.v_is_k else 0)
+        size = len(x) * (width + (h.ssm_inner if is_delta else h.n_q))
+        if self._qkv.size < size:
+            self._qkv = np.empty(size, np.float32)
+        qkv = self._qkv[:size].reshape(len(x), -1)  # q, k, v, and what attention makes of them
+        q_k_v, mixed = qkv[:, :width], qkv[:, width:]
+        chunks, by_rows, whole = blocks(len(x), self.n_ctx), blocks(len(x), ROWS), {"attended": mixed}
+        self.run(lambda rows, space: self._project(layer, x, q_k_v, rows, space), by_rows, layer, whole, observe)
+        pieces = [(chunk, head) for chunk in chunks for head in range(h.ssm_heads if is_delta else h.n_head_kv)]
+        if is_delta:
+            self.workers.map(lambda p: mix_tokens(self, layer, q_k_v[p[0]], mixed[p[0]], p[1]), pieces)
+        else:
+            self.workers.map(lambda piece: self._attend(qkv, layer, first, *piece), pieces)
+        return q_k_v, whole
+
+    def run(self, part, by_rows: list[slice], layer: LayerWeights, whole: dict, observe: Observe | None) -> None:
         """Run a part of a layer (a generator that stops before each product) on every block of rows.
 
         If nobody observes, a block goes from start to end while it is in a thread's cache. Else all blocks stop
@@ -290,9 +249,9 @@ class CpuEngine(Engine):
         h, out, normed = layer.hparams, q_k_v[rows], space("normed", rows, x.shape[1])
         n_q, wide = layer.does.query_width * h.n_q, layer.does.query_width
         q, k = out[:, :n_q], out[:, n_q : n_q + h.n_kv]
-        self._norm("attn_norm", layer, x[rows], normed)
+        self.normalize("attn_norm", layer, x[rows], normed)
         yield "attn_qkv", "normed"
-        self._product("attn_qkv", layer, normed, out[:, : layer.matrices["attn_qkv"].n_out])
+        self.product("attn_qkv", layer, normed, out[:, : layer.matrices["attn_qkv"].n_out])
         if "conv" in layer.vectors:
             return
         v = out[:, n_q + h.n_kv :]
@@ -317,13 +276,13 @@ class CpuEngine(Engine):
             q *= (1 + h.attn_temp_scale * np.log(1 + position // step)).astype(np.float32)[:, None]
         self.round_cache(out[:, n_q:])
 
-    def _product(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
+    def product(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
         """Compute a field's product, with its bias."""
         self.multiply(x, layer.matrices[field], out)
         if field in layer.biases:
             self.steps.add(out, layer.biases[field][None])
 
-    def _norm(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
+    def normalize(self, field: str, layer: LayerWeights, x: np.ndarray, out: np.ndarray) -> None:
         """Normalize if the layer does, else copy; `out` may be `x`."""
         if field in layer.norms:
             self.steps.rms_norm(x, layer.norms[field], self.eps, out)
@@ -352,10 +311,13 @@ class CpuEngine(Engine):
             out[first:] /= 1 + np.exp(-every[first:, 1:n_q:2][:, group])
 
     def attention(self, q, k, v, h: arch.Hparams, first: int, sinks: np.ndarray, out: np.ndarray) -> None:
-        """Compute causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim]."""
+        """Compute causal attention of some heads [n_ctx, heads, head_dim] over one k and v [n_ctx, head_dim].
+
+        A head of v, and of `out`, may have another size than one of q and k.
+        """
         dim = q.shape[2]
         keys = self.workers.scratch("keys", n_panels(self.n_ctx), dim, COLUMNS)
-        values = self.workers.scratch("values", n_panels(dim), self.n_ctx, COLUMNS)
+        values = self.workers.scratch("values", n_panels(v.shape[1]), self.n_ctx, COLUMNS)
         scores = self.workers.scratch("scores", QUERIES * self.n_ctx)
         window, cap = h.window or self.n_ctx, np.float32(h.attn_softcap)
         causal_attention(q, k, v, first, window, np.float32(h.score_scale), cap, sinks, out, keys, values, scores)
@@ -368,44 +330,44 @@ class CpuEngine(Engine):
         attended, normed = space("attended", rows, 0), space(inputs, rows, n_embd)
         yield "attn_output", "attended"
         change = self.workers.scratch("change", len(x), n_embd)
-        self._product("attn_output", layer, attended, change)
-        self._norm("attn_post_norm", layer, change, change)
+        self.product("attn_output", layer, attended, change)
+        self.normalize("attn_post_norm", layer, change, change)
         self._add(x, change)
-        self._norm("ffn_norm", layer, x, normed)
+        self.normalize("ffn_norm", layer, x, normed)
         if layer.experts:
             scored = inputs
             if has_own:
                 scored = "scored"
-                self._norm("experts_norm", layer, x, space("routed", rows, n_embd))
+                self.normalize("experts_norm", layer, x, space("routed", rows, n_embd))
                 self.steps.rms_norm(x, layer.vectors["router_scale"], self.eps, space(scored, rows, n_embd))
             yield "router", scored
-            self._product("router", layer, space(scored, rows, n_embd), space("scores", rows, layer.hparams.n_expert))
+            self.product("router", layer, space(scored, rows, n_embd), space("scores", rows, layer.hparams.n_expert))
         if "shared_gate" in layer.matrices:
             yield "shared_gate", inputs
-            self._product("shared_gate", layer, normed, space("shared_gate", rows, 1))
+            self.product("shared_gate", layer, normed, space("shared_gate", rows, 1))
         if "ffn_in" not in layer.matrices:
             return
         n_ff = layer.matrices["ffn_in"].n_out // 2
         yield "ffn_in", inputs
         gate_up, inner = self.workers.scratch("gate_up", len(x), 2 * n_ff), space("inner", rows, n_ff)
-        self._product("ffn_in", layer, normed, gate_up)
+        self.product("ffn_in", layer, normed, gate_up)
         self.activation(layer.does)(gate_up, inner)
         yield "ffn_down", "inner"
         change = self.workers.scratch("change", len(x), n_embd)
-        self._product("ffn_down", layer, inner, change)
+        self.product("ffn_down", layer, inner, change)
         if has_own:
-            self._norm("shared_post_norm", layer, change, space("dense", rows, n_embd))
+            self.normalize("shared_post_norm", layer, change, space("dense", rows, n_embd))
             return
-        self._norm("ffn_post_norm", layer, change, change)
+        self.normalize("ffn_post_norm", layer, change, change)
         if "shared_gate" in layer.matrices:
             self.steps.scale_by_sigmoid(change, space("shared_gate", rows, 1))
         self._add(x, change)
 
     def _join(self, layer: LayerWeights, x: np.ndarray, dense: np.ndarray, sums: np.ndarray) -> None:
         """Add what the experts and the one that all tokens see give together, where each has a norm of its own."""
-        self._norm("experts_post_norm", layer, sums, sums)
+        self.normalize("experts_post_norm", layer, sums, sums)
         self.steps.add(sums, dense)
-        self._norm("ffn_post_norm", layer, sums, sums)
+        self.normalize("ffn_post_norm", layer, sums, sums)
         self._add(x, sums)
 
     def activation(self, does: arch.Layer):

@@ -42,16 +42,21 @@ def _bytes_of(engine, variants, h, does: arch.Layer, index: int, chunks: int, in
         for v in variants
         for name, shape in shapes.items()
     }
+    by_head = does.latent_k + does.latent_v
     mixed = (1 + does.query_width) * h.n_q + 2 * h.n_kv
     scratch = panels_size((n_ctx, h.head_dim)) + panels_size((h.head_dim, n_ctx)) + QUERIES * n_ctx
     if does.conv:
         mixed = h.conv_width + 2 * h.ssm_inner + 2 * h.ssm_heads
         scratch = n_ctx * (2 * h.ssm_state + h.ssm_value) + h.ssm_state * h.ssm_value
+    if does.latent_k:
+        mixed = h.n_q_mla + 2 * h.head_dim + h.n_lora_q + h.n_v + observed * h.n_head * (h.n_nope + 2 * h.n_lora_kv)
+        scratch += n_ctx * (h.head_dim + h.n_lora_kv)
     states = 0 if in_memory else h.n_embd
     inputs = h.n_embd + max(h.n_ff, h.n_ff_shexp) + h.n_expert_used * h.n_ff_exp if observed else 0
     routed = h.n_embd * (3 if does.experts_norm else 1) + h.n_expert if h.n_expert else 0
     per_thread = rows * (4 * h.n_embd + 4 * max(h.n_ff, h.n_ff_exp, h.n_ff_shexp)) + scratch
     weights = sum(panels_size(shape[-2:]) for shape in shapes.values() if len(shape) > 1) + max(sizes)
+    weights += sum((h.n_head - 1) * panels_size(shapes[f"blk.{index}.{name}.weight"][1:]) for name in by_head)
     activations = chunks * n_ctx * (mixed + states + inputs + routed)
     return sum(stored.values()) + 4 * (weights + activations + engine.workers.n_threads * per_thread)
 

@@ -23,6 +23,7 @@ def route(engine, layer, scores: np.ndarray, tokens: np.ndarray) -> Routes:
     ids, weights = np.empty((len(tokens), n_used), np.int32), np.empty((len(tokens), n_used), np.float32)
     bias = layer.vectors.get("choice_bias", np.zeros(scores.shape[1], np.float32))
     how = GATINGS.index(does.gating), does.sums_to_one, np.float32(layer.hparams.expert_scale)
+    how = *how, (layer.hparams.expert_groups, layer.hparams.expert_groups_used)
     seen = scores[tokens]
     parts = blocks(len(tokens), max(1, -(-len(tokens) // engine.workers.n_threads)))
     engine.workers.map(lambda part: choose(seen[part], bias, *how, ids[part], weights[part]), parts)

@@ -26,7 +26,11 @@ class GgmlEngine(CpuEngine):
         layer, h = arch.known(model.hparams.arch).layer, model.hparams
         beyond = {"activation": layer.activation != "silu", "window": h.window, "attn_softcap": h.attn_softcap}
         beyond |= {"logit_softcap": h.logit_softcap, "attn_temp_scale": h.attn_temp_scale, "experts": h.n_expert}
-        beyond |= {"delta nets": any(h.recurrent_layers), "gates of attention": layer.query_width > 1}
+        beyond |= {
+            "latent attention": h.n_lora_kv,
+            "delta nets": any(h.recurrent_layers),
+            "gates of attention": layer.query_width > 1,
+        }
         if others := [name for name, value in beyond.items() if value]:
             raise ValueError(
                 f"{model.path}: mode=ggml-cpu does not compute {', '.join(others)} of {h.arch}. "

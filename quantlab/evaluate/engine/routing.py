@@ -66,7 +66,7 @@ def sort_tokens(tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray, n_expe
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def choose(scores, bias, gating, sums_to_one, scale, ids, weights):
+def choose(scores, bias, gating, sums_to_one, scale, groups, ids, weights):
     """Choose the experts of each token, largest score first, equal ones in order.
 
     Parameters
@@ -81,12 +81,17 @@ def choose(scores, bias, gating, sums_to_one, scale, ids, weights):
         Whether the weights are divided by their sum.
     scale : float32
         What they are multiplied by in the end.
+    groups : (int, int)
+        Groups that neighbouring experts form, and of how many a token's are chosen: those whose two largest scores
+        have the largest sums. (0, 0): no groups.
     ids, weights : np.ndarray [shape=(n_tokens, n_used), dtype=int32 and float32]
         The result.
 
     Source: build_moe_ffn in src/llama-graph.cpp of llama.cpp.
     """
-    n_used = ids.shape[1]
+    n_used, (n_groups, n_kept) = ids.shape[1], groups
+    kept, sums = np.ones(max(1, n_groups), np.bool_), np.empty(n_groups, np.float32)
+    per_group = scores.shape[1] // len(kept)
     for t in range(scores.shape[0]):
         row = scores[t]
         if gating == 0:
@@ -94,10 +99,12 @@ def choose(scores, bias, gating, sums_to_one, scale, ids, weights):
         elif gating == 1:
             for e in range(row.shape[0]):
                 row[e] = _ONE / (_ONE + exp32(-row[e]))
+        if n_groups > 1:
+            _keep_groups(row, bias, n_kept, kept, sums)
         for i in range(n_used):
             best = -1
             for e in range(row.shape[0]):
-                is_free = True
+                is_free = kept[e // per_group]
                 for j in range(i):
                     is_free = is_free and ids[t, j] != e
                 if is_free and (best < 0 or row[e] + bias[e] > row[best] + bias[best]):
@@ -113,6 +120,21 @@ def choose(scores, bias, gating, sums_to_one, scale, ids, weights):
                 weights[t, i] /= max(total, _LEAST_SUM)
         for i in range(n_used):
             weights[t, i] *= scale
+
+
+@njit(nogil=True, error_model="numpy")
+def _keep_groups(row, bias, n_kept, kept, sums):
+    """Say which groups of experts a token's may be of."""
+    size = row.shape[0] // kept.shape[0]
+    for g in range(kept.shape[0]):
+        first, second = -np.inf, -np.inf
+        for e in range(g * size, (g + 1) * size):
+            score = row[e] + bias[e]
+            first, second = max(first, score), max(second, min(first, score))
+        kept[g], sums[g] = False, first + second
+    for _ in range(n_kept):
+        best = np.argmax(sums)
+        kept[best], sums[best] = True, -np.inf
 
 
 @njit(nogil=True, error_model="numpy")
