@@ -1,8 +1,8 @@
 """Write digests and logits: `python tests/golden/write_experts.py CONVERT_HF_TO_GGUF`.
 
 experts.json, hybrid.json, gemma4.json and latent.json hold SHA-256 digests of what llama.cpp's converter makes of the
-checkpoints of `expert_models.py`, `hybrid_models.py`, `gemma_models.py` and `latent_models.py`, the .npz files logits that transformers computes of them
-in float32. Needs torch and transformers, which nothing else here does.
+checkpoints of `expert_models.py`, `hybrid_models.py`, `gemma_models.py` and `latent_models.py`, the .npz files logits
+that transformers computes of them in float32. Needs torch and transformers, which nothing else here does.
 """
 
 import hashlib
