@@ -25,12 +25,27 @@ def test_files_equal_the_converters(tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
-@pytest.mark.parametrize("name", ["gemma4", "gemma4-moe"])
+@pytest.mark.parametrize("name", gemma_models.FAMILIES)
 def test_logits_agree_with_transformers(name, tmp_path):
     model = ql.open(gemma_models.write_model(tmp_path, name))
     found = logits(model, TOKENS)[SEEN]
     expected = np.load(GOLDEN / "gemma4_logits.npz")[name]
     assert np.abs(found - expected).max() <= 1e-4 * np.ptp(expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
+def test_embeddings_of_layers_are_kept_between_them(tmp_path):
+    src = gemma_models.write_model(tmp_path / "made", "gemma4-e")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    options = {"n_ctx": 64, "chunks": 2, "progress": False}
+    matrix = ql.imatrix(src, tmp_path / "text.txt", **options)
+    assert matrix.sums["blk.3.inp_gate.weight"].shape == (1, gemma_models.N_EMBD)
+    assert matrix.sums["blk.3.proj.weight"].shape == (1, gemma_models.PER_LAYER)
+    found = ql.compare(src, ["Q8_0", "Q4_0"], tmp_path / "text.txt", imatrix=matrix, **options)
+    kld = [row["kld_mean"] for row in found.rows if row["variant"].startswith("Q")]
+    assert 0 < kld[0] < kld[1]
+    base = next(row["ppl"] for row in found.rows if not row["variant"].startswith("Q"))
+    assert ql.perplexity(src, tmp_path / "text.txt", scratch=tmp_path / "scratch", **options).ppl == base
 
 
 def changed(folder, name, **more):
@@ -52,9 +67,10 @@ def test_sizes_of_layers_without_a_window_may_be_given_one_by_one(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
-def test_keys_of_other_layers_are_not_computed(tmp_path):
+def test_more_shared_layers_than_there_are(tmp_path):
     model = ql.open(gemma_models.write_model(tmp_path, "gemma4-e"))
-    with pytest.raises(ValueError, match="n_kv_shared=2, n_embd_layer=16: layers that use keys of others.* in llama"):
+    model.metadata["gemma4.attention.shared_kv_layers"] = np.uint32(4)
+    with pytest.raises(ValueError, match="n_kv_shared=4, must be less than n_layer=4. Convert the checkpoint again"):
         logits(model, [1, 2, 3])
 
 

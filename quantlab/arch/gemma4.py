@@ -41,6 +41,7 @@ _LAYER = Layer(
     activation="gelu",
     layer_scale="layer_output_scale",
 )
+_TOKENS = replace(_LAYER, layer_gate=("inp_gate",), layer_out=("proj",), layer_post_norm="post_norm")
 _ROUTED = replace(
     _LAYER,
     router=("ffn_gate_inp",),
@@ -84,8 +85,8 @@ ARCH = Architecture(
         router("router.proj"),
         _experts("ffn_gate_up_exps", "n_expert n_ff_exp_twice n_embd", "gate_up_proj"),
         _experts("ffn_down_exps", "n_expert n_embd n_ff_exp", "down_proj"),
-        _named("inp_gate.weight", "n_embd_layer n_embd", "other", "per_layer_input_gate.weight", "n_embd_layer"),
-        _named("proj.weight", "n_embd n_embd_layer", "other", "per_layer_projection.weight", "n_embd_layer"),
+        _named("inp_gate.weight", "n_embd_layer n_embd", "matrix", "per_layer_input_gate.weight", "n_embd_layer"),
+        _named("proj.weight", "n_embd n_embd_layer", "matrix", "per_layer_projection.weight", "n_embd_layer"),
         _named("post_norm.weight", "n_embd", "norm", "post_per_layer_input_norm.weight", "n_embd_layer"),
         Tensor(
             "per_layer_model_proj.weight",
@@ -105,7 +106,11 @@ ARCH = Architecture(
         Tensor("output.weight", "n_vocab n_embd", "output", ("lm_head.weight",), optional=True),
     ),
     layer=_LAYER,
-    kinds=(("n_expert", _ROUTED),),
+    kinds=(
+        ("n_expert", _ROUTED),
+        ("kv_shared", replace(_TOKENS, attn_qkv=("attn_q",), k_norm="", v_norm=False)),
+        ("n_embd_layer", _TOKENS),
+    ),
     defaults=dict.fromkeys(
         ("gemma4", "gemma4_text"),
         {

@@ -51,6 +51,8 @@ class Hparams:
         1 in a layer whose values are its keys before norm and rotation.
     n_kv_shared : int
         How many layers, the last ones, use keys and values of layers before them.
+    kv_shared : int or tuple of int
+        1 in such a layer.
     n_embd_layer : int
         Size of what a layer learns of each token by itself, beside its embedding; 0: nothing.
     n_ctx : int
@@ -131,6 +133,7 @@ class Hparams:
     n_rot_window: int = 0
     v_is_k: PerLayer = 0
     n_kv_shared: int = 0
+    kv_shared: PerLayer = 0
     n_embd_layer: int = 0
     rms_eps: float = 1e-6
     rope_base: float = 10000.0  # or a tuple with one for each layer
@@ -207,6 +210,27 @@ class Hparams:
         if "recurrent" in varied:
             varied["recurrent"] = (*self.recurrent, *(0,) * more)  # pyright: ignore[reportGeneralTypeIssues]
         return replace(self, **varied)
+
+    def kept(self, layer: int) -> slice:
+        """Return the columns of a state that hold keys and values of `layer` for later ones, or of an earlier one."""
+        start = self.n_embd + self.n_embd_layers
+        for windowed, source, size in self._sources:
+            if self.windowed[layer] == windowed and layer >= source:
+                return slice(start, start + size)
+            start += size
+        return slice(start, start)
+
+    @cached_property
+    def _sources(self) -> list[tuple[bool, int, int]]:
+        """The layers whose keys and values others use: the last ones of their own, with a window and without."""
+        own = range(self.n_layer - self.n_kv_shared if self.n_kv_shared else 0)
+        last = {self.windowed[i]: i for i in own}
+        return [(windowed, i, 2 * self.at(i).n_kv) for windowed, i in last.items()]
+
+    @property
+    def n_state(self) -> int:
+        """Columns of a token's state between layers: its stream, and what later layers need beside it."""
+        return self.n_embd + self.n_embd_layers + sum(size for _, _, size in self._sources)
 
     @property
     def n_embd_twice(self) -> int:

@@ -108,6 +108,9 @@ class Layer:
         What the columns that the router then sees are multiplied by, and by n_embd^-½, after a norm without weights.
     expert_scales : str
         One number for each expert, which the weights of those chosen are multiplied by.
+    layer_gate, layer_out, layer_post_norm : tuple of str, and str
+        What a layer adds for each token by itself: gelu(gate) · what it learns of the token, multiplied by `layer_out`
+        and normalized.
     layer_scale : str
         One number that everything is multiplied by in the end.
     rope : str
@@ -160,6 +163,9 @@ class Layer:
     experts_post_norm: str = ""
     router_scale: str = ""
     expert_scales: str = ""
+    layer_gate: tuple[str, ...] = ()
+    layer_out: tuple[str, ...] = ()
+    layer_post_norm: str = ""
     layer_scale: str = ""
     rope: Literal["pairs", "halves"] = "halves"
     activation: Literal["silu", "gelu", "swiglu_oai"] = "silu"
@@ -177,13 +183,13 @@ class Layer:
     @property
     def products(self) -> dict[str, tuple[str, ...]]:
         """The matrices of each product with weights, by field, in the order in which a layer computes them."""
-        latent = "latent_q", "latent_k", "latent_v"
-        return self._there("attn_qkv", *latent, "attn_output", "router", "experts_in", "experts_down", *_DENSE)
+        latent, own = ("latent_q", "latent_k", "latent_v"), ("layer_gate", "layer_out")
+        return self._there("attn_qkv", *latent, "attn_output", "router", "experts_in", "experts_down", *_DENSE, *own)
 
     @property
     def norms(self) -> dict[str, str]:
         """The norms of the layer, by field."""
-        of_experts = "experts_norm", "shared_post_norm", "experts_post_norm"
+        of_experts = "experts_norm", "shared_post_norm", "experts_post_norm", "layer_post_norm"
         latent = "latent_q_norm", "latent_norm"
         return self._there(
             "attn_norm", *latent, "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", *of_experts
@@ -322,6 +328,8 @@ class Architecture:
         for name in ("head_dim", "n_rot"):
             if (size := getattr(hparams, f"{name}_window")) and not isinstance(getattr(hparams, name), tuple):
                 found[name] = tuple(size if windowed else getattr(hparams, name) for windowed in window)
+        if hparams.n_kv_shared:
+            found["kv_shared"] = tuple(int(i >= n_layer - hparams.n_kv_shared) for i in range(n_layer))
         if (step := self.unrotated_period) and not isinstance(hparams.n_rot, tuple):
             found["n_rot"] = tuple(hparams.n_rot if (i + 1) % step else 0 for i in range(n_layer))
         if any(field == "recurrent" for field, _ in self.kinds) and not isinstance(hparams.recurrent, tuple):

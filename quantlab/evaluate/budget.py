@@ -71,7 +71,7 @@ def fit(
     """
     allowed = allowed_bytes(memory)
     n_chunks, n_ctx = windows.tokens.shape
-    states = 4 * windows.tokens.size * variants[0].model.hparams.n_embd * len(variants)
+    states = 4 * windows.tokens.size * variants[0].model.hparams.n_state * len(variants)
     chunks, outputs = min(n_chunks, max(1, ROWS_AT_ONCE // n_ctx)), max(1, len(variants) - 1)
     in_memory = not keep_states
 

@@ -16,6 +16,7 @@ VARYING = (
     "n_head_kv",
     "v_is_k",
     "dense",
+    "kv_shared",
 )  # hyper-parameters that may differ between layers
 
 
@@ -41,17 +42,18 @@ def check_model(model) -> None:
         raise ValueError(
             f"{model.path}: rope scaling={others.pop()}, must be linear or yarn. Evaluate it in llama.cpp."
         )
-    if hparams.n_kv_shared or hparams.n_embd_layer:
+    if not 0 <= hparams.n_kv_shared < hparams.n_layer:
         raise ValueError(
-            f"{model.path}: n_kv_shared={hparams.n_kv_shared}, n_embd_layer={hparams.n_embd_layer}: layers that use "
-            f"keys of others, or embeddings of their own, are not computed. Evaluate it in llama.cpp."
+            f"{model.path}: n_kv_shared={hparams.n_kv_shared}, must be less than n_layer={hparams.n_layer}. "
+            f"Convert the checkpoint again."
         )
     if hparams.n_lora_kv and hparams.attn_temp_scale:
         raise ValueError(
             f"{model.path}: attn_temp_scale={hparams.attn_temp_scale}, must be 0 with latent attention. "
             f"Evaluate it in llama.cpp."
         )
-    if fixed := [name for name in hparams.varies if name not in VARYING]:
+    may_vary = (*VARYING, "n_ff") if hparams.n_embd_layer else VARYING
+    if fixed := [name for name in hparams.varies if name not in may_vary]:
         raise ValueError(
             f"{model.path}: {fixed[0]} differs between layers, must be one number. Evaluate it in llama.cpp."
         )

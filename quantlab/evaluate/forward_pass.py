@@ -73,7 +73,7 @@ class ForwardPass:
         self.weights = Weights(self.base, variants)
         self.shared = shared_layers(variants)
         n_chunks, n_ctx = windows.tokens.shape
-        shape = (len(variants), n_chunks, n_ctx, self.hparams.n_embd)
+        shape = (len(variants), n_chunks, n_ctx, self.hparams.n_state)
         self.states = HiddenStates(*shape, scratch, key, engine.empty_states)
 
     def run(self, consumer: Consumer) -> Any:
@@ -104,9 +104,32 @@ class ForwardPass:
             if self.shared[i][1] >= 0:
                 continue
             table = self.weights.rows(variant, "token_embd.weight", used)
+            more = self._per_layer(variant, table, used)
             for chunks in self.batches():
-                self.states.write(i, chunks, self.engine.embed(table, places[chunks]))
+                x = self.engine.embed(table, places[chunks])
+                if more is not None:
+                    x = np.concatenate([x, more[places[chunks]]], axis=-1)
+                self.states.write(i, chunks, x)
         self.states.advance()
+
+    def _per_layer(self, variant: Variant, table: np.ndarray, used: np.ndarray) -> np.ndarray | None:
+        """Return what comes after the stream in the states of some tokens (None: nothing).
+
+        That is what each layer learns of them, from embeddings of its own and from those that all layers have, and
+        room for keys and values.
+        """
+        h = self.hparams
+        if h.n_state == h.n_embd:
+            return None
+        found = np.zeros((len(used), h.n_state - h.n_embd), np.float32)
+        if h.n_embd_layer:
+            own = self.weights.rows(variant, "per_layer_token_embd.weight", used)
+            names = "per_layer_model_proj.weight", "per_layer_proj_norm.weight"
+            matrix, norm = (self.weights.get(variant, name) for name in names)
+            x, into = self.engine.embed(table, np.arange(len(used))), found[:, : h.n_embd_layers]
+            self.engine.learn(x, own, matrix, norm, into)  # pyright: ignore[reportAttributeAccessIssue]
+            self.weights.forget()
+        return found
 
     def _changed(self, index: int) -> list[int]:
         """Return the variants that need layer `index`; those that share another's states come later."""
@@ -138,7 +161,8 @@ class ForwardPass:
     def last_states(self, i: int, chunks: slice) -> np.ndarray:
         """Return variant i's hidden states [chunks, n_scored, n_embd] after the last layer."""
         source, since = self.shared[i]
-        return self.states.read(source if since == self.hparams.n_layer else i, chunks)[:, self.windows.scored]
+        found = self.states.read(source if since == self.hparams.n_layer else i, chunks)[:, self.windows.scored]
+        return found if found.shape[-1] == (n := self.hparams.n_embd) else np.ascontiguousarray(found[..., :n])
 
     def output(self, i: int) -> Any:
         """Load variant i's output norm and output matrix."""

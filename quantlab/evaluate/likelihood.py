@@ -215,7 +215,7 @@ class Likelihood:
 
     def _groups(self, inputs: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         """Cut inputs, the longest first, into groups of similar length whose hidden states fit in memory."""
-        most = max(ROWS_AT_ONCE, allowed_bytes(self._memory) // 8 // (4 * self._model.hparams.n_embd))
+        most = max(ROWS_AT_ONCE, allowed_bytes(self._memory) // 8 // (4 * self._model.hparams.n_state))
         groups: list[list[tuple[int, ...]]] = []
         for ids in inputs:
             n = len(groups[-1]) * _width(groups[-1]) if groups else 0

@@ -353,6 +353,11 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
     ValueError
         If it does not fit into `memory`.
     """
+    if variant.model.hparams.n_state > variant.model.hparams.n_embd:
+        raise ValueError(
+            f"{variant.model.path}: layers that use keys of others, or embeddings of their own, are not refined. "
+            "Quantize without refining."
+        )
     layers = [_layer_cost(variant, index, tokens.size, sweeps) for index in range(variant.model.hparams.n_layer)]
     needed = budget.PROCESS + max(needed for needed, _ in layers)
     seconds = sum(operations for _, operations in layers) / (SHARE_OF_PEAK * peak(engine.workers))

@@ -115,6 +115,7 @@ class CpuEngine(Engine):
             expert_memory,
             does,
             self.hparams.at(index),
+            index,
         )
 
     def release(self, layer: LayerWeights) -> None:
@@ -169,14 +170,29 @@ class CpuEngine(Engine):
             table = table * np.float32(self.hparams.embd_scale)
         return table[places]
 
+    def learn(self, x: np.ndarray, own: np.ndarray, matrix: Stored, norm: Stored, out: np.ndarray) -> None:
+        """Compute what all layers learn of tokens, from their embeddings `x` and from `own`; see `ForwardPass`."""
+        size, panels = self.hparams.n_embd_layer, self.matrix([matrix])[0]
+        half, scale = np.float32(0.5**0.5), np.float32(size**0.5)
+
+        def work(rows: slice) -> None:
+            found = out[rows]
+            self.multiply(x[rows], panels, found)
+            found *= np.float32(self.hparams.n_embd**-0.5)
+            self.steps.head_norm(heads(found, size), norm.floats(), self.eps)
+            found[:] = (found + own[rows] * scale) * half
+
+        self.workers.map(work, blocks(len(x), ROWS))
+
     def forward(self, layer: LayerWeights, states: np.ndarray, first: int = 0, observe: Observe | None = None) -> None:
         """Apply a layer in place; see `Engine.forward`."""
-        x = states.reshape(-1, states.shape[-1])
+        wide, n_embd = states.reshape(-1, states.shape[-1]), self.hparams.n_embd
+        x = wide if wide.shape[1] == n_embd else np.ascontiguousarray(wide[:, :n_embd])
         chunks, by_rows = blocks(len(x), self.n_ctx), blocks(len(x), ROWS)
         if "latent_k" in layer.matrices:
             q_k_v, whole = x[:, :0], {"attended": Latent(self, layer, x, observe).attended(first)}
         else:
-            q_k_v, whole = self._mix_tokens(layer, x, first, observe)
+            q_k_v, whole = self._mix_tokens(layer, x, first, observe, wide[:, self.hparams.kept(layer.index)])
         if first:
             by_rows = [rows for chunk in chunks for rows in blocks(chunk.stop, ROWS, chunk.start + first)]
         n_ff = layer.matrices["ffn_in"].n_out // 2 if "ffn_in" in layer.matrices else 0
@@ -188,7 +204,9 @@ class CpuEngine(Engine):
             whole |= {"routed": np.empty_like(x), "scores": np.empty((len(x), layer.hparams.n_expert), np.float32)}
         if "shared_post_norm" in layer.norms:
             whole |= {"dense": np.empty_like(x), "sums": np.zeros_like(x)}
-        self.run(lambda rows, space: self._mix(layer, x, rows, space), by_rows, layer, whole, observe)
+        of_tokens = wide[:, n_embd:][:, layer.index * layer.hparams.n_embd_layer :][:, : layer.hparams.n_embd_layer]
+        whole["stream"] = x
+        self.run(lambda rows, space: self._mix(layer, x, of_tokens, rows, space), by_rows, layer, whole, observe)
         if layer.experts:
             tokens = np.concatenate([np.arange(rows.start, rows.stop) for rows in by_rows])
             routes = route(self, layer, whole["scores"], tokens)
@@ -199,11 +217,16 @@ class CpuEngine(Engine):
             )
         if "layer_scale" in layer.vectors:
             self.workers.map(lambda rows: np.multiply(x[rows], layer.vectors["layer_scale"], out=x[rows]), by_rows)
+        if wide is not x:
+            wide[:, :n_embd] = x
 
-    def _mix_tokens(self, layer: LayerWeights, x: np.ndarray, first: int, observe: Observe | None) -> tuple:
-        """Return q, k, v side by side, and by name what attention or a delta net makes of them."""
+    def _mix_tokens(self, layer: LayerWeights, x: np.ndarray, first: int, observe: Observe | None, kept) -> tuple:
+        """Return q, k, v side by side, and by name what attention or a delta net makes of them.
+
+        k and v go to `kept`, or come from there.
+        """
         h, is_delta = layer.hparams, "conv" in layer.vectors
-        width = layer.matrices["attn_qkv"].n_out + (h.n_kv if h.v_is_k else 0)
+        width = layer.matrices["attn_qkv"].n_out + (h.n_kv if h.v_is_k else 2 * h.n_kv if h.kv_shared else 0)
         size = len(x) * (width + (h.ssm_inner if is_delta else h.n_q))
         if self._qkv.size < size:
             self._qkv = np.empty(size, np.float32)
@@ -212,6 +235,9 @@ class CpuEngine(Engine):
         chunks, by_rows, whole = blocks(len(x), self.n_ctx), blocks(len(x), ROWS), {"attended": mixed}
         self.run(lambda rows, space: self._project(layer, x, q_k_v, rows, space), by_rows, layer, whole, observe)
         pieces = [(chunk, head) for chunk in chunks for head in range(h.ssm_heads if is_delta else h.n_head_kv)]
+        if kept.shape[1]:
+            source, target = (kept, q_k_v[:, h.n_q :]) if h.kv_shared else (q_k_v[:, h.n_q :], kept)
+            target[:] = source
         if is_delta:
             self.workers.map(lambda p: mix_tokens(self, layer, q_k_v[p[0]], mixed[p[0]], p[1]), pieces)
         else:
@@ -322,7 +348,7 @@ class CpuEngine(Engine):
         window, cap = h.window or self.n_ctx, np.float32(h.attn_softcap)
         causal_attention(q, k, v, first, window, np.float32(h.score_scale), cap, sinks, out, keys, values, scores)
 
-    def _mix(self, layer: LayerWeights, x: np.ndarray, rows: slice, space) -> Iterator:
+    def _mix(self, layer: LayerWeights, x: np.ndarray, of_tokens: np.ndarray, rows: slice, space) -> Iterator:
         """Compute everything after attention for a block of rows."""
         x, n_embd = x[rows], x.shape[1]
         has_own = "experts_norm" in layer.norms
@@ -362,6 +388,18 @@ class CpuEngine(Engine):
         if "shared_gate" in layer.matrices:
             self.steps.scale_by_sigmoid(change, space("shared_gate", rows, 1))
         self._add(x, change)
+        if "layer_gate" in layer.matrices:
+            yield "layer_gate", "stream"
+            width = of_tokens.shape[1]
+            gate_up, inner = self.workers.scratch("gate_up", len(x), 2 * width), space("own", rows, width)
+            self.product("layer_gate", layer, x, gate_up[:, :width])
+            gate_up[:, width:] = of_tokens[rows]
+            self.steps.gelu_mul(gate_up, inner)
+            yield "layer_out", "own"
+            change = self.workers.scratch("change", len(x), n_embd)
+            self.product("layer_out", layer, inner, change)
+            self.normalize("layer_post_norm", layer, change, change)
+            self.steps.add(x, change)
 
     def _join(self, layer: LayerWeights, x: np.ndarray, dense: np.ndarray, sums: np.ndarray) -> None:
         """Add what the experts and the one that all tokens see give together, where each has a norm of its own."""

@@ -51,7 +51,7 @@ def _bytes_of(engine, variants, h, does: arch.Layer, index: int, chunks: int, in
     if does.latent_k:
         mixed = h.n_q_mla + 2 * h.head_dim + h.n_lora_q + h.n_v + observed * h.n_head * (h.n_nope + 2 * h.n_lora_kv)
         scratch += n_ctx * (h.head_dim + h.n_lora_kv)
-    states = 0 if in_memory else h.n_embd
+    states = (h.n_embd if engine.hparams.n_state > h.n_embd else 0) + (0 if in_memory else engine.hparams.n_state)
     inputs = h.n_embd + max(h.n_ff, h.n_ff_shexp) + h.n_expert_used * h.n_ff_exp if observed else 0
     routed = h.n_embd * (3 if does.experts_norm else 1) + h.n_expert if h.n_expert else 0
     per_thread = rows * (4 * h.n_embd + 4 * max(h.n_ff, h.n_ff_exp, h.n_ff_shexp)) + scratch

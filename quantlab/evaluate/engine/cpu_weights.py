@@ -55,6 +55,8 @@ class LayerWeights:
         What the layer does.
     hparams : Hparams
         This layer's.
+    index : int
+        Which layer.
     """
 
     matrices: dict[str, Matrix]
@@ -65,6 +67,7 @@ class LayerWeights:
     expert_memory: dict[str, np.ndarray]
     does: arch.Layer
     hparams: arch.Hparams
+    index: int
 
 
 @dataclass(frozen=True)
