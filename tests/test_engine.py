@@ -140,7 +140,7 @@ def test_an_unknown_mode_or_device_is_refused():
 
 def test_without_torch_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(seam, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"device=cuda: needs the package torch. .* 'gguf-quantlab\[gpu\]'"):
+    with pytest.raises(ImportError, match=r"device=cuda: needs the package torch. Run: .* -m pip install .*\[gpu\]'"):
         find("float", "cuda")
     assert find("float", "auto").device == "cpu"
     with pytest.raises(ValueError, match="mode=half, needs a graphics card, none is usable here. Choose mode=float"):
