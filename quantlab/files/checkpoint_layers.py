@@ -68,7 +68,7 @@ def of_latent_attention(path: Path, table: dict[str, Any], sizes: dict[str, Any]
             f"{path}: scoring_func={short(scoring)}, must be softmax or sigmoid. Use llama.cpp's converter."
         )
     found = {"n_head_kv": 1, "head_dim": n_lora + n_rot, "n_rot": n_rot, "head_dim_mla": n_nope + n_rot}
-    found["expert_gating"] = {"softmax": 1, "sigmoid": 2}.get(scoring, 0)  # pyright: ignore[reportArgumentType]  # pyright: ignore[reportCallIssue]
+    found["expert_gating"] = {"softmax": 1, "sigmoid": 2}.get(scoring, 0)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return sizes | found | {"expert_norm": table.get("norm_topk_prob") is True}
 
 
