@@ -17,6 +17,7 @@ from quantlab.study.proxy import weighted_error
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = json.loads((GOLDEN / "experts.json").read_text())["files"]
+GGML_CPU = json.loads((GOLDEN / "ggml_cpu.json").read_text())["results"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer .* is not in llama.cpp's list")
 OPTIONS = {"as_llama_cpp": True, "progress": False}
 
@@ -168,9 +169,12 @@ def test_scales_that_are_missing(tmp_path):
         ql.open(src)
 
 
-def test_llama_cpps_arithmetic_does_not_know_experts(tmp_path):
-    src = expert_models.write_model(tmp_path, "qwen3moe")
-    with pytest.raises(
-        ValueError, match="mode=ggml-cpu does not compute experts of qwen3moe. Evaluate it in mode float"
-    ):
-        logits(ql.open(src), [1, 2, 3], mode="ggml-cpu")
+@pytest.mark.parametrize("name", GGML_CPU)
+def test_llama_cpps_arithmetic_gives_llama_perplexitys_figures(name, tmp_path):
+    src = expert_models.write_model(tmp_path / "made", name, **expert_models.WIDE)
+    base, expected = ql.convert(src, outtype="f32", **OPTIONS), GGML_CPU[name]
+    variants = [ftype for ftype in expected if ftype != "F32"]
+    found = ql.compare(base, variants, "primer", chunks=2, mode="ggml-cpu", progress=False).to_frame()["ppl"]
+    found = dict(zip(["F32", *variants], found, strict=True))
+    for ftype, ppl in expected.items():  # four decimals are printed
+        assert found[ftype] == pytest.approx(ppl, abs=2e-4), ftype

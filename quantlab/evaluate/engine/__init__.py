@@ -33,11 +33,14 @@ class Stored:
         As `LazyTensor.load` and `quants.quantize` give it: floats of the tensor's shape, or bytes.
     qtype : str
     shape : tuple of int
+    is_expert : bool
+        Whether this is one matrix of a stack.
     """
 
     data: np.ndarray
     qtype: str
     shape: tuple[int, ...]
+    is_expert: bool = False
 
     def floats(self, rows: slice = slice(None)) -> np.ndarray:
         """Return some rows as float32 (already float32: a view)."""
@@ -49,7 +52,7 @@ class Stored:
 
     def expert(self, index: int) -> Stored:
         """Return one matrix of a stack."""
-        return Stored(self.data[index], self.qtype, self.shape[1:])
+        return Stored(self.data[index], self.qtype, self.shape[1:], is_expert=True)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class CpuEngine(Engine):
     modes, devices = ("float",), ("cpu",)
     steps = fused  # what a layer does between its products
     rows_at_once = ROWS
+    sums_experts_first = False  # whether a token's experts are summed, the first chosen first, before they are added
     angles = staticmethod(rope_angles)
 
     def __init__(self, model, n_ctx: int):
@@ -138,14 +139,14 @@ class CpuEngine(Engine):
         """Return the number of float32 that `pack` needs."""
         return panels_size(stored.shape)
 
-    def pack(self, stored: Stored, memory: np.ndarray):
-        """Return a matrix for `multiply`: panels [shape=(n_panels(n_out), n_in, COLUMNS), dtype=float32]."""
+    def pack(self, stored: Stored, memory: np.ndarray, lanes: int = 1):
+        """Return a matrix for `multiply`: float32 panels [n_panels(n_out), n_in, COLUMNS]; lanes: see `fill_panels`."""
         n_out, n_in = stored.shape
         panels = memory.reshape(n_panels(n_out), n_in, COLUMNS)
         for piece in blocks(n_out, max(_PANEL_ROWS, PIECE // n_in)):
-            rows = stored.floats(piece)
+            rows, at = stored.floats(piece), piece.start
             parts = blocks(len(rows), _PANEL_ROWS)
-            self.workers.map(lambda part, x=rows, at=piece.start: fill_panels(x[part], panels, at + part.start), parts)
+            self.workers.map(lambda part, x=rows, at=at: fill_panels(x[part], panels, at + part.start, lanes), parts)
         return panels
 
     def multiply(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:

@@ -54,6 +54,7 @@ def _bytes_of(engine, variants, h, does: arch.Layer, index: int, chunks: int, in
     states = (h.n_embd if engine.hparams.n_state > h.n_embd else 0) + (0 if in_memory else engine.hparams.n_state)
     inputs = h.n_embd + max(h.n_ff, h.n_ff_shexp) + h.n_expert_used * h.n_ff_exp if observed else 0
     routed = h.n_embd * (3 if does.experts_norm else 1) + h.n_expert if h.n_expert else 0
+    routed += h.n_embd * h.n_expert_used if engine.sums_experts_first else 0
     per_thread = rows * (4 * h.n_embd + 4 * max(h.n_ff, h.n_ff_exp, h.n_ff_shexp)) + scratch
     weights = sum(panels_size(shape[-2:]) for shape in shapes.values() if len(shape) > 1) + max(sizes)
     weights += sum((h.n_head - 1) * panels_size(shapes[f"blk.{index}.{name}.weight"][1:]) for name in by_head)

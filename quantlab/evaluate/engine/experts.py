@@ -10,7 +10,7 @@ of the experts, whatever the number of threads.
 import numpy as np
 
 from quantlab.evaluate.engine import ExpertInputs, Observe
-from quantlab.evaluate.engine.routing import Routes, add_rows, choose, sort_tokens, take_rows
+from quantlab.evaluate.engine.routing import Routes, add_rows, add_sums, choose, put_rows, sort_tokens, take_rows
 from quantlab.evaluate.engine.workers import blocks
 
 GATINGS = ("softmax", "sigmoid", "softmax_chosen")
@@ -46,9 +46,20 @@ class Experts:
     def __init__(self, engine, layer, routes: Routes, x: np.ndarray):
         self.engine, self.layer, self.routes, self.x = engine, layer, routes, x
         self.activate = engine.activation(layer.does)
+        self.outputs = np.empty((len(routes.tokens), x.shape[1]) if engine.sums_experts_first else 0, np.float32)
 
     def add_to(self, states: np.ndarray, observe: Observe | None) -> None:
         """Add the outputs of each token's experts to its row of `states`."""
+        self._compute(states, observe)
+        if self.outputs.size:
+            ranks, tokens = self.routes.ranks, self.routes.tokens
+            self.engine.workers.map(
+                lambda part: add_sums(states, tokens[ranks[part, 0]], ranks[part], self.outputs),
+                blocks(len(ranks), self.engine.rows_at_once),
+            )
+
+    def _compute(self, states: np.ndarray, observe: Observe | None) -> None:
+        """Compute all experts; add their outputs to `states`, or keep them in `outputs`."""
         if observe is None:
             for expert in self.routes.used:
                 into, down = self._weights("experts_in", expert), self._weights("experts_down", expert)
@@ -100,7 +111,10 @@ class Experts:
         """Apply the last product to inner rows, and add the weighted results to their tokens' rows."""
         change = self.engine.workers.scratch("change", len(inner), states.shape[1])
         self._product("experts_down", expert, inner, down, change)
-        add_rows(states, self.routes.tokens[part], self.routes.weights[part], change)
+        if self.outputs.size:
+            put_rows(self.outputs[part], self.routes.weights[part], change)
+        else:
+            add_rows(states, self.routes.tokens[part], self.routes.weights[part], change)
 
     def _product(self, field: str, expert: int, x: np.ndarray, matrix, out: np.ndarray) -> None:
         self.engine.multiply(x, matrix, out)

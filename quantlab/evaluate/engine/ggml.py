@@ -9,9 +9,9 @@ from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.engine import Stored, ggml_steps
 from quantlab.evaluate.engine.cpu import CpuEngine, Matrix
 from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
-from quantlab.evaluate.engine.ggml_products import ORDERS, Packed, pack, product
+from quantlab.evaluate.engine.ggml_products import ORDERS, ORDERS_OF_EXPERTS, Packed, pack, product
 from quantlab.evaluate.engine.rope import rope_angles_as_ggml
-from quantlab.evaluate.engine.tiles import WIDTH, multiply
+from quantlab.evaluate.engine.tiles import BLAS, WIDTH, multiply, multiply_in_lanes, sort_columns
 from quantlab.evaluate.variants import output_name
 
 
@@ -20,12 +20,13 @@ class GgmlEngine(CpuEngine):
 
     modes = ("ggml-cpu",)
     steps = ggml_steps
+    sums_experts_first = True
     angles = staticmethod(rope_angles_as_ggml)
 
     def __init__(self, model, n_ctx: int):
         layer, h = arch.known(model.hparams.arch).layer, model.hparams
         beyond = {"activation": layer.activation != "silu", "window": h.window, "attn_softcap": h.attn_softcap}
-        beyond |= {"logit_softcap": h.logit_softcap, "attn_temp_scale": h.attn_temp_scale, "experts": h.n_expert}
+        beyond |= {"logit_softcap": h.logit_softcap, "attn_temp_scale": h.attn_temp_scale}
         beyond |= {
             "latent attention": h.n_lora_kv,
             "delta nets": any(h.recurrent_layers),
@@ -54,11 +55,15 @@ class GgmlEngine(CpuEngine):
         """Return how many float32 numbers of memory `pack` is given: none for a type with an order."""
         return 0 if ORDERS[stored.qtype].group else super().packed_size(stored)
 
-    def pack(self, stored: Stored, memory: np.ndarray) -> Packed | tuple[str, np.ndarray]:
-        """Return a matrix taken apart into integers and scales; type and panels where no order is kept."""
-        if ORDERS[stored.qtype].group:
-            return pack(stored.data, stored.qtype, stored.shape, self.workers)
-        return stored.qtype, super().pack(stored, memory)
+    def pack(self, stored: Stored, memory: np.ndarray) -> Packed | tuple[str, int, np.ndarray]:
+        """Return a matrix taken apart into integers and scales; of a float type the type, partial sums, panels."""
+        order = (ORDERS_OF_EXPERTS if stored.is_expert else ORDERS)[stored.qtype]
+        if order.group:
+            return pack(stored.data, stored.qtype, stored.shape, order, self.workers)
+        n_out, n_in = stored.shape
+        lanes = 64 if stored.is_expert or n_out % 4 else 16  # ggml_vec_dot_f32, ggml_vec_dot_f16; tinyBLAS
+        lanes = 1 if BLAS or stored.qtype == "BF16" or n_in % lanes else lanes
+        return stored.qtype, lanes, super().pack(stored, memory, lanes)
 
     def multiply(self, x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
         """Compute out = x · weightᵀ on this thread, after rounding x to what each type of weights asks for."""
@@ -66,23 +71,25 @@ class GgmlEngine(CpuEngine):
         for part, width in zip(matrix.parts, matrix.widths, strict=True):
             target, is_ordered = out[:, start : start + width], isinstance(part, Packed)
             start += width
-            order = ORDERS[part.qtype if is_ordered else part[0]]
-            if done != (order.activations, order.run):
-                done, rounded = (order.activations, order.run), self._round(x, order.activations, order.run)
+            how = (part.order.activations, part.order.run, 1) if is_ordered else (part[0], 0, part[1])
+            if done != how:
+                done, rounded = how, self._round(x, *how)
             if is_ordered:
                 product(rounded, part, target)  # pyright: ignore[reportArgumentType]
+            elif part[1] > 1:
+                multiply_in_lanes(rounded, part[2], part[1], target)
             else:
-                multiply(rounded, part[1], target)
+                multiply(rounded, part[2], target)
 
-    def _round(self, x: np.ndarray, qtype: str, run: int) -> Blocks | np.ndarray:
-        """Round activations to a type: blocks of integers for products in runs, else the numbers of a float type."""
-        if qtype == "F32":
-            return x
+    def _round(self, x: np.ndarray, qtype: str, run: int, lanes: int) -> Blocks | np.ndarray:
+        """Round activations to a type: blocks of integers for products in runs, else numbers sorted into lanes."""
         if run:
             return Blocks(x, qtype, run, self.workers)
-        out = self.workers.scratch("rounded", *x.shape)
-        (round_f16 if qtype == "F16" else round_bf16)(x, out)
-        return out
+        if qtype != "F32":
+            out = self.workers.scratch("rounded", *x.shape)
+            (round_f16 if qtype == "F16" else round_bf16)(x, out)
+            x = out
+        return x if lanes == 1 else sort_columns(x, lanes, self.workers.scratch("sorted", *x.shape))
 
     def round_cache(self, k_v: np.ndarray) -> None:
         """Round k and v to float16."""

@@ -46,7 +46,7 @@ class Order:
     activations : str
         Type that they are rounded to.
     group : int
-        Columns whose integers make one summand; 0: rounded activations times weights in float32, in no fixed order.
+        Columns whose integers make one summand; 0: floats, see `GgmlEngine.pack`.
     run : int
         Columns of a group whose codes have a factor in common: a sub-block, else the group.
     lanes : int
@@ -80,6 +80,8 @@ ORDERS = {
     **dict.fromkeys(("IQ1_S", "IQ2_XXS"), Order("Q8_K", 256, 32, tiled=True, unit=8)),
     **dict.fromkeys(("IQ2_XS", "IQ2_S"), Order("Q8_K", 256, 16, tiled=True, unit=8)),
 }
+# the same for experts: ggml_gemv_q4_K_8x8_q8_K, ggml_gemv_q2_K_8x8_q8_K
+ORDERS_OF_EXPERTS = ORDERS | {"Q4_K": Order("Q8_K", 256, 32), "Q2_K": Order("Q8_K", 256, 16)}
 
 
 def read_scales(data: np.ndarray, qtype: str) -> list[np.ndarray]:
@@ -117,7 +119,7 @@ class Packed:
 
     Attributes
     ----------
-    qtype : str
+    order : Order
     n_out : int
         Its rows.
     codes : np.ndarray [shape=(panels, n_in // DEPTH, LANES), dtype=int32]
@@ -132,7 +134,7 @@ class Packed:
         Scale of the minima; of Q4_1 and Q5_1 the minima.
     """
 
-    qtype: str
+    order: Order
     n_out: int
     codes: np.ndarray
     factors: np.ndarray
@@ -141,7 +143,7 @@ class Packed:
     dmin: np.ndarray
 
 
-def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], workers) -> Packed:
+def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], order: Order, workers) -> Packed:
     """Take a weight matrix apart whose type has an order.
 
     Parameters
@@ -151,9 +153,11 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], workers) -> Pac
     qtype : str
     shape : tuple of int
         (n_out, n_in).
+    order : Order
+        That of `ORDERS`, or of `ORDERS_OF_EXPERTS`.
     workers : Workers
     """
-    (n_out, n_in), order = shape, ORDERS[qtype]
+    n_out, n_in = shape
     data, n_panels = stored.reshape(n_out, -1, quants.block_bytes(qtype)), -(-n_out // LANES)
     d, *dmin = read_scales(data, qtype)
     is_super, n_runs = order.activations == "Q8_K", n_in // order.run
@@ -167,7 +171,7 @@ def pack(stored: np.ndarray, qtype: str, shape: tuple[int, ...], workers) -> Pac
         workers.map(lambda part, x=integers, at=rows.start: _fill(x[part], codes, factors, at + part.start), parts)
         if mins.size:
             _fill_pairs(lowest, mins, rows.start)  # pyright: ignore[reportArgumentType]
-    return Packed(qtype, n_out, codes, factors, _panels(d), mins, _panels(*dmin) if dmin else _NO_FLOATS)
+    return Packed(order, n_out, codes, factors, _panels(d), mins, _panels(*dmin) if dmin else _NO_FLOATS)
 
 
 def _fill(integers: np.ndarray, codes: np.ndarray, factors: np.ndarray, first: int) -> None:
@@ -247,13 +251,13 @@ def product(x: Blocks, part: Packed, out: np.ndarray) -> None:
     part : Packed
     out : np.ndarray [shape=(nrows, n_out), dtype=float32]
     """
-    order, rows = ORDERS[part.qtype], (x.codes.view(np.int32), x.d, x.starts)
+    order, rows = part.order, (x.codes.view(np.int32), x.d, x.starts)
     if order.lanes > 1:
         _sum_in_lanes(*rows, x.sums, part.codes, part.d, part.dmin, out)
         return
     run = order.run if part.factors.size else order.group
     pairs = order.group // order.run // 2 if part.mins.size else 0
-    shape = run // DEPTH, order.group // run, pairs, quants.block_size(part.qtype) // order.group
+    shape = run // DEPTH, order.group // run, pairs, part.codes.shape[1] * DEPTH // part.d.shape[1] // order.group
     panels = part.codes, part.factors, part.d, part.mins, part.dmin
     _sum_groups(*rows, x.sums.view(np.int32), *panels, shape, order.tiled, out)
 

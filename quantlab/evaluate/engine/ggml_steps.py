@@ -119,7 +119,7 @@ def silu_mul(gate_up, out):
 
 
 @njit(inline="always")
-def _total16(v, at, half):
+def total16(v, at, half):
     """Sum of 16 numbers, halves onto each other (_mm512_reduce_add_ps); `half` is scratch space of 8."""
     for i in range(8):
         half[i] = v[at + 8 + i] + v[at + i]
@@ -185,6 +185,6 @@ def _weigh(score, seen, scale, top, total, r, half):
         score[j] = exp32(np.float32(score[j] - top[r]))
     whole = 0.0
     for j in range(0, KEYS, 16):
-        whole += np.float64(_total16(score, j, half))
+        whole += np.float64(total16(score, j, half))
     total[r] = np.float32(np.float64(total[r]) + whole)
     return shrink

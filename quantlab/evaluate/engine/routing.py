@@ -3,14 +3,15 @@
 scores [n_tokens, n_expert] ─ gating ─ the greatest n_used of each row ─ weights ─ tokens sorted by expert
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from quantlab.evaluate.engine.fused import exp32
+from quantlab.evaluate.engine.ggml_steps import exp32, total16
 from quantlab.quants.compiled import njit
 
-_ONE, _ZERO = np.float32(1), np.float32(0)
+_ONE = np.float32(1)
 _LEAST_SUM = np.float32(6.103515625e-5)  # what sums of weights are at least, as in llama.cpp
 
 
@@ -26,11 +27,14 @@ class Routes:
         What the expert's result is multiplied by for each of them.
     ends : np.ndarray [shape=(n_expert + 1,), dtype=int64]
         Expert e has those from `ends[e]` to `ends[e + 1]`.
+    ranks : np.ndarray [shape=(n_tokens, n_used), dtype=int64]
+        Of each token the positions in `tokens` and `weights` of its experts, the first chosen first.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     ends: np.ndarray
+    ranks: np.ndarray
 
     def of(self, expert: int) -> slice:
         """Return the positions of an expert's tokens."""
@@ -62,7 +66,8 @@ def sort_tokens(tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray, n_expe
     """
     order = np.argsort(ids, axis=None, kind="stable")
     ends = np.searchsorted(ids.reshape(-1)[order], np.arange(n_expert + 1))
-    return Routes(tokens[order // ids.shape[1]], weights.reshape(-1)[order], ends)
+    ranks = np.argsort(order).reshape(ids.shape)
+    return Routes(tokens[order // ids.shape[1]], weights.reshape(-1)[order], ends, ranks)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -98,7 +103,7 @@ def choose(scores, bias, gating, sums_to_one, scale, groups, ids, weights):
             _softmax(row)
         elif gating == 1:
             for e in range(row.shape[0]):
-                row[e] = _ONE / (_ONE + exp32(-row[e]))
+                row[e] = _ONE / (_ONE + np.float32(math.exp(-row[e])))
         if n_groups > 1:
             _keep_groups(row, bias, n_kept, kept, sums)
         for i in range(n_used):
@@ -113,11 +118,11 @@ def choose(scores, bias, gating, sums_to_one, scale, groups, ids, weights):
         if gating == 2:
             _softmax(weights[t])
         if sums_to_one:
-            total = _ZERO
+            total = 0.0
             for i in range(n_used):
                 total += weights[t, i]
             for i in range(n_used):
-                weights[t, i] /= max(total, _LEAST_SUM)
+                weights[t, i] /= max(np.float32(total), _LEAST_SUM)
         for i in range(n_used):
             weights[t, i] *= scale
 
@@ -139,15 +144,21 @@ def _keep_groups(row, bias, n_kept, kept, sums):
 
 @njit(nogil=True, error_model="numpy")
 def _softmax(row):
-    """Apply softmax to a short row in place."""
-    top, total = row[0], _ZERO
+    """Apply softmax to a short row in place, in llama.cpp's order (ggml_compute_forward_soft_max_f32)."""
+    top, total, half = row[0], 0.0, np.empty(8, np.float32)
     for i in range(row.shape[0]):
         top = max(top, row[i])
-    for i in range(row.shape[0]):
-        row[i] = exp32(row[i] - top)
+    whole = row.shape[0] // 16 * 16
+    for i in range(whole):
+        row[i] = exp32(np.float32(row[i] - top))
+    for i in range(0, whole, 16):
+        total += total16(row, i, half)
+    for i in range(whole, row.shape[0]):
+        row[i] = np.float32(math.exp(np.float32(row[i] - top)))
         total += row[i]
+    inverse = np.float32(1.0 / total)
     for i in range(row.shape[0]):
-        row[i] /= total
+        row[i] *= inverse
 
 
 @njit(nogil=True, cache=True)
@@ -164,3 +175,22 @@ def add_rows(x, rows, weights, change):
         row, weight = x[rows[i]], weights[i]
         for j in range(row.shape[0]):
             row[j] += weight * change[i, j]
+
+
+@njit(nogil=True, cache=True)
+def put_rows(out, weights, change):
+    """out[i] = weights[i] · change[i]."""
+    for i in range(weights.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = weights[i] * change[i, j]
+
+
+@njit(nogil=True, cache=True)
+def add_sums(x, rows, ranks, summands):
+    """x[rows[i]] += Σ summands[ranks[i]], the sum in this order."""
+    total = np.empty(x.shape[1], np.float32)
+    for i in range(ranks.shape[0]):
+        total[:] = summands[ranks[i, 0]]
+        for k in range(1, ranks.shape[1]):
+            total += summands[ranks[i, k]]
+        x[rows[i]] += total

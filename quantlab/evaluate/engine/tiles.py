@@ -47,14 +47,29 @@ def panels_size(shape: tuple[int, ...]) -> int:
     return n_panels(shape[0]) * shape[1] * COLUMNS
 
 
-def fill_panels(weight: np.ndarray, panels: np.ndarray, first: int) -> None:
-    """Put some rows of weights [rows, n_in] of any float type into panels, as rows `first`, … of the matrix."""
-    pack(np.asarray(weight, np.float32), panels, first)
+def fill_panels(weight: np.ndarray, panels: np.ndarray, first: int, lanes: int = 1) -> None:
+    """Put some rows of weights [rows, n_in] of any float type into panels, as rows `first`, … of the matrix.
+
+    With `lanes`, every `lanes`-th column first, from 0 on, then those from 1 on, ….
+    """
+    weight = np.asarray(weight, np.float32)
+    pack(weight if lanes == 1 else sort_columns(weight, lanes, np.empty_like(weight)), panels, first)
+
+
+@njit(nogil=True, cache=True)
+def sort_columns(x, lanes, out):
+    """Put every `lanes`-th column of x [rows, n] first, from 0 on, then those from 1 on, …."""
+    n = x.shape[1] // lanes
+    for r in range(x.shape[0]):
+        for i in range(n):
+            for lane in range(lanes):
+                out[r, lane * n + i] = x[r, i * lanes + lane]
+    return out
 
 
 @njit(nogil=True, cache=True)
 def pack(weight, panels, first):
-    """`fill_panels` from float32."""
+    """`fill_panels` from float32, columns in order."""
     columns = panels.shape[2]
     for start in range(0, weight.shape[1], 16):
         stop = min(start + 16, weight.shape[1])
@@ -93,6 +108,27 @@ def multiply(x, panels, out):
                     edge[:n, :columns] = target
                     tile(x[rows], panels[p], start, stop, edge[:n], start > 0)
                     target[:] = edge[:n, :columns]
+
+
+@njit(nogil=True, cache=True)
+def multiply_in_lanes(x, panels, lanes, out):
+    """Compute out = x · weightᵀ in partial sums, one for each of `lanes` columns in turn.
+
+    In the end halves of the sums are put onto each other. x and panels have their columns sorted (`sort_columns`).
+    """
+    n, parts = x.shape[1] // lanes, np.empty((lanes, ROWS, WIDTH), np.float32)
+    for p in range(panels.shape[0]):
+        for r in range(0, x.shape[0], ROWS):
+            rows = slice(r, min(r + ROWS, x.shape[0]))
+            target = out[rows, p * WIDTH : (p + 1) * WIDTH]
+            for lane in range(lanes):
+                tile(x[rows], panels[p], lane * n, (lane + 1) * n, parts[lane, : target.shape[0]], False)
+            half = lanes // 2
+            while half > 0:
+                for lane in range(half):
+                    parts[lane] += parts[lane + half]
+                half //= 2
+            target[:] = parts[0, : target.shape[0], : target.shape[1]]
 
 
 @intrinsic
