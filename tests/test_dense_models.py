@@ -100,12 +100,6 @@ def test_the_text_model_of_a_seeing_checkpoint_is_converted(tmp_path):
     assert path.read_bytes() == ql.convert(plain, outtype="f32", progress=False).read_bytes()
 
 
-def test_mode_ggml_cpu_refuses_what_it_does_not_compute(tmp_path):
-    model = dense_models.write_model(tmp_path, "gemma3")
-    with pytest.raises(ValueError, match="mode=ggml-cpu does not compute activation, window of gemma3"):
-        ql.perplexity(model, "primer", mode="ggml-cpu", n_ctx=64, chunks=1, progress=False)
-
-
 @pytest.mark.parametrize("name", dense_models.FAMILIES)
 def test_logits_agree_with_transformers(name, tmp_path):
     model = ql.open(dense_models.write_model(tmp_path, name))

@@ -17,7 +17,6 @@ from quantlab.study.proxy import weighted_error
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = json.loads((GOLDEN / "experts.json").read_text())["files"]
-GGML_CPU = json.loads((GOLDEN / "ggml_cpu.json").read_text())["results"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer .* is not in llama.cpp's list")
 OPTIONS = {"as_llama_cpp": True, "progress": False}
 
@@ -167,14 +166,3 @@ def test_scales_that_are_missing(tmp_path):
     )
     with pytest.raises(ValueError, match="down_proj_blocks: must come with its scales, one byte for 16"):
         ql.open(src)
-
-
-@pytest.mark.parametrize("name", GGML_CPU)
-def test_llama_cpps_arithmetic_gives_llama_perplexitys_figures(name, tmp_path):
-    src = expert_models.write_model(tmp_path / "made", name, **expert_models.WIDE)
-    base, expected = ql.convert(src, outtype="f32", **OPTIONS), GGML_CPU[name]
-    variants = [ftype for ftype in expected if ftype != "F32"]
-    found = ql.compare(base, variants, "primer", chunks=2, mode="ggml-cpu", progress=False).to_frame()["ppl"]
-    found = dict(zip(["F32", *variants], found, strict=True))
-    for ftype, ppl in expected.items():  # four decimals are printed
-        assert found[ftype] == pytest.approx(ppl, abs=2e-4), ftype

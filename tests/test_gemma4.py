@@ -96,5 +96,5 @@ def test_attention_to_what_follows_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
 def test_llama_cpps_arithmetic_refuses_it(tmp_path):
     model = ql.open(gemma_models.write_model(tmp_path, "gemma4"))
-    with pytest.raises(ValueError, match="mode=ggml-cpu does not compute activation, window, .*of gemma4. Evaluate it"):
+    with pytest.raises(ValueError, match="mode=ggml-cpu does not compute layer_scale.* of gemma4. Evaluate it"):
         logits(model, [1, 2, 3], mode="ggml-cpu")

@@ -8,7 +8,9 @@ ARCH = Architecture(
     name="gemma2",
     classes=("Gemma2ForCausalLM",),
     tensors=(EMBEDDING, *BLOCK, END),
-    layer=Layer(attn_post_norm="post_attention_norm", ffn_post_norm="post_ffw_norm", activation="gelu"),
+    layer=Layer(
+        attn_post_norm="post_attention_norm", ffn_post_norm="post_ffw_norm", activation="gelu", scaled_queries=True
+    ),
     defaults={
         "gemma2": {
             "max_position_embeddings": 8192,

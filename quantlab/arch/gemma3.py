@@ -51,6 +51,7 @@ ARCH = Architecture(
         attn_post_norm="post_attention_norm",
         ffn_post_norm="post_ffw_norm",
         activation="gelu",
+        scaled_queries=True,
     ),
     defaults={
         kind: {

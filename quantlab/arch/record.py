@@ -118,6 +118,8 @@ class Layer:
     activation : str
         `silu`: silu(gate) · up, `ffn_in` being gate and up. `gelu`: gelu(gate) · up, by tanh. `swiglu_oai`:
         gate · sigmoid(1.702 · gate) · (up + 1), with gate at most 7, up within ±7.
+    scaled_queries : bool
+        Whether llama.cpp multiplies queries by the factor of scores, before it rounds their products.
     query_width : int
         2 where the rows of the first matrix of `attn_qkv` are for each head those of a query and those of a gate, whose
         sigmoid multiplies what attention gives; else 1.
@@ -169,6 +171,7 @@ class Layer:
     layer_scale: str = ""
     rope: Literal["pairs", "halves"] = "halves"
     activation: Literal["silu", "gelu", "swiglu_oai"] = "silu"
+    scaled_queries: bool = False
     query_width: int = 1
     sinks: str = ""
     conv: str = ""

@@ -12,12 +12,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import dense_models  # noqa: E402
 import expert_models  # noqa: E402
 
 import quantlab as ql  # noqa: E402
 from quantlab.files.bundled import data_dir  # noqa: E402
 
-FTYPES = {"qwen3moe": ("F32", "F16", "Q8_0", "Q4_K_M"), "mixtral": ("Q2_K", "Q3_K_M", "Q5_0")}
+FTYPES = {"qwen3moe": ("F16", "Q4_K_M"), "mixtral": ("F32", "Q2_K", "Q3_K_M"), "gpt-oss": ("F16", "MXFP4_MOE")}
+FTYPES |= {"gemma2": ("Q8_0",), "gemma3": ("F32", "Q8_0"), "mistral3": ("Q8_0",)}
 OPTIONS = "-c 512 -t 1 --chunks 2".split()
 
 
@@ -25,6 +27,13 @@ def run(name: str, *options: str | Path) -> str:
     """Run a program; return all that it says."""
     done = subprocess.run([Path(sys.argv[1]) / name, *options], check=True, capture_output=True, text=True)
     return done.stdout + done.stderr
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """Write the checkpoint of a family, one with experts as wide as super-blocks are."""
+    if name in expert_models.FAMILIES:
+        return expert_models.write_model(folder, name, **expert_models.WIDE)
+    return dense_models.write_model(folder, name)
 
 
 def perplexity(model: Path) -> float:
@@ -39,7 +48,7 @@ if __name__ == "__main__":
     results = {}
     for name, ftypes in FTYPES.items():
         with tempfile.TemporaryDirectory() as folder:
-            made = expert_models.write_model(Path(folder) / "made", name, **expert_models.WIDE)
+            made = write_model(Path(folder) / "made", name)
             base = ql.convert(made, outtype="f32", as_llama_cpp=True, progress=False)
             results[name] = {}
             for ftype in ftypes:

@@ -7,6 +7,7 @@ import numpy as np
 from quantlab import arch
 from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.engine import Stored, ggml_steps
+from quantlab.evaluate.engine.attention import flash_attention
 from quantlab.evaluate.engine.cpu import CpuEngine, Matrix
 from quantlab.evaluate.engine.ggml_activations import Blocks, round_bf16, round_f16
 from quantlab.evaluate.engine.ggml_products import ORDERS, ORDERS_OF_EXPERTS, Packed, pack, product
@@ -25,12 +26,12 @@ class GgmlEngine(CpuEngine):
 
     def __init__(self, model, n_ctx: int):
         layer, h = arch.known(model.hparams.arch).layer, model.hparams
-        beyond = {"activation": layer.activation != "silu", "window": h.window, "attn_softcap": h.attn_softcap}
-        beyond |= {"logit_softcap": h.logit_softcap, "attn_temp_scale": h.attn_temp_scale}
-        beyond |= {
+        beyond = {
             "latent attention": h.n_lora_kv,
             "delta nets": any(h.recurrent_layers),
             "gates of attention": layer.query_width > 1,
+            "layer_scale": layer.layer_scale,
+            "experts beside others": layer.shared_gate or layer.experts_norm,
         }
         if others := [name for name, value in beyond.items() if value]:
             raise ValueError(
@@ -101,4 +102,8 @@ class GgmlEngine(CpuEngine):
         keys = self.workers.scratch("keys", -(-n_ctx // WIDTH), dim, WIDTH)
         values = self.workers.scratch("values", -(-dim // WIDTH), n_ctx, WIDTH)
         scale = np.float32(h.attn_scale) if h.attn_scale else np.float32(1) / np.sqrt(np.float32(dim))
-        ggml_steps.flash_attention(q[first:], k, v, first, scale, out[first:], keys, values)
+        if self.record.layer.scaled_queries:
+            q *= scale
+            scale = np.float32(1)
+        window, cap = h.window or n_ctx, np.float32(h.attn_softcap)
+        flash_attention(q[first:], k, v, first, window, scale, cap, sinks, out[first:], keys, values)

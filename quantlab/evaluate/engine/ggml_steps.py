@@ -14,13 +14,14 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from quantlab.evaluate.engine.fused import add, row_max  # noqa: F401  (`add`: one addition per number has no order)
-from quantlab.evaluate.engine.tiles import ROWS, WIDTH, pack, tile
+from quantlab.evaluate.engine.fused import add  # noqa: F401  (one addition per number has no order)
+from quantlab.evaluate.engine.ggml_activations import half
 from quantlab.quants.compiled import intrinsic, njit
 from quantlab.quants.lanes import FLOATS
 
-KEYS = 64  # keys that flash attention takes at a time (GGML_FA_TILE_KV)
-_ZERO, _ONE, _NO_SCORE = np.float32(0), np.float32(1), np.float32(-np.inf)
+_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_GELU_1, _GELU_3, _GELU_END = np.float32(0.79788456080286535588), np.float32(0.044715), np.float32(10)
+_OAI_ALPHA, _OAI_LIMIT = np.float32(1.702), np.float32(7)
 
 
 @intrinsic
@@ -118,6 +119,38 @@ def silu_mul(gate_up, out):
             out[r, i] = np.float32(gate / np.float32(_ONE + exp32(-gate))) * gate_up[r, n + i]
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def swiglu_oai_mul(gate_up, out):
+    """out = gate · sigmoid(1.702 · gate) · (up + 1), of clamped halves (ggml_compute_forward_swiglu_oai_f32)."""
+    n = out.shape[1]
+    for r in range(out.shape[0]):
+        for i in range(n):
+            gate, up = min(gate_up[r, i], _OAI_LIMIT), min(max(gate_up[r, n + i], -_OAI_LIMIT), _OAI_LIMIT)
+            out[r, i] = gate / (_ONE + np.float32(math.exp(_OAI_ALPHA * -gate))) * (up + _ONE)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def gelu_mul(gate_up, out):
+    """out = gelu(gate) · up, where gelu takes and gives float16 between -10 and 10 (ggml_vec_geglu_f32)."""
+    n = out.shape[1]
+    for r in range(out.shape[0]):
+        for i in range(n):
+            gate = gate_up[r, i]
+            if abs(gate) < _GELU_END:
+                x = half(gate)
+                inner = np.float32(_GELU_1 * x) * fma(np.float32(_GELU_3 * x), x, _ONE)
+                gate = half(np.float32(_HALF * x) * (_ONE + np.float32(math.tanh(inner))))
+            out[r, i] = (gate if gate > -_GELU_END else _ZERO) * gate_up[r, n + i]
+
+
+@njit(nogil=True, cache=True)
+def softcap(x, cap):
+    """x = cap · tanh(x / cap), row by row."""
+    for r in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            x[r, i] = np.float32(math.tanh(np.float32(x[r, i] * (_ONE / cap)))) * cap
+
+
 @njit(inline="always")
 def total16(v, at, half):
     """Sum of 16 numbers, halves onto each other (_mm512_reduce_add_ps); `half` is scratch space of 8."""
@@ -126,65 +159,3 @@ def total16(v, at, half):
     for i in range(4):
         half[i] = half[i + 4] + half[i]
     return np.float32(np.float32(half[2] + half[0]) + np.float32(half[3] + half[1]))
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def flash_attention(q, k, v, first, scale, out, keys, values):
-    """Attention of the query heads that share one k and v head (ggml_compute_forward_flash_attn_ext_tiled).
-
-    q, out : float32 [rows, heads, dim], row 0 at position `first`; k, v : float32 [first + rows, dim], the values
-    that float16 has; scale : float32; keys, values : scratch space for panels of k and of vᵀ.
-    """
-    pack(k, keys, 0)
-    for p in range(values.shape[0]):
-        columns = v[:, p * WIDTH : (p + 1) * WIDTH]
-        values[p, : len(v), : columns.shape[1]] = columns
-    n_values = values.shape[0] * WIDTH
-    score, half = np.empty((ROWS, KEYS), np.float32), np.empty(8, np.float32)
-    top, total = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
-    value = np.empty((ROWS, n_values), np.float32)
-    for h in range(q.shape[1]):
-        for start in range(0, q.shape[0], ROWS):
-            query = q[start : min(start + ROWS, q.shape[0]), h]
-            n = query.shape[0]
-            top[:], total[:], value[:] = -np.inf, _ZERO, _ZERO
-            for key in range(0, first + start + n, KEYS):
-                seen = first + start + 1 - key  # by the first of the rows
-                n_keys = min(KEYS, k.shape[0] - key)
-                for p in range(key // WIDTH, -(-(key + n_keys) // WIDTH)):
-                    at = p * WIDTH - key
-                    tile(query, keys[p], 0, k.shape[1], score[:n, at : at + WIDTH], False)
-                for r in range(n):
-                    shrink = _weigh(score[r], min(max(seen + r, 0), n_keys), scale, top, total, r, half)
-                    if shrink != _ONE:
-                        for i in range(n_values):
-                            value[r, i] *= shrink
-                for p in range(values.shape[0]):
-                    sums = value[:n, p * WIDTH : (p + 1) * WIDTH]
-                    tile(score[:n], values[p, key : key + n_keys], 0, n_keys, sums, True)
-            for r in range(n):
-                inverse = _ONE / total[r]
-                for i in range(out.shape[2]):
-                    out[start + r, h, i] = value[r, i] * inverse
-
-
-@njit(inline="always")
-def _weigh(score, seen, scale, top, total, r, half):
-    """Turn scores of up to KEYS keys into weights and add them to the row's total; return what came before shrinks by.
-
-    `seen` of the keys count; the others get no weight.
-    """
-    for j in range(KEYS):
-        score[j] = np.float32(score[j] * scale) if j < seen else _NO_SCORE
-    shrink, top_score = _ONE, row_max(score)
-    if top_score > top[r]:
-        shrink = np.float32(math.exp(np.float32(top[r] - top_score)))
-        total[r] *= shrink
-        top[r] = top_score
-    for j in range(KEYS):
-        score[j] = exp32(np.float32(score[j] - top[r]))
-    whole = 0.0
-    for j in range(0, KEYS, 16):
-        whole += np.float64(total16(score, j, half))
-    total[r] = np.float32(np.float64(total[r]) + whole)
-    return shrink
