@@ -4,6 +4,7 @@ from math import ceil, cos, floor, log, pi, sin
 
 import numpy as np
 
+from quantlab.evaluate.engine.ggml_steps import fma
 from quantlab.quants.compiled import njit
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -86,9 +87,17 @@ def rope_angles_as_ggml(hparams, n_ctx: int, factors: np.ndarray | None) -> tupl
             low, high = _yarn_range(hparams)
             pair = np.arange(n_rot // 2, dtype=np.float32)
             ramp = _ONE - np.clip((pair - np.float32(low)) / np.float32(max(0.001, high - low)), 0, 1, dtype=np.float32)
-            magnitude *= np.float32(_yarn_magnitude(scaling))
+            magnitude *= _yarn_magnitude_as_ggml(scaling)
     factors = np.ones(n_rot // 2, np.float32) if factors is None else factors.astype(np.float32)
     return _angles(n_ctx, n_rot // 2, np.float32(hparams.rope_base), factors, scale, ramp, magnitude)
+
+
+def _yarn_magnitude_as_ggml(scaling) -> np.float32:
+    """Return YaRN's factor in float32: llama.cpp divides by what ggml's rotation multiplies by."""
+    tenth, growth = np.float32(0.1), np.log(_ONE / (_ONE / np.float32(scaling.factor)))
+    kept = _ONE + tenth * growth
+    wanted = kept / (_ONE + tenth * np.float32(scaling.log_mul) * growth)
+    return wanted * (_ONE / kept) * np.float32(1 + np.float64(tenth) * np.float64(growth))
 
 
 @njit(cache=True)
@@ -102,7 +111,7 @@ def _angles(n_ctx, pairs, base, factors, scale, ramp, magnitude):
             whole = np.float32(theta / factors[i])
             angle = np.float32(scale * whole)
             if ramp[i] > _ZERO:
-                angle = np.float32(angle * (_ONE - ramp[i])) + np.float32(whole * ramp[i])
+                angle = fma(angle, _ONE - ramp[i], np.float32(whole * ramp[i]))
             cosines[p, i] = np.float32(cos(np.float32(angle))) * magnitude
             sines[p, i] = np.float32(sin(np.float32(angle))) * magnitude
             theta = np.float32(theta * step)
