@@ -34,7 +34,5 @@ def test_figures_equal_llama_perplexitys(name, tmp_path):
 
 def test_what_it_does_not_compute_is_refused(tmp_path):
     model = ql.open(hybrid_models.write_model(tmp_path, "qwen35"))
-    with pytest.raises(
-        ValueError, match="does not compute delta nets, gates of attention of qwen35. Evaluate"
-    ):
+    with pytest.raises(ValueError, match="does not compute delta nets, gates of attention of qwen35. Evaluate"):
         logits(model, [1, 2, 3], mode="ggml-cpu")
