@@ -156,5 +156,6 @@ def test_bad_input(tmp_path):
 
 
 def test_a_run_that_fails_leaves_no_file(run):
-    assert isinstance(run("-o", "c.gguf").exception, ValueError)
+    Path("other.gguf").write_bytes(b"not a matrix")
+    assert isinstance(run("--in-file", "other.gguf", "-o", "c.gguf").exception, ValueError)
     assert not Path("c.gguf").exists()
