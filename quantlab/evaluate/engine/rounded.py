@@ -42,7 +42,7 @@ class _Rounded(Stored):
 
     def expert(self, index: int) -> "_Rounded":
         """Return one matrix of a stack."""
-        return _Rounded(self.data[index], self.qtype, self.shape[1:], self.activations)
+        return _Rounded(self.data[index], self.qtype, self.shape[1:], is_expert=True, activations=self.activations)
 
 
 class RoundedEngine(CpuEngine):
@@ -67,7 +67,7 @@ class RoundedEngine(CpuEngine):
     def _marked(self, stored: Stored | None, name: str) -> Stored | None:
         if stored is None or len(stored.shape) < 2:
             return stored
-        return _Rounded(stored.data, stored.qtype, stored.shape, self._activations.get(name, "F32"))
+        return _Rounded(stored.data, stored.qtype, stored.shape, activations=self._activations.get(name, "F32"))
 
     def load(self, read: Read, index: int) -> LayerWeights:
         """Return a layer's weights; see `CpuEngine.load`."""

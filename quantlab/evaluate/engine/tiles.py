@@ -117,6 +117,7 @@ def multiply_in_lanes(x, panels, lanes, out):
     In the end halves of the sums are put onto each other. x and panels have their columns sorted (`sort_columns`).
     """
     n, parts = x.shape[1] // lanes, np.empty((lanes, ROWS, WIDTH), np.float32)
+    sums = parts.reshape(lanes, ROWS * WIDTH)
     for p in range(panels.shape[0]):
         for r in range(0, x.shape[0], ROWS):
             rows = slice(r, min(r + ROWS, x.shape[0]))
@@ -126,7 +127,9 @@ def multiply_in_lanes(x, panels, lanes, out):
             half = lanes // 2
             while half > 0:
                 for lane in range(half):
-                    parts[lane] += parts[lane + half]
+                    one, other = sums[lane], sums[lane + half]
+                    for i in range(one.size):
+                        one[i] += other[i]
                 half //= 2
             target[:] = parts[0, : target.shape[0], : target.shape[1]]
 
