@@ -27,7 +27,7 @@ GATINGS = ("softmax", "sigmoid", "softmax_chosen")
 _LAYER = """attn_norm attn_qkv q_norm k_norm attn_output attn_post_norm ffn_norm router experts_in experts_down
 shared_gate ffn_in ffn_down ffn_post_norm v_norm experts_norm shared_post_norm experts_post_norm router_scale
 expert_scales layer_scale rope activation query_width sinks conv time_step decay state_norm in_groups gating
-choice_bias sums_to_one""".split()
+choice_bias sums_to_one scaled_queries""".split()
 _HPARAMS = """arch n_embd n_ff n_layer n_head n_head_kv n_vocab n_ctx head_dim n_rot rms_eps rope_base rope_base_window
 head_dim_window n_rot_window v_is_k n_layer_nextn nextn rope_scaling window attn_scale attn_softcap attn_temp_scale
 embd_scale residual_scale logit_scale logit_softcap n_expert
