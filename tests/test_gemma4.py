@@ -67,10 +67,19 @@ def test_sizes_of_layers_without_a_window_may_be_given_one_by_one(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
-def test_more_shared_layers_than_there_are(tmp_path):
+@pytest.mark.parametrize(
+    "key, value, text",
+    [
+        ("attention.shared_kv_layers", 4, "n_kv_shared=4, must be less than n_layer=4. Convert the checkpoint again"),
+        ("attention.shared_kv_layers", 3, "n_kv_shared=3, must leave an earlier layer with keys and values for layer"),
+        ("expert_count", 4, "n_expert=4, must be 0 where layers have embeddings of their own or use keys of others"),
+    ],
+)
+def test_layers_that_lack_keys_or_have_experts_too_are_refused(tmp_path, key, value, text):
     model = ql.open(gemma_models.write_model(tmp_path, "gemma4-e"))
-    model.metadata["gemma4.attention.shared_kv_layers"] = np.uint32(4)
-    with pytest.raises(ValueError, match="n_kv_shared=4, must be less than n_layer=4. Convert the checkpoint again"):
+    model.metadata[f"gemma4.{key}"] = np.uint32(value)
+    model.metadata["gemma4.expert_used_count"] = np.uint32(2)
+    with pytest.raises(ValueError, match=text):
         logits(model, [1, 2, 3])
 
 

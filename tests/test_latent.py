@@ -126,3 +126,20 @@ def test_queries_that_grow_with_the_position_are_refused(tmp_path):
     model.metadata["deepseek2.attention.temperature_scale"] = np.float32(0.1)
     with pytest.raises(ValueError, match="attn_temp_scale=0.1.*, must be 0 with latent attention. Evaluate it in"):
         logits(model, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "key, value, text",
+    [
+        ("expert_gating_func", 3, "expert_gating=3, must be 0 to 2. Evaluate it in llama.cpp"),
+        ("expert_used_count", 5, "n_expert=8, n_expert_used=5, expert_groups=4, .* do not fit together. Convert"),
+        ("expert_group_count", 3, "expert_groups=3, expert_groups_used=2 do not fit together"),
+        ("expert_group_count", 8, "expert_groups=8, expert_groups_used=2 do not fit together"),
+        ("expert_group_used_count", 5, "expert_groups=4, expert_groups_used=5 do not fit together"),
+    ],
+)
+def test_experts_that_do_not_fit_together_are_refused(tmp_path, key, value, text):
+    model = ql.open(latent_models.write_model(tmp_path, "deepseek-v3"))
+    model.metadata[f"deepseek2.{key}"] = np.uint32(value)
+    with pytest.raises(ValueError, match=text):
+        logits(model, [1, 2, 3])

@@ -59,6 +59,15 @@ def check_model(model) -> None:
         )
     for layer in layers if hparams.varies else layers[:1]:
         _check_heads(model, layer)
+    if hparams.n_expert:
+        _check_experts(model, hparams)
+    for i, layer in enumerate(layers if hparams.n_kv_shared else ()):
+        kept = hparams.kept(i)
+        if layer.kv_shared and kept.stop - kept.start != 2 * layer.n_kv:
+            raise ValueError(
+                f"{model.path}: n_kv_shared={hparams.n_kv_shared}, must leave an earlier layer with keys and values "
+                f"for layer {i}. Convert the checkpoint again."
+            )
     _check_tensors(model, record)
 
 
@@ -68,6 +77,25 @@ def _check_heads(model, h) -> None:
         raise ValueError(
             f"{model.path}: n_head={h.n_head}, n_head_kv={h.n_head_kv}, head_dim={h.head_dim}, n_rot={h.n_rot} "
             f"do not fit together. Convert the checkpoint again."
+        )
+
+
+def _check_experts(model, h) -> None:
+    """Refuse numbers of experts that do not fit together, and what no layer with experts computes."""
+    n_groups = max(1, h.expert_groups)
+    size, n_used = h.n_expert // n_groups, h.expert_groups_used if n_groups > 1 else 1
+    fits = 0 < h.n_expert_used <= n_used * size and n_used <= n_groups and size * n_groups == h.n_expert
+    if not fits or size < 2 <= n_groups:
+        raise ValueError(
+            f"{model.path}: n_expert={h.n_expert}, n_expert_used={h.n_expert_used}, expert_groups={h.expert_groups}, "
+            f"expert_groups_used={h.expert_groups_used} do not fit together. Convert the checkpoint again."
+        )
+    if h.expert_gating > 2:
+        raise ValueError(f"{model.path}: expert_gating={h.expert_gating}, must be 0 to 2. Evaluate it in llama.cpp.")
+    if h.n_embd_layer or h.n_kv_shared:
+        raise ValueError(
+            f"{model.path}: n_expert={h.n_expert}, must be 0 where layers have embeddings of their own or use keys of "
+            f"others. Evaluate it in llama.cpp."
         )
 
 

@@ -14,7 +14,7 @@ _EMPTY = partial(np.empty, dtype=np.float32)
 
 
 class HiddenStates:
-    """One array [n_chunks, n_ctx, n_embd] of float32 per variant, read and written chunk by chunk.
+    """One array [n_chunks, n_ctx, n_state] of float32 per variant, read and written chunk by chunk.
 
     Without a folder the arrays are in memory, and what `take` gives is changed in place. With one they are in two
     files: a layer reads from one and writes to the other, and `advance` makes the written one current, so that a
@@ -22,7 +22,7 @@ class HiddenStates:
 
     Parameters
     ----------
-    n_variants, n_chunks, n_ctx, n_embd : int
+    n_variants, n_chunks, n_ctx, n_state : int
     folder : Path or None
         Created if missing.
     key : str
@@ -41,12 +41,12 @@ class HiddenStates:
         n_variants: int,
         n_chunks: int,
         n_ctx: int,
-        n_embd: int,
+        n_state: int,
         folder: Path | None = None,
         key: str = "",
         empty: Callable[[tuple[int, ...]], Any] = _EMPTY,
     ):
-        self.shape = (n_variants, n_chunks, n_ctx, n_embd)
+        self.shape = (n_variants, n_chunks, n_ctx, n_state)
         self.layer, self._files = -1, []  # -1: not even the embeddings are there
         self._folder, self._key, self._array, self._lent = folder, key, None, None
         if folder is None:
@@ -78,11 +78,11 @@ class HiddenStates:
 
     def _place(self, variant: int, chunks: slice) -> tuple[int, tuple[int, ...]]:
         """Return byte offset and shape of some chunks of a variant."""
-        _, n_chunks, n_ctx, n_embd = self.shape
-        return 4 * (variant * n_chunks + chunks.start) * n_ctx * n_embd, (chunks.stop - chunks.start, n_ctx, n_embd)
+        _, n_chunks, n_ctx, n_state = self.shape
+        return 4 * (variant * n_chunks + chunks.start) * n_ctx * n_state, (chunks.stop - chunks.start, n_ctx, n_state)
 
     def read(self, variant: int, chunks: slice) -> np.ndarray:
-        """Return [chunks, n_ctx, n_embd] after the current layer, as a view of memory or a copy of a file."""
+        """Return [chunks, n_ctx, n_state] after the current layer, as a view of memory or a copy of a file."""
         if self._array is not None:
             return self._array[variant, chunks]
         offset, shape = self._place(variant, chunks)
@@ -98,7 +98,7 @@ class HiddenStates:
         return x
 
     def take(self, variant: int, source: int, chunks: slice) -> np.ndarray:
-        """Return `source`'s [chunks, n_ctx, n_embd] after the current layer, for `variant` to change."""
+        """Return `source`'s [chunks, n_ctx, n_state] after the current layer, for `variant` to change."""
         if self._array is None:
             return self.read(source, chunks)
         self._lent = self._array[variant, chunks]
@@ -107,7 +107,7 @@ class HiddenStates:
         return self._lent
 
     def write(self, variant: int, chunks: slice, x: np.ndarray) -> None:
-        """Store [chunks, n_ctx, n_embd] as the next layer's input."""
+        """Store [chunks, n_ctx, n_state] as the next layer's input."""
         if self._array is not None:
             if x is not self._lent:
                 self._array[variant, chunks] = x

@@ -220,7 +220,7 @@ class Engine(ABC):
         ----------
         layer
             What `load` returned.
-        states : np.ndarray [shape=(n_chunks, n_ctx, n_embd), dtype=float32, C-contiguous]
+        states : np.ndarray [shape=(n_chunks, n_ctx, n_state), dtype=float32, C-contiguous]
         first : int
             Position of each chunk from which on the result is wanted.
         observe : callable, optional
