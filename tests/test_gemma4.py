@@ -83,6 +83,15 @@ def test_layers_that_lack_keys_or_have_experts_too_are_refused(tmp_path, key, va
         logits(model, [1, 2, 3])
 
 
+@pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
+def test_keys_of_others_are_not_refined(tmp_path):
+    src = gemma_models.write_model(tmp_path / "made", "gemma4-e")
+    options = {"ftype": "Q4_0", "text": "primer", "n_ctx": 64, "chunks": 4, "progress": False}
+    with pytest.raises(ValueError, match="n_kv_shared=2, n_embd_layer=16, must be 0 to be refined. Quantize without"):
+        ql.refine(src, tmp_path / "a.gguf", **options)
+    assert not (tmp_path / "a.gguf").exists()
+
+
 def test_other_positions_are_refused(tmp_path):
     rope = {"full_attention": {"rope_type": "yarn", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}}
     with pytest.raises(ValueError, match="rope_type='yarn', must be proportional. Use llama.cpp's converter"):

@@ -351,14 +351,15 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
     Raises
     ------
     ValueError
-        If it does not fit into `memory`.
+        If it does not fit into `memory`, or layers use keys of others or embeddings of their own.
     """
-    if variant.model.hparams.n_state > variant.model.hparams.n_embd:
+    h = variant.model.hparams
+    if h.n_state > h.n_embd:
         raise ValueError(
-            f"{variant.model.path}: layers that use keys of others, or embeddings of their own, are not refined. "
-            "Quantize without refining."
+            f"{variant.model.path}: n_kv_shared={h.n_kv_shared}, n_embd_layer={h.n_embd_layer}, must be 0 to be "
+            f"refined. Quantize without refining."
         )
-    layers = [_layer_cost(variant, index, tokens.size, sweeps) for index in range(variant.model.hparams.n_layer)]
+    layers = [_layer_cost(variant, index, tokens.size, sweeps) for index in range(h.n_layer)]
     needed = budget.PROCESS + max(needed for needed, _ in layers)
     seconds = sum(operations for _, operations in layers) / (SHARE_OF_PEAK * peak(engine.workers))
     allowed = budget.allowed_bytes(memory)
