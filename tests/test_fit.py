@@ -206,6 +206,16 @@ def test_layers_with_a_window_keep_less():
     assert kv_bytes(gemma, Setting(4096, 512, "F16", "F16", True)) == 4096 * 256 + 6 * 768 * 256
 
 
+def test_latent_attention_keeps_no_values_and_shared_keys_are_kept_once():
+    """0.14 MiB of keys, none of values, by llama.cpp's log; there, layers that share keys do not have a KV cache."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_ff": 128, "n_vocab": 640}
+    latent = {"n_head_kv": 1, "head_dim": 48, "n_rot": 16, "n_lora_kv": 32, "head_dim_mla": 48, "head_dim_v": 24}
+    deepseek = complete(Hparams(arch="deepseek2", n_layer=3, **sizes, **latent))
+    assert kv_bytes(deepseek, Setting(512, 512, "F16", "F16", True)) == 3 * 512 * 48 * 2 == 147456
+    gemma = complete(Hparams(arch="gemma4", n_layer=7, n_kv_shared=2, window=100, n_head_kv=2, head_dim=32, **sizes))
+    assert kv_bytes(gemma, Setting(4096, 512, "F16", "F16", True)) == 5 * 768 * 256
+
+
 def test_every_shape_every_type():
     for name in bundled.shapes():
         result = fit(name, vram="24GiB", ram="64GiB", n_ctx=2048)
