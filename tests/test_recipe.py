@@ -211,6 +211,7 @@ def test_gains_on_the_bundled_model(model):
 
 def test_the_word(tmp_path, monkeypatch, measured):
     from quantlab.cli import app
+    from quantlab.cli.recipes import _other_text
 
     monkeypatch.chdir(tmp_path)
     measured.save("s.json")
@@ -239,6 +240,7 @@ def test_the_word(tmp_path, monkeypatch, measured):
         assert wrong.exit_code == 2 and text in wrong.stderr
     wrong = CliRunner().invoke(app, [*words, "--overwrite", "--judge", "sampled"])
     assert wrong.exit_code == 2 and "is the calibration text, choose another" in wrong.stderr
+    assert _other_text("sampled", None, None, "error") == "sampled"  # errors are calibrated on no text
     wrong = CliRunner().invoke(app, [*words, "--overwrite", "--judge", "missing.txt"])
     assert "missing.txt: no such file. Give a text file" in str(wrong.exception) and "KLD" not in wrong.output
     options = ["--exchanges", "2", "--minutes", "5", "--exclude", "Q6_K,Q5_K", "-o", "moved.txt"]

@@ -198,12 +198,13 @@ def _one_limit(**limits: Any) -> dict[str, Any]:
     return limits
 
 
-def _other_text(judge: str | None, text: str | None, sensitivity: Path | None) -> str:
-    """Return the text to judge on, by default the primer unless it is the calibration text."""
+def _other_text(judge: str | None, text: str | None, sensitivity: Path | None, criterion: str) -> str:
+    """Return the text to judge on, by default the primer unless it is the calibration text; errors need none."""
     from quantlab.files.bundled import read_text
     from quantlab.study.sensitivity import Sensitivity
 
     calibration = text or (Sensitivity.load(sensitivity).protocol["text"] if sensitivity else "sampled")
+    calibration = None if criterion == "error" else calibration
     if judge is not None and judge == calibration:
         raise typer.BadParameter("is the calibration text, choose another or none", param_hint="--judge")
     if judge is not None and judge != "none":
@@ -228,7 +229,7 @@ def _check_recipe(given: dict[str, Any], sensitivity, criterion: str, exchanges,
         )
     if given["refined"] and gguf is not None:
         raise typer.BadParameter("writes ordinary bytes; use quantlab refine with --recipe", param_hint="--quantize")
-    return _other_text(judge, given["text"], sensitivity)
+    return _other_text(judge, given["text"], sensitivity, criterion)
 
 
 def _measured(base, text: str | None, given: dict[str, Any], asked: dict[str, Any], where: dict[str, Any], mode: str):
