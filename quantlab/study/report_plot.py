@@ -151,7 +151,8 @@ def _label(frame: _Frame, row: dict, taken: list[tuple]) -> list[str]:
     return []
 
 
-_PLACES = [(9, 0, "start"), (-9, 0, "end"), (8, -11, "start"), (-8, -11, "end"), (8, 12, "start"), (-8, 12, "end")]
+# above and to the right no front passes, as it falls
+_PLACES = [(8, -11, "start"), (9, 0, "start"), (-9, 0, "end"), (-8, 12, "end"), (-8, -11, "end"), (8, 12, "start")]
 _PLACES += [(0, -17, "middle"), (0, 18, "middle")]
 _PLACES += [(s * 14, t * d, a) for d in (26, 40, 54) for t in (-1, 1) for s, a in ((1, "start"), (-1, "end"))]
 
