@@ -390,5 +390,5 @@ def parse_bytes(text: str | int, name: str = "memory") -> int:
     if not found or not float(found[1]):
         raise ValueError(f"{name}={text}, must be a positive number of bytes. Give for example 8GiB.")
     if isinstance(text, str) and not found[2] and float(found[1]) < 1024:
-        raise ValueError(f"{name}={text}, has no unit, must be at least 1024 bytes. Did you mean {text}GiB?")
+        raise ValueError(f"{name}={text}, has no unit, must be at least 1024 bytes. Did you mean {found[1]}GiB?")
     return int(float(found[1]) * _UNITS[found[2].upper()])
