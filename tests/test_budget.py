@@ -1,12 +1,14 @@
 """The plan of a pass: bytes read from text, and how a pass is cut to fit."""
 
+import gemma_models
 import llama_models
+import numpy as np
 import pytest
 
 import quantlab as ql
 from quantlab.evaluate import budget, perplexity
 from quantlab.evaluate.engine import find
-from quantlab.evaluate.protocol import cut
+from quantlab.evaluate.protocol import Windows, cut
 from quantlab.evaluate.variants import as_is
 from quantlab.files.bundled import read_text
 
@@ -64,3 +66,14 @@ def test_a_pass_in_pieces_on_disk_gives_the_same(tmp_path, monkeypatch):
 def test_a_full_disk_is_noticed_before_the_run(tmp_path):
     with pytest.raises(OSError, match="bytes are free, the hidden states need"):
         perplexity._check_disk(tmp_path / "scratch", 1 << 60)
+
+
+def test_embeddings_of_each_layer_are_counted(tmp_path):
+    model = ql.open(gemma_models.write_model(tmp_path / "made", "gemma4-e"))
+    tokens = np.arange(256, dtype=np.int32).reshape(2, 128) % 100
+    windows = Windows(tokens, tokens[:, 64:], 63)
+    options = {"layer_bytes": lambda chunks, in_memory: 0, "output_bytes": lambda outputs: 0, "speed": 1.0}
+    found = budget.fit([as_is(model)], windows, None, False, **options)
+    h = model.hparams
+    assert h.n_embd_layers > 0
+    assert found.memory == budget.PROCESS + 4 * (256 * h.n_state + 100 * (h.n_state + h.n_embd_layers))

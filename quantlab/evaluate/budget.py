@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.variants import Variant
 from quantlab.files.machine import physical_memory
@@ -71,12 +73,15 @@ def fit(
     """
     allowed = allowed_bytes(memory)
     n_chunks, n_ctx = windows.tokens.shape
-    states = 4 * windows.tokens.size * variants[0].model.hparams.n_state * len(variants)
+    hparams = variants[0].model.hparams
+    states = 4 * windows.tokens.size * hparams.n_state * len(variants)
+    embeddings = 4 * len(np.unique(windows.tokens)) * (hparams.n_state + hparams.n_embd_layers)
     chunks, outputs = min(n_chunks, max(1, ROWS_AT_ONCE // n_ctx)), max(1, len(variants) - 1)
     in_memory = not keep_states
 
     def needed() -> int:
-        return PROCESS + in_memory * states + max(layer_bytes(chunks, in_memory), output_bytes(outputs))
+        steps = embeddings, layer_bytes(chunks, in_memory), output_bytes(outputs)
+        return PROCESS + in_memory * states + max(steps)
 
     while needed() > allowed and (chunks > 1 or outputs > 1 or in_memory):
         if in_memory and (states > allowed // 4 or chunks == outputs == 1):

@@ -103,7 +103,7 @@ class ForwardPass:
         for i, variant in enumerate(self.variants):
             if self.shared[i][1] >= 0:
                 continue
-            table = self.weights.rows(variant, "token_embd.weight", used)
+            table = self.weights.embeddings(variant, used)
             more = self._per_layer(variant, table, used)
             for chunks in self.batches():
                 x = self.engine.embed(table, places[chunks])
@@ -126,8 +126,7 @@ class ForwardPass:
             own = self.weights.rows(variant, "per_layer_token_embd.weight", used)
             names = "per_layer_model_proj.weight", "per_layer_proj_norm.weight"
             matrix, norm = (self.weights.get(variant, name) for name in names)
-            x, into = self.engine.embed(table, np.arange(len(used))), found[:, : h.n_embd_layers]
-            self.engine.learn(x, own, matrix, norm, into)  # pyright: ignore[reportAttributeAccessIssue]
+            self.engine.learn(table, own, matrix, norm, found[:, : h.n_embd_layers])  # pyright: ignore[reportAttributeAccessIssue]
             self.weights.forget()
         return found
 

@@ -107,7 +107,7 @@ class Refinement:
     def _embed(self) -> None:
         used, places = np.unique(self.tokens, return_inverse=True)
         for i, variant in enumerate((self.base, self.variant)):
-            table = self.weights.rows(variant, "token_embd.weight", used)
+            table = self.weights.embeddings(variant, used)
             for chunks in self._chunks():
                 self.states.write(i, chunks, self.engine.embed(table, places.reshape(self.tokens.shape)[chunks]))
         self.states.advance()

@@ -199,6 +199,13 @@ class Weights:
                     check_stored(row[None].view(np.uint8), qtype, name=name, first_row=int(index))
         return found
 
+    def embeddings(self, variant: Variant, tokens: np.ndarray) -> np.ndarray:
+        """Return the first hidden states of tokens [shape=(len(tokens), n_embd), dtype=float32]; `tokens` ascend."""
+        found, scale = self.rows(variant, "token_embd.weight", tokens), variant.model.hparams.embd_scale
+        if scale != 1:
+            found *= np.float32(scale)
+        return found
+
     def forget(self) -> None:
         """Drop the cached tensors."""
         self._stored.clear()

@@ -45,12 +45,18 @@ class ByteRange:
                 f"{self.path}: bytes {start}:{stop} lie outside the {self.nbytes} bytes of this tensor. "
                 f"Open the file again."
             )
-        out = np.fromfile(self.path, np.uint8, stop - start, offset=self.offset + start)
-        if missing := stop - start - len(out):
-            raise ValueError(
-                f"{self.path}: file ends at byte {self.offset + stop - missing}, {missing} bytes too early. "
-                f"Download or write it again."
-            )
+        out = np.empty(stop - start, np.uint8)
+        view, done = memoryview(out), 0
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + start)
+            while done < len(out):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise ValueError(
+                        f"{self.path}: file ends at byte {self.offset + start + done}, "
+                        f"{len(out) - done} bytes too early. Download or write it again."
+                    )
+                done += got
         return out
 
 

@@ -165,12 +165,6 @@ class CpuEngine(Engine):
 
     # ---- layers
 
-    def embed(self, table: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return the hidden states before the first layer."""
-        if self.hparams.embd_scale != 1:
-            table = table * np.float32(self.hparams.embd_scale)
-        return table[places]
-
     def learn(self, x: np.ndarray, own: np.ndarray, matrix: Stored, norm: Stored, out: np.ndarray) -> None:
         """Compute what all layers learn of tokens, from their embeddings `x` and from `own`; see `ForwardPass`."""
         size, panels = self.hparams.n_embd_layer, self.matrix([matrix])[0]

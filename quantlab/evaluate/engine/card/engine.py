@@ -176,10 +176,8 @@ class CardEngine(TorchEngine):
 
     def embed(self, table: np.ndarray, places: np.ndarray):
         """Return the hidden states before the first layer."""
-        if self.hparams.embd_scale != 1:
-            table = table * np.float32(self.hparams.embd_scale)
         if not self._on_device:
-            return table[places]
+            return super().embed(table, places)
         try:
             return torch.from_numpy(table).to(self.device)[torch.from_numpy(places).to(self.device)]
         except RuntimeError as error:
