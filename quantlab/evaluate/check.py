@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from quantlab.arch import Architecture, architectures, find
-from quantlab.transform.rules import layer_of
+from quantlab.transform.rules import layer_of, squeezed
 
 ROPE_SCALINGS = ("linear", "yarn")
 VARYING = (
@@ -121,7 +121,7 @@ def _check_tensors(model, record: Architecture) -> None:
             raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")
     for tensor in model:
         shape = expected[tensor.name][1] if tensor.name in expected else None
-        if tensor.shape != shape:
+        if shape is None or squeezed(tensor.shape) != squeezed(shape):
             shape = shape or record.tensor(tensor.name).shape_in(hparams.at(0))  # pyright: ignore[reportOptionalMemberAccess]
             raise ValueError(
                 f"{model.path}: {tensor.name}: shape={tensor.shape}, the metadata gives {shape} in each of "

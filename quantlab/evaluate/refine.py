@@ -25,7 +25,7 @@ from quantlab.evaluate import budget
 from quantlab.evaluate.check import check_model
 from quantlab.evaluate.engine.cpu import CpuEngine, peak
 from quantlab.evaluate.protocol import cut
-from quantlab.evaluate.refinement import AT_ONCE, Refinement, can_refine
+from quantlab.evaluate.refinement import AT_ONCE, Refinement, can_refine, damping_for, fewest_tokens
 from quantlab.evaluate.variants import Variant, check_recipe
 from quantlab.files.bundled import TextLike, read_text
 from quantlab.files.imatrix_file import MatrixLike, as_matrix
@@ -108,7 +108,8 @@ def refine(
     """Quantize a model with codes and scales chosen with the layer's inputs: better bits in the same file.
 
     Types, sizes and decoder are those of the ordinary file of this ftype with an importance matrix. Tensors that
-    cannot be refined (embeddings, types without a grid of scales) get their ordinary bytes.
+    cannot be refined (embeddings, types without a grid of scales) get their ordinary bytes. Each expert is refined with
+    its own tokens; with fewer of them than half its inputs it gets ordinary bytes.
 
     Parameters
     ----------
@@ -202,8 +203,11 @@ def refine(
             refinement = _begin(draft, variant, tokens, engine, **how)
             if refinement.is_new:
                 quantize(opened, draft, overwrite=True, report=lambda _: None, **options)
+            first = max(0, refinement.states.layer)
             with _patching(draft) as write:
                 refinement.run(write)
+            if progress and refinement.few:
+                announce(_too_few(refinement.few, first))
             with replacing(path, overwrite=overwrite) as part:
                 _deliver(draft, part, is_stream(path))
             refinement.forget()
@@ -262,7 +266,7 @@ def _damping(model: Model, tokens: np.ndarray, given: float | str) -> float:
 
 def auto_damping(model: Model, tokens: np.ndarray) -> float:
     """Return the damping for these tokens: more if each input has few tokens."""
-    return float(np.clip(0.1 * 16 * _widest(model) / tokens.size, 0.05, 0.3))
+    return damping_for(tokens.size, _widest(model))
 
 
 def _widest(model: Model) -> int:
@@ -338,6 +342,15 @@ def ordinary(variant: Variant) -> str:
     return f"; {len(left)} matrices get ordinary bytes: {', '.join(left[:2])}{', …' * (len(left) > 2)}" if left else ""
 
 
+def _too_few(count: int, first: int) -> str:
+    """Describe matrices of experts that too few tokens have reached, in layers from `first` on."""
+    since = f" from layer {first} on" if first else ""
+    return (
+        f"{count} experts' matrices{since} get ordinary bytes: fewer tokens reached them than half of their "
+        "inputs. Give more text."
+    )
+
+
 def _key(variant: Variant, settings: "Settings") -> str:
     """Return the identity of hidden states in a scratch folder."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in variant.model.files]
@@ -381,20 +394,23 @@ def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tup
     mixing = sum(rows for rows, _ in products["attn_qkv"]) + products["attn_output"][0][1]
     widest = max(n for _, n in shapes.values())
     inner = 0 if h.n_ff <= mixing else h.n_ff
-    routed = h.n_embd + h.n_expert + h.n_expert_used * h.n_ff_exp if h.n_expert else 0
-    attention = n_tokens * (mixing + 7 * h.n_embd) + 3 * h.n_embd**2
-    down = n_tokens * (mixing + 4 * h.n_embd + inner + routed) + 2 * widest**2
+    experts = [name for field in ("experts_in", "experts_down") for name in does.products.get(field, ())]
+    routed = h.n_embd + h.n_expert + h.n_expert_used * products["experts_down"][0][1] if experts else 0
+    attention = n_tokens * (mixing + 7 * h.n_embd + routed) + 3 * h.n_embd**2
+    down = n_tokens * (mixing + 4 * h.n_embd + inner + 2 * routed) + 2 * widest**2
     original = n_tokens * (6 * h.n_embd + routed) + sum(rows * n for rows, n in shapes.values())
     chosen = 10 * AT_ONCE * widest + n_tokens * 3 * AT_ONCE  # rows that are refined together
     stacks = [tensor for tensor in tensors if len(tensor.shape) > 2]  # as they are stored, and quantized
     stored = sum(t.nbytes + tensor_bytes(t.shape, variant.types[t.name]) for t in stacks)
-    operations = sum(4 * n_tokens * h.n_expert_used / h.n_expert * tensor.n_weights for tensor in stacks)
+    operations = 0.0
     for tensor in tensors:
-        if len(tensor.shape) == 2:
-            rows, n = tensor.shape
-            operations += 4 * n_tokens * rows * n
-            if can_refine(variant, tensor.name):
-                operations += 2 * n_tokens * n * n + (2 * sweeps + 10) * rows * n * n
+        rows, n = tensor.shape[-2:]
+        routed_here = tensor.name.removeprefix(f"blk.{index}.").removesuffix(".weight") in experts
+        seen = n_tokens * h.n_expert_used // h.n_expert if routed_here else n_tokens  # by each matrix on average
+        each = 4 * seen * rows * n
+        if can_refine(variant, tensor.name) and (not routed_here or seen >= fewest_tokens(n)):
+            each += 2 * seen * n * n + (2 * sweeps + 10) * rows * n * n
+        operations += tensor.n_weights // (rows * n) * each
     return stored + 4 * max(original, chosen + max(attention, down)), operations
 
 

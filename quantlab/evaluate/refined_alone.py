@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from quantlab.evaluate.engine import ExpertInputs
 from quantlab.evaluate.engine.cpu import CpuEngine
 from quantlab.evaluate.refine import auto_damping, calibration_tokens, check_plan, cpu_kind
-from quantlab.evaluate.refinement import FIELDS, Refinement, can_refine
+from quantlab.evaluate.refinement import Refinement, can_refine
 from quantlab.evaluate.variants import Variant, output_name, refined_path
 from quantlab.files.model import Model
 from quantlab.transform.refined import has_refined_bytes
@@ -89,8 +90,7 @@ class _Pass(Refinement):
         layer = self.engine.load(lambda name: self.weights.get(self.base, f"blk.{index}.{name}"), index)
 
         def choose(field: str, inputs) -> None:
-            if field in FIELDS:
-                self._choose_all([f"blk.{index}.{name}.weight" for name in layer.does.products[field]], inputs)
+            self._choose_all([f"blk.{index}.{name}.weight" for name in layer.does.products[field]], inputs)
 
         self.engine.forward(layer, self.states.read(0, slice(0, len(self.tokens))), observe=choose)
         self.weights.forget()
@@ -101,10 +101,13 @@ class _Pass(Refinement):
         states = self.states.read(0, slice(0, len(self.tokens)))
         self._choose_all([output_name(self.model)], self.engine.output_inputs(norm, states))
 
-    def _choose_all(self, names: Sequence[str], inputs: np.ndarray) -> None:
+    def _choose_all(self, names: Sequence[str], inputs) -> None:
         """Refine matrices of one field at every wanted type, by the second moments of their inputs."""
-        pairs = [(variant, name) for variant in self.variants for name in names if can_refine(variant, name)]
-        found: Any = self._moments(names[0], inputs, None, None) if pairs else ()
-        for self.variant, name in pairs:
-            self.write = lambda name, data: np.save(refined_path(self.folder, name, self.variant.types[name]), data)
-            self._refine(name, *found)
+        wanted = [(variant, name) for variant in self.variants for name in names if can_refine(variant, name)]
+        if isinstance(inputs, ExpertInputs):
+            data = self._refine_stacks(wanted, inputs, lambda *_: None)
+        else:
+            found: Any = self._moments(names[0], inputs, None, None) if wanted else ()
+            data = (self._refine(name, variant.types[name], *found) for variant, name in wanted)
+        for (variant, name), bytes_ in zip(wanted, data, strict=True):
+            np.save(refined_path(self.folder, name, variant.types[name]), bytes_)

@@ -31,11 +31,8 @@ NOTHING = 0.9  # the same over the weights' own size, at most
 
 
 def has_refined_bytes(tensor: LazyTensor, qtype: str) -> bool:
-    """Tell whether a tensor gets refined bytes at a type: a matrix of a layer or the output, on a grid.
-
-    Experts do not: few tokens come to each.
-    """
-    is_matrix = len(tensor.shape) == 2 and (tensor.name.startswith("blk.") or tensor.name == "output.weight")
+    """Tell whether a tensor gets refined bytes at a type: matrices of a layer or the output, on a grid."""
+    is_matrix = len(tensor.shape) > 1 and (tensor.name.startswith("blk.") or tensor.name == "output.weight")
     return is_matrix and qtype in GRIDS and qtype != tensor.qtype
 
 
