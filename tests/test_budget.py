@@ -1,6 +1,8 @@
 """The plan of a pass: bytes read from text, and how a pass is cut to fit."""
 
+import expert_models
 import gemma_models
+import hybrid_models
 import llama_models
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import quantlab as ql
 from quantlab.evaluate import budget, perplexity
 from quantlab.evaluate.engine import find
 from quantlab.evaluate.protocol import Windows, cut
-from quantlab.evaluate.variants import as_is
+from quantlab.evaluate.variants import as_is, resolve
 from quantlab.files.bundled import read_text
 
 
@@ -76,4 +78,23 @@ def test_embeddings_of_each_layer_are_counted(tmp_path):
     found = budget.fit([as_is(model)], windows, None, False, **options)
     h = model.hparams
     assert h.n_embd_layers > 0
-    assert found.memory == budget.PROCESS + 4 * (256 * h.n_state + 100 * (h.n_state + h.n_embd_layers))
+    assert found.memory == budget.PROCESS + 4 * (256 * h.n_state + 100 * (h.n_embd + h.n_state + h.n_embd_layers))
+
+
+def work_of(model):
+    """Operations and encoded weights of a pass over a model and a variant of it."""
+    tokens = np.zeros((2, 128), np.int32)
+    return budget.work_of([as_is(model), *resolve(model, ["Q4_0"])], Windows(tokens, tokens[:, 64:], 63))
+
+
+@pytest.mark.filterwarnings("ignore:.*pre-tokenizer|.*vocabulary differs|.*multi-token")
+def test_time_counts_what_is_computed(tmp_path):
+    src, options = hybrid_models.write_model(tmp_path / "made", "qwen35", mtp=True), dict(outtype="f16", progress=False)
+    whole, plain = (ql.open(ql.convert(src, tmp_path / f"{mtp}.gguf", mtp=mtp, **options)) for mtp in (True, False))
+    assert whole.hparams.n_layer_nextn and sum(t.n_weights for t in whole) > sum(t.n_weights for t in plain)
+    assert work_of(whole) == work_of(plain)
+    model = ql.open(expert_models.write_model(tmp_path / "experts", "qwen3moe"))
+    h, experts = model.hparams, sum(t.n_weights for t in model if "_exps." in t.name)
+    others = sum(t.n_weights for t in model if t.name.startswith("blk.")) - experts
+    weights = others + experts * h.n_expert_used / h.n_expert
+    assert work_of(model)[0] == 2 * 2 * (256 * weights + 128 * h.n_vocab * h.n_embd)

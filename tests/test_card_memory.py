@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from quantlab.evaluate.engine import Stored, find
 from quantlab.evaluate.imatrix import imatrix
 
 torch = pytest.importorskip("torch", reason="the extra gpu is not installed", exc_type=ImportError)
-from quantlab.evaluate.engine.card import layers, products, scores  # noqa: E402
+from quantlab.evaluate.engine.card import layers, plan, products, scores  # noqa: E402
 from quantlab.evaluate.engine.card.transfers import Transfers  # noqa: E402
 
 TORCH = {"device": "cpu-torch", "progress": False}
@@ -92,6 +93,64 @@ def test_memory_may_run_out_anywhere(monkeypatch, tmp_path, seed):
     for a, b in zip(whole.rows, found.rows, strict=True):
         assert b["ppl"] == pytest.approx(a["ppl"], rel=1e-6)
         assert b.get("kld_mean", 0) == pytest.approx(a.get("kld_mean", 0), abs=1e-6)
+
+
+class Full(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails as a card does whose memory is limited: as soon as tensors take more than `limit` bytes."""
+
+    def __init__(self, limit=np.inf):
+        super().__init__()
+        self.limit, self.alive, self.peak, self.failed = limit, {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(item, torch.Tensor) and (storage := item.untyped_storage()).nbytes():
+                if storage.data_ptr() not in self.alive:
+                    weakref.finalize(storage, self.alive.pop, storage.data_ptr(), None)
+                self.alive[storage.data_ptr()] = storage.nbytes()
+        now = sum(self.alive.values())
+        if now > self.limit:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        self.peak = max(self.peak, now)
+        return out
+
+
+def test_a_limit_is_met_by_smaller_pieces(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "measure", lambda *args: 1e9)  # takes more than this model
+    folder, options = llama_models.write_model(tmp_path / "llama2", "llama2"), dict(n_ctx=64, chunks=8, **TORCH)
+    with Full() as free:
+        whole = ql.compare(folder, ["Q4_0"], "primer", **options)
+    with Full(free.peak * 0.6) as full:
+        found = ql.compare(folder, ["Q4_0"], "primer", **options)
+    assert full.failed and full.peak <= 0.6 * free.peak
+    for a, b in zip(whole.rows, found.rows, strict=True):
+        assert b["ppl"] == pytest.approx(a["ppl"], rel=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_memory_of_a_card_is_limited(monkeypatch, device):
+    of, given, device = getattr(torch, device), [], torch.device(device)
+    monkeypatch.setattr(of, "set_per_process_memory_fraction", given.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 80 << 30)
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    before = 1.0 if device.type == "cuda" else 1.7
+    with products.memory_limited(device, 20 << 30):
+        assert given == [0.25]
+    assert given.pop() == before and len(given) == 1
+    with pytest.raises(KeyError), products.memory_limited(device, 200 << 30):
+        raise KeyError
+    assert given[1:] == [before, before]
+    with products.memory_limited(device, None), products.memory_limited(torch.device("cpu"), 1):
+        pass
+    assert len(given) == 3
+    monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0")  # no limit
+    with products.memory_limited(device, 240 << 30):
+        pass
+    assert given[3:] == ([2.0, 0.0] if device.type == "mps" else [1.0, 1.0])
 
 
 @pytest.mark.parametrize("seed", range(4))

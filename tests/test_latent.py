@@ -110,13 +110,10 @@ def test_bad_sizes(tmp_path):
         ql.open(changed(tmp_path / "b", "deepseek-v3", v_head_dim=32))
 
 
-def test_cards_and_llama_cpps_arithmetic_refuse_it(tmp_path):
+def test_llama_cpps_arithmetic_refuses_it(tmp_path):
     model = ql.open(latent_models.write_model(tmp_path, "deepseek-v2"))
     with pytest.raises(ValueError, match="mode=ggml-cpu does not compute latent attention of deepseek2"):
         logits(model, [1, 2, 3], mode="ggml-cpu")
-    pytest.importorskip("torch")
-    with pytest.raises(ValueError, match="is not supported on device=cpu-torch. Use device=cpu"):
-        logits(model, [1, 2, 3], device="cpu-torch")
 
 
 def test_queries_that_grow_with_the_position_are_refused(tmp_path):

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantlab import arch
+from quantlab.arch import Hparams
 from quantlab.evaluate.protocol import Windows
 from quantlab.evaluate.variants import Variant
 from quantlab.files.machine import physical_memory
 from quantlab.files.model import Model
 from quantlab.transform.plan import parse_bytes
+from quantlab.transform.rules import layer_of
 
 PROCESS = 400 << 20  # bytes that Python, its packages and compiled code take by themselves
 ROWS_AT_ONCE = 4096  # tokens that a layer is applied to at a time, where memory allows
@@ -75,7 +78,7 @@ def fit(
     n_chunks, n_ctx = windows.tokens.shape
     hparams = variants[0].model.hparams
     states = 4 * windows.tokens.size * hparams.n_state * len(variants)
-    embeddings = 4 * len(np.unique(windows.tokens)) * (hparams.n_state + hparams.n_embd_layers)
+    embeddings = embedding_bytes(hparams, windows)
     chunks, outputs = min(n_chunks, max(1, ROWS_AT_ONCE // n_ctx)), max(1, len(variants) - 1)
     in_memory = not keep_states
 
@@ -96,6 +99,12 @@ def fit(
     return Budget(chunks, outputs, in_memory, needed(), disk, operations / speed + encoded / ENCODE_SPEED)
 
 
+def embedding_bytes(h: Hparams, windows: Windows) -> int:
+    """Return the bytes of the embeddings of the tokens that occur, with what layers learn of them."""
+    beside = h.n_embd + h.n_embd_layers if h.n_state > h.n_embd else 0
+    return 4 * len(np.unique(windows.tokens)) * (h.n_state + beside)
+
+
 def layer_shapes(model: Model, index: int) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of layer `index`."""
     return {tensor.name: tensor.shape for tensor in model if tensor.name.startswith(f"blk.{index}.")}
@@ -108,14 +117,19 @@ def allowed_bytes(memory: str | int | None) -> int:
 
 def work_of(variants: Sequence[Variant], windows: Windows) -> tuple[float, int]:
     """Return the number of operations of a pass, and of weights to quantize for it."""
-    base = variants[0].model
-    n_output = base.hparams.n_vocab * base.hparams.n_embd
-    n_layers = sum(tensor.n_weights for tensor in base if tensor.name.startswith("blk."))
+    base, h = variants[0].model, variants[0].model.hparams
+    record = arch.known(h.arch)
+    n_output, n_layers = h.n_vocab * h.n_embd, 0.0
+    for tensor in base:
+        if 0 <= (index := layer_of(tensor.name)) < h.n_layer:  # those after guess ahead
+            found = record.tensor(tensor.name)
+            is_expert = found is not None and found.role == "experts"
+            n_layers += tensor.n_weights * (h.n_expert_used / h.at(index).n_expert if is_expert else 1)
     operations = 2 * len(variants) * (n_layers * windows.tokens.size + n_output * windows.targets.size)
     encoded = {
         (name, q)
         for v in variants[1:]
         for name, q in v.types.items()
-        if v.model is base and q != base.tensor(name).qtype
+        if v.model is base and q != base.tensor(name).qtype and layer_of(name) < h.n_layer
     }
     return operations, sum(base.tensor(name).n_weights for name, _ in encoded)

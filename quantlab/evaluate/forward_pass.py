@@ -104,29 +104,27 @@ class ForwardPass:
             if self.shared[i][1] >= 0:
                 continue
             table = self.weights.embeddings(variant, used)
-            more = self._per_layer(variant, table, used)
+            table = self._with_layers(variant, table, used)
             for chunks in self.batches():
-                x = self.engine.embed(table, places[chunks])
-                if more is not None:
-                    x = np.concatenate([x, more[places[chunks]]], axis=-1)
-                self.states.write(i, chunks, x)
+                self.states.write(i, chunks, self.engine.embed(table, places[chunks]))
         self.states.advance()
 
-    def _per_layer(self, variant: Variant, table: np.ndarray, used: np.ndarray) -> np.ndarray | None:
-        """Return what comes after the stream in the states of some tokens (None: nothing).
+    def _with_layers(self, variant: Variant, table: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """Return the states of some tokens [shape=(len(used), n_state)]: their embeddings, and what comes after them.
 
         That is what each layer learns of them, from embeddings of its own and from those that all layers have, and
         room for keys and values.
         """
         h = self.hparams
         if h.n_state == h.n_embd:
-            return None
-        found = np.zeros((len(used), h.n_state - h.n_embd), np.float32)
+            return table
+        found = np.zeros((len(used), h.n_state), np.float32)
+        found[:, : h.n_embd] = table
         if h.n_embd_layer:
             own = self.weights.rows(variant, "per_layer_token_embd.weight", used)
             names = "per_layer_model_proj.weight", "per_layer_proj_norm.weight"
             matrix, norm = (self.weights.get(variant, name) for name in names)
-            self.engine.learn(table, own, matrix, norm, found[:, : h.n_embd_layers])  # pyright: ignore[reportAttributeAccessIssue]
+            self.engine.learn(table, own, matrix, norm, found[:, h.n_embd :][:, : h.n_embd_layers])  # pyright: ignore[reportAttributeAccessIssue]
             self.weights.forget()
         return found
 
@@ -161,7 +159,9 @@ class ForwardPass:
         """Return variant i's hidden states [chunks, n_scored, n_embd] after the last layer."""
         source, since = self.shared[i]
         found = self.states.read(source if since == self.hparams.n_layer else i, chunks)[:, self.windows.scored]
-        return found if found.shape[-1] == (n := self.hparams.n_embd) else np.ascontiguousarray(found[..., :n])
+        if found.shape[-1] == (n := self.hparams.n_embd):
+            return found
+        return np.ascontiguousarray(found[..., :n]) if isinstance(found, np.ndarray) else found[..., :n]
 
     def output(self, i: int) -> Any:
         """Load variant i's output norm and output matrix."""

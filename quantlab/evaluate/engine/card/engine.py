@@ -6,6 +6,7 @@ A layer is applied to a few chunks at a time; where the card's memory does not s
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,10 +20,18 @@ from quantlab.evaluate.budget import Budget
 from quantlab.evaluate.engine import ExpertInputs, Observe, Read, Stored, needed
 from quantlab.evaluate.engine.card import plan, scores
 from quantlab.evaluate.engine.card.layers import Layers, LayerWeights, check
-from quantlab.evaluate.engine.card.products import Operand, Products, is_out_of_memory, measure, synchronize
+from quantlab.evaluate.engine.card.products import (
+    Operand,
+    Products,
+    is_out_of_memory,
+    measure,
+    memory_limited,
+    synchronize,
+)
 from quantlab.evaluate.engine.card.transfers import Transfers
 from quantlab.evaluate.engine.torch import TorchEngine
 from quantlab.evaluate.metrics import TokenScores
+from quantlab.transform.plan import parse_bytes
 
 COLUMNS_ROWS = 1024  # rows whose squares are added up in float32 where there is no float64
 
@@ -73,12 +82,14 @@ class CardEngine(TorchEngine):
         self._before = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision
         torch.set_num_threads(numba.get_num_threads())
         torch.backends.cuda.matmul.fp32_precision = "ieee"  # float32, not tf32
-        self._inference = torch.inference_mode()
-        self._inference.__enter__()
+        given = None if self.device_memory is None else parse_bytes(self.device_memory)
+        self._contexts = ExitStack()
+        self._contexts.enter_context(memory_limited(self.device, given))
+        self._contexts.enter_context(torch.inference_mode())
         return self
 
     def __exit__(self, *exc) -> None:
-        self._inference.__exit__(*exc)
+        self._contexts.close()
         self.transfers.close()
         torch.set_num_threads(self._before[0])
         torch.backends.cuda.matmul.fp32_precision = self._before[1]
@@ -106,6 +117,7 @@ class CardEngine(TorchEngine):
             {f for f, stored in norms.items() if self._is_safe(stored)},
             does,
             self.hparams.at(index),
+            index,
         )
 
     def _make(self, weights: Callable):
@@ -184,6 +196,19 @@ class CardEngine(TorchEngine):
             if not is_out_of_memory(error):
                 raise
         return torch.from_numpy(table[places])
+
+    def learn(self, x: np.ndarray, own: np.ndarray, matrix: Stored, norm: Stored, out: np.ndarray) -> None:
+        """Compute what all layers learn of tokens, from their embeddings `x` and from `own`; see `ForwardPass`."""
+        weights, size = self.load_output(norm, matrix), self.hparams.n_embd_layer
+
+        def work(rows: slice) -> None:
+            found = self.products.multiply(self.products.operand(self.transfers.fetch(x[rows])), weights.matrix)
+            found = found.mul_(self.hparams.n_embd**-0.5).unflatten(1, (-1, size))
+            found = self.layers.rms_norm(found, weights.norm).flatten(1)
+            found.add_(self.transfers.fetch(own[rows]), alpha=size**0.5).mul_(0.5**0.5)
+            out[rows] = found.cpu().numpy()
+
+        self._in_pieces(work, len(x))
 
     def forward(self, layer: LayerWeights, states, first: int = 0, observe: Observe | None = None) -> None:
         """Apply a layer in place; see `Engine.forward`."""
@@ -313,7 +338,7 @@ class CardEngine(TorchEngine):
         self, variants: Sequence, windows, memory: str | int | None, keep_states: bool, observed: bool = False
     ) -> Budget:
         """Return the `Budget` of a pass over `variants`; see `Engine.plan`."""
-        budget = plan.fit(self, variants, windows, memory, keep_states)
+        budget = plan.fit(self, variants, windows, memory, keep_states, observed)
         self._chunks, self._on_device = budget.chunks_at_once, budget.states_on_device
         return budget
 

@@ -1,7 +1,11 @@
-"""The layers in torch: attention, feed-forward, experts, as the architecture's record describes them."""
+"""The layers in torch: attention, feed-forward, experts, as the architecture's record describes them.
+
+Latent attention is computed head by head; see `engine.latent`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +31,14 @@ GATINGS = ("softmax", "sigmoid", "softmax_chosen")
 _LAYER = """attn_norm attn_qkv q_norm k_norm attn_output attn_post_norm ffn_norm router experts_in experts_down
 shared_gate ffn_in ffn_down ffn_post_norm v_norm experts_norm shared_post_norm experts_post_norm router_scale
 expert_scales layer_scale rope activation query_width sinks conv time_step decay state_norm in_groups gating
-choice_bias sums_to_one scaled_queries""".split()
+choice_bias sums_to_one scaled_queries latent_q_norm latent_q latent_norm latent_k latent_v layer_gate layer_out
+layer_post_norm""".split()
 _HPARAMS = """arch n_embd n_ff n_layer n_head n_head_kv n_vocab n_ctx head_dim n_rot rms_eps rope_base rope_base_window
 head_dim_window n_rot_window v_is_k n_layer_nextn nextn rope_scaling window attn_scale attn_softcap attn_temp_scale
 embd_scale residual_scale logit_scale logit_softcap n_expert
 n_expert_used n_ff_exp n_ff_shexp expert_scale recurrent ssm_conv ssm_state ssm_groups ssm_heads ssm_inner
-attention_interval tied_embeddings""".split()
+attention_interval tied_embeddings n_kv_shared kv_shared n_embd_layer n_lora_q n_lora_kv head_dim_mla head_dim_v
+expert_gating expert_norm expert_groups expert_groups_used n_expert_shared n_dense dense""".split()
 
 
 def check(model, device: str) -> None:
@@ -67,6 +73,7 @@ class LayerWeights:
     safe: set[str]  # norms whose results halves hold, however large the inputs are
     does: arch.Layer
     hparams: arch.Hparams  # this layer's
+    index: int
 
     def tensors(self) -> list[torch.Tensor]:
         """Return all tensors on the device."""
@@ -96,21 +103,34 @@ class Layers:
         self._rotations, self._masks = {}, {}
 
     def apply(self, layer: LayerWeights, x: torch.Tensor, first: int, observe: Observe | None) -> torch.Tensor:
-        """Apply a layer to hidden states [n_chunks, n_ctx, n_embd] from position `first` on."""
-        n_chunks, n_ctx, n_embd = x.shape
+        """Apply a layer to hidden states [n_chunks, n_ctx, n_state]; return those from position `first` on.
+
+        What states hold beside the stream is changed in place, and so is the stream then, once all is computed.
+        """
+        n_chunks, n_ctx, n_state = x.shape
+        n_embd, wide = self.hparams.n_embd, x if n_state > self.hparams.n_embd else None
+        x = x[..., :n_embd]
         normed, is_safe = self._norm(layer, "attn_norm", x.reshape(-1, n_embd))
         parts = self._products(layer, "attn_qkv", normed, is_safe, observe)
         del normed
-        attended = self._mix_tokens(layer, parts)[:, first:].reshape(n_chunks * (n_ctx - first), -1)
+        kept = None if wide is None else wide[..., self.hparams.kept(layer.index)]
+        attended = self._mix_tokens(layer, parts, kept, observe)[:, first:].reshape(n_chunks * (n_ctx - first), -1)
         del parts
         (change,) = self._products(layer, "attn_output", attended, False, observe)
         del attended
         x = self._add(layer, "attn_post_norm", x[:, first:].reshape(-1, n_embd), change)
         del change
         x = self._feed_forward(layer, x, observe)
+        if wide is not None and "layer_gate" in layer.matrices:
+            start, size = n_embd + layer.index * layer.hparams.n_embd_layer, layer.hparams.n_embd_layer
+            x = self._add_own(layer, x, wide[:, first:, start : start + size].reshape(-1, size), observe)
         if "layer_scale" in layer.vectors:
             x.mul_(layer.vectors["layer_scale"])
-        return x.view(n_chunks, n_ctx - first, n_embd)
+        x = x.view(n_chunks, n_ctx - first, n_embd)
+        if wide is None:
+            return x
+        wide[:, first:, :n_embd] = x
+        return wide[:, first:]
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor, observe: Observe | None) -> torch.Tensor:
         """Apply all steps after attention to rows."""
@@ -140,6 +160,14 @@ class Layers:
             gate = None if shared is None else shared.sigmoid()
             x = self._add(layer, "ffn_post_norm", x, change, gate)
         return x if routes is None else self._add_experts(layer, x, routed, routes, observe)
+
+    def _add_own(self, layer: LayerWeights, x, own: torch.Tensor, observe: Observe | None) -> torch.Tensor:
+        """Add what a layer makes of what it learns of each token, `own`."""
+        (gate,) = self._products(layer, "layer_gate", x, False, observe)
+        inner = ACTIVATIONS["gelu"](gate, own)
+        del gate
+        (change,) = self._products(layer, "layer_out", inner, False, observe)
+        return self._add(layer, "layer_post_norm", x, change)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """Return rows divided by their root mean square, times a weight (None: 1)."""
@@ -179,25 +207,30 @@ class Layers:
 
     # ---- attention
 
-    def _mix_tokens(self, layer: LayerWeights, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Return what tokens see of those before them [n_chunks, n_ctx, ...]: takes the products out of `parts`."""
+    def _mix_tokens(self, layer: LayerWeights, parts: list[torch.Tensor], kept, observe) -> torch.Tensor:
+        """Return what tokens see of those before them [n_chunks, n_ctx, ...]: takes the products out of `parts`.
+
+        Keys and values that several layers use go to `kept`, or come from there.
+        """
         if "conv" in layer.vectors:
             return mix_tokens(layer.hparams, layer.vectors, parts, self.n_ctx, layer.does.in_groups)
+        if "latent_k" in layer.matrices:
+            return self._attend_latents(layer, parts, observe)
         gate = None
         if layer.does.query_width > 1:
             q, gate = parts[0].unflatten(1, (-1, 2, layer.hparams.head_dim)).unbind(2)
             parts[0] = q.flatten(1)
-        q, k, v = self._queries_keys_values(layer, parts)
+        q, k, v = self._queries_keys_values(layer, parts, kept)
         parts.clear()
         attended = self._attend(layer, q, k, v)
         return attended if gate is None else attended * gate.sigmoid().unflatten(0, (-1, self.n_ctx))
 
-    def _queries_keys_values(self, layer: LayerWeights, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _queries_keys_values(self, layer: LayerWeights, parts: list[torch.Tensor], kept) -> list[torch.Tensor]:
         """Return q, k and v [n_chunks, heads, n_ctx, head_dim], normalized, rotated and scaled."""
         h = layer.hparams
-        if len(parts) == 1:
+        if len(parts) == 1 and not h.kv_shared:
             parts = list(parts[0].split([h.n_q, h.n_kv, h.n_kv], 1))
-        if h.v_is_k:
+        if h.v_is_k and not h.kv_shared:
             parts = [*parts, parts[1].clone()]
         found = [part.unflatten(1, (-1, h.head_dim)).unflatten(0, (-1, self.n_ctx)) for part in parts]
         for name, part, rows in zip(("q_norm", "k_norm"), found, parts, strict=False):
@@ -212,6 +245,11 @@ class Layers:
             step = h.rope_scaling.orig_ctx if h.rope_scaling and h.rope_scaling.orig_ctx else h.n_ctx
             scale = (1 + h.attn_temp_scale * np.log(1 + np.arange(self.n_ctx) // step)).astype(np.float32)
             found[0].mul_(torch.from_numpy(scale).to(self.device)[:, None, None])
+        if h.kv_shared:
+            found += [part.unflatten(2, (-1, h.head_dim)) for part in kept.chunk(2, -1)]
+        elif kept is not None and kept.shape[-1]:
+            for columns, part in zip(kept.chunk(2, -1), found[1:], strict=True):
+                columns.copy_(part.flatten(2))
         return [part.transpose(1, 2) for part in found]
 
     def _rotate(self, layer: LayerWeights, x: torch.Tensor) -> None:
@@ -266,6 +304,43 @@ class Layers:
             self._masks[window] = (distance >= 0) & (distance < (window or self.n_ctx))
         return self._masks[window]
 
+    def _attend_latents(self, layer: LayerWeights, parts: list[torch.Tensor], observe: Observe | None) -> torch.Tensor:
+        """Apply latent attention [n_chunks, n_ctx, n_v], head by head: takes the products out of `parts`."""
+        h, (q, kv) = layer.hparams, parts
+        parts.clear()
+        if "latent_q" in layer.matrices:
+            q, is_safe = self._norm(layer, "latent_q_norm", q)
+            (q,) = self._products(layer, "latent_q", q, is_safe, observe)
+        latents, q = kv[:, : h.n_lora_kv], q.unflatten(1, (h.n_head, -1))
+        latents.copy_(self.rms_norm(latents, layer.norms["latent_norm"]))
+        for part in (q[..., h.n_nope :], kv[:, None, h.n_lora_kv :]):
+            self._rotate(layer, part.unflatten(0, (-1, self.n_ctx)))
+        keys = kv.unflatten(0, (-1, 1, self.n_ctx))
+        if self.products.precision == "half":
+            keys = keys.half()
+        mix = partial(self._mix_latents, layer, q, keys)
+        if observe is not None:
+            self._observe(layer, "latent_k", _by_head(q[..., : h.n_nope].transpose(0, 1)), observe)
+            mixed = keys.new_empty(h.n_head, len(q), h.n_lora_kv)
+            for head in range(h.n_head):
+                mixed[head] = mix(head)
+            self._observe(layer, "latent_v", _by_head(mixed), observe)
+            mix = mixed.__getitem__
+        out = q.new_empty(len(q), h.n_v)
+        for head, columns in enumerate(out.chunk(h.n_head, 1)):
+            columns.copy_(self._of_expert(layer, "latent_v", self.products.operand(mix(head)), head, h.n_head)[0])
+        return out.unflatten(0, (-1, self.n_ctx))
+
+    def _mix_latents(self, layer: LayerWeights, q: torch.Tensor, keys: torch.Tensor, head: int) -> torch.Tensor:
+        """Return what a head's attention makes of latents, which are the first columns of `keys` [rows, n_lora_kv].
+
+        Values are whole keys, so that they are as wide: some of torch's kernels need that.
+        """
+        h, q = layer.hparams, q[:, head]
+        (query,) = self._of_expert(layer, "latent_k", self.products.operand(q[:, : h.n_nope]), head, h.n_head)
+        query = torch.cat([query, q[:, h.n_nope :]], 1).view(keys.shape)
+        return self._attend(layer, query, keys, keys)[..., : h.n_lora_kv].flatten(0, 2)
+
     # ---- experts
 
     def _add_experts(self, layer: LayerWeights, x, routed: Any, routes: "Routes", observe) -> torch.Tensor:
@@ -298,6 +373,12 @@ class Layers:
         return found
 
 
+def _by_head(x: torch.Tensor) -> ExpertInputs:
+    """Return an observer's inputs of a product of each head [n_head, n_rows, n_in]."""
+    n_head, n_rows, n_in = x.shape
+    return ExpertInputs(x.reshape(-1, n_in), np.arange(n_head * n_rows), np.arange(n_head + 1) * n_rows)
+
+
 @dataclass(frozen=True)
 class Routes:
     """Tokens sorted by their experts, see `routing.Routes`; `ends` is in the machine's memory."""
@@ -326,7 +407,13 @@ def choose(scores: torch.Tensor, layer: LayerWeights) -> Routes:
     if does.gating != "softmax_chosen":
         scores = scores.softmax(-1) if does.gating == "softmax" else scores.sigmoid()
     bias = layer.vectors.get("choice_bias")
-    ids = (scores if bias is None else scores + bias).topk(h.n_expert_used, -1).indices
+    chosen_by = scores if bias is None else scores + bias
+    if h.expert_groups > 1:
+        of_groups = chosen_by.unflatten(-1, (h.expert_groups, -1))
+        best = of_groups.topk(2, -1).values.sum(-1).topk(h.expert_groups_used, -1).indices
+        is_left_out = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        chosen_by = of_groups.masked_fill(is_left_out[..., None], -torch.inf).flatten(1)
+    ids = chosen_by.topk(h.n_expert_used, -1).indices
     weights = scores.gather(1, ids)
     if does.gating == "softmax_chosen":
         weights = weights.softmax(-1)

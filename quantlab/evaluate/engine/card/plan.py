@@ -24,7 +24,7 @@ from quantlab.transform.plan import parse_bytes, tensor_bytes
 ROWS = {"cuda": 16384, "mps": 4096, "cpu": 4096}  # tokens that a layer is applied to at a time, where memory allows
 LEAST_ROWS = 2048  # fewer only where nothing else fits: products of fewer rows are slow
 LOGITS = {"cuda": 1 << 31, "mps": 1 << 29, "cpu": 1 << 28}  # bytes of logits and what is made of them, at a time
-SHARE_OF_FREE = 0.92  # of a card's free memory; the rest is lost between what is allocated
+SHARE_OF_FREE = 0.92  # of a card's memory; the rest is lost between what is allocated
 SHARE_OF_PEAK = {"float32": 0.8, "halves": 0.75, "half": 0.6}  # of the speed of a large product that a pass reaches
 ENCODE_SPEED = 80e6  # weights per second and thread, k-quants
 DISK_SPEED = 1.5e9  # bytes per second of an SSD, taken for hidden states that are on disk
@@ -41,7 +41,9 @@ def rows_of_logits(n_vocab: int, device: torch.device) -> int:
     return max(1, LOGITS[device.type] // (4 * ARRAYS * n_vocab))
 
 
-def fit(engine, variants: Sequence[Variant], windows, memory: str | int | None, keep_states: bool) -> Budget:
+def fit(
+    engine, variants: Sequence[Variant], windows, memory: str | int | None, keep_states: bool, observed: bool = False
+) -> Budget:
     """Cut a pass of a `CardEngine`; see `Engine.plan`.
 
     Raises
@@ -49,7 +51,7 @@ def fit(engine, variants: Sequence[Variant], windows, memory: str | int | None, 
     ValueError
         If it does not fit however it is cut.
     """
-    needs, n_chunks = _Needs(engine, variants, windows), len(windows.tokens)
+    needs, n_chunks = _Needs(engine, variants, windows, observed), len(windows.tokens)
     host, card = allowed_bytes(memory), _card_bytes(engine)
     most = min(n_chunks, chunks_at_most(engine.device, engine.n_ctx))
     places = ["disk"] if keep_states else ["card", "memory", "disk"]
@@ -83,16 +85,23 @@ def _card_bytes(engine) -> int:
     if engine.device.type == "cpu":
         return 0
     if engine.device_memory is not None:
-        return parse_bytes(engine.device_memory)
+        return int(parse_bytes(engine.device_memory) * SHARE_OF_FREE)
     if engine.device.type == "mps":
         return int(torch.mps.recommended_max_memory() * SHARE_OF_FREE)
     return int(torch.cuda.mem_get_info()[0] * SHARE_OF_FREE)
 
 
-def token_bytes(does: arch.Layer, h: arch.Hparams, products: Products, n_ctx: int) -> int:
-    """Return the bytes that the worst step of a layer takes for a chunk, weights and kept scores of attention aside."""
+def token_bytes(
+    does: arch.Layer, h: arch.Hparams, products: Products, n_ctx: int, beside: int | None = None, observed: bool = False
+) -> int:
+    """Return the bytes that the worst step of a layer takes for a chunk, weights and kept scores of attention aside.
+
+    `beside` are columns that are there for the whole layer where states hold more than the stream (0: they count as
+    hidden states); `observed` adds what only observers see.
+    """
     x, q, kv = 4 * h.n_embd, h.n_head * h.head_dim, h.n_head_kv * h.head_dim  # x: bytes of a row of the stream
-    n_ff = max(h.n_ff, h.n_ff_shexp) if does.ffn_in else 0
+    of_all = h.n_ff_shexp if does.router and h.n_ff_shexp else h.n_ff
+    n_ff = of_all if does.ffn_in else 0
     operand, making, adding = {"float32": (0, 0, 0), "half": (2, 2, 0), "halves": (4, 8, 4)}[products.precision]
     width = 2 if products.precision == "half" else 4  # of what attention sees
     repeated = 2 * q if kv < q else 0  # k and v for every head
@@ -100,9 +109,12 @@ def token_bytes(does: arch.Layer, h: arch.Hparams, products: Products, n_ctx: in
     normed = [bool(name) * x + operand * h.n_embd for name in (does.attn_norm, does.ffn_norm)]
     apart = x if does.experts_norm else 0  # what experts see, where that is not what the others see
     routes = apart + 12 * h.n_expert_used if does.router else 0
+    widths, given = [does.query_width * q, kv, kv], x if beside is None else 0
+    if h.kv_shared:
+        widths, kv, repeated = [q], 0, 2 * q
     peaks = [
-        x + normed[0] + _made([does.query_width * q, kv, kv], len(does.attn_qkv), adding),
-        gate + x + 4 * (q + 2 * kv) + (4 - width) * (q + 2 * kv) + width * (repeated + q),
+        given + normed[0] + _made(widths, len(does.attn_qkv), adding),
+        gate + given + 4 * (q + 2 * kv) + (4 - width) * (q + 2 * kv) + width * (repeated + q),
         routes + x + normed[1] + _made([n_ff, n_ff], len(does.ffn_in), adding),
         routes + 2 * x + 12 * n_ff,
         routes + (x if does.router else 0) + x + (4 + making) * n_ff,
@@ -113,11 +125,39 @@ def token_bytes(does: arch.Layer, h: arch.Hparams, products: Products, n_ctx: in
         first = (operand or 4) * h.n_embd + (12 + adding) * h.n_ff_exp
         last = making * h.n_ff_exp + (4 + adding) * h.n_embd
         peaks.append(routes + 2 * apart + x + normed[1] + inner + int(share * max(first, last)))
+    if does.latent_k:
+        peaks[:2] = _latent_peaks(does, h, x, normed[0], operand, making, adding, width, observed)
+    if does.layer_gate:
+        own = h.n_embd_layer
+        peaks.append(x + max(8, 4 + adding) * own + operand * h.n_embd)
+        peaks.append(x + 4 * own + max(making * own, operand * own + (4 + adding) * h.n_embd))
     if does.conv:
         width_all, states = h.conv_width + h.ssm_inner + 2 * h.ssm_heads, h.ssm_heads * h.ssm_state * h.ssm_value
         peaks[1] = x + 4 * (width_all + h.conv_width + 2 * h.ssm_heads * h.ssm_state + 2 * h.ssm_inner)
         peaks[1] += 4 * 2 * states // n_ctx  # a matrix for each head of a chunk, and what is added to it
-    return n_ctx * max(peaks)
+    return n_ctx * (4 * (beside or 0) + max(peaks))
+
+
+def _latent_peaks(does: arch.Layer, h: arch.Hparams, x, normed, operand, making, adding, width, observed) -> list[int]:
+    """Return the bytes of a row in the steps of latent attention; the parameters are those of `token_bytes`."""
+    short, q, kv, latent = h.n_lora_q, h.n_q_mla, h.head_dim, h.n_lora_kv
+    peaks, held = [x + normed + _made([short or q, kv], 2, adding)], x + 4 * (q + kv)
+    if short:
+        product = max(making * short, operand * short + (4 + adding) * q)
+        peaks.append(x + 4 * (kv + short) + max(4 * short, product))
+    if observed:
+        peaks.append(held + 4 * h.n_head * h.n_nope)
+    held += 2 * kv if width == 2 else 0
+    mixed = width * h.n_head * latent if observed else 0
+    mixing, values = held + (mixed or 4 * h.n_v), held + mixed + 4 * h.n_v + (0 if observed else width * latent)
+    return [
+        *peaks,
+        mixing + 4 * (latent + kv),
+        mixing + (4 + 2 * (width == 2)) * kv + width * kv,
+        mixing + width * (kv + latent),
+        values + max(making * latent, operand * latent + (4 + adding) * h.head_dim_v),
+        x + 4 * h.n_v + max(making * h.n_v, operand * h.n_v + (4 + adding) * h.n_embd),
+    ]
 
 
 def _made(widths: list[int], matrices: int, adding: int) -> int:
@@ -137,9 +177,10 @@ def score_bytes(does: arch.Layer, h: arch.Hparams, n_ctx: int, chunks: int) -> i
 class _Needs:
     """The memory that a pass needs in the machine and on the card."""
 
-    def __init__(self, engine, variants: Sequence[Variant], windows):
+    def __init__(self, engine, variants: Sequence[Variant], windows, observed: bool = False):
         self.engine, self.variants, self.windows, self.hparams = engine, variants, windows, engine.hparams
-        self.states = 4 * windows.tokens.size * self.hparams.n_embd * len(variants)
+        self.states, self.observed = 4 * windows.tokens.size * self.hparams.n_state * len(variants), observed
+        self.embeddings = budget.embedding_bytes(self.hparams, windows)
         self.is_cpu = engine.device.type == "cpu"
         by_layer = Counter()
         for tensor in variants[0].model:
@@ -155,8 +196,10 @@ class _Needs:
         layer, output = self._layer(place, chunks), self._output(outputs)
         stored, matrices = self._stored(), self._stored_output(outputs)
         if self.is_cpu:
-            return budget.PROCESS + PACKAGE["cpu"] + held[0] + max(layer + stored, output + matrices), 0
-        host = budget.PROCESS + PACKAGE[self.engine.device.type] + held[0] + max(stored, matrices) + 2 * 4 * PIECE
+            steps = self.embeddings, layer + stored, output + matrices
+            return budget.PROCESS + PACKAGE["cpu"] + held[0] + max(steps), 0
+        most = max(self.embeddings, stored, matrices)
+        host = budget.PROCESS + PACKAGE[self.engine.device.type] + held[0] + most + 2 * 4 * PIECE
         return host, held[1] + max(layer, output)
 
     def fit(self, place: str, chunks: int, outputs: int, host: int, card: int) -> bool:
@@ -169,7 +212,7 @@ class _Needs:
         on_host, on_card = self.bytes(place, 1, 1)
         name, given, needed = "memory", memory or host, on_host
         if on_card > card:
-            name, given, needed = "device_memory", self.engine.device_memory or card, on_card
+            name, given, needed = "device_memory", self.engine.device_memory or card, on_card / SHARE_OF_FREE
         return (
             f"{name}={given}, must be at least {needed / 2**30:.2f} GiB for this model. "
             f"Give more, or a smaller n_ctx{'' if self.is_cpu else ', or device=cpu'}."
@@ -180,8 +223,11 @@ class _Needs:
         products, n_ctx = self.engine.products, self.engine.n_ctx
         record = arch.known(self.hparams.arch)
         kinds = {(record.layer_at(self.hparams, i), self.hparams.at(i)) for i in range(self.hparams.n_layer)}
-        rows = max(chunks * token_bytes(*kind, products, n_ctx) + score_bytes(*kind, n_ctx, chunks) for kind in kinds)
-        moving = 4 * self.hparams.n_embd * (2 * IN_FLIGHT if place == "memory" and not self.is_cpu else 0)
+        n_state, is_view = self.hparams.n_state, place == "card" or place == "memory" and self.is_cpu
+        beside = None if n_state == self.hparams.n_embd else 0 if is_view else n_state
+        of = products, n_ctx, beside, self.observed
+        rows = max(chunks * token_bytes(*kind, *of) + score_bytes(*kind, n_ctx, chunks) for kind in kinds)
+        moving = 4 * n_state * (2 * IN_FLIGHT if place == "memory" and not self.is_cpu else 0)
         layers = (1 + self.engine.ahead) * products.weight_bytes * self.weights
         return layers + rows + chunks * n_ctx * moving + self._making()
 

@@ -9,7 +9,10 @@ powers of two, one for each row, that put the greatest number of a row below 2¹
 bits below 6.1e-5.
 """
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ import torch
 PRECISIONS = {"float32": (torch.float32, 1), "half": (torch.float16, 1), "halves": (torch.float16, 2)}  # dtype, parts
 _SAFE = (2.0**-8, 2.0**15)  # the greatest number of a row that is rounded to halves without a scale
 SIDE = 4096  # of the square products that are measured; 1024 on a CPU
+_MPS_LIMIT = "1.7"  # torch's own for a Mac's card, of the memory that is recommended
 _OUT_OF_MEMORY = ("out of memory", "Invalid buffer size", "can't allocate memory", "ALLOC_FAILED")  # MPS, CPU, cuBLAS
 
 
@@ -125,6 +129,24 @@ def measure(precision: str, device: torch.device, side: int = 0) -> float:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether torch's memory did not suffice: only one of its allocators has a class for that."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_limited(device: torch.device, n_bytes: int | None) -> Iterator[None]:
+    """Have torch treat a card as full once this process holds `n_bytes` of it (None: no limit; not on a CPU)."""
+    if n_bytes is None or device.type == "cpu":
+        yield
+        return
+    if device.type == "cuda":
+        of, total, before = torch.cuda, torch.cuda.mem_get_info()[1], torch.cuda.get_per_process_memory_fraction()
+    else:
+        of, total = torch.mps, torch.mps.recommended_max_memory()
+        before = float(os.environ.get("PYTORCH_MPS_HIGH_WATERMARK_RATIO", _MPS_LIMIT))  # torch does not tell it
+    of.set_per_process_memory_fraction(min(before or 2.0, n_bytes / total))  # 0: no limit
+    try:
+        yield
+    finally:
+        of.set_per_process_memory_fraction(before)
 
 
 def synchronize(device: torch.device) -> None:

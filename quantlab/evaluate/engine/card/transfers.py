@@ -111,10 +111,12 @@ class Transfers:
 
     def store(self, x: torch.Tensor, states) -> None:
         """Store hidden states, immediately unless their memory is pinned."""
+        host = states if isinstance(states, torch.Tensor) else torch.from_numpy(states)
+        if host.data_ptr() == x.data_ptr():  # changed in place
+            return
         if isinstance(states, torch.Tensor):
             states.copy_(x)
             return
-        host = torch.from_numpy(states)
         if not self.is_cuda or not self._pinned:
             host.copy_(x)
             return
