@@ -13,8 +13,10 @@ goes to each of the two groups.
 Damages of single changes come from a model that is otherwise whole. In a recipe of few bits every other tensor is
 damaged too, and the damages do not add up: at 1.6 bits their sum was found to be 0.57 of the whole.
 
-The errors of two tensors may add to each other or cancel. By how much needs more text than the damages themselves: on
-two halves of 8 chunks, such figures agreed with a correlation of 0.3 only. So exchanges are measured on more chunks.
+The errors of two tensors may add to each other or cancel. By how much needs more text than the damages themselves: such
+figures of two halves of a text agreed with a correlation of 0.3 on 8 chunks, of 0.7 on 64. So exchanges are measured on
+more chunks. It differs from text to text too: on the bundled model at the size of Q4_K_M, types chosen by such figures
+lowered the divergence by 2 % on more text of the same kind, and not at all on another text.
 """
 
 import time
