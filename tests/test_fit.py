@@ -216,6 +216,55 @@ def test_latent_attention_keeps_no_values_and_shared_keys_are_kept_once():
     assert kv_bytes(gemma, Setting(4096, 512, "F16", "F16", True)) == 5 * 768 * 256
 
 
+LATENT = {"n_head_kv": 1, "head_dim": 576, "n_rot": 64, "n_lora_kv": 512, "head_dim_mla": 192, "head_dim_v": 128}
+LATENT |= {"arch": "deepseek2", "n_layer": 2, "n_dense": 1, "n_expert_shared": 1}
+GEMMA4 = {"arch": "gemma4", "head_dim": 512, "head_dim_window": 256, "window": (512, 512, 512, 512, 0)}
+NETS = {"ssm_conv": 4, "ssm_state": 128, "ssm_groups": 16, "ssm_heads": 16, "ssm_inner": 2048, "head_dim": 256}
+# hyper-parameters → what the log says of a context of 4096 tokens, with flash attention and without
+LOGS = {
+    "DeepSeek-V2-Lite": (
+        LATENT | dict(n_embd=2048, n_ff=10944, n_head=16, n_expert=64, n_expert_used=6, n_ff_exp=1408),
+        (88.14, 196.01),
+    ),
+    "DeepSeek-V3": (
+        LATENT | dict(n_embd=7168, n_ff=18432, n_head=128, n_lora_q=1536, n_expert=256, n_expert_used=8, n_ff_exp=2048),
+        (410.01, 1438.01),
+    ),
+    "Qwen3.5-0.8B": (
+        NETS | dict(arch="qwen35", n_layer=4, n_embd=1024, n_ff=3584, n_head=8, n_head_kv=2),
+        (39.02, 96.02),
+    ),
+    "Gemma 4 E2B": (
+        GEMMA4
+        | dict(n_layer=35, n_embd=1536, n_ff=(6144,) * 15 + (12288,) * 20, n_head=8, n_head_kv=1)
+        | dict(n_embd_layer=256, n_kv_shared=20, window=GEMMA4["window"] * 7),
+        (127.03, 136.02),
+    ),
+    "Gemma 4 E4B": (
+        GEMMA4
+        | dict(n_layer=42, n_embd=2560, n_ff=10240, n_head=8, n_head_kv=2, n_embd_layer=256, n_kv_shared=18)
+        | dict(window=((512,) * 5 + (0,)) * 7),
+        (112.03, 154.02),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_the_compute_buffer_of_the_widest_layer(name):
+    """In MiB, as xllamacpp logs it for files of these shapes."""
+    sizes, (flash, scores) = LOGS[name]
+    hparams = complete(Hparams(**sizes))
+    assert close(compute_bytes(hparams, n_ctx=4096), flash)
+    assert compute_bytes(hparams, n_ctx=4096, flash_attn=False) / MIB == pytest.approx(scores, rel=0.11)
+
+
+def test_without_flash_attention_values_take_as_much_as_in_the_widest_layer():
+    """36.00 and 42.00 MiB, by xllamacpp's log."""
+    gemma = complete(Hparams(**LOGS["Gemma 4 E2B"][0]))
+    found = [kv_bytes(gemma, Setting(4096, 512, "F16", "F16", flash)) / MIB for flash in (True, False)]
+    assert found == [36, 42]
+
+
 def test_every_shape_every_type():
     for name in bundled.shapes():
         result = fit(name, vram="24GiB", ram="64GiB", n_ctx=2048)

@@ -10,7 +10,8 @@ import pytest
 from llama_models import SEEN, TOKENS
 
 import quantlab as ql
-from quantlab.evaluate.logits import logits
+from quantlab.evaluate.logits import activation_noise, logits
+from quantlab.evaluate.variants import resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = json.loads((GOLDEN / "gemma4.json").read_text())["files"]
@@ -46,6 +47,25 @@ def test_embeddings_of_layers_are_kept_between_them(tmp_path):
     assert 0 < kld[0] < kld[1]
     base = next(row["ppl"] for row in found.rows if not row["variant"].startswith("Q"))
     assert ql.perplexity(src, tmp_path / "text.txt", scratch=tmp_path / "scratch", **options).ppl == base
+
+
+@pytest.mark.filterwarnings("ignore:.*the vocabulary differs")
+def test_rounding_activations_alone_changes_little(tmp_path):
+    model = ql.open(gemma_models.write_model(tmp_path, "gemma4-e"))
+    exact, coarse = activation_noise(model, resolve(model, [tmp_path, "Q8_0"]), TOKENS[:64])
+    assert exact < coarse < 0.05
+
+
+@pytest.mark.parametrize("name", gemma_models.FAMILIES)
+def test_sizes_need_no_weights(name, tmp_path):
+    """Keys and values are counted in the layers that have their own."""
+    src = gemma_models.write_model(tmp_path, name)
+    whole = [ql.sizes(src).rows, ql.fit(src, ftype="Q8_0").rows[0].compute_bytes]
+    (src / "model.safetensors").unlink()
+    alone = ql.sizes(src).rows
+    scales = 4 * gemma_models.N_LAYER  # layer_output_scale, which a model may lack
+    assert {row.ftype: row.bytes for row in alone}.items() <= {r.ftype: r.bytes - scales for r in whole[0]}.items()
+    assert ql.fit(src, ftype="Q8_0").rows[0].compute_bytes == whole[1] > 0
 
 
 def changed(folder, name, **more):

@@ -49,6 +49,17 @@ def test_layers_that_guess_ahead_are_kept_and_not_computed(name, tmp_path):
     assert small.tensor("blk.4.nextn.eh_proj.weight").qtype == "Q8_0"
 
 
+@pytest.mark.parametrize("name", ["qwen35moe", "qwen3next"])
+def test_a_quantized_file_computes_what_the_same_types_do_in_memory(name, tmp_path):
+    """Quantizing drops the leading 1 from the shape of the gate of the expert that every token sees."""
+    base = ql.convert(hybrid_models.write_model(tmp_path / "made", name), progress=False)
+    file = ql.quantize(base, tmp_path / "small.gguf", ftype="Q8_0")
+    assert ql.open(file).tensor("blk.0.ffn_gate_inp_shexp.weight").shape == (hybrid_models.N_EMBD,)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    found = ql.compare(base, [file, "Q8_0"], tmp_path / "text.txt", n_ctx=64, chunks=1, progress=False)
+    assert found.rows[1]["ppl"] == found.rows[2]["ppl"]
+
+
 # ---- bad input
 
 

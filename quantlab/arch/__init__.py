@@ -106,8 +106,9 @@ def tensor_shapes(hparams: Hparams) -> dict[str, tuple[int, ...]]:
     >>> tensor_shapes(hparams)["blk.0.attn_v.weight"]
     (4, 8)
     """
-    shapes = {}
-    for name, tensor, shape in known(hparams.arch).expand(hparams):
-        if not tensor.optional or (tensor.role == "output" and not hparams.tied_embeddings):
+    record, hparams, shapes = known(hparams.arch), complete(hparams), {}
+    used = record.used(hparams)
+    for name, tensor, shape in record.expand(hparams):
+        if not tensor.optional or name in used or (tensor.role == "output" and not hparams.tied_embeddings):
             shapes[name] = shape
     return shapes

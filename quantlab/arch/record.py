@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 from quantlab.arch.hparams import Hparams
@@ -311,6 +312,12 @@ class Architecture:
         if own.expert_gating and layer.router:
             found |= {"gating": ("softmax", "sigmoid")[own.expert_gating - 1], "sums_to_one": own.expert_norm}
         return replace(layer, **found)
+
+    def used(self, hparams: Hparams) -> set[str]:
+        """Return the names of all matrices and norms that the layers of a model compute with."""
+        layers = enumerate(self.layer_at(hparams, i) for i in range(hparams.n_layer))
+        names = ((i, (*chain(*layer.products.values()), *layer.norms.values())) for i, layer in layers)
+        return {f"blk.{i}.{name}.weight" for i, own in names for name in own}
 
     def matrices(self) -> list[str]:
         """Return the names of all matrices in layers' products, in the order of computation."""

@@ -114,8 +114,7 @@ def _check_tensors(model, record: Architecture) -> None:
     if "token_embd.weight" in model:
         hparams = replace(hparams, n_vocab=model.tensor("token_embd.weight").shape[0])  # metadata may count fewer
     expected = {name: (tensor, shape) for name, tensor, shape in record.expand(hparams)}
-    products = {i: record.layer_at(hparams, i).products.values() for i in range(hparams.n_layer)}
-    needed = {f"blk.{i}.{name}.weight" for i, fields in products.items() for names in fields for name in names}
+    needed = record.used(hparams)
     for name, (tensor, _) in expected.items():
         if name not in model and (not tensor.optional or name in needed):
             raise ValueError(f"{model.path}: {name} is missing. Convert the checkpoint again.")

@@ -107,7 +107,8 @@ def _roundings(model, variant: Variant, output: str) -> tuple[tuple[str, str], .
     types = variant.types
     types = types | {output: types.get("output.weight", types["token_embd.weight"])}
     names = [tensor.name for tensor in model if len(tensor.shape) > 1 and tensor.name in types]
-    names = [name for name in names if name == output or name.startswith("blk.")]
+    single = output, "per_layer_model_proj.weight"
+    names = [name for name in names if name in single or name.startswith("blk.")]
     return tuple((name, activations_of(types[name]).replace("Q8_1", "Q8_0")) for name in names)
 
 

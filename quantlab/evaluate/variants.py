@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from quantlab import quants
+from quantlab.arch import find
 from quantlab.evaluate.engine import Stored
 from quantlab.files.bundled import bundled_path, model_path
 from quantlab.files.model import LazyTensor, Model, is_checkpoint
@@ -166,7 +167,10 @@ class Weights:
         """Return tensor `name` of a variant (None: it has no such tensor)."""
         if name not in variant.model:
             return None
-        return Stored(self._load_as(variant, name), variant.types[name], variant.model.tensor(name).shape)
+        data, shape = self._load_as(variant, name), variant.model.tensor(name).shape
+        if (n := _leading_ones(variant.model, name)) > 0:
+            data, shape = data.reshape((1,) * n + data.shape), (1,) * n + shape
+        return Stored(data, variant.types[name], shape)
 
     def output(self, variant: Variant) -> tuple[Stored, Stored]:
         """Return output norm and output matrix."""
@@ -245,6 +249,13 @@ def refined_bytes(folder: Path, name: str, qtype: str) -> np.ndarray | None:
         raise FileNotFoundError(f"{folder}: refined bytes are missing. Share this folder with the workers.")
     path = refined_path(folder, name, qtype)
     return np.load(path) if path.exists() else None
+
+
+def _leading_ones(model: Model, name: str) -> int:
+    """Return how many sizes of 1 a quantized file leaves out in front of a tensor's shape."""
+    record = find(model.hparams.arch)
+    tensor = record and record.tensor(name)
+    return len(tensor.shape.split()) - len(model.tensor(name).shape) if tensor else 0
 
 
 def output_name(model: Model) -> str:

@@ -323,18 +323,21 @@ def kv_bytes(hparams, setting: Setting) -> int:
 
     Yi-34B, context 4096, F16: 60 layers × 4096 cells × 2 × (8 heads × 128) × 2 bytes = 960 MiB. A layer with a window
     has cells for it and for the tokens of one batch; a recurrent layer has a state of one size, float32. One that uses
-    keys of others has none. Values of latent attention are a part of its keys.
+    keys of others has none. Values of latent attention are a part of its keys. Without flash attention, values take as
+    much of each cell as in the widest layer.
     """
-    total = 0
-    for layer in map(hparams.at, range(hparams.n_layer)):
+    layers, total = [hparams.at(i) for i in range(hparams.n_layer)], 0
+    widest = max(layer.n_kv for layer in layers)
+    for layer in layers:
         if layer.recurrent:
             total += 4 * (layer.ssm_state * layer.ssm_inner + (layer.ssm_conv - 1) * layer.conv_width)
             continue
         if layer.kv_shared:
             continue
         n_cells = min(setting.n_ctx, layer.window + setting.n_ubatch) if layer.window else setting.n_ctx
-        kept = [setting.cache_type_k] if layer.n_lora_kv else [setting.cache_type_k, setting.cache_type_v]
-        row = sum(row_bytes(qtype, layer.n_kv) for qtype in kept)
+        row = row_bytes(setting.cache_type_k, layer.n_kv)
+        if not layer.n_lora_kv:
+            row += row_bytes(setting.cache_type_v, layer.n_kv if setting.flash_attn else widest)
         total += cells(n_cells) * row
     return total
 

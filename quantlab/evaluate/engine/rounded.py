@@ -77,6 +77,10 @@ class RoundedEngine(CpuEngine):
         """Return the weights after the last layer."""
         return super().load_output(norm, self._marked(matrix, self._output))  # pyright: ignore[reportArgumentType]
 
+    def learn(self, x: np.ndarray, own: np.ndarray, matrix: Stored, norm: Stored, out: np.ndarray) -> None:
+        """Compute what all layers learn of tokens; see `CpuEngine.learn`."""
+        super().learn(x, own, self._marked(matrix, "per_layer_model_proj.weight"), norm, out)  # pyright: ignore[reportArgumentType]
+
     def pack(self, stored: Stored, memory: np.ndarray) -> tuple[str, np.ndarray]:
         """Return the activations' type, and panels."""
         return stored.activations, super().pack(stored, memory)  # pyright: ignore[reportAttributeAccessIssue]
