@@ -15,6 +15,7 @@ from quantlab.evaluate.refinement import Refinement
 from quantlab.evaluate.variants import resolve
 from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.quants.block_numbers import pack, unpack
+from quantlab.study.front import judge_refined
 from quantlab.transform.refined import PREFIX
 
 
@@ -66,18 +67,52 @@ def _mirrored(data, qtype):
     return pack(blocks)
 
 
-@pytest.mark.parametrize("change", [_zeros, _another_row, _other_scale, _mirrored])
-@pytest.mark.parametrize("name", ["blk.3.ffn_down.weight", "output.weight", "blk.0.attn_q.weight"])
-def test_tampered_blocks_are_found(path, tmp_path, change, name):
-    """One block of one row is enough."""
+def changed(path, name, change):
+    """Return a tensor's data with one block changed: the first of the last row but 30."""
     tensor = ql.open(path).tensor(name)
     data, size = tensor.load().copy(), ql.quants.block_bytes(tensor.qtype)
     rows = data.view(np.uint8).reshape(tensor.nrows, -1)
     row = tensor.nrows - 30  # of the output no byte's, which all look alike
     rows[row, :size] = change(rows, tensor.qtype)[row, :size]
+    return data
+
+
+@pytest.mark.parametrize("change", [_zeros, _another_row, _other_scale, _mirrored])
+@pytest.mark.parametrize("name", ["blk.3.ffn_down.weight", "output.weight", "blk.0.attn_q.weight"])
+def test_tampered_blocks_are_found(path, tmp_path, change, name):
+    """One block of one row is enough."""
+    data, row = changed(path, name, change), ql.open(path).tensor(name).nrows - 30
     found = ql.verify(rewritten(path, tmp_path / "b.gguf", **{name.replace(".", "_"): data}), "tiny")
     assert found.verdict == "other" and len(found.misfits) == 1
     assert found.misfits[0].startswith(f"{name}: the block in row {row}, weights 0:256, is ")
+
+
+@pytest.fixture(scope="module")
+def of_points(tmp_path_factory):
+    """The bundled model with 2 and 3 bits a weight, codes from grids, refined on two chunks; and its matrix."""
+    matrix = ql.imatrix("tiny", chunks=2, progress=False)
+    path = tmp_path_factory.mktemp("points") / "a.gguf"
+    options = {"imatrix": matrix, "tensor_types": [("ffn_up", "IQ2_XXS")], "chunks": 2, "sweeps": 1}
+    return ql.refine("tiny", path, ftype="IQ3_XXS", progress=False, **options), matrix
+
+
+def test_types_with_grids_of_points_are_refined(of_points):
+    path, matrix = of_points
+    verdicts = ql.verify(path, "tiny", imatrix=matrix).tensors.set_index("name")["verdict"]
+    types = {tensor.name: tensor.qtype for tensor in ql.open(path) if verdicts[tensor.name] == "refined"}
+    assert {"IQ2_XXS", "IQ3_XXS"} < set(types.values())
+    assert len(types) == sum("norm" not in name for name in verdicts.index) - 1  # all matrices but the embeddings
+    row = judge_refined(path, "tiny", "primer", imatrix=matrix, chunks=2, progress=False).rows[2]
+    assert row["less"] > 0.2 and row["less"] > 5 * row["less_se"]
+
+
+@pytest.mark.parametrize("change", [_zeros, _another_row, _other_scale, _mirrored])
+@pytest.mark.parametrize("name", ["blk.3.ffn_up.weight", "blk.0.attn_q.weight"])
+def test_tampered_points_are_found(of_points, tmp_path, change, name):
+    path, matrix = of_points
+    data = changed(path, name, change)
+    found = ql.verify(rewritten(path, tmp_path / "b.gguf", **{name.replace(".", "_"): data}), "tiny", imatrix=matrix)
+    assert found.verdict == "other" and found.misfits[0].startswith(f"{name}: the block in row ")
 
 
 def test_an_untouched_tensor_must_be_identical(path, tmp_path):

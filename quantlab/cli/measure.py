@@ -253,8 +253,8 @@ def refine(
 ) -> None:
     """Quantize with the same types and size, but less damage.
 
-    Codes and scales are fitted to the layer's inputs. With --scratch, a stopped run resumes. Prints the KL divergence
-    of ordinary and refined bytes on a held-out text.
+    Codes and scales are fitted to the layer's inputs, at Q2_K to Q6_K, Q4_0 to Q5_1 and IQ2_XXS to IQ4_XS. With
+    --scratch, a stopped run resumes. Prints the KL divergence of ordinary and refined bytes on a held-out text.
     """
     from quantlab.evaluate.refine import refine
     from quantlab.files.bundled import read_text

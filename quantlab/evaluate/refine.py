@@ -34,6 +34,7 @@ from quantlab.files.model import Model, ModelLike, as_model
 from quantlab.files.model import open as open_model
 from quantlab.files.output import DIGESTS, beside, check_outputs, follow, is_stream, replacing
 from quantlab.files.progress import announce
+from quantlab.quants.block_numbers import GRIDS
 from quantlab.transform.job import Options, make_job
 from quantlab.transform.mixture import Recipe, choose_types, find_ftype
 from quantlab.transform.plan import tensor_bytes
@@ -41,6 +42,7 @@ from quantlab.transform.quantize import quantize
 from quantlab.transform.refined import PREFIX
 
 SHARE_OF_PEAK = 0.5  # of the speed of one large product that the pass reaches
+SEARCH = 16000  # operations at that speed in the time of two searches of a grid's points, for each weight
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ def refine(
     """Quantize a model with codes and scales chosen with the layer's inputs: better bits in the same file.
 
     Types, sizes and decoder are those of the ordinary file of this ftype with an importance matrix. Tensors that
-    cannot be refined (embeddings, types without a grid of scales) get their ordinary bytes. Each expert is refined with
-    its own tokens; with fewer of them than half its inputs it gets ordinary bytes.
+    cannot be refined (embeddings, and types other than Q2_K … Q6_K, Q4_0 … Q5_1 and IQ2_XXS … IQ4_XS) get their
+    ordinary bytes. Each expert is refined with its own tokens; with fewer of them than half its inputs it gets ordinary
+    bytes.
 
     Parameters
     ----------
@@ -409,7 +412,8 @@ def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tup
         seen = n_tokens * h.n_expert_used // h.n_expert if routed_here else n_tokens  # by each matrix on average
         each = 4 * seen * rows * n
         if can_refine(variant, tensor.name) and (not routed_here or seen >= fewest_tokens(n)):
-            each += 2 * seen * n * n + (2 * sweeps + 10) * rows * n * n
+            searched = GRIDS[variant.types[tensor.name]].points.weights > 1
+            each += 2 * seen * n * n + ((2 * sweeps + 10) * n + (1 + sweeps) * SEARCH * searched) * rows * n
         operations += tensor.n_weights // (rows * n) * each
     return stored + 4 * max(original, chosen + max(attention, down)), operations
 

@@ -57,7 +57,8 @@ def _feed_back(target: np.ndarray, factor: Factor, qtype: str, workers: Workers)
         moved = target[:, span] + product(error[:, : span.start], moves[: span.start].T, workers)
         within = np.ascontiguousarray(moves[span.start :].T)
         tried = []
-        for importance in (None, weight):
+        equal = None if grid.points.weights == 1 else np.ones_like(weight)  # IQ2 has no search without weights
+        for importance in (equal, weight):
             blocks_ = unpack(quants.quantize(moved, qtype, importance), qtype)
             cost = _round(target[:, span], moved, within, weight, blocks_, workers)
             tried.append((blocks_, cost))
@@ -78,7 +79,8 @@ def _round(wanted, moved, within, weight, chosen: Blocks, workers: Workers) -> n
         parts = [np.ascontiguousarray(part[rows]) for part in (wanted, moved)]
         feed_back(
             *(part.reshape(-1) for part in parts), within.reshape(-1), weight, grid.levels, grid.edges,
-            grid.super_block, grid.sub_block, *(part[rows].reshape(-1) for part in chosen.parts), cost[rows],
+            grid.points, grid.super_block, grid.sub_block,
+            *(part[rows].reshape(-1) for part in chosen.parts), cost[rows],
         )  # fmt: skip
 
     workers.map(work, blocks(len(wanted), ROWS))
@@ -103,7 +105,8 @@ def _sweep(chosen: Blocks, gradient: np.ndarray, h: np.ndarray, workers: Workers
             ]
             parts = [np.ascontiguousarray(view) for view in views]
             descend(
-                width, moments, g.reshape(-1), grid.levels, grid.edges, grid.super_block, grid.sub_block, *ranges,  # noqa: B023
+                width, moments, g.reshape(-1), grid.levels, grid.edges, grid.points,  # noqa: B023
+                grid.super_block, grid.sub_block, *ranges,
                 *(part.reshape(-1) for part in parts), change[rows].reshape(-1),  # noqa: B023
             )  # fmt: skip
             for view, part in zip(views, parts, strict=True):

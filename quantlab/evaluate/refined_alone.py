@@ -20,6 +20,7 @@ from quantlab.evaluate.refine import auto_damping, calibration_tokens, check_pla
 from quantlab.evaluate.refinement import Refinement, can_refine
 from quantlab.evaluate.variants import Variant, output_name, refined_path
 from quantlab.files.model import Model
+from quantlab.quants.block_numbers import GRIDS
 from quantlab.transform.refined import has_refined_bytes
 
 CHUNKS, SWEEPS = 64, 2  # as `quantlab.refine` has them
@@ -54,7 +55,7 @@ class RefinedAlone:
 
     def __init__(self, base: Model, tokens: np.ndarray, folder: Path, memory, progress: bool):
         self.base, self.tokens, self.folder, self.memory, self.progress = base, tokens, folder, memory, progress
-        said = [hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), SWEEPS, cpu_kind()]
+        said = [hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), SWEEPS, cpu_kind(), sorted(GRIDS)]
         self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def make(self, changes: Sequence[Mapping[str, str]]) -> None:

@@ -2,7 +2,8 @@
 
     value = d * sc * level[code] - dmin * m
 
-with a code per weight, whole numbers `sc` and `m` per sub-block, and float16 `d` and `dmin` per super-block.
+with a code per weight, numbers `sc` and `m` per sub-block, and float16 `d` and `dmin` per super-block. In IQ2 and IQ3
+`sc` is l + 1/2 with the block's l = 0 … 15, and the codes of 4 or 8 weights, their signs aside, are a point of a grid.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ from functools import cached_property
 import numpy as np
 
 from quantlab.quants.codebook import put, take
-from quantlab.quants.ggml_types import GGML_TYPES, block_bytes, block_size
+from quantlab.quants.ggml_types import GGML_TYPES, Bits, block_bytes, block_size
+from quantlab.quants.grids import (
+    EVEN,
+    NO_POINTS,
+    Points,
+    level_bits,
+    point_levels,
+    signed_values,
+    sorted_points,
+)
+from quantlab.quants.grids import grid as grid_of
 
 
 @dataclass(frozen=True)
@@ -24,21 +35,28 @@ class Grid:
         ggml type.
     super_block, sub_block : int
         Weights that share `d` and `dmin`; weights that share `sc` and `m`.
-    sc_range, m_range : (int, int)
-        Smallest and largest whole number of a sub-block's scale and minimum: (1, 1) where the type stores none, (0, 0)
-        for the minimum of a type without one.
+    sc_range, m_range : (float, float)
+        Smallest and largest number of a sub-block's scale and minimum, in steps of 1: (1, 1) where the type stores
+        none, (0, 0) for the minimum of a type without one.
     """
 
     qtype: str
     super_block: int
     sub_block: int
-    sc_range: tuple[int, int]
-    m_range: tuple[int, int]
+    sc_range: tuple[float, float]
+    m_range: tuple[float, float]
 
     @cached_property
     def levels(self) -> np.ndarray:
         """The level of each code [dtype=float32], ascending."""
+        if self.qtype in _FACTORS:
+            return signed_values(self.qtype, _FACTORS[self.qtype])
         return np.array(GGML_TYPES[self.qtype].levels, np.float32)
+
+    @cached_property
+    def points(self) -> Points:
+        """The points that the codes of several weights must be."""
+        return sorted_points(self.qtype, _FACTORS[self.qtype]) if self.qtype in _FACTORS else NO_POINTS
 
     @cached_property
     def edges(self) -> np.ndarray:
@@ -57,7 +75,7 @@ class Blocks:
     d, dmin : np.ndarray [shape=(nrows, n / super_block), dtype=float32]
         Each is exactly a float16.
     sc, m : np.ndarray [shape=(nrows, n / sub_block), dtype=float32]
-        Whole numbers.
+        Whole numbers; `sc` of IQ2 and IQ3 half of an odd one.
     code : np.ndarray [shape=(nrows, n), dtype=float32]
         Whole numbers.
     """
@@ -159,7 +177,7 @@ def _write_iq4_xs(blocks, d, dmin, sc, m):
 
 
 def _read_scale(blocks):
-    """The types of 32 weights with a scale alone."""
+    """The types whose blocks begin with their scale, and store no more of it or with the points."""
     return _half(blocks, 0), None, None, None
 
 
@@ -177,6 +195,73 @@ def _write_scale_and_low(blocks, d, dmin, sc, m):
     _put_half(blocks, 2, -dmin)
 
 
+# ---- IQ2 and IQ3: positions in the grid, the 8 signs of 8 weights, and l
+
+# the values of 8 or 4 weights are factor * d * (l + 1/2) * those of the grid
+_FACTORS = {"IQ2_XXS": 0.25, "IQ2_XS": 0.25, "IQ2_S": 0.25, "IQ3_XXS": 0.5, "IQ3_S": 2.0}
+# type -> places of the positions' low bits and high bits, of the signs, of l
+_PLACES = {
+    "IQ2_S": (Bits(2, 34, 1, 8), Bits(66, 74, 1, 2), Bits(34, 66, 1, 8), Bits(74, 82, 1, 4)),
+    "IQ3_S": (Bits(2, 66, 1, 8), Bits(66, 74, 1, 1), Bits(74, 106, 1, 8), Bits(106, 110, 1, 4)),
+}
+_IQ2_XS_L = Bits(66, 74, 1, 4)
+_SEVENS = 7 * np.arange(4, dtype="<u4")  # places of four times 7 signs in 32 bits
+
+
+def _words(blocks: np.ndarray, dtype: str) -> np.ndarray:
+    return np.ascontiguousarray(blocks).view(dtype)
+
+
+def _read_points(qtype: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return positions [shape=(n_blocks, 256 / weights)], signs [shape=(n_blocks, 32)] and l of each sub-block."""
+    if qtype in _PLACES:
+        low, high, signs, l = (take(place, blocks) for place in _PLACES[qtype])
+        return low | high.astype(np.uint16) << 8, signs, l
+    if qtype == "IQ2_XS":
+        q = _words(blocks[:, 2:66], "<u2")
+        return q & 511, EVEN[q >> 9], take(_IQ2_XS_L, blocks)
+    if qtype == "IQ2_XXS":
+        pairs = _words(blocks[:, 2:66], "<u4")
+        position, tail = _words(pairs[:, ::2], "u1"), pairs[:, 1::2]
+    else:
+        position, tail = blocks[:, 2:66], _words(blocks[:, 66:98], "<u4")
+    return position, EVEN[tail[:, :, None] >> _SEVENS & 127].reshape(len(blocks), 32), tail >> 28
+
+
+def _write_points(qtype: str, blocks: np.ndarray, position: np.ndarray, signs: np.ndarray, l: np.ndarray) -> None:
+    """Write what `_read_points` returns."""
+    if qtype in _PLACES:
+        for place, part in zip(_PLACES[qtype], (position, position >> 8, signs, l), strict=True):
+            put(place, blocks, part.astype(np.uint8))
+    elif qtype == "IQ2_XS":
+        blocks[:, 2:66] = _words((position | (signs & 127).astype(np.uint16) << 9).astype("<u2"), "u1")
+        put(_IQ2_XS_L, blocks, l.astype(np.uint8))
+    else:
+        sevens = (signs & 127).astype("<u4").reshape(-1, 8, 4) << _SEVENS
+        tail = l.astype("<u4") << 28 | np.bitwise_or.reduce(sevens, axis=2)
+        position = position.astype(np.uint8)
+        if qtype == "IQ2_XXS":
+            pairs = np.stack([_words(position, "<u4"), tail], axis=2)
+            blocks[:, 2:66] = _words(pairs.reshape(len(blocks), -1), "u1")
+        else:
+            blocks[:, 2:66], blocks[:, 66:98] = position, _words(tail, "u1")
+
+
+def _codes_of_points(qtype: str, position: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """Return the codes, places in `Grid.levels` [shape=(n_blocks, 256), dtype=uint8]."""
+    level, n_levels = point_levels(qtype)[position].reshape(len(signs), 256), len(GRIDS[qtype].levels) // 2
+    return np.where(np.unpackbits(signs, axis=1, bitorder="little"), n_levels - 1 - level, n_levels + level)
+
+
+def _points_of_codes(qtype: str, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions and signs of codes [shape=(n_blocks, 256), dtype=uint8]."""
+    n_levels, weights = len(GRIDS[qtype].levels) // 2, GRIDS[qtype].points.weights
+    minus = code < n_levels
+    level = np.where(minus, n_levels - 1 - code, code - n_levels).astype(np.int32)
+    points = (level.reshape(len(code), -1, weights) << level_bits(weights) * np.arange(weights)).sum(axis=2)
+    return grid_of(qtype).index[points], np.packbits(minus, axis=1, bitorder="little")
+
+
 # type -> how its scales are read and written, and the ranges of `sc` and `m`
 _SCALES = {
     "Q2_K": (_read_q2_k, _write_q2_k, (0, 15), (0, 15)),
@@ -190,6 +275,7 @@ _SCALES = {
     "Q5_0": (_read_scale, _write_scale, (1, 1), (0, 0)),
     "Q4_1": (_read_scale_and_low, _write_scale_and_low, (1, 1), (1, 1)),
     "Q5_1": (_read_scale_and_low, _write_scale_and_low, (1, 1), (1, 1)),
+    **{qtype: (_read_scale, _write_scale, (0.5, 15.5), (0, 0)) for qtype in _FACTORS},
 }
 GRIDS = {
     qtype: Grid(qtype, GGML_TYPES[qtype].block, GGML_TYPES[qtype].sub_block or GGML_TYPES[qtype].block, sc, m)
@@ -217,6 +303,9 @@ def unpack(data: np.ndarray, qtype: str) -> Blocks:
     code, shift = np.uint8(0), 0
     for place in GGML_TYPES[qtype].codes:
         code, shift = code | take(place, blocks) << shift, shift + place.width
+    if qtype in _FACTORS:
+        position, signs, l = _read_points(qtype, blocks)
+        code, sc = _codes_of_points(qtype, position, signs), l + np.float32(0.5)
     per = grid.super_block // grid.sub_block
     sc = np.full((len(blocks), per), grid.sc_range[0]) if sc is None else sc
     m = np.full((len(blocks), per), grid.m_range[0]) if m is None else m
@@ -235,5 +324,7 @@ def pack(blocks: Blocks) -> np.ndarray:
     for place in GGML_TYPES[grid.qtype].codes:
         put(place, data, code >> shift & np.uint8((1 << place.width) - 1))
         shift += place.width
+    if grid.qtype in _FACTORS:
+        _write_points(grid.qtype, data, *_points_of_codes(grid.qtype, code), sc)
     _SCALES[grid.qtype][1](data, blocks.d, blocks.dmin, sc, m.astype(np.uint8))
     return data.reshape(nrows, -1)

@@ -6,6 +6,8 @@ An ordinary encoder rounds every weight by itself. The kernels here lower the er
     feed back    round column after column, each weight moved by the errors of the columns before it
     descend      move codes, sub-block scales and super-block scales in turn, each to where the error is lowest
 
+Codes of IQ2 and IQ3 are chosen for 8 weights at a time, see `points.py`.
+
 Both work on up to 256 columns (a *span*) of 16 rows at a time, a row in each lane. What a span's errors mean for other
 columns is a matrix product, which `evaluate/refine.py` makes. Rows do not depend on each other.
 
@@ -34,6 +36,7 @@ from quantlab.quants.lanes import (
     to_float,
     to_half,
 )
+from quantlab.quants.points import BLOCK, choose, cost_of, new_block, solve, split
 
 span_kernel = njit(nogil=True, cache=True, error_model="numpy")  # called by several threads, each on its own rows
 
@@ -82,7 +85,7 @@ def _level(code, levels, edges):
 
 
 @span_kernel
-def feed_back(wanted, moved, factor, weight, levels, edges, super_block, sub_block, d, dmin, sc, m, code, cost):
+def feed_back(wanted, moved, factor, weight, levels, edges, points, super_block, sub_block, d, dmin, sc, m, code, cost):
     """Round the columns of a span one after another, each moved by the errors of those before it.
 
     Parameters
@@ -93,6 +96,8 @@ def feed_back(wanted, moved, factor, weight, levels, edges, super_block, sub_blo
         Element ``n * column + earlier``: how far an error of the earlier column moves the later one.
     weight : np.ndarray [shape=(n,), dtype=float32]
         Price of a column's squared error once it has been moved.
+    levels, edges, points, super_block, sub_block
+        As in `Grid`.
     d, dmin, sc, m, code : np.ndarray
         The parts of `Blocks`, flat. `code` is rewritten.
     cost : np.ndarray [shape=(nrows,), dtype=float32]
@@ -103,6 +108,7 @@ def feed_back(wanted, moved, factor, weight, levels, edges, super_block, sub_blo
     w, x = np.empty(16 * n, np.float32), np.empty(16 * n, np.float32)
     error, q = np.empty(16 * n, np.float32), np.empty(16 * n, np.float32)
     scale, low = np.empty(16 * n_sub, np.float32), np.empty(16 * n_sub, np.float32)
+    block, n_single = new_block(points), n if points.weights == 1 else 0
     for row in range(0, cost.size, 16):
         _read(wanted, row * n, n, n, w)
         _read(moved, row * n, n, n, x)
@@ -112,7 +118,10 @@ def feed_back(wanted, moved, factor, weight, levels, edges, super_block, sub_blo
             store(scale, 16 * j, gather(d, s, n_super) * gather(sc, at, n_sub))
             store(low, 16 * j, gather(dmin, s, n_super) * gather(m, at, n_sub))
         total = lanes(ZERO)
-        for c in range(n):
+        for c in range(n_single, n, BLOCK):
+            step = load(scale, c // sub_block * 16)
+            total = total + _feed_block(block, points, levels, w, x, error, q, step, factor, weight, n, c)
+        for c in range(n_single):
             v = load(x, 16 * c) + _weighed_sum(error, 0, c, factor, n * c)
             step, shift = load(scale, c // sub_block * 16), load(low, c // sub_block * 16)
             l = select(step == ZERO, load(q, 16 * c), _nearest((v + shift) / step, levels, edges))
@@ -122,6 +131,31 @@ def feed_back(wanted, moved, factor, weight, levels, edges, super_block, sub_blo
             total = total + weight[c] * ((v - value) * (v - value))
         _write(code, row * n, n, n, q)
         store(cost, row, total)
+
+
+@kernel
+def _feed_block(block, points, levels, w, x, error, q, scale, factor, weight, n, first):
+    """Choose the codes of 8 columns; return the price of their errors. A scale of 0 keeps them."""
+    zero = scale == ZERO
+    for i in range(BLOCK):
+        c = first + i
+        block.weight[i] = weight[c]
+        for j in range(BLOCK):
+            block.factor[8 * i + j] = factor[n * c + first + j] if j < i else ONE if j == i else ZERO
+        e = (load(x, 16 * c) - load(w, 16 * c)) + _weighed_sum(error, 0, first, factor, n * c)
+        for j in range(i):
+            e = e - block.factor[8 * i + j] * load(block.target, 16 * j)
+        store(block.target, 16 * i, e)
+    for i in range(BLOCK):
+        wanted = load(w, 16 * (first + i)) + load(block.target, 16 * i)
+        store(block.z, 16 * i, select(zero, wanted, wanted / scale))
+    choose(block, points, levels, True)
+    for i in range(BLOCK):
+        c = 16 * (first + i)
+        store(q, c, select(zero, load(q, c), load(block.code, 16 * i)))
+        store(error, c, load(w, c) - select(zero, ZERO, scale * load(block.q, 16 * i)))
+        store(block.q, 16 * i, select(zero, ZERO, load(block.q, 16 * i)))
+    return select(zero, ONE, scale * scale) * cost_of(block, block.q)
 
 
 @inlined_kernel
@@ -142,7 +176,7 @@ def _weighed_sum(columns, first, n, factors, at):
 
 @span_kernel
 def descend(
-    n, moments, g, levels, edges, super_block, sub_block, sc_low, sc_high, m_high, d, dmin, sc, m, code, change
+    n, moments, g, levels, edges, points, super_block, sub_block, sc_low, sc_high, m_high, d, dmin, sc, m, code, change
 ):
     """Minimize the error of a span over codes, then sub-blocks' scales, then super-blocks' scales.
 
@@ -156,14 +190,16 @@ def descend(
         H of the span's columns.
     g : np.ndarray [shape=(nrows * n,), dtype=float32]
         The span's columns of ``e H``. `nrows` is a multiple of 16.
+    levels, edges, points, super_block, sub_block
+        As in `Grid`.
     sc_low, sc_high, m_high : float32
-        Ranges of `sc` (equal where the type stores none) and of `m` (0: no minimum; else from 0 on).
+        Ranges of `sc` (equal where the type stores none), in steps of 1, and of `m` (0: no minimum; else from 0 on).
     d, dmin, sc, m, code : np.ndarray
         The parts of `Blocks`, flat; rewritten.
     change : np.ndarray [shape=(nrows * n,), dtype=float32]
         Receives new minus old values of the weights.
     """
-    ws = _workspace(n, super_block, sub_block)
+    ws, block = _workspace(n, super_block, sub_block), new_block(points)
     n_sub, n_super = n // sub_block, n // super_block
     for row in range(0, g.size // n, 16):
         _read(g, row * n, n, n, ws.g)
@@ -175,7 +211,11 @@ def descend(
         ws.change[:] = ZERO
         for c in range(n):
             store(ws.level, 16 * c, _level(load(ws.code, 16 * c), levels, edges))
-        _move_codes(ws, moments, levels, edges, n, super_block, sub_block)
+        if points.weights == 1:
+            _move_codes(ws, moments, levels, edges, n, super_block, sub_block)
+        for c in range(0, n if points.weights > 1 else 0, BLOCK):
+            scale = load(ws.d, c // super_block * 16) * load(ws.sc, c // sub_block * 16)
+            _move_block(ws, block, moments, levels, points, scale, n, c)
         if sc_low != sc_high:
             _move_sub_blocks(ws, moments, n, super_block, sub_block, sc_low, sc_high, m_high)
         _move_super_blocks(ws, moments, n, super_block, sub_block, m_high)
@@ -229,12 +269,45 @@ def _move_codes(ws, moments, levels, edges, n, super_block, sub_block):
         code = select(scale == ZERO, load(ws.code, 16 * c), code)
         level = _level(code, levels, edges)
         if any_lane(level != old):
-            step = scale * (level - old)
-            store(ws.code, 16 * c, code)
-            store(ws.level, 16 * c, level)
-            store(ws.change, 16 * c, load(ws.change, 16 * c) + step)
-            for i in range(n):
-                store(ws.g, 16 * i, load(ws.g, 16 * i) + moments[c * n + i] * step)
+            _move_column(ws, moments, n, c, code, level, scale * (level - old))
+
+
+@kernel
+def _move_block(ws, block, moments, levels, points, scale, n, first):
+    """Move the codes of 8 columns to better points: with the best signs, then with those they have."""
+    split(block, moments, n, first)
+    solve(block, ws.g, first)
+    for i in range(BLOCK):
+        old = load(ws.level, 16 * (first + i))
+        store(block.z, 16 * i, old - load(block.target, 16 * i) / scale)
+        store(ws.u, 16 * i, old)
+        store(ws.step, 16 * i, load(ws.code, 16 * (first + i)))
+    best = cost_of(block, ws.u)
+    for signs_too in (True, False):
+        for i in range(BLOCK):
+            store(block.sign, 16 * i, select(load(ws.level, 16 * (first + i)) < ZERO, -ONE, ONE))
+        choose(block, points, levels, signs_too)
+        cost = cost_of(block, block.q)
+        better = (cost < best) & (scale != ZERO)
+        best = select(better, cost, best)
+        for i in range(BLOCK):
+            store(ws.u, 16 * i, select(better, load(block.q, 16 * i), load(ws.u, 16 * i)))
+            store(ws.step, 16 * i, select(better, load(block.code, 16 * i), load(ws.step, 16 * i)))
+    for i in range(BLOCK):
+        c, level = first + i, load(ws.u, 16 * i)
+        old = load(ws.level, 16 * c)
+        if any_lane(level != old):
+            _move_column(ws, moments, n, c, load(ws.step, 16 * i), level, scale * (level - old))
+
+
+@inlined_kernel
+def _move_column(ws, moments, n, c, code, level, step):
+    """Give column `c` other codes and levels, which add `step` to its values."""
+    store(ws.code, 16 * c, code)
+    store(ws.level, 16 * c, level)
+    store(ws.change, 16 * c, load(ws.change, 16 * c) + step)
+    for i in range(n):
+        store(ws.g, 16 * i, load(ws.g, 16 * i) + moments[c * n + i] * step)
 
 
 @inlined_kernel
@@ -255,7 +328,8 @@ def _change_of_error(x, y, gu, gv, uu, uv, vv):
 
 @kernel
 def _move_sub_blocks(ws, moments, n, super_block, sub_block, sc_low, sc_high, m_high):
-    """Move the whole numbers of each sub-block: try scales near the best, each with its best minimum."""
+    """Move the numbers of each sub-block: try scales near the best, each with its best minimum."""
+    part = sc_low - np.float32(np.floor(sc_low))  # what all scales have beyond a whole number
     for j in range(n // sub_block):
         first, stop, at = j * sub_block, (j + 1) * sub_block, 16 * (j * sub_block // super_block)
         gu, gv, uu, uv, vv = lanes(ZERO), lanes(ZERO), lanes(ZERO), lanes(ZERO), ZERO
@@ -272,9 +346,9 @@ def _move_sub_blocks(ws, moments, n, super_block, sub_block, sc_low, sc_high, m_
             determinant = uu * vv - uv * uv
             x = select((determinant > ZERO) & (dmin != ZERO), (gv * uv - gu * vv) / determinant, x)
         best, best_sc, best_m = lanes(ZERO), sc, m
-        wanted = nearest_int(maximum(-FAR, minimum(FAR, sc + x / d)))
+        wanted = nearest_int(maximum(-FAR, minimum(FAR, sc - part + x / d)))
         for beside in range(-1, 2):
-            new_sc = minimum(sc_high, maximum(sc_low, to_float(wanted + beside)))
+            new_sc = minimum(sc_high, maximum(sc_low, to_float(wanted + beside) + part))
             x = d * (new_sc - sc)
             lower = m + (gv + x * uv) / (vv * dmin)  # the minimum that fits, between two whole numbers
             for up in range(2):

@@ -19,7 +19,8 @@ DISTANCES = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ3_XXS": 2, "IQ3_S": 3, "I
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 ALL_SIGNS = (255 * _BITS).view(np.int64).reshape(-1)  # by the signs of 8 weights: 255 in the byte of each minus
-EVEN_SIGNS = ALL_SIGNS[[s | s.bit_count() % 2 << 7 for s in range(128)]]  # by 7 signs, the eighth making them even
+EVEN = np.array([s | s.bit_count() % 2 << 7 for s in range(128)], np.uint8)  # by 7 signs: 8, an even number of minuses
+EVEN_SIGNS = ALL_SIGNS[EVEN]
 
 
 class Grid(NamedTuple):
@@ -31,17 +32,83 @@ class Grid(NamedTuple):
     codes: np.ndarray  # uint16: points; each run is filled up to a multiple of 16 with its first one
 
 
+class Points(NamedTuple):
+    """The points of a grid, sorted by the levels of their first halves.
+
+    Attributes
+    ----------
+    weights : int
+        Weights of a point; 1 for a type without a grid, whose arrays are empty.
+    even : bool
+        Whether the number of minus signs of 8 weights must be even.
+    halves : np.ndarray [shape=(n_halves * weights / 2,), dtype=float32]
+        Values of all halves that a point may have.
+    start : np.ndarray [shape=(n_halves + 1,), dtype=int32]
+        The points ``start[h] : start[h + 1]`` begin with half h.
+    second, code : np.ndarray [shape=(n_points,), dtype=int32]
+        Each point's second half, and its levels as in `Grid.points`.
+    """
+
+    weights: int
+    even: bool
+    halves: np.ndarray
+    start: np.ndarray
+    second: np.ndarray
+    code: np.ndarray
+
+
+_NONE = np.zeros(0, np.int32)
+NO_POINTS = Points(1, False, np.zeros(0, np.float32), _NONE, _NONE, _NONE)
+
+
+@cache
+def sorted_points(qtype: str, factor: float) -> Points:
+    """Return the points of IQ2 and IQ3; values are `factor` times those of the grid."""
+    levels, shifts, values = _levels(qtype)
+    weights, n_levels = levels.shape[1], len(values)
+    places = n_levels ** np.arange(weights // 2)
+    first, second = levels[:, : weights // 2] @ places, levels[:, weights // 2 :] @ places
+    order = np.lexsort((second, first))
+    n_halves = n_levels ** (weights // 2)
+    halves = values[np.arange(n_halves)[:, None] // places % n_levels] * np.float32(factor)
+    start = np.searchsorted(first[order], np.arange(n_halves + 1))
+    parts = (start, second[order], (levels << shifts).sum(1)[order])
+    even = qtype in ("IQ2_XXS", "IQ2_XS", "IQ3_XXS")
+    return Points(weights, even, halves.reshape(-1), *(part.astype(np.int32) for part in parts))
+
+
+def signed_values(qtype: str, factor: float) -> np.ndarray:
+    """Return the values of all levels with both signs, ascending, times `factor` [dtype=float32]."""
+    values = _levels(qtype)[2] * np.float32(factor)
+    return np.concatenate([-values[::-1], values])
+
+
+def point_levels(qtype: str) -> np.ndarray:
+    """Return the levels of a grid's points [shape=(n_points, weights), dtype=uint8]."""
+    return _levels(qtype)[0].astype(np.uint8)
+
+
+def level_bits(weights: int) -> int:
+    """Return the bits of a level in a point's code: 2 of 8 weights, 3 of 4."""
+    return 16 // weights - weights // 4 % 2
+
+
+@cache
+def _levels(qtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the levels of all points, the place of each in a point's code, and the levels' values."""
+    values = _values(qtype)
+    known = np.unique(values)
+    weights = values.shape[1]
+    return np.searchsorted(known, values), level_bits(weights) * np.arange(weights), known.astype(np.float32)
+
+
 @cache
 def grid(qtype: str) -> Grid:
     """Return grid and neighbours of IQ1_S (IQ1_M has the same), IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS or IQ3_S."""
-    values = _values(qtype)
-    weights = values.shape[1]
-    width = 16 // weights - weights // 4 % 2  # bits of a level: 2 of 8 weights, 3 of 4
-    n_levels = 3 if weights == 8 else 8
-    levels = np.searchsorted(sorted(set(values.reshape(-1).tolist())), values)
-    shifts = width * np.arange(weights)
+    levels, shifts, values = _levels(qtype)
+    weights, n_levels = levels.shape[1], len(values)
     points = (levels << shifts).sum(1)
-    index = np.full(1 << width * weights, -1, np.int32)
+    index = np.full(1 << level_bits(weights) * weights, -1, np.int32)
     index[points] = np.arange(len(points))
     missing = _all_points(n_levels, weights)
     missing = missing[index[(missing << shifts).sum(1)] < 0]
