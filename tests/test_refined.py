@@ -106,8 +106,15 @@ def test_types_with_grids_of_points_are_refined(of_points):
     assert row["less"] > 0.2 and row["less"] > 5 * row["less_se"]
 
 
-@pytest.mark.parametrize("change", [_zeros, _another_row, _other_scale, _mirrored])
-@pytest.mark.parametrize("name", ["blk.3.ffn_up.weight", "blk.0.attn_q.weight"])
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (_zeros, "blk.3.ffn_up.weight"),
+        (_another_row, "blk.3.ffn_up.weight"),
+        (_other_scale, "blk.0.attn_q.weight"),
+        (_mirrored, "blk.0.attn_q.weight"),
+    ],
+)
 def test_tampered_points_are_found(of_points, tmp_path, change, name):
     path, matrix = of_points
     data = changed(path, name, change)

@@ -22,7 +22,7 @@ import numpy as np
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.recognize import short
 from quantlab.quants.block_numbers import GRIDS
-from quantlab.quants.ggml_types import block_size
+from quantlab.quants.ggml_types import GGML_TYPES, block_size
 from quantlab.transform.compare import as_floats, untyped
 
 PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
@@ -34,6 +34,12 @@ def has_refined_bytes(tensor: LazyTensor, qtype: str) -> bool:
     """Tell whether a tensor gets refined bytes at a type: matrices of a layer or the output, on a grid."""
     is_matrix = len(tensor.shape) > 1 and (tensor.name.startswith("blk.") or tensor.name == "output.weight")
     return is_matrix and qtype in GRIDS and qtype != tensor.qtype
+
+
+def equal_weights(tensor: LazyTensor) -> np.ndarray | None:
+    """Return an importance of 1 for each input if the tensor's type is not encoded without one."""
+    is_needed = not GGML_TYPES[tensor.qtype].encoder
+    return np.ones(tensor.n_weights // tensor.shape[-2], np.float32) if is_needed else None
 
 
 def declaration(model: Model) -> str:

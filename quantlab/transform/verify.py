@@ -440,7 +440,7 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
             continue
         step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
         if declared and refined.has_refined_bytes(step.tensor, tensor.qtype):
-            cases.append(_Case(tensor, replace(step, weights=None), True))
+            cases.append(_Case(tensor, replace(step, weights=refined.equal_weights(tensor)), True))
         elif step.is_kept or _can_encode(step):
             cases.append(_Case(tensor, step, False))
         else:
