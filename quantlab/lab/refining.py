@@ -83,7 +83,7 @@ def refined(
     weights : np.ndarray [shape=(nrows, n_per_row), dtype=float32]
     inputs : np.ndarray [shape=(n_tokens, n_per_row), dtype=float32]
     qtype : str
-        A k-quant, Q4_0 to Q5_1, IQ4_NL or IQ4_XS.
+        Q2_K to Q6_K, Q4_0 to Q5_1, or IQ2_XXS to IQ4_XS.
     damping : float
         Share of the diagonal of the second moments that is added to it.
     sweeps : int

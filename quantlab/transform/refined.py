@@ -10,9 +10,9 @@ codes it must choose, so blocks are held against the source by distance alone. T
   coarsest type in the file, whatever the tensor's own type.
 
 So a block may be a few times as far from its weights as ordinary encoding of the file's coarsest type is. Measured over
-all blocks of the bundled model at Q2_K, Q3_K_M, Q4_K_M and Q5_K_M: 1.9 times, so `FAR` is 3. In any case it must be
-nearer to them than nothing at all is. A block of other weights is 1.4 times as far as nothing; a single code off by a
-step stays unseen.
+all blocks of the bundled model at Q2_K, Q3_K_M, Q4_K_M, Q5_K_M, IQ2_XXS and IQ3_XXS: 1.9 times, so `FAR` is 3. In any
+case it must be nearer to them than nothing at all is. A block of other weights is 1.4 times as far as nothing; a single
+code off by a step stays unseen.
 """
 
 from __future__ import annotations
