@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import llama_models
@@ -163,11 +164,11 @@ def test_rows_of_zeros_and_of_infinities_stay_what_they_are():
 
 
 def needs_of(tmp_path, shape, precision, card, chunks=655):
-    """The plan of a size/ppl table with 14 ftypes on a card of `card` GiB, of which the driver leaves 95 %."""
+    """The plan of a size/ppl table with 16 ftypes on a card of `card` GiB, of which the driver leaves 95 %."""
     names = ("n_vocab", "n_embd", "n_ff", "n_layer", "n_head", "n_head_kv")
     hparams = arch.Hparams(arch="llama", **{name: bundled_shape(shape)[name] for name in names})
     model = ql.open(sparse_gguf(tmp_path / "sparse.gguf", hparams, "F16"))
-    ftypes = [name for name in FTYPES if name not in ("F16", "F32")]
+    ftypes = [name for name in FTYPES if name != "F16"]
     variants = [as_is(model), *resolve(model, ftypes, rules="2023-12")]
     tokens = np.zeros((chunks, 512), np.int32)
     device = torch.device("cuda")
@@ -193,6 +194,19 @@ def test_large_models_fit_by_layers(tmp_path, monkeypatch, shape, precision, car
     budget = plan.fit(*needs_of(tmp_path, shape, precision, card), host, False)
     assert budget.chunks_at_once == chunks and f"hidden states {where}" in str(budget)
     assert budget.device_memory < card * 2**30 and str(budget).startswith(f"cuda, {precision}: ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks", "stated"),
+    [("llama-7b", 16, ["10.7 GiB"]), ("yi-34b", 655, ["15.9 GiB; 8 variants", "29.6 GiB; 16 variants"])],
+)
+def test_parameters_of_real_tables_state_the_plan(tmp_path, monkeypatch, shape, chunks, stated):
+    monkeypatch.setattr(plan, "measure", lambda *args: 1e14)
+    text = (Path(__file__).parents[1] / f"notebooks/params/size_ppl_table-{shape}.yaml").read_text()
+    for card, figure in zip((24, 80), stated, strict=False):
+        budget = plan.fit(*needs_of(tmp_path, shape, "halves", card, chunks), "24GiB", False)
+        said = f"{budget.device_memory / 2**30:.1f} GiB; {budget.outputs_at_once} variants"
+        assert said.startswith(figure) and figure in text
 
 
 def test_a_card_that_is_too_small_is_refused(tmp_path):

@@ -33,7 +33,9 @@ NAMES = {
 SENSITIVE = [("gemma4-e", SPLIT)]  # its golden logits differ from the CPU's ten times as much as those of the others
 MODELS = [(kind, name) for kind, names in NAMES.items() for name in names]
 ROWS = np.stack([TOKENS, TOKENS[::-1]])
-pytestmark = pytest.mark.filterwarnings("ignore:.*pre-tokenizer|.*vocabulary differs|.*became zero in F16")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*pre-tokenizer|.*vocabulary differs|.*became zero in F16|.*multi-token"
+)
 
 
 def nlls(logits):
@@ -119,8 +121,13 @@ def test_every_column_of_the_golden_table_is_that_of_the_cpu(tmp_path, ftypes, c
         assert found.rows[0]["ppl_se"] == pytest.approx(golden["results"]["F16"]["ppl_se"], rel=2e-3)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("kind", "name"), MODELS, ids=[name for _, name in MODELS])
+SOON = ("gemma4-e", "deepseek-v3")  # with every field that others lack; the others take minutes
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [pytest.param(*of, id=of[1], marks=() if of[1] in SOON else pytest.mark.long) for of in MODELS],
+)
 def test_importance_and_sensitivity_of_every_architecture_are_the_cpus(tmp_path, kind, name):
     folder = importlib.import_module(f"{kind}_models").write_model(tmp_path / name, name)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
@@ -131,7 +138,7 @@ def test_importance_and_sensitivity_of_every_architecture_are_the_cpus(tmp_path,
     for key, sums in expected.sums.items():
         np.testing.assert_allclose(found.sums[key], sums, rtol=2e-4, atol=1e-6 * sums.max())
         np.testing.assert_array_equal(found.counts[key], expected.counts[key])
-    options |= dict(types=["Q8_0", "Q4_0"], groups="kind", cache=False)
+    options |= dict(types=["Q4_0"], groups="kind", cache=False)
     found, expected = (ql.sensitivity(folder, tmp_path / "text.txt", device=d, **options) for d in devices)
     for ours, theirs in zip(found.rows, expected.rows, strict=True):
         assert ours["group"] == theirs["group"] and ours["error"] == theirs["error"]

@@ -20,6 +20,12 @@ def test_eleven_of_sixteen_published_sizes_of_llama_7b_are_right():
     assert wrong == {"F32": whole, "F16": whole, "Q8_0": padded, "Q5_1": padded, "Q4_1": padded}
 
 
+def test_a_table_resumes_only_from_its_own_states(tmp_path):
+    (tmp_path / "progress.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds the states of another run"):
+        tables.size_ppl("tiny", ftypes=["Q4_0"], n_ctx=64, chunks=1, scratch=tmp_path)
+
+
 def test_all_published_sizes_of_yi_34b_are_right():
     frame = tables.beside_published(ql.sizes("yi-34b", rules="2023-12"))
     assert frame["agrees"].all()

@@ -119,16 +119,20 @@ def table(
     device: cli.Device = "auto",
     device_memory: cli.DeviceMemory = None,
     memory: cli.Memory = None,
+    scratch: cli.Scratch = None,
     overwrite: cli.Overwrite = False,
     json: cli.JsonPath = None,
 ) -> None:
-    """Print the size and the perplexity of every ftype."""
+    """Print the size and the perplexity of every ftype.
+
+    With --scratch, a stopped run resumes; the rows of --today start again.
+    """
     from quantlab.study import tables
 
     names = [name for name in ftypes.split(",") if name]
     where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
     options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": cli.context_size(model, n_ctx), "chunks": chunks}
-    result = tables.size_ppl(model, text, ftypes=names, **where, **options)
+    result = tables.size_ppl(model, text, ftypes=names, scratch=scratch, **where, **options)
     if today:
         from quantlab.study.today import with_today
 

@@ -226,6 +226,7 @@ def size_ppl(
     device: str = "auto",
     device_memory: str | int | None = None,
     memory: str | int | None = None,
+    scratch: str | Path | None = None,
 ) -> SizePpl:
     """Make the size/ppl table of a model: the size and the perplexity of every ftype.
 
@@ -247,7 +248,7 @@ def size_ppl(
         Tokens per chunk.
     chunks : int, optional
         How many chunks are measured; by default the whole text, and 16 chunks of models of 10⁸ weights and more.
-    mode, device, device_memory, memory
+    mode, device, device_memory, memory, scratch
         As for `quantlab.compare`.
 
     Raises
@@ -268,7 +269,7 @@ def size_ppl(
     variants = [name for name in names if name != "COPY"]
     where = {"mode": mode, "device": device, "device_memory": device_memory, "memory": memory}
     options = {"calibrate_on": calibrate_on, "rules": rules, "n_ctx": n_ctx, "chunks": chunks}
-    comparison = compare(opened, variants, text, **options, **where)
+    comparison = compare(opened, variants, text, scratch=scratch, **options, **where)
     return measured(opened, comparison, names, rules)
 
 

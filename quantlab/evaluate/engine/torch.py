@@ -48,7 +48,7 @@ class TorchEngine(Engine):
                 f"Give memory instead."
             )
         if device_memory is not None:
-            parse_bytes(device_memory)
+            parse_bytes(device_memory, "device_memory")
         if (reason := _missing(device)) is not None:
             raise OSError(f"device={device}: {reason}")
         engine = import_module("quantlab.evaluate.engine.card.engine")  # imports torch
