@@ -65,6 +65,7 @@ def test_refined_experts_do_less_damage(made, tmp_path, name):
     plain = ql.quantize(path, tmp_path / "o.gguf", layout_of=refined, report=lambda _: None)
     others = differing(refined, plain)
     assert {key for key in others if "exps" in key} == {t.name for t in ql.open(path) if "exps.weight" in t.name}
+    assert ql.verify(refined, path).verdict == "refined"
     for text, share in (("sampled", 0.8), ("primer", 0.95)):
         found = ql.compare(path, [f"o={plain}", f"r={refined}"], text, **SHORT | {"chunks": 2}).rows
         assert found[2]["kld_mean"] < share * found[1]["kld_mean"]

@@ -16,7 +16,7 @@ from quantlab.evaluate.variants import resolve
 from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.quants.block_numbers import pack, unpack
 from quantlab.study.front import judge_refined
-from quantlab.transform.refined import PREFIX
+from quantlab.transform.refined import PREFIX, limited
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,16 @@ def test_a_refined_file_of_another_model_is_other(path, tmp_path):
     data = ql.open("tiny").tensor("blk.5.ffn_up.weight").load()[::-1].copy()
     found = ql.verify(path, rewritten("tiny", tmp_path / "b.gguf", blk_5_ffn_up_weight=data))
     assert found.verdict == "other" and found.misfits[0].startswith("blk.5.ffn_up.weight: the block in row ")
+
+
+def test_moves_are_shortened_block_by_block():
+    """A move is compared with its block's weights, or with the row's blocks on average where these are larger."""
+    weights, move = np.ones((2, 64), np.float32), np.full((2, 64), 0.1, np.float32)
+    weights[1, :32], move[0, 32:], move[1] = 0, -2, 0.5
+    found = limited(move, weights, "Q4_0", 0.3)
+    assert np.array_equal(found[0, :32], move[0, :32])
+    np.testing.assert_allclose(found[0, 32:], -0.3, rtol=1e-6)
+    np.testing.assert_allclose(found[1], np.repeat([0.3 * 0.5**0.5, 0.3], 32), rtol=1e-6)
 
 
 def test_experts_are_refined_with_their_own_tokens(tmp_path):

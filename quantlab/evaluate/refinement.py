@@ -33,7 +33,7 @@ from quantlab.evaluate.second_moments import Factor, accumulate, damped_moments,
 from quantlab.evaluate.states import HiddenStates
 from quantlab.evaluate.variants import Variant, Weights, as_is, output_name
 from quantlab.quants.validate import check_encoded
-from quantlab.transform.refined import has_refined_bytes
+from quantlab.transform.refined import MOVED, has_refined_bytes, limited, ordinary_distance
 from quantlab.transform.rules import layer_of
 
 AT_ONCE = 512  # rows of a matrix that are refined together
@@ -97,6 +97,7 @@ class Refinement:
         self.model, self.variant, self.tokens, self.engine = variant.model, variant, tokens, engine
         self.sweeps, self.damping, self.bar = sweeps, damping, bar
         self.workers = engine.workers
+        self.reach = MOVED * ordinary_distance(self.model, variant.types)
         self.few = 0  # matrices of experts that keep ordinary bytes
         self._routed = np.empty(0, np.int64)
         self.base = as_is(self.model)
@@ -307,7 +308,7 @@ class Refinement:
         nrows, first = tensor.shape[-2], expert * tensor.shape[-2]
         for rows in blocks(nrows, AT_ONCE):
             weight = tensor.floats(first + rows.start, first + rows.stop)
-            target = weight + factor.solve(change(weight, rows))
+            target = weight + limited(factor.solve(change(weight, rows)), weight, qtype, self.reach)
             data.append(refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps))
             check_encoded(data[-1], weight, qtype, name=name, first_row=first + rows.start)
         return np.concatenate(data)

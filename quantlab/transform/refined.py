@@ -7,7 +7,7 @@ codes it must choose, so blocks are held against the source by distance alone. T
   leaves e H eᵀ ≤ Σ H_ii step² / 4, and H ≥ δ / (1 + δ) · diag(H): errors of (1 + δ) / δ times the square of half a step
   at most, 4.6 half steps for the least damping. Sweeps only lower that.
 - The drift of the layers before it, which it makes up for too. It is of the size of what their rounding did: of the
-  coarsest type in the file, whatever the tensor's own type.
+  coarsest type in the file, whatever the tensor's own type. More than `MOVED` times that is cut off.
 
 So a block may be a few times as far from its weights as ordinary encoding of the file's coarsest type is. Measured over
 all blocks of the bundled model at Q2_K, Q3_K_M, Q4_K_M, Q5_K_M, IQ2_XXS and IQ3_XXS: 1.9 times, so `FAR` is 3. In any
@@ -17,16 +17,21 @@ code off by a step stays unseen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from quantlab import quants
 from quantlab.files.model import LazyTensor, Model
 from quantlab.files.recognize import short
 from quantlab.quants.block_numbers import GRIDS
 from quantlab.quants.ggml_types import GGML_TYPES, block_size
 from quantlab.transform.compare import as_floats, untyped
 
+_ROWS = 64  # rows of a tensor by which ordinary encoding is judged
 PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
 FAR = 3.0  # a block's distance from its weights, over that of ordinary encoding to the file's coarsest type
+MOVED = 1.5  # the same of what a block is asked to be, at most: `limited` cuts the rest
 NOTHING = 0.9  # the same over the weights' own size, at most
 
 
@@ -97,6 +102,29 @@ class Distance:
     def ordinary(self) -> float:
         """Distance of ordinary encoding for the whole tensor, relative to the weights' size."""
         return float(np.sqrt(self._noise / self._signal)) if self._signal else 0.0
+
+
+def ordinary_distance(model: Model, types: Mapping[str, str]) -> float:
+    """Return the distance of ordinary encoding for the coarsest of the types that refined tensors get.
+
+    It is relative to the weights' size, and measured on the first rows of the first tensor of each type.
+    """
+    firsts, found = {types[t.name]: t for t in reversed(list(model)) if has_refined_bytes(t, types[t.name])}, [0.0]
+    for qtype, tensor in firsts.items():
+        weights = tensor.floats(0, min(_ROWS, tensor.nrows))
+        equal = None if GGML_TYPES[qtype].encoder else np.ones(weights.shape[-1], np.float32)
+        far = np.square(quants.roundtrip(weights, qtype, equal) - weights, dtype=np.float64).sum()
+        found.append(float(np.sqrt(far / (np.square(weights, dtype=np.float64).sum() or 1))))
+    return max(found)
+
+
+def limited(move: np.ndarray, weights: np.ndarray, qtype: str, farthest: float) -> np.ndarray:
+    """Shorten moves of blocks to at most `farthest`, relative to the size of their weights as in `Distance`."""
+    blocks, size = (np.square(x, dtype=np.float64).reshape(len(x), -1, block_size(qtype)) for x in (move, weights))
+    far, size = blocks.sum(axis=2), size.sum(axis=2)
+    size = np.maximum(size, size.mean(axis=1, keepdims=True))
+    share = np.sqrt(np.minimum(1, farthest**2 * size / np.maximum(far, np.finfo(np.float64).tiny)))
+    return (move.reshape(blocks.shape) * share[:, :, None].astype(np.float32)).reshape(move.shape)
 
 
 def bound(distances: list[Distance]) -> float:

@@ -122,12 +122,10 @@ def _each(stack: Stored) -> list[Stored]:
 
 
 def needed(read: Read, name: str) -> Stored:
-    """Return a matrix that no layer is without (one row: files may store a vector)."""
+    """Return a tensor that no layer is without."""
     stored = read(name)
     if stored is None:
         raise ValueError(f"{name}: missing, the layer needs it. Convert the model again.")
-    if len(stored.shape) == 1:
-        return replace(stored, data=stored.data[None], shape=(1, *stored.shape))
     return stored
 
 
