@@ -245,3 +245,5 @@ def test_a_card_that_cannot_be_used_is_named(monkeypatch):
 def test_memory_of_a_card_is_for_cards():
     with pytest.raises(ValueError, match="device_memory=8GiB, is for graphics cards, but the device is cpu-torch"):
         find("float", "cpu-torch", "8GiB")
+    with pytest.raises(ValueError, match="device_memory=8XB, must be a positive number of bytes. Give for example"):
+        find("float", "cuda", "8XB")

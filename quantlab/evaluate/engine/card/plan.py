@@ -200,7 +200,7 @@ class _Needs:
             return budget.PROCESS + PACKAGE["cpu"] + held[0] + max(steps), 0
         most = max(self.embeddings, stored, matrices)
         host = budget.PROCESS + PACKAGE[self.engine.device.type] + held[0] + most + 2 * 4 * PIECE
-        return host, held[1] + max(layer, output)
+        return host, held[1] + max(layer, output, self.embeddings if place == "card" else 0)
 
     def fit(self, place: str, chunks: int, outputs: int, host: int, card: int) -> bool:
         """Tell whether both suffice."""
