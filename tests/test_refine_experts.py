@@ -10,6 +10,7 @@ import pytest
 from numba import get_num_threads, set_num_threads
 
 import quantlab as ql
+from quantlab.evaluate import refine as module
 from quantlab.evaluate import refinement
 from quantlab.evaluate.engine import ExpertInputs
 from quantlab.evaluate.refine_experts import OriginalExperts, Rows
@@ -109,6 +110,7 @@ def test_experts_with_few_tokens_get_ordinary_bytes_and_are_counted(made, tmp_pa
     assert 0 < changed < 8 * len(stacks)
     text = r"(\d+) experts' matrices get ordinary bytes: fewer tokens reached them than half of their inputs"
     assert int(re.search(text, capsys.readouterr().err)[1]) == 8 * len(stacks) - changed
+    assert "5 experts' matrices from layer 2 on get" in module._too_few(5, 2)  # a resumed run has not seen the others
 
 
 def test_sensitivity_measures_refined_experts(made, tmp_path):
