@@ -8,9 +8,11 @@ import expert_models
 import numpy as np
 import pytest
 from llama_models import SEEN, TOKENS
+from typer.testing import CliRunner
 
 import quantlab as ql
 from quantlab import quants
+from quantlab.cli import app
 from quantlab.evaluate.engine.routing import choose, sort_tokens
 from quantlab.evaluate.logits import logits
 from quantlab.study.proxy import weighted_error
@@ -125,6 +127,17 @@ def test_the_best_experts_are_chosen(gating):
     for expert in range(12):
         own = routes.of(expert)
         assert routes.tokens[own].tolist() == np.flatnonzero((expected == expert).any(axis=1)).tolist()
+
+
+def test_a_recipe_for_packed_experts_may_quantize_them_again(tmp_path):
+    src = expert_models.write_model(tmp_path / "made", "gpt-oss")
+    expert_models.pack_experts(src)
+    base, out = ql.convert(src, tmp_path / "base.gguf", progress=False), tmp_path / "out.gguf"
+    limit = ["--criterion", "error", "--types", "Q4_0,Q8_0", "--target-size", "1MiB", "--keep", "blk.0.*exps=Q4_0"]
+    limit += ["--judge", "none", "-o", str(tmp_path / "r.txt"), "--quantize", str(out)]
+    said = CliRunner().invoke(app, ["recipe", str(base), *limit]).output
+    assert "llama-quantize --allow-requantize --tensor-type-file" in said
+    assert [ql.open(out).tensor(f"blk.{i}.ffn_up_exps.weight").qtype for i in (0, 1)] == ["Q4_0", "MXFP4"]
 
 
 # ---- bad input

@@ -7,8 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from quantlab.files.model import Model
 from quantlab.files.output import beside, check_output, is_report, is_stream, replacing
 from quantlab.result import Result
+from quantlab.transform.job import FLOATS
 from quantlab.transform.mixture import Recipe
 
 
@@ -85,15 +87,29 @@ class BestRecipe(Result, Recipe):
         return path
 
     def command(
-        self, path: str | Path, source: str = "model.gguf", imatrix: str | Path | None = None, text=None
+        self,
+        path: str | Path,
+        source: str = "model.gguf",
+        imatrix: str | Path | None = None,
+        text=None,
+        *,
+        requantize: bool = False,
     ) -> str:
-        """Return the call that applies the recipe in `path`: of llama-quantize, or of quantlab for refined bytes."""
+        """Return the call that applies the recipe in `path`: of llama-quantize, or of quantlab for refined bytes.
+
+        `requantize` says that it changes the type of quantized tensors (see `requantizes`).
+        """
         matrix = ["--imatrix", str(imatrix)] if imatrix else []
         if self.provenance["calibration"].get("refined"):
             words = ["quantlab", "refine", source, self.ftype, "--recipe", str(path), "-f"]
             return shlex.join([*words, str(text or self.provenance["calibration"]["text"]), *matrix])
         target = f"{Path(source).stem}-{Path(path).stem}.gguf"
-        return shlex.join(["llama-quantize", *matrix, "--tensor-type-file", str(path), source, target, self.ftype])
+        options = ["--allow-requantize"] * requantize + matrix
+        return shlex.join(["llama-quantize", *options, "--tensor-type-file", str(path), source, target, self.ftype])
+
+    def requantizes(self, base: Model) -> bool:
+        """Tell whether the recipe changes the type of a tensor that is quantized in `base`, such as MXFP4 experts."""
+        return any(base.tensor(name).qtype not in (*FLOATS, qtype) for name, qtype in self.types.items())
 
     def _lines(self) -> list[str]:
         size = f"{self.bytes} of {self.limit} bytes, {self.bpw:.4f} bits per weight"
