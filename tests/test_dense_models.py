@@ -67,6 +67,18 @@ def test_fp8_that_does_not_fit_is_refused(tmp_path):
         ql.open(src)
 
 
+@pytest.mark.parametrize("key", [None, "rope_scaling"])
+def test_ministral_has_yarn_where_its_configuration_is_silent(tmp_path, key):
+    """As transformers' default, which the converter reads too; the older name of the table has precedence."""
+    src = dense_models.write_model(tmp_path / "made", "mistral3")
+    table = json.loads((src / "config.json").read_text())
+    given = table.pop("rope_parameters")
+    table |= {key: given} if key else {}
+    (src / "config.json").write_text(json.dumps(table))
+    scaling = ql.open(src).hparams.rope_scaling
+    assert (scaling.type, scaling.factor, scaling.orig_ctx) == (("yarn", 8, 32) if key else ("yarn", 16, 16384))
+
+
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path):
     for name, change, text in (
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers=.*, must be .*as llama.cpp computes"),

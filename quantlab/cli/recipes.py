@@ -181,12 +181,11 @@ def recipe(
         count = EXCHANGES if exchanges is None else exchanges
         best = exchange(best, found, base, text, exchanges=count, minutes=minutes, imatrix=imatrix, **where)
     best.save(outfile, overwrite=overwrite)
-    again = best.requantizes(base)  # its damage was measured
     if gguf is not None:
         options = {"tensor_types": best.tensor_types(), "imatrix": imatrix, "rules": rules, "overwrite": overwrite}
-        quantize(base, gguf, ftype=best.ftype, allow_requantize=again, **options)
-    said = [best] * (judge != "none") + [best.command(outfile, imatrix=imatrix, text=text, requantize=again)]
-    typer.echo("\n".join(map(str, said)), err=cli.prints_to(json, outfile, gguf))
+        quantize(base, gguf, ftype=best.ftype, allow_requantize=best.requantizes(base), **options)
+    call = best.command(outfile, imatrix=imatrix, text=text, requantize=best.requantizes(base))
+    typer.echo("\n".join(map(str, [best] * (judge != "none") + [call])), err=cli.prints_to(json, outfile, gguf))
     where |= {"mode": mode, "imatrix": imatrix, "calibrate_on": text}
     cli.report(best if judge == "none" else front.judge(best, base, judge, **where), json, overwrite, outfile, gguf)
 

@@ -124,7 +124,9 @@ def _tables(path: Path) -> tuple[Architecture, dict[str, Any], str]:
             f"{path}: model_type={short(model_type)} of the text model, must be one of {known}. "
             f"Use llama.cpp's converter."
         )
-    defaults = record.defaults.get(model_type, {}) if isinstance(model_type, str) else {}
+    defaults = dict(record.defaults.get(model_type, {}) if isinstance(model_type, str) else {})
+    if table.get("rope_scaling"):  # the older name
+        defaults.pop("rope_parameters", None)
     return record, {**defaults, **{key: value for key, value in table.items() if value is not None}}, packed
 
 
