@@ -250,6 +250,8 @@ def refine(
     tensor_type: cli.pairs("--tensor-type", "Type of tensors by name; the first match counts.") = None,
     judge: Judge = None,
     rules: cli.Rules = "current",
+    device: cli.Device = "auto",
+    device_memory: cli.DeviceMemory = None,
     memory: cli.Memory = None,
     scratch: cli.Scratch = None,
     overwrite: cli.Overwrite = False,
@@ -278,10 +280,12 @@ def refine(
     if judge != "none":
         read_text(judge)  # a missing text is said before anything is refined
     n_ctx = cli.context_size(files[0], n_ctx)  # pyright: ignore[reportAssignmentType]
+    where = {"device": device, "device_memory": device_memory, "memory": memory}
     path = refine(
         files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,
         chunks=None if chunks == -1 else chunks,
-        sweeps=sweeps, damping=damping, imatrix=imatrix, recipe=recipe, rules=rules, memory=memory, scratch=scratch,
+        sweeps=sweeps, damping=damping, imatrix=imatrix, recipe=recipe, rules=rules, scratch=scratch,
+        **where,
         tensor_types=[parse_tensor_type(item) for item in tensor_type or ()], overwrite=overwrite,
     )  # fmt: skip
     typer.echo(str(path), err=cli.prints_to(json, path))
@@ -290,7 +294,7 @@ def refine(
     if judge == "none":
         cli.report(inspect(path), json, overwrite, path)
         return
-    judged = judge_refined(path, files[0], judge, imatrix=imatrix, rules=rules, n_ctx=n_ctx, memory=memory)
+    judged = judge_refined(path, files[0], judge, imatrix=imatrix, rules=rules, n_ctx=n_ctx, **where)
     cli.report(judged, json, overwrite, path)
     if not judged.helped:
         typer.echo(

@@ -12,8 +12,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from numba.core.registry import cpu_target
@@ -23,6 +26,7 @@ import quantlab
 from quantlab import arch
 from quantlab.evaluate import budget
 from quantlab.evaluate.check import check_model
+from quantlab.evaluate.engine import Engine, find
 from quantlab.evaluate.engine.cpu import CpuEngine, peak
 from quantlab.evaluate.protocol import cut
 from quantlab.evaluate.refinement import AT_ONCE, Refinement, can_refine, damping_for, fewest_tokens
@@ -63,6 +67,10 @@ class Settings:
         Share of each diagonal element of H that is added to it.
     cpu : str
         Kind of CPU: the same call gives the same bytes on any number of threads of this kind.
+    device : str
+        What computes the products; with the version of torch, where that does.
+    precision : str
+        How the products with weights are computed.
     """
 
     texts: tuple[str, ...]
@@ -72,6 +80,8 @@ class Settings:
     sweeps: int
     damping: float
     cpu: str
+    device: str
+    precision: str
 
     def overrides(self) -> list[str]:
         """Return the metadata that declares a refined file, as `--override-kv` takes it."""
@@ -84,6 +94,8 @@ class Settings:
             "sweeps": f"int:{self.sweeps}",
             "damping": f"float:{self.damping}",
             "cpu": f"str:{self.cpu}",
+            "device": f"str:{self.device}",
+            "precision": f"str:{self.precision}",
         }
         return [f"{PREFIX}{key}={value}" for key, value in values.items()]
 
@@ -103,6 +115,8 @@ def refine(
     tensor_types: Sequence[tuple[str, str]] = (),
     rules: str = "current",
     scratch: str | Path | None = None,
+    device: str = "auto",
+    device_memory: str | int | None = None,
     memory: str | int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -145,6 +159,12 @@ def refine(
     scratch : str or Path, optional
         Folder that keeps finished layers, so that the same call resumes what was stopped; deleted when the run is done
         (default: a stopped run starts again).
+    device : str
+        What computes the two streams, the second moments and all large products: `cpu`, `cuda`, `mps`, `cpu-torch`, or
+        `auto`, a usable card where the extra `gpu` is installed. Searches for codes and scales stay on the CPU.
+        With a card experts get ordinary bytes.
+    device_memory : str or int, optional
+        Memory of the card to stay within (default: what is free).
     memory : str or int, optional
         Memory to stay within, such as `8GiB` (default: three quarters of the machine's).
     overwrite : bool
@@ -164,8 +184,8 @@ def refine(
     ValueError
         If the architecture is not known here, an option is out of range, the text is too short for the model's width,
         no tensor can be refined, the memory is too small, or inputs of a layer are not finite.
-    OSError
-        If the disk is full.
+    ImportError, MemoryError, OSError
+        If the device lacks its package, or memory for a layer; if it is not there, or the disk is full.
 
     Examples
     --------
@@ -180,26 +200,24 @@ def refine(
         raise ValueError(f"sweeps={sweeps}, must be 0 or more. Give 2, the default.")
     tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
     damping = _damping(opened, tokens, damping)
-    digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
-    settings = Settings(names, digest, n_ctx, len(tokens), sweeps, damping, cpu_kind())
+    choice = find("float", device, device_memory)
+    where = cpu_kind(), choice.described, choice.precision
+    settings = Settings(names, digest_of(tokens), n_ctx, len(tokens), sweeps, damping, *where)
     matrix = as_matrix(imatrix)
     types = _types(opened, ftype, rules, recipe, tensor_types, matrix)
     options = {"ftype": ftype, "rules": rules, "imatrix": imatrix, "tensor_types": types}
     options["override_kv"] = settings.overrides()
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     path = Path(outfile) if outfile is not None else folder / f"ggml-model-{find_ftype(ftype).name}-refined.gguf"
-    read = [item for item in (imatrix, recipe, *(text if isinstance(text, list | tuple) else [text]))]
-    paths_read = [item for item in (opened.path, *read) if isinstance(item, str | Path)]
+    read = opened.path, imatrix, recipe, *(text if isinstance(text, list | tuple) else [text])
+    paths_read = [item for item in read if isinstance(item, str | Path)]
     check_outputs([path], input_files(paths_read), overwrite=overwrite)
     variant = _variant(opened, path, Options(**options))
     with ExitStack() as stack:
-        engine = stack.enter_context(CpuEngine(opened, n_ctx))
-        needed, seconds = check_plan(variant, tokens, sweeps, engine, memory)
+        engine = stack.enter_context(choice(opened, n_ctx))
+        plan = check_plan(variant, tokens, sweeps, engine, memory)
         if progress:
-            announce(
-                f"refining over {tokens.size} tokens: {needed / 2**30:.2f} GiB, about {seconds / 60:.1f} minutes"
-                + ordinary(variant)
-            )
+            announce(f"refining over {tokens.size} tokens{plan}{ordinary(variant, plan.refines)}")
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
         with _workspace(path, scratch) as (draft, states):
             how = {"sweeps": sweeps, "damping": damping, "bar": bar, "scratch": states, "key": _key(variant, settings)}
@@ -217,13 +235,19 @@ def refine(
     return path
 
 
-def _begin(draft: Path, *parts, **how) -> Refinement:
+def _begin(draft: Path, variant: Variant, tokens: np.ndarray, engine: Engine, **how) -> Refinement:
     """Return the pass, resumed from the last run unless that run was finished."""
-    refinement = Refinement(*parts, **how)
+    make = Refinement if isinstance(engine, CpuEngine) else _card().CardRefinement
+    refinement = make(variant, tokens, engine, **how)
     if refinement.is_new or draft.exists():
         return refinement
     refinement.forget()
-    return Refinement(*parts, **how)
+    return make(variant, tokens, engine, **how)
+
+
+def _card() -> ModuleType:
+    """Return the module of the pass on a card, which imports torch."""
+    return import_module("quantlab.evaluate.engine.card.refinement")
 
 
 def _deliver(draft: Path, path: Path, is_stream: bool) -> None:
@@ -275,6 +299,11 @@ def auto_damping(model: Model, tokens: np.ndarray) -> float:
 def _widest(model: Model) -> int:
     """Return the largest number of inputs of a layer's matrix."""
     return max(tensor.shape[-1] for tensor in model if tensor.name.startswith("blk."))
+
+
+def digest_of(tokens: np.ndarray) -> str:
+    """Return the digest of calibration tokens."""
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def cpu_kind() -> str:
@@ -338,10 +367,10 @@ def _variant(model: Model, path: Path, options: Options) -> Variant:
     return variant
 
 
-def ordinary(variant: Variant) -> str:
+def ordinary(variant: Variant, refines: Callable[[Variant, str], bool] = can_refine) -> str:
     """Describe matrices with ordinary bytes, embeddings excluded (empty text: none)."""
     others = [t for t in variant.model if len(t.shape) > 1 and t.name != "token_embd.weight"]
-    left = [t.name for t in others if variant.types[t.name] != t.qtype and not can_refine(variant, t.name)]
+    left = [t.name for t in others if variant.types[t.name] != t.qtype and not refines(variant, t.name)]
     return f"; {len(left)} matrices get ordinary bytes: {', '.join(left[:2])}{', …' * (len(left) > 2)}" if left else ""
 
 
@@ -361,8 +390,23 @@ def _key(variant: Variant, settings: "Settings") -> str:
     return hashlib.sha256(json.dumps([stats, variant.types, weights, asdict(settings)]).encode()).hexdigest()
 
 
-def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEngine, memory) -> tuple[int, float]:
-    """Return the memory in bytes and the seconds that the pass needs.
+class Plan(NamedTuple):
+    """The needs of a pass: bytes of memory, seconds, what is refined, and on a card its name and its bytes."""
+
+    memory: int
+    seconds: float
+    refines: Callable[[Variant, str], bool] = can_refine
+    device: str = ""
+    device_memory: int = 0
+
+    def __str__(self) -> str:
+        on_card = f" and {self.device_memory / 2**30:.2f} GiB on the card" if self.device_memory else ""
+        where = f" on {self.device}" if self.device else ""
+        return f"{where}: {self.memory / 2**30:.2f} GiB{on_card}, about {self.seconds / 60:.1f} minutes"
+
+
+def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: Engine, memory) -> Plan:
+    """Return the memory and the time that the pass needs.
 
     Raises
     ------
@@ -376,15 +420,19 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: CpuEng
             f"refined. Quantize without refining."
         )
     layers = [_layer_cost(variant, index, tokens.size, sweeps) for index in range(h.n_layer)]
-    needed = budget.PROCESS + max(needed for needed, _ in layers)
-    seconds = sum(operations for _, operations in layers) / (SHARE_OF_PEAK * peak(engine.workers))
+    operations = sum(operations for _, operations in layers)
+    if isinstance(engine, CpuEngine):
+        needed = budget.PROCESS + max(needed for needed, _ in layers)
+        plan = Plan(needed, operations / (SHARE_OF_PEAK * peak(engine.workers)))
+    else:
+        plan = Plan(*_card().needs(engine, variant, tokens, sweeps, operations))
     allowed = budget.allowed_bytes(memory)
-    if needed > allowed:
+    if plan.memory > allowed:
         raise ValueError(
-            f"memory={memory or allowed}, must be at least {needed / 2**30:.2f} GiB for {len(tokens)} chunks. "
+            f"memory={memory or allowed}, must be at least {plan.memory / 2**30:.2f} GiB for {len(tokens)} chunks. "
             "Give more memory, or fewer chunks."
         )
-    return needed, seconds
+    return plan
 
 
 def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tuple[int, float]:

@@ -7,16 +7,14 @@ import numpy as np
 
 from quantlab import quants
 from quantlab.evaluate.engine.workers import Workers, blocks
-from quantlab.evaluate.second_moments import Factor, product
+from quantlab.evaluate.second_moments import Factor, host, own, product, zeros
 from quantlab.quants.block_numbers import GRIDS, Blocks, pack, unpack
 from quantlab.quants.feedback import SPAN, descend, feed_back
 
 ROWS = 64  # rows that a thread takes at a time; a multiple of the 16 lanes
 
 
-def refine_rows(
-    target: np.ndarray, h: np.ndarray, factor: Factor, qtype: str, workers: Workers, *, sweeps: int = 2
-) -> np.ndarray:
+def refine_rows(target: np.ndarray, h, factor: Factor, qtype: str, workers: Workers, *, sweeps: int = 2) -> np.ndarray:
     """Encode rows of weights so that the layer's outputs are nearest to those of `target`.
 
     Parameters
@@ -24,7 +22,7 @@ def refine_rows(
     target : np.ndarray [shape=(nrows, n), dtype=float32]
         The weights wanted.
     h : np.ndarray [shape=(n, n), dtype=float32]
-        Second moments of the inputs, damped.
+        Second moments of the inputs, damped; or a tensor on the card that is to compute the products.
     factor : Factor
         Of `h`.
     qtype : str
@@ -41,7 +39,7 @@ def refine_rows(
     target = np.pad(target, ((0, -nrows % 16), (0, 0)))  # kernels take 16 rows at a time
     chosen = _feed_back(target, factor, qtype, workers)
     if sweeps:
-        gradient = product(chosen.values() - target, h, workers)
+        gradient = product(own(chosen.values() - target, h), h, workers)
         for _ in range(sweeps):
             _sweep(chosen, gradient, h, workers)
     _rescale(chosen, target, h, workers)
@@ -51,11 +49,11 @@ def refine_rows(
 def _feed_back(target: np.ndarray, factor: Factor, qtype: str, workers: Workers) -> Blocks:
     """Choose scales and codes span by span; each row keeps the better of two searches for scales."""
     grid, n, spans = GRIDS[qtype], target.shape[1], []
-    error = np.zeros_like(target)
+    error = zeros(target.shape, factor.v)
     for span in blocks(n, SPAN):
         moves, weight = factor.feedback(span)
-        moved = target[:, span] + product(error[:, : span.start], moves[: span.start].T, workers)
-        within = np.ascontiguousarray(moves[span.start :].T)
+        moved = target[:, span] + host(product(error[:, : span.start], moves[: span.start].T, workers))
+        within, weight = np.ascontiguousarray(host(moves[span.start :]).T), host(weight)
         tried = []
         equal = None if grid.points.weights == 1 else np.ones_like(weight)  # IQ2 has no search without weights
         for importance in (equal, weight):
@@ -66,7 +64,7 @@ def _feed_back(target: np.ndarray, factor: Factor, qtype: str, workers: Workers)
         better = other < cost
         for part, new in zip(plain.parts, weighted.parts, strict=True):
             part[better] = new[better]
-        error[:, span] = target[:, span] - plain.values()
+        error[:, span] = own(target[:, span] - plain.values(), error)
         spans.append(plain)
     return Blocks(grid, *(np.concatenate(parts, axis=1) for parts in zip(*(s.parts for s in spans), strict=True)))
 
@@ -87,18 +85,18 @@ def _round(wanted, moved, within, weight, chosen: Blocks, workers: Workers) -> n
     return cost
 
 
-def _sweep(chosen: Blocks, gradient: np.ndarray, h: np.ndarray, workers: Workers) -> None:
+def _sweep(chosen: Blocks, gradient, h, workers: Workers) -> None:
     """Sweep once over all spans, keeping `gradient` [shape=(nrows, n)] equal to (values - target) H."""
     grid, n = chosen.grid, gradient.shape[1]
     ranges = [np.float32(x) for x in (*grid.sc_range, grid.m_range[1])]
     for span in blocks(n, SPAN):
-        moments = np.ascontiguousarray(h[span, span]).reshape(-1)
+        moments, before = np.ascontiguousarray(host(h[span, span])).reshape(-1), host(gradient[:, span])
         width = span.stop - span.start
         change = np.empty((len(gradient), width), np.float32)
         sizes = (grid.super_block, grid.super_block, grid.sub_block, grid.sub_block, 1)
 
         def work(rows: slice) -> None:
-            g = np.ascontiguousarray(gradient[rows, span])  # noqa: B023
+            g = np.ascontiguousarray(before[rows])  # noqa: B023
             views = [
                 part[rows, span.start // size : span.stop // size]  # noqa: B023
                 for part, size in zip(chosen.parts, sizes, strict=True)  # noqa: B023
@@ -114,12 +112,12 @@ def _sweep(chosen: Blocks, gradient: np.ndarray, h: np.ndarray, workers: Workers
 
         workers.map(work, blocks(len(gradient), ROWS))
         if change.any():
-            gradient += product(change, h[:, span], workers)
+            gradient += product(own(change, h), h[:, span], workers)
 
 
-def _rescale(chosen: Blocks, target: np.ndarray, h: np.ndarray, workers: Workers) -> None:
+def _rescale(chosen: Blocks, target: np.ndarray, h, workers: Workers) -> None:
     """Scale each row so that its outputs are not shrunk: w H ŵᵀ = w H wᵀ."""
-    wanted = product(target, h, workers)
+    wanted = host(product(own(target, h), h, workers))
     whole = np.einsum("ij,ij->i", wanted, target, dtype=np.float64)
     kept = np.einsum("ij,ij->i", wanted, chosen.values(), dtype=np.float64)
     factor = np.where(kept > 0.5 * whole, whole / np.where(kept > 0, kept, 1), 1)[:, None]

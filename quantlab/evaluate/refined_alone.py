@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from quantlab.evaluate.engine import ExpertInputs
 from quantlab.evaluate.engine.cpu import CpuEngine
-from quantlab.evaluate.refine import auto_damping, calibration_tokens, check_plan, cpu_kind
+from quantlab.evaluate.refine import auto_damping, calibration_tokens, check_plan, cpu_kind, digest_of
 from quantlab.evaluate.refinement import Refinement, can_refine
 from quantlab.evaluate.variants import Variant, output_name, refined_path
 from quantlab.files.model import Model
@@ -55,7 +55,7 @@ class RefinedAlone:
 
     def __init__(self, base: Model, tokens: np.ndarray, folder: Path, memory, progress: bool):
         self.base, self.tokens, self.folder, self.memory, self.progress = base, tokens, folder, memory, progress
-        said = [hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(), SWEEPS, cpu_kind(), sorted(GRIDS)]
+        said = [digest_of(tokens), SWEEPS, cpu_kind(), sorted(GRIDS)]
         self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def make(self, changes: Sequence[Mapping[str, str]]) -> None:

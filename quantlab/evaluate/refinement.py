@@ -25,11 +25,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from quantlab.evaluate.engine import ExpertInputs, Stored
-from quantlab.evaluate.engine.cpu import CpuEngine
 from quantlab.evaluate.engine.workers import blocks
 from quantlab.evaluate.refine_experts import OriginalExperts, Rows
 from quantlab.evaluate.refine_rows import refine_rows
-from quantlab.evaluate.second_moments import Factor, accumulate, damped_moments, product
+from quantlab.evaluate.second_moments import Factor, accumulate, damped_moments, host, product
 from quantlab.evaluate.states import HiddenStates
 from quantlab.evaluate.variants import Variant, Weights, as_is, output_name
 from quantlab.quants.validate import check_encoded
@@ -68,8 +67,8 @@ class Refinement:
     variant : Variant
         Types of the file, and what its ordinary bytes are made with; `variant.model` is the base.
     tokens : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32]
-    engine : CpuEngine
-        Entered.
+    engine : Engine
+        Entered; of the CPU, or see `CardRefinement`.
     sweeps : int
         How often codes and scales are gone through after the feedback.
     damping : float
@@ -82,11 +81,13 @@ class Refinement:
         What the hidden states in `scratch` belong to.
     """
 
+    at_once = AT_ONCE
+
     def __init__(
         self,
         variant: Variant,
         tokens: np.ndarray,
-        engine: CpuEngine,
+        engine: Any,
         *,
         sweeps: int,
         damping: float,
@@ -96,7 +97,7 @@ class Refinement:
     ):
         self.model, self.variant, self.tokens, self.engine = variant.model, variant, tokens, engine
         self.sweeps, self.damping, self.bar = sweeps, damping, bar
-        self.workers = engine.workers
+        self.workers: Any = getattr(engine, "workers", None)
         self.reach = MOVED * ordinary_distance(self.model, variant.types)
         self.few = 0  # matrices of experts that keep ordinary bytes
         self._routed = np.empty(0, np.int64)
@@ -306,12 +307,16 @@ class Refinement:
         """Return chosen bytes [shape=(nrows, row_bytes)] of one matrix, made some rows at a time."""
         tensor, data = self.model.tensor(name), []
         nrows, first = tensor.shape[-2], expert * tensor.shape[-2]
-        for rows in blocks(nrows, AT_ONCE):
+        for rows in blocks(nrows, self.at_once):
             weight = tensor.floats(first + rows.start, first + rows.stop)
-            target = weight + limited(factor.solve(change(weight, rows)), weight, qtype, self.reach)
-            data.append(refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps))
+            data.append(self._encode(weight, rows, qtype, h, factor, change))
             check_encoded(data[-1], weight, qtype, name=name, first_row=first + rows.start)
         return np.concatenate(data)
+
+    def _encode(self, weight: np.ndarray, rows: slice, qtype: str, h, factor: Factor, change: Callable) -> np.ndarray:
+        """Choose the bytes of some rows of a matrix."""
+        target = weight + limited(host(factor.solve(change(weight, rows))), weight, qtype, self.reach)
+        return refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps)
 
 
 def _put(arrays: dict[str, np.ndarray], key: str, rows: slice, values: np.ndarray, nrows: int) -> None:

@@ -3,8 +3,11 @@
     H = E[x̂ x̂ᵀ]   n × n, over the tokens of a text      H = V Vᵀ with V upper triangular
 
 All large products go through the evaluator's own, which gives the same bits on any number of threads; only blocks of
-256 × 256 are left to LAPACK, which runs on one thread here.
+256 × 256 are left to LAPACK, which runs on one thread here. Where the moments are a tensor on a graphics card, the
+products are computed there.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +21,22 @@ STRIP = 1024  # rows of the moments, or of weights, that are copied at a time
 RIDGE = 1e-4  # least damping, of the mean of the diagonal
 
 
-def product(x: np.ndarray, weight: np.ndarray, workers: Workers) -> np.ndarray:
+def own(x: np.ndarray, like) -> Any:
+    """Return an array where another one is: on its device, if that is a tensor."""
+    return x if isinstance(like, np.ndarray) else like.new_tensor(x)
+
+
+def host(x) -> np.ndarray:
+    """Return an array or a tensor in the machine's memory."""
+    return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+
+
+def zeros(shape: tuple[int, ...], like) -> Any:
+    """Return float32 zeros where another array is."""
+    return np.zeros(shape, np.float32) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def product(x, weight, workers: Workers) -> Any:
     """Return x · weightᵀ.
 
     Parameters
@@ -30,7 +48,10 @@ def product(x: np.ndarray, weight: np.ndarray, workers: Workers) -> np.ndarray:
     Returns
     -------
     np.ndarray [shape=(nrows, n_out), dtype=float32]
+        Of tensors, a tensor.
     """
+    if not isinstance(x, np.ndarray):
+        return x @ weight.T
     out = np.empty((len(x), len(weight)), np.float32)
     if x.shape[1] == 0:
         out[:] = 0
@@ -117,10 +138,17 @@ def damped_moments(inputs: np.ndarray, damping: float, workers: Workers) -> np.n
     accumulate(h, inputs, inputs, workers)
     mirror(h)
     h /= len(inputs)
-    diagonal = h.diagonal().copy()
-    with np.errstate(over="ignore", invalid="ignore"):  # who calls looks for infinite inputs
-        h[np.diag_indices(n)] += damping * diagonal + RIDGE * (diagonal.mean() or 1)
+    damp(h, damping)
     return h
+
+
+def damp(h, damping: float) -> Any:
+    """Add a share of its diagonal to second moments, in place; return what was added [shape=(n,), dtype=float32]."""
+    diagonal = host(h.diagonal())
+    with np.errstate(over="ignore", invalid="ignore"):  # who calls looks for infinite inputs
+        added = own(damping * diagonal + RIDGE * (diagonal.mean() or 1), h)
+        h.reshape(-1)[:: len(h) + 1] += added
+    return added
 
 
 class Factor:
@@ -129,6 +157,7 @@ class Factor:
     Parameters
     ----------
     h : np.ndarray [shape=(n, n), dtype=float32, symmetric]
+        Or a tensor; what the methods take and return then are tensors, too.
     workers : Workers
 
     Raises
@@ -137,30 +166,30 @@ class Factor:
         If `h` is not positive definite.
     """
 
-    def __init__(self, h: np.ndarray, workers: Workers):
-        self._workers, self.v = workers, np.zeros_like(h)
+    def __init__(self, h, workers: Workers):
+        self._workers, self.v = workers, zeros(h.shape, h)
         self._inverses = {}  # span's start -> inverse of its diagonal block
         for span in reversed(blocks(len(h), SPAN)):
             rest = h[: span.stop, span] - product(self.v[: span.stop, span.stop :], self.v[span, span.stop :], workers)
-            corner = rest[span].astype(np.float64)
+            corner = host(rest[span]).astype(np.float64)
             try:
                 corner = np.linalg.cholesky(corner[::-1, ::-1])[::-1, ::-1]
             except np.linalg.LinAlgError:
                 raise ValueError(
                     "second moments: must be positive definite. Raise the damping or give more text."
                 ) from None
-            self._inverses[span.start] = np.linalg.inv(corner).astype(np.float32)
-            self.v[span, span] = corner
+            self._inverses[span.start] = own(np.linalg.inv(corner).astype(np.float32), h)
+            self.v[span, span] = own(corner.astype(np.float32), h)
             self.v[: span.start, span] = product(rest[: span.start], self._inverses[span.start], workers)
 
-    def solve(self, x: np.ndarray) -> np.ndarray:
+    def solve(self, x) -> Any:
         """Return x H⁻¹.
 
         Parameters
         ----------
         x : np.ndarray [shape=(nrows, n), dtype=float32]
         """
-        x, v, workers = x.copy(), self.v, self._workers
+        x, v, workers = x.copy() if isinstance(x, np.ndarray) else x.clone(), self.v, self._workers
         for span in reversed(blocks(len(v), SPAN)):
             rest = x[:, span] - product(x[:, span.stop :], v[span, span.stop :], workers)
             x[:, span] = product(rest, self._inverses[span.start], workers)
@@ -169,7 +198,7 @@ class Factor:
             x[:, span] = product(rest, self._inverses[span.start].T, workers)
         return x
 
-    def feedback(self, span: slice) -> tuple[np.ndarray, np.ndarray]:
+    def feedback(self, span: slice) -> tuple[Any, Any]:
         """Return the feedback of errors of all columns up to a span's end, and the cost of its own errors.
 
         Returns

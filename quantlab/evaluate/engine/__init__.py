@@ -94,11 +94,20 @@ class Choice:
     def __call__(self, model, n_ctx: int) -> Engine:
         return self.engine(model, n_ctx, **self.options)  # pyright: ignore[reportCallIssue]
 
+    @property
+    def place(self) -> str:
+        """The device, with the card's name."""
+        return f"{self.device}{self.hardware and f' ({self.hardware})'}"
+
+    @property
+    def described(self) -> str:
+        """The place, and the versions that only this engine depends on."""
+        return ", ".join([self.place, *(f"{package} {version}" for package, version in self.versions.items())])
+
     def recorded(self, protocol):
         """Return the protocol with device, precision and versions."""
-        device = f"{self.device}{self.hardware and f' ({self.hardware})'}"
         versions = {**protocol.versions, **self.versions}
-        return replace(protocol, device=device, precision=self.precision, versions=versions)
+        return replace(protocol, device=self.place, precision=self.precision, versions=versions)
 
 
 def joined(biases: Sequence[Stored | None], matrices: Sequence[Stored]) -> np.ndarray:

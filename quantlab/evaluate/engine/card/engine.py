@@ -36,6 +36,10 @@ from quantlab.transform.plan import parse_bytes
 COLUMNS_ROWS = 1024  # rows whose squares are added up in float32 where there is no float64
 
 
+class Enough(Exception):
+    """Raised by an observer that needs nothing of a layer after the product it sees: the states stay as they are."""
+
+
 @dataclass(frozen=True)
 class Output:
     """Norm and matrix after the last layer."""
@@ -73,7 +77,7 @@ class CardEngine(TorchEngine):
         self.record = arch.known(self.hparams.arch)
         check(model, device)
         self.products, self.transfers = Products(precision, self.device), Transfers(self.device)
-        self.layers = Layers(model, n_ctx, self.products, self.device, self._observed)
+        self.layers = Layers(model, n_ctx, self.products, self.device, self.operands)
         self._chunks = plan.chunks_at_most(self.device, n_ctx)
         self._on_device, self._lock = False, threading.Lock()  # of the memory in which weights travel
         self._piece = threading.Lock()  # held while chunks are computed
@@ -131,7 +135,7 @@ class CardEngine(TorchEngine):
             try:
                 return self._made(weights)
             except RuntimeError as error:
-                self._fewer(error, 1, "layer's weights")
+                self.fewer(error, 1, "layer's weights")
                 raise
 
     def _made(self, weights: Callable):
@@ -155,8 +159,8 @@ class CardEngine(TorchEngine):
                 scale[rows] = operand.scale
         return Operand(parts, scale)
 
-    def _observed(self, parts: Sequence[Stored]) -> list[Operand]:
-        """Return an observer's matrices for the next product."""
+    def operands(self, parts: Sequence[Stored]) -> list[Operand]:
+        """Return the matrices of one of a layer's fields, to replace those that it has."""
         with self._lock:
             return [self._matrix(stored) for stored in parts]
 
@@ -233,12 +237,16 @@ class CardEngine(TorchEngine):
                 done = self.layers.apply(layer, self.transfers.fetch(piece), first, observe and watch)
                 self.transfers.store(done, piece[:, first:])
             return
+        except Enough:
+            return
         except RuntimeError as error:
-            step = self._chunks = self._fewer(error, len(piece), f"chunks of {self.n_ctx} tokens")
+            step = self._chunks = self.fewer(error, len(piece), f"chunks of {self.n_ctx} tokens")
+        finally:
+            self.layers.stream = None
         for start in range(0, len(piece), step):
             self._apply(layer, piece[start : start + step], first, observe, set(seen))
 
-    def _fewer(self, error: RuntimeError, count: int, what: str) -> int:
+    def fewer(self, error: RuntimeError, count: int, what: str) -> int:
         """Return half of a count that did not fit into the card's memory; raise MemoryError at 1."""
         if not is_out_of_memory(error):
             raise error
@@ -313,7 +321,7 @@ class CardEngine(TorchEngine):
             try:
                 work(rows)
             except RuntimeError as error:
-                step = self._fewer(error, rows.stop - start, "tokens' logits")
+                step = self.fewer(error, rows.stop - start, "tokens' logits")
                 continue
             start = rows.stop
 

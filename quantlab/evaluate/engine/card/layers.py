@@ -93,7 +93,14 @@ class Layers:
     device : torch.device
     matrices : callable
         `matrices(parts)` makes a field's operands of what an observer read.
+
+    Attributes
+    ----------
+    stream : torch.Tensor or None
+        For observers: the residual stream [rows, n_embd] after attention of the chunks that are computed.
     """
+
+    stream: torch.Tensor | None = None
 
     def __init__(self, model, n_ctx: int, products: Products, device: torch.device, matrices: Callable):
         self.hparams, self.n_ctx, self.products, self.device = model.hparams, n_ctx, products, device
@@ -120,6 +127,7 @@ class Layers:
         del attended
         x = self._add(layer, "attn_post_norm", x[:, first:].reshape(-1, n_embd), change)
         del change
+        self.stream = x if observe is not None else None
         x = self._feed_forward(layer, x, observe)
         if wide is not None and "layer_gate" in layer.matrices:
             start, size = n_embd + layer.index * layer.hparams.n_embd_layer, layer.hparams.n_embd_layer
