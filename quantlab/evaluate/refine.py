@@ -115,7 +115,7 @@ def refine(
     tensor_types: Sequence[tuple[str, str]] = (),
     rules: str = "current",
     scratch: str | Path | None = None,
-    device: str = "auto",
+    device: str = "cpu",
     device_memory: str | int | None = None,
     memory: str | int | None = None,
     overwrite: bool = False,
