@@ -158,6 +158,14 @@ def test_experts_get_ordinary_bytes_and_are_counted(tmp_path, capsys):
     assert not np.array_equal(model.tensor(name).load(), ordinary.tensor(name).load())
 
 
+@pytest.mark.filterwarnings("ignore:.*pre-tokenizer")
+def test_auto_takes_the_cpu_where_a_card_would_leave_experts(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(seam.TorchEngine, "automatic", lambda: "cpu-torch")
+    folder, _ = small
+    mixture = expert_models.write_model(tmp_path / "moe", "qwen3moe")
+    assert [module._choice(open_model(path), "auto", None).device for path in (folder, mixture)] == ["cpu-torch", "cpu"]
+
+
 def test_a_device_that_is_not_there_is_named(small, monkeypatch):
     _, refined = small
     with pytest.raises(ValueError, match=r"device=tpu, must be one of cpu, cuda, mps, cpu-torch in mode float"):

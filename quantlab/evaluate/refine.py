@@ -26,7 +26,7 @@ import quantlab
 from quantlab import arch
 from quantlab.evaluate import budget
 from quantlab.evaluate.check import check_model
-from quantlab.evaluate.engine import Engine, find
+from quantlab.evaluate.engine import Choice, Engine, find
 from quantlab.evaluate.engine.cpu import CpuEngine, peak
 from quantlab.evaluate.protocol import cut
 from quantlab.evaluate.refinement import AT_ONCE, Refinement, can_refine, damping_for, fewest_tokens
@@ -162,7 +162,7 @@ def refine(
     device : str
         What computes the two streams, the second moments and all large products: `cpu`, `cuda`, `mps`, `cpu-torch`, or
         `auto`, a usable card where the extra `gpu` is installed. Searches for codes and scales stay on the CPU.
-        With a card experts get ordinary bytes.
+        Experts and heads of latent attention get ordinary bytes with a card, so `auto` takes the CPU for such models.
     device_memory : str or int, optional
         Memory of the card to stay within (default: what is free).
     memory : str or int, optional
@@ -200,7 +200,7 @@ def refine(
         raise ValueError(f"sweeps={sweeps}, must be 0 or more. Give 2, the default.")
     tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
     damping = _damping(opened, tokens, damping)
-    choice = find("float", device, device_memory)
+    choice = _choice(opened, device, device_memory)
     where = cpu_kind(), choice.described, choice.precision
     settings = Settings(names, digest_of(tokens), n_ctx, len(tokens), sweeps, damping, *where)
     matrix = as_matrix(imatrix)
@@ -233,6 +233,12 @@ def refine(
                 _deliver(draft, part, is_stream(path))
             refinement.forget()
     return path
+
+
+def _choice(model: Model, device: str, device_memory: str | int | None) -> Choice:
+    """Choose the engine: for models with stacks of matrices, which cards do not refine, `auto` means the CPU."""
+    has_stacks = any(len(tensor.shape) > 2 for tensor in model)
+    return find("float", "cpu" if device == "auto" and has_stacks else device, device_memory)
 
 
 def _begin(draft: Path, variant: Variant, tokens: np.ndarray, engine: Engine, **how) -> Refinement:
