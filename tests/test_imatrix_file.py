@@ -44,6 +44,20 @@ def test_written_files_equal_llama_imatrix(tmp_path):
     )
 
 
+def test_heads_may_be_counted_together():
+    """As llama-imatrix counts the heads of latent attention."""
+    name, sums = "blk.0.attn_k_b.weight", np.arange(8, dtype=np.float32)
+    apart = ImportanceMatrix({name: sums.reshape(2, 4)}, {name: np.full(2, 3, np.float32)}, 1, 512)
+    together = ImportanceMatrix({name: 3 * sums[None]}, {name: np.full(1, 5, np.float32)}, 1, 512)
+    for found in (merge([apart, together]), merge([together, apart]), merge([together, together, apart, apart])):
+        total = found.counts[name][0]
+        assert found.sums[name].shape == (2, 4) and found.counts[name].tolist() == [total, total]
+        assert np.array_equal(found.sums[name].reshape(-1), sums * total / 2)
+    three = ImportanceMatrix({name: sums[:6].reshape(3, 2)}, {name: np.full(3, 5, np.float32)}, 1, 512)
+    with pytest.raises(ValueError, match="shapes .* must be equal"):
+        merge([apart, three])
+
+
 def test_both_formats_are_recognized_by_content(tmp_path):
     matrix = made(1)
     gguf = read_imatrix(write_imatrix(matrix, tmp_path / "wrong.dat"))

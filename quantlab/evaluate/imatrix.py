@@ -117,7 +117,7 @@ def _check_same_model(earlier: Sequence[ImportanceMatrix], model: Model) -> None
             if name not in shapes:
                 raise ValueError(f"in_files: {name} is not a tensor of {model.path}. Give matrices of this model.")
             n_mat = n_experts(shapes[name])
-            if sums.shape != (n_mat, shapes[name][-1]):
+            if len(sums) not in (1, n_mat) or sums.size != n_mat * shapes[name][-1]:
                 raise ValueError(
                     f"in_files: {name}: shape={sums.shape}, must be {(n_mat, shapes[name][-1])}. "
                     "Give matrices of this model."

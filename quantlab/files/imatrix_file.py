@@ -313,12 +313,13 @@ def merge(matrices: Iterable[ImportanceMatrix], *, chunk_size: int = 512) -> Imp
     datasets: tuple[str, ...] = ()
     for matrix in matrices:
         scale = np.float32(chunk_size if matrix.is_legacy else 1)
-        for name in matrix.sums:
-            if name in sums and sums[name].shape != matrix.sums[name].shape:
-                shapes = f"{sums[name].shape} and {matrix.sums[name].shape}"
+        for name, own in matrix.sums.items():
+            n_mat = max(len(own), len(sums.get(name, own)))
+            if name in sums and (sums[name].size != own.size or not {len(sums[name]), len(own)} <= {1, n_mat}):
+                shapes = f"{sums[name].shape} and {own.shape}"
                 raise ValueError(f"{name}: shapes {shapes}, must be equal. Merge matrices of one model.")
-            with np.errstate(over="ignore"):
-                sums[name] = matrix.sums[name] * scale + sums.get(name, np.float32(0))
+            with np.errstate(over="ignore"):  # llama-imatrix counts once for all heads of latent attention
+                sums[name] = (own * scale + sums.get(name, np.zeros_like(own)).reshape(own.shape)).reshape(n_mat, -1)
                 counts[name] = matrix.counts[name] * scale + counts.get(name, np.float32(0))
             if not (np.isfinite(sums[name]).all() and np.isfinite(counts[name]).all()):
                 raise ValueError(f"{name}: the sum exceeds {np.finfo(np.float32).max:.4g}. Collect the matrices again.")
