@@ -190,9 +190,14 @@ class Hparams:
 
     def at(self, layer: int) -> "Hparams":
         """Return the hyper-parameters of one layer: every field that varies has this layer's value."""
-        if not self.varies:
-            return self
-        return replace(self, **{name: getattr(self, name)[layer] for name in self.varies})
+        return self._each[layer] if self.varies else self
+
+    @cached_property
+    def _each(self) -> tuple["Hparams", ...]:
+        """The hyper-parameters of each layer; layers that agree share theirs."""
+        values = list(zip(*(getattr(self, name) for name in self.varies), strict=True))
+        known = {value: replace(self, **dict(zip(self.varies, value, strict=True))) for value in set(values)}
+        return tuple(known[value] for value in values)
 
     @property
     def n_layer_all(self) -> int:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -342,27 +342,41 @@ def kv_bytes(hparams, setting: Setting) -> int:
     return total
 
 
-def needed(weights: Weights, setting: Setting, n_gpu_layers: int) -> tuple[int, int]:
+class Buffers(NamedTuple):
+    """Bytes of the KV cache, of the compute buffer, and of its part on the CPU with every layer on the card."""
+
+    kv: int
+    compute: int
+    inputs: int
+
+
+def buffers(hparams, setting: Setting) -> Buffers:
+    """Compute the bytes of a run's buffers."""
+    batch = {"n_ctx": setting.n_ctx, "n_ubatch": setting.n_ubatch, "flash_attn": setting.flash_attn}
+    return Buffers(kv_bytes(hparams, setting), compute_bytes(hparams, **batch), input_bytes(hparams, **batch))
+
+
+def needed(weights: Weights, taken: Buffers, n_gpu_layers: int) -> tuple[int, int]:
     """Compute the bytes (on the card, in the machine's memory) with `n_gpu_layers` on the card."""
     hparams = weights.hparams
     on_card = min(max(n_gpu_layers - 1, 0), hparams.n_layer)
-    kv, compute = kv_bytes(hparams, setting) // hparams.n_layer, compute_bytes(hparams, **_batch(setting))
-    card = memory = 0
+    kv, card = taken.kv // hparams.n_layer, 0
     if n_gpu_layers > 0:
         layers = weights.layers[hparams.n_layer - on_card :]
-        card = VRAM_RESERVE + sum(layers) + weights.output + on_card * kv + compute
+        card = VRAM_RESERVE + sum(layers) + weights.output + on_card * kv + taken.compute
         card += max(weights.largest[: hparams.n_layer - on_card], default=0)
     memory = weights.total - sum(weights.layers[hparams.n_layer - on_card :]) + (hparams.n_layer - on_card) * kv
     if n_gpu_layers > 0 and not weights.tied:
         memory -= weights.output
-    memory += compute if on_card < hparams.n_layer else input_bytes(hparams, **_batch(setting))
+    memory += taken.compute if on_card < hparams.n_layer else taken.inputs
     return card, memory + hparams.n_vocab * F32
 
 
 def most_layers(weights: Weights, setting: Setting, vram: int, ram: int) -> int | None:
     """Return the largest --n-gpu-layers that fits (None: even 0 does not)."""
+    taken = buffers(weights.hparams, setting)
     for n_gpu_layers in range(weights.hparams.n_layer + 1 if vram else 0, -1, -1):
-        card, memory = needed(weights, setting, n_gpu_layers)
+        card, memory = needed(weights, taken, n_gpu_layers)
         if card <= vram and memory <= ram:
             return n_gpu_layers
     return None
@@ -380,7 +394,7 @@ def longest_context(weights: Weights, setting: Setting, vram: int, ram: int, n_g
         if n_gpu_layers is None:
             fits = most_layers(weights, one, vram, ram) is not None
         else:
-            card, memory = needed(weights, one, n_gpu_layers)
+            card, memory = needed(weights, buffers(weights.hparams, one), n_gpu_layers)
             fits = card <= vram and memory <= ram
         low, high = (middle, high) if fits else (low, middle - 1)
     return min(low * CELLS, weights.hparams.n_ctx)
@@ -391,13 +405,14 @@ def _row(name: str, weights: Weights, setting: Setting, there: tuple[int, int], 
     hparams, (vram, ram) = weights.hparams, there
     best = most_layers(weights, setting, vram, ram) if n_gpu_layers is None else n_gpu_layers
     layers = min(best or 0, hparams.n_layer + 1)
-    card, memory = needed(weights, setting, layers)
+    taken = buffers(hparams, setting)
+    card, memory = needed(weights, taken, layers)
     return FitRow(
         ftype=name,
         bytes=weights.total,
         bpw=8 * weights.total / weights.n_weights,
-        kv_bytes=kv_bytes(hparams, setting),
-        compute_bytes=compute_bytes(hparams, **_batch(setting)),
+        kv_bytes=taken.kv,
+        compute_bytes=taken.compute,
         output_bytes=hparams.n_vocab * F32,
         repacked_bytes=sum(weights.repacked[: hparams.n_layer + 1 - max(layers, 1)])
         + (weights.output_repacked if layers == 0 else 0),
@@ -408,8 +423,3 @@ def _row(name: str, weights: Weights, setting: Setting, there: tuple[int, int], 
         n_ctx_max=longest_context(weights, setting, vram, ram, None if n_gpu_layers is None else layers),
         layer_bytes=tuple(weights.layers),
     )
-
-
-def _batch(setting: Setting) -> dict:
-    """The settings that compute buffers depend on, besides the model."""
-    return {"n_ctx": setting.n_ctx, "n_ubatch": setting.n_ubatch, "flash_attn": setting.flash_attn}
