@@ -7,6 +7,7 @@ from test_verify import rewritten
 from tqdm.auto import tqdm
 
 import quantlab as ql
+from quantlab import quants
 from quantlab.arch import Hparams, tensor_shapes
 from quantlab.evaluate import budget
 from quantlab.evaluate.engine.cpu import CpuEngine
@@ -16,7 +17,7 @@ from quantlab.evaluate.variants import resolve
 from quantlab.files.gguf_file import TensorSpec, write_gguf
 from quantlab.quants.block_numbers import pack, unpack
 from quantlab.study.front import judge_refined
-from quantlab.transform.refined import PREFIX, limited
+from quantlab.transform.refined import PREFIX, limited, near
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,16 @@ def test_moves_are_shortened_block_by_block():
     assert np.array_equal(found[0, :32], move[0, :32])
     np.testing.assert_allclose(found[0, 32:], -0.3, rtol=1e-6)
     np.testing.assert_allclose(found[1], np.repeat([0.3 * 0.5**0.5, 0.3], 32), rtol=1e-6)
+
+
+def test_blocks_far_from_their_weights_get_ordinary_bytes():
+    weights = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    ordinary, chosen, other = (quants.quantize(x, "Q4_0") for x in (weights, 1.05 * weights, -weights))
+    chosen[1, 18:] = other[1, 18:]  # the second block of the second row
+    found = near(chosen, weights, "Q4_0", 0.1)
+    assert np.array_equal(found[1, 18:], ordinary[1, 18:])
+    assert np.array_equal(found[0], chosen[0]) and np.array_equal(found[1, :18], chosen[1, :18])
+    assert not np.array_equal(chosen[0], ordinary[0])
 
 
 def test_experts_are_refined_with_their_own_tokens(tmp_path):

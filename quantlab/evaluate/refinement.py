@@ -32,7 +32,7 @@ from quantlab.evaluate.second_moments import Factor, accumulate, damped_moments,
 from quantlab.evaluate.states import HiddenStates
 from quantlab.evaluate.variants import Variant, Weights, as_is, output_name
 from quantlab.quants.validate import check_encoded
-from quantlab.transform.refined import MOVED, has_refined_bytes, limited, ordinary_distance
+from quantlab.transform.refined import MOVED, has_refined_bytes, limited, near, ordinary_distance
 from quantlab.transform.rules import layer_of
 
 AT_ONCE = 512  # rows of a matrix that are refined together
@@ -98,7 +98,7 @@ class Refinement:
         self.model, self.variant, self.tokens, self.engine = variant.model, variant, tokens, engine
         self.sweeps, self.damping, self.bar = sweeps, damping, bar
         self.workers: Any = getattr(engine, "workers", None)
-        self.reach = MOVED * ordinary_distance(self.model, variant.types)
+        self.ordinary = ordinary_distance(self.model, variant.types)
         self.few = 0  # matrices of experts that keep ordinary bytes
         self._routed = np.empty(0, np.int64)
         self.base = as_is(self.model)
@@ -315,8 +315,9 @@ class Refinement:
 
     def _encode(self, weight: np.ndarray, rows: slice, qtype: str, h, factor: Factor, change: Callable) -> np.ndarray:
         """Choose the bytes of some rows of a matrix."""
-        target = weight + limited(host(factor.solve(change(weight, rows))), weight, qtype, self.reach)
-        return refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps)
+        target = weight + limited(host(factor.solve(change(weight, rows))), weight, qtype, MOVED * self.ordinary)
+        data = refine_rows(target, h, factor, qtype, self.workers, sweeps=self.sweeps)
+        return near(data, weight, qtype, self.ordinary)
 
 
 def _put(arrays: dict[str, np.ndarray], key: str, rows: slice, values: np.ndarray, nrows: int) -> None:

@@ -7,12 +7,12 @@ codes it must choose, so blocks are held against the source by distance alone. T
   leaves e H eᵀ ≤ Σ H_ii step² / 4, and H ≥ δ / (1 + δ) · diag(H): errors of (1 + δ) / δ times the square of half a step
   at most, 4.6 half steps for the least damping. Sweeps only lower that.
 - The drift of the layers before it, which it makes up for too. It is of the size of what their rounding did: of the
-  coarsest type in the file, whatever the tensor's own type. More than `MOVED` times that is cut off.
+  coarsest type in the file, not of the tensor's own type. More than `MOVED` times that is cut off.
 
 So a block may be a few times as far from its weights as ordinary encoding of the file's coarsest type is. Measured over
 all blocks of the bundled model at Q2_K, Q3_K_M, Q4_K_M, Q5_K_M, IQ2_XXS and IQ3_XXS: 1.9 times, so `FAR` is 3. In any
-case it must be nearer to them than nothing at all is. A block of other weights is 1.4 times as far as nothing; a single
-code off by a step stays unseen.
+case it must be nearer to them than nothing at all is. `refine` gives a block that would be farther its ordinary bytes.
+A block of other weights is 1.4 times as far as nothing; a single code off by a step stays unseen.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ PREFIX = "quantlab.refined."  # of the metadata that declares a refined file
 FAR = 3.0  # a block's distance from its weights, over that of ordinary encoding to the file's coarsest type
 MOVED = 1.5  # the same of what a block is asked to be, at most: `limited` cuts the rest
 NOTHING = 0.9  # the same over the weights' own size, at most
+# shares of both up to which `refine` keeps a block: it knows the ordinary distance from some rows only
+_SAFE_FAR, _SAFE_NOTHING = 0.8, 0.99
 
 
 def has_refined_bytes(tensor: LazyTensor, qtype: str) -> bool:
@@ -41,10 +43,9 @@ def has_refined_bytes(tensor: LazyTensor, qtype: str) -> bool:
     return is_matrix and qtype in GRIDS and qtype != tensor.qtype
 
 
-def equal_weights(tensor: LazyTensor) -> np.ndarray | None:
-    """Return an importance of 1 for each input if the tensor's type is not encoded without one."""
-    is_needed = not GGML_TYPES[tensor.qtype].encoder
-    return np.ones(tensor.n_weights // tensor.shape[-2], np.float32) if is_needed else None
+def equal_weights(qtype: str, n_per_row: int) -> np.ndarray | None:
+    """Return an importance of 1 for each input if the type is not encoded without one."""
+    return None if GGML_TYPES[qtype].encoder else np.ones(n_per_row, np.float32)
 
 
 def declaration(model: Model) -> str:
@@ -75,14 +76,9 @@ class Distance:
         qtype, n_per_row = self._tensor.qtype, self._tensor.shape[-1]
         weights = as_floats(x, self._source, n_per_row)
         own, far = (as_floats(rows, qtype, n_per_row) - weights for rows in (ours, theirs))
-        size, own, far = (
-            np.square(values, dtype=np.float64).reshape(len(x), -1, self._size).sum(axis=2)
-            for values in (weights, own, far)
-        )
-        self._signal, self._noise = self._signal + size.sum(), self._noise + own.sum()
-        square, size = float(size.sum()), np.maximum(size, size.mean(axis=1, keepdims=True))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            relative = np.where(far == 0, 0, np.sqrt(far / size))
+        square = float(np.square(weights, dtype=np.float64).sum())
+        self._signal, self._noise = self._signal + square, self._noise + np.square(own, dtype=np.float64).sum()
+        relative = _relative(far, weights, self._size)
         row, block = np.unravel_index(relative.argmax(), relative.shape)
         if relative[row, block] > self.largest:
             self.largest, self._place = float(relative[row, block]), (self._rows + int(row), int(block))
@@ -104,6 +100,17 @@ class Distance:
         return float(np.sqrt(self._noise / self._signal)) if self._signal else 0.0
 
 
+def _relative(far: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
+    """Return the size of each block of `far` [shape=(nrows, n / size)], over that of the weights.
+
+    The weights' size is that of the block, or of the row's blocks on average, whichever is larger.
+    """
+    squares = (np.square(x, dtype=np.float64).reshape(len(x), -1, size).sum(axis=2) for x in (far, weights))
+    far, weights = squares
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(far == 0, 0, np.sqrt(far / np.maximum(weights, weights.mean(axis=1, keepdims=True))))
+
+
 def ordinary_distance(model: Model, types: Mapping[str, str]) -> float:
     """Return the distance of ordinary encoding for the coarsest of the types that refined tensors get.
 
@@ -112,19 +119,31 @@ def ordinary_distance(model: Model, types: Mapping[str, str]) -> float:
     firsts, found = {types[t.name]: t for t in reversed(list(model)) if has_refined_bytes(t, types[t.name])}, [0.0]
     for qtype, tensor in firsts.items():
         weights = tensor.floats(0, min(_ROWS, tensor.nrows))
-        equal = None if GGML_TYPES[qtype].encoder else np.ones(weights.shape[-1], np.float32)
-        far = np.square(quants.roundtrip(weights, qtype, equal) - weights, dtype=np.float64).sum()
+        ordinary = quants.roundtrip(weights, qtype, equal_weights(qtype, weights.shape[-1]))
+        far = np.square(ordinary - weights, dtype=np.float64).sum()
         found.append(float(np.sqrt(far / (np.square(weights, dtype=np.float64).sum() or 1))))
     return max(found)
 
 
 def limited(move: np.ndarray, weights: np.ndarray, qtype: str, farthest: float) -> np.ndarray:
     """Shorten moves of blocks to at most `farthest`, relative to the size of their weights as in `Distance`."""
-    blocks, size = (np.square(x, dtype=np.float64).reshape(len(x), -1, block_size(qtype)) for x in (move, weights))
-    far, size = blocks.sum(axis=2), size.sum(axis=2)
-    size = np.maximum(size, size.mean(axis=1, keepdims=True))
-    share = np.sqrt(np.minimum(1, farthest**2 * size / np.maximum(far, np.finfo(np.float64).tiny)))
-    return (move.reshape(blocks.shape) * share[:, :, None].astype(np.float32)).reshape(move.shape)
+    size = block_size(qtype)
+    share = farthest / np.maximum(_relative(move, weights, size), np.finfo(np.float64).tiny)
+    return move * np.repeat(np.minimum(1, share), size, axis=1).astype(np.float32)
+
+
+def near(data: np.ndarray, weights: np.ndarray, qtype: str, ordinary: float) -> np.ndarray:
+    """Return chosen bytes [shape=(nrows, row_bytes)], with ordinary ones for blocks that are farther than allowed.
+
+    `ordinary` is the file's `ordinary_distance`.
+    """
+    far = _relative(quants.dequantize(data, qtype, weights.shape) - weights, weights, block_size(qtype))
+    far = far > min(_SAFE_NOTHING * NOTHING, _SAFE_FAR * FAR * ordinary)
+    if not far.any():
+        return data
+    others = quants.quantize(weights, qtype, equal_weights(qtype, weights.shape[-1]))
+    parts = (rows.reshape(*far.shape, -1) for rows in (others, data))
+    return np.where(far[:, :, None], *parts).reshape(data.shape)
 
 
 def bound(distances: list[Distance]) -> float:
