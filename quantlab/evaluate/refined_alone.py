@@ -5,6 +5,7 @@ They tell what a tensor costs at a type in a refined file, one change at a time.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +22,21 @@ from quantlab.evaluate.refinement import Refinement, can_refine
 from quantlab.evaluate.variants import Variant, output_name, refined_path
 from quantlab.files.model import Model
 from quantlab.quants.block_numbers import GRIDS
+from quantlab.transform.plan import tensor_bytes
 from quantlab.transform.refined import has_refined_bytes
+from quantlab.transform.rules import layer_of
 
 CHUNKS, SWEEPS = 64, 2  # as `quantlab.refine` has them
 
 
 @contextmanager
-def refined_alone(base: Model, text, *, n_ctx: int, memory=None, progress: bool = True) -> Iterator["RefinedAlone"]:
+def refined_alone(
+    base: Model, text, imatrix: Mapping[str, np.ndarray], *, n_ctx: int, memory=None, progress: bool = True
+) -> Iterator["RefinedAlone"]:
     """Yield a maker of refined bytes, whose folder exists inside the block."""
     tokens, _ = calibration_tokens(base, text, n_ctx, CHUNKS)
     with TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as folder:
-        yield RefinedAlone(base, tokens, Path(folder), memory, progress)
+        yield RefinedAlone(base, tokens, imatrix, Path(folder), memory, progress)
 
 
 class RefinedAlone:
@@ -42,6 +47,8 @@ class RefinedAlone:
     base : Model
     tokens : np.ndarray [shape=(n_chunks, n_ctx), dtype=int32]
         To refine with.
+    imatrix : Mapping[str, np.ndarray]
+        Tensor → weights per column, for experts that keep ordinary bytes.
     folder : Path
         Gets a file for each tensor and type.
     memory : str, int or None
@@ -50,11 +57,14 @@ class RefinedAlone:
     Attributes
     ----------
     digest : str
-        Everything that the bytes depend on, model and types aside.
+        Everything that the bytes depend on, model, matrix and types aside.
     """
 
-    def __init__(self, base: Model, tokens: np.ndarray, folder: Path, memory, progress: bool):
-        self.base, self.tokens, self.folder, self.memory, self.progress = base, tokens, folder, memory, progress
+    def __init__(
+        self, base: Model, tokens: np.ndarray, imatrix: Mapping[str, np.ndarray], folder: Path, memory, progress: bool
+    ):
+        self.base, self.tokens, self.imatrix = base, tokens, imatrix
+        self.folder, self.memory, self.progress = folder, memory, progress
         said = [digest_of(tokens), SWEEPS, cpu_kind(), sorted(GRIDS)]
         self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -71,13 +81,24 @@ class RefinedAlone:
         as_it_is = {tensor.name: tensor.qtype for tensor in self.base}
         types = dict.fromkeys(qtype for _, qtype in wanted)
         variants = [
-            Variant(q, self.base, as_it_is | {name: qtype for name, qtype in wanted if qtype == q}, {}) for q in types
+            Variant(q, self.base, as_it_is | {name: qtype for name, qtype in wanted if qtype == q}, self.imatrix)
+            for q in types
         ]
         with CpuEngine(self.base, self.tokens.shape[1]) as engine:
-            check_plan(variants[0], self.tokens, SWEEPS, engine, self.memory)
+            check_plan(variants[0], self.tokens, SWEEPS, engine, self.memory, more=_stacks(variants[1:]))
             with tqdm(total=self.base.hparams.n_layer, unit="layer", desc="refining", disable=not self.progress) as bar:
                 how = {"sweeps": SWEEPS, "damping": auto_damping(self.base, self.tokens), "bar": bar}
                 _Pass(variants, self.tokens, engine, self.folder, **how).run(None)
+
+
+def _stacks(variants: Sequence[Variant]) -> int:
+    """Return the bytes of one layer's stacks of matrices in these variants, which are all kept until it is done."""
+    found: Counter = Counter()
+    for variant in variants:
+        for tensor in variant.model:
+            if len(tensor.shape) > 2 and variant.types[tensor.name] != tensor.qtype:
+                found[layer_of(tensor.name)] += tensor_bytes(tensor.shape, variant.types[tensor.name])
+    return max(found.values(), default=0)
 
 
 class _Pass(Refinement):

@@ -120,7 +120,7 @@ def exchange(
     with ThreadpoolController().limit(limits=1, user_api="blas"), ExitStack() as stack:
         if said.get("refined"):
             bytes_ = stack.enter_context(
-                refined_alone(base, text, n_ctx=said["n_ctx"], memory=memory, progress=progress)
+                refined_alone(base, text, study.start.imatrix, n_ctx=said["n_ctx"], memory=memory, progress=progress)
             )
             study = replace(study, refined=bytes_)
         return _Search(menu, study, _Estimates(menu), executor, progress).run(best, exchanges, end)

@@ -229,7 +229,9 @@ def sensitivity(
         )
     with ThreadpoolController().limit(limits=1, user_api="blas"), ExitStack() as stack:
         if refined:
-            bytes_ = stack.enter_context(refined_alone(base, text, n_ctx=n_ctx, memory=memory, progress=progress))
+            bytes_ = stack.enter_context(
+                refined_alone(base, text, study.start.imatrix, n_ctx=n_ctx, memory=memory, progress=progress)
+            )
             study = replace(study, refined=bytes_)
         looked = {}
         if tuple(types) == CANDIDATES:
