@@ -166,6 +166,18 @@ def test_auto_takes_the_cpu_where_a_card_would_leave_experts(small, tmp_path, mo
     assert [module._choice(open_model(path), "auto", None).device for path in (folder, mixture)] == ["cpu-torch", "cpu"]
 
 
+def test_a_card_that_can_refine_nothing_is_refused(small, tmp_path, monkeypatch):
+    folder, refined = small
+    mixture = expert_models.write_model(tmp_path / "moe", "qwen3moe")
+    options = {"ftype": "F16", "tensor_types": [("ffn_down_exps", "Q4_0")], "n_ctx": 64, "chunks": 8}
+    with pytest.raises(ValueError, match="device=cpu-torch: refines no tensor of .* at these types. Give device=cpu"):
+        ql.refine(mixture, tmp_path / "a.gguf", **options, **TORCH)
+    monkeypatch.setattr(refinement, "card_bytes", lambda engine: 1000)
+    with pytest.raises(ValueError, match="device_memory=1000, must be at least 0.00 GiB for a layer. Use device=cpu"):
+        refined()
+    assert not list(tmp_path.glob("*.gguf"))
+
+
 def test_a_device_that_is_not_there_is_named(small, monkeypatch):
     _, refined = small
     with pytest.raises(ValueError, match=r"device=tpu, must be one of cpu, cuda, mps, cpu-torch in mode float"):

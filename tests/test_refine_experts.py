@@ -127,6 +127,43 @@ def test_sensitivity_measures_refined_experts(made, tmp_path):
     assert refined.rows[0]["delta_kld"] < 0.9 * plain.rows[0]["delta_kld"]
 
 
+def test_types_that_need_a_matrix(made, tmp_path):
+    """IQ2_XXS is not encoded without one: experts with few tokens take theirs from it, and so does a sensitivity."""
+    path = made("qwen3moe")
+    matrix = ql.imatrix(path, **SHORT)
+    refined = ql.refine(path, tmp_path / "r.gguf", ftype="IQ2_XXS", imatrix=matrix, **SHORT | {"sweeps": 0})
+    found = ql.verify(refined, path, imatrix=matrix)
+    of_experts = found.tensors[found.tensors["name"].str.contains("exps") & (found.tensors["qtype"] == "IQ2_XXS")]
+    assert found.verdict == "refined" and len(of_experts) and not of_experts["imatrix"].any()
+    one = {"groups": {"down": ["blk.1.ffn_down_exps.weight"]}, "types": ["IQ2_XXS"], "cache": tmp_path / "cache"}
+    short = {"chunks": 1, "n_ctx": 128, "progress": False}
+    plain, refined = (
+        ql.sensitivity(path, imatrix=matrix, refined=refined, **one, **short).rows[0] for refined in (False, True)
+    )
+    assert refined["delta_kld"] != plain["delta_kld"] > 0
+
+
+def test_blocks_too_far_from_their_weights_get_ordinary_bytes(made, tmp_path):
+    """With next to no damping feedback moves some blocks of 32 weights by several times ordinary rounding."""
+    path = ql.refine(made("deepseek-v3"), tmp_path / "a.gguf", damping=1e-4, **OPTIONS)
+    assert ql.verify(path, made("deepseek-v3")).verdict == "refined"
+
+
+def test_a_file_that_stores_a_gate_as_a_vector_is_refined(made, tmp_path):
+    halves = ql.quantize(made("qwen35moe"), tmp_path / "h.gguf", ftype="F16", report=lambda _: None)
+    assert len(ql.open(halves).shapes["blk.0.ffn_gate_inp_shexp.weight"]) == 1
+    assert ql.verify(ql.refine(halves, tmp_path / "a.gguf", **OPTIONS), halves).verdict == "refined"
+
+
+def test_quantized_tensors_are_refined_on_request(made, tmp_path):
+    source = ql.quantize(made("deepseek-v3"), tmp_path / "q.gguf", ftype="Q8_0", report=lambda _: None)
+    with pytest.raises(ValueError, match="is quantized already"):
+        ql.refine(source, tmp_path / "a.gguf", **OPTIONS)
+    assert (
+        ql.verify(ql.refine(source, tmp_path / "a.gguf", allow_requantize=True, **OPTIONS), source).verdict == "refined"
+    )
+
+
 def test_inputs_are_paired_token_by_token():
     """Two batches of two tokens, one expert each; the other stream sends the last token elsewhere."""
     kept, rng = OriginalExperts(4), np.random.default_rng(0)

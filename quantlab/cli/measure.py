@@ -227,8 +227,12 @@ Damping = Annotated[
     str, typer.Option("--damping", metavar="auto|X", help="Share of the diagonal to add to the second moments.")
 ]
 OtherMatrix = Annotated[
-    Path | None, typer.Option("--imatrix", help="Importance matrix for tensors that cannot be refined.")
+    Path | None,
+    typer.Option(
+        "--imatrix", help="Importance matrix for tensors that cannot be refined. I-quants below IQ3_S need one."
+    ),
 ]
+Requantize = Annotated[bool, typer.Option("--allow-requantize", help="Allow tensors that are already quantized.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="Types by tensor, from quantlab recipe.")
 ]
@@ -250,6 +254,7 @@ def refine(
     tensor_type: cli.pairs("--tensor-type", "Type of tensors by name; the first match counts.") = None,
     judge: Judge = None,
     rules: cli.Rules = "current",
+    allow_requantize: Requantize = False,
     device: cli.Device = "auto",
     device_memory: cli.DeviceMemory = None,
     memory: cli.Memory = None,
@@ -285,7 +290,7 @@ def refine(
         files[0], files[1] if len(files) == 3 else None, ftype=files[-1], text=texts, n_ctx=n_ctx,
         chunks=None if chunks == -1 else chunks,
         sweeps=sweeps, damping=damping, imatrix=imatrix, recipe=recipe, rules=rules, scratch=scratch,
-        **where,
+        allow_requantize=allow_requantize, **where,
         tensor_types=[parse_tensor_type(item) for item in tensor_type or ()], overwrite=overwrite,
     )  # fmt: skip
     typer.echo(str(path), err=cli.prints_to(json, path))

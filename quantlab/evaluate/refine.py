@@ -114,6 +114,7 @@ def refine(
     recipe: Recipe | str | Path | None = None,
     tensor_types: Sequence[tuple[str, str]] = (),
     rules: str = "current",
+    allow_requantize: bool = False,
     scratch: str | Path | None = None,
     device: str = "cpu",
     device_memory: str | int | None = None,
@@ -156,6 +157,8 @@ def refine(
         More types by name, as for `quantize`.
     rules : str
         Rule set of the mixture.
+    allow_requantize : bool
+        Whether tensors that are quantized already may get another type.
     scratch : str or Path, optional
         Folder that keeps finished layers, so that the same call resumes what was stopped; deleted when the run is done
         (default: a stopped run starts again).
@@ -206,6 +209,7 @@ def refine(
     matrix = as_matrix(imatrix)
     types = _types(opened, ftype, rules, recipe, tensor_types, matrix)
     options = {"ftype": ftype, "rules": rules, "imatrix": imatrix, "tensor_types": types}
+    options["allow_requantize"] = allow_requantize
     options["override_kv"] = settings.overrides()
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     path = Path(outfile) if outfile is not None else folder / f"ggml-model-{find_ftype(ftype).name}-refined.gguf"
@@ -216,6 +220,8 @@ def refine(
     with ExitStack() as stack:
         engine = stack.enter_context(choice(opened, n_ctx))
         plan = check_plan(variant, tokens, sweeps, engine, memory)
+        if not any(plan.refines(variant, name) for name in variant.types):
+            raise ValueError(f"device={device}: refines no tensor of {opened.path} at these types. Give device=cpu.")
         if progress:
             announce(f"refining over {tokens.size} tokens{plan}{ordinary(variant, plan.refines)}")
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
@@ -411,8 +417,8 @@ class Plan(NamedTuple):
         return f"{where}: {self.memory / 2**30:.2f} GiB{on_card}, about {self.seconds / 60:.1f} minutes"
 
 
-def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: Engine, memory) -> Plan:
-    """Return the memory and the time that the pass needs.
+def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: Engine, memory, *, more: int = 0) -> Plan:
+    """Return the memory and the time that the pass needs; `more` are bytes that others take meanwhile.
 
     Raises
     ------
@@ -428,7 +434,7 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: Engine
     layers = [_layer_cost(variant, index, tokens.size, sweeps) for index in range(h.n_layer)]
     operations = sum(operations for _, operations in layers)
     if isinstance(engine, CpuEngine):
-        needed = budget.PROCESS + max(needed for needed, _ in layers)
+        needed = budget.PROCESS + max(needed for needed, _ in layers) + more
         plan = Plan(needed, operations / (SHARE_OF_PEAK * peak(engine.workers)))
     else:
         plan = Plan(*_card().needs(engine, variant, tokens, sweeps, operations))
@@ -445,8 +451,8 @@ def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tup
     """Return bytes of memory and operations that one layer takes."""
     model, h = variant.model, variant.model.hparams.at(index)
     does = arch.known(h.arch).layer_at(model.hparams, index)
-    tensors = [tensor for tensor in model if tensor.name.startswith(f"blk.{index}.") and len(tensor.shape) > 1]
-    shapes = {tensor.name: tensor.shape[-2:] for tensor in tensors}  # of a stack, one matrix
+    tensors = [tensor for tensor in model if tensor.name.startswith(f"blk.{index}.")]
+    shapes = {tensor.name: (1, *tensor.shape)[-2:] for tensor in tensors}  # of a stack, one matrix
     products = {f: [shapes[f"blk.{index}.{name}.weight"] for name in names] for f, names in does.products.items()}
     mixing = sum(rows for rows, _ in products["attn_qkv"]) + products["attn_output"][0][1]
     widest = max(n for _, n in shapes.values())
@@ -461,7 +467,7 @@ def _layer_cost(variant: Variant, index: int, n_tokens: int, sweeps: int) -> tup
     stored = sum(t.nbytes + tensor_bytes(t.shape, variant.types[t.name]) for t in stacks)
     operations = 0.0
     for tensor in tensors:
-        rows, n = tensor.shape[-2:]
+        rows, n = shapes[tensor.name]
         routed_here = tensor.name.removeprefix(f"blk.{index}.").removesuffix(".weight") in experts
         seen = n_tokens * h.n_expert_used // h.n_expert if routed_here else n_tokens  # by each matrix on average
         each = 4 * seen * rows * n

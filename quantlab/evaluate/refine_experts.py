@@ -37,20 +37,22 @@ class OriginalExperts:
 
     def __init__(self, n_tokens: int):
         self._inputs, self._n_tokens = {}, n_tokens
-        self._places = {}  # by field, row of each token's input for each expert [shape=(n_tokens, n_expert)]; -1: none
+        self._places = np.empty(0, np.int32)  # row of each token's last input for each expert; -1: none
         self._tokens = np.empty(0, np.int64)  # of a batch, expert by expert
 
     def keep(self, field: str, batch: slice, inputs: ExpertInputs) -> None:
         """Keep the inputs of a batch of tokens."""
-        if field == "experts_in":
-            self._tokens = batch.start + inputs.rows
         per_token = len(inputs.x) // (batch.stop - batch.start)
         first, experts = per_token * batch.start, np.repeat(np.arange(len(inputs.counts)), inputs.counts)
         if field not in self._inputs:
             self._inputs[field] = np.empty((per_token * self._n_tokens, inputs.x.shape[1]), np.float32)
-            self._places[field] = np.full((self._n_tokens, len(inputs.counts)), -1, np.int32)
         self._inputs[field][first : first + len(inputs.x)] = inputs.x
-        self._places[field][self._tokens, experts] = first + inputs.rows
+        if field == "experts_in":
+            self._tokens = batch.start + inputs.rows
+            return
+        if not self._places.size:
+            self._places = np.full((self._n_tokens, len(inputs.counts)), -1, np.int32)
+        self._places[self._tokens, experts] = first + inputs.rows
 
     def pair(self, field: str, expert: int, x: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> tuple[Rows, Rows]:
         """Return an expert's inputs in this stream and in the other one, for tokens whose inputs are known in both.
@@ -59,7 +61,7 @@ class OriginalExperts:
         """
         if field == "experts_in":
             return Rows(self._inputs[field], tokens), Rows(x, rows)
-        places = self._places[field][tokens, expert]
+        places = self._places[tokens, expert]
         return Rows(self._inputs[field], places[places >= 0]), Rows(x, rows[places >= 0])
 
     def forget(self, field: str) -> None:

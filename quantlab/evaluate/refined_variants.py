@@ -53,7 +53,8 @@ def refined_variants(base: Model, specs: Sequence, text, calibrate_on, *, scratc
         for i, spec in enumerate(specs):
             if is_refined(spec):
                 label, ftype = split_label(spec[: -len(MARK)])
-                path = refine(base, Path(folder) / f"{i}.gguf", ftype=ftype, text=calibrate_on, **options)
+                how = {"ftype": ftype, "text": calibrate_on, "allow_requantize": True} | options
+                path = refine(base, Path(folder) / f"{i}.gguf", **how)
                 spec = f"{label or ftype.upper() + MARK}={path}"
             found.append(spec)
         yield found

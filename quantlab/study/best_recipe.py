@@ -99,12 +99,11 @@ class BestRecipe(Result, Recipe):
 
         `requantize` says that it changes the type of quantized tensors (see `requantizes`).
         """
-        matrix = ["--imatrix", str(imatrix)] if imatrix else []
+        options = ["--allow-requantize"] * requantize + (["--imatrix", str(imatrix)] if imatrix else [])
         if self.provenance["calibration"].get("refined"):
             words = ["quantlab", "refine", source, self.ftype, "--recipe", str(path), "-f"]
-            return shlex.join([*words, str(text or self.provenance["calibration"]["text"]), *matrix])
+            return shlex.join([*words, str(text or self.provenance["calibration"]["text"]), *options])
         target = f"{Path(source).stem}-{Path(path).stem}.gguf"
-        options = ["--allow-requantize"] * requantize + matrix
         return shlex.join(["llama-quantize", *options, "--tensor-type-file", str(path), source, target, self.ftype])
 
     def requantizes(self, base: Model) -> bool:

@@ -207,7 +207,7 @@ def _compare_refined(model, variants: Sequence[str | BestRecipe], text, calibrat
         specs = []
         for i, one in enumerate(variants):
             if isinstance(one, BestRecipe):
-                made = {"ftype": one.ftype, "recipe": one, "text": calibrate_on} | how
+                made = {"ftype": one.ftype, "recipe": one, "text": calibrate_on, "allow_requantize": True} | how
                 one = f"{one.name}{MARK}={refine(model, Path(folder) / f'{i}.gguf', **made)}"
             specs.append(one if "=" in one else one + MARK)
         return compare(model, specs, text, calibrate_on=calibrate_on, **options)

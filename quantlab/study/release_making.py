@@ -239,6 +239,7 @@ class Making:
             self.model, target, ftype=item.ftype, text=self.calibration, n_ctx=self.cut["n_ctx"], imatrix=matrix,
             tensor_types=item.options.tensor_types, rules=self.rules, memory=self.how["memory"],
             scratch=work / "state", overwrite=True, progress=self.progress, chunks=self.refine_chunks(),
+            allow_requantize=item.options.allow_requantize,
         )  # fmt: skip
         if is_split:
             split(target, whole, max_size=self.max_size, overwrite=True)

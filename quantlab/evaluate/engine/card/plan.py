@@ -52,7 +52,7 @@ def fit(
         If it does not fit however it is cut.
     """
     needs, n_chunks = _Needs(engine, variants, windows, observed), len(windows.tokens)
-    host, card = allowed_bytes(memory), _card_bytes(engine)
+    host, card = allowed_bytes(memory), card_bytes(engine)
     most = min(n_chunks, chunks_at_most(engine.device, engine.n_ctx))
     places = ["disk"] if keep_states else ["card", "memory", "disk"]
     if engine.device.type == "cpu" and not keep_states:
@@ -80,7 +80,7 @@ def fit(
     )  # fmt: skip
 
 
-def _card_bytes(engine) -> int:
+def card_bytes(engine) -> int:
     """Return the usable bytes of the card (0: it shares the machine's memory)."""
     if engine.device.type == "cpu":
         return 0

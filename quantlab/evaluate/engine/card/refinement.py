@@ -15,7 +15,7 @@ from numba import get_num_threads
 from quantlab.evaluate import budget
 from quantlab.evaluate.engine import Stored
 from quantlab.evaluate.engine.card.engine import CardEngine, Enough
-from quantlab.evaluate.engine.card.plan import PACKAGE, chunks_at_most, token_bytes
+from quantlab.evaluate.engine.card.plan import PACKAGE, card_bytes, chunks_at_most, score_bytes, token_bytes
 from quantlab.evaluate.engine.card.products import is_out_of_memory, measure
 from quantlab.evaluate.engine.workers import Workers, blocks
 from quantlab.evaluate.refinement import KEPT, RESIDUAL, Refinement, can_refine
@@ -29,7 +29,7 @@ STREAMS = 8  # arrays [n_tokens, n_embd] in the machine: hidden states, and what
 SHARE_OF_PEAK = 0.5  # of the speed of a large product that the products here reach
 # seconds of a thread for a weight: scales and feedback, a sweep, and with each what searching a grid's points adds
 FEEDBACK, SWEEP, SEARCH = 80e-9, 60e-9, 120e-9
-DEPTH = 4096  # tokens whose products are summed at once: the same whatever the pieces, where those are multiples
+DEPTH = 4096  # tokens whose products are summed at once: the same for all pieces that are multiples of it
 
 
 def can_refine_here(variant: Variant, name: str) -> bool:
@@ -239,6 +239,11 @@ def needs(engine: CardEngine, variant: Variant, tokens: np.ndarray, sweeps: int,
     """Return the fields of the `Plan` of a pass.
 
     `operations` are those of `Refinement`, which applies a layer once to each stream.
+
+    Raises
+    ------
+    ValueError
+        If the card has no room for a layer, one chunk at a time.
     """
     model, h, device = variant.model, variant.model.hparams, engine.device
     layers = [[model.tensor(name) for name in budget.layer_shapes(model, index)] for index in range(h.n_layer)]
@@ -246,10 +251,22 @@ def needs(engine: CardEngine, variant: Variant, tokens: np.ndarray, sweeps: int,
     refined = [tensor for tensor in model if can_refine_here(variant, tensor.name)]
     widest = max((tensor.shape[-1] for tensor in refined), default=0)
     kinds = {(engine.record.layer_at(h, index), h.at(index)) for index in range(h.n_layer)}
-    chunks = min(len(tokens), chunks_at_most(device, engine.n_ctx))
-    piece = chunks * max(token_bytes(*kind, engine.products, engine.n_ctx, observed=True) for kind in kinds)
+    one, piece = (
+        max(
+            chunks * token_bytes(*kind, engine.products, engine.n_ctx, observed=True)
+            + score_bytes(*kind, engine.n_ctx, chunks)
+            for kind in kinds
+        )
+        for chunks in (1, min(len(tokens), chunks_at_most(device, engine.n_ctx)))
+    )
     rows = 4 * ARRAYS * AT_ONCE * widest
-    card = engine.products.weight_bytes * max(sizes) + 4 * 3 * widest**2 + max(piece, rows)
+    layer = engine.products.weight_bytes * max(sizes) + 4 * 3 * widest**2
+    if 0 < card_bytes(engine) < layer + one:
+        raise ValueError(
+            f"device_memory={engine.device_memory or card_bytes(engine)}, must be at least "
+            f"{(layer + one) / 2**30:.2f} GiB for a layer. Use device=cpu."
+        )
+    card = layer + max(piece, rows)
     memory = budget.PROCESS + PACKAGE[device.type] + 4 * STREAMS * tokens.size * h.n_embd + rows
     memory += max(sum(tensor.nbytes for tensor in layer) for layer in layers)
     again = 4 * tokens.size * sum(sizes)  # the quantized stream, once for each field
