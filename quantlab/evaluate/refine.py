@@ -202,15 +202,12 @@ def refine(
     if sweeps < 0:
         raise ValueError(f"sweeps={sweeps}, must be 0 or more. Give 2, the default.")
     tokens, names = calibration_tokens(opened, text, n_ctx, chunks)
-    damping = _damping(opened, tokens, damping)
-    choice = _choice(opened, device, device_memory)
+    damping, choice = _damping(opened, tokens, damping), _choice(opened, device, device_memory)
     where = cpu_kind(), choice.described, choice.precision
     settings = Settings(names, digest_of(tokens), n_ctx, len(tokens), sweeps, damping, *where)
-    matrix = as_matrix(imatrix)
-    types = _types(opened, ftype, rules, recipe, tensor_types, matrix)
+    types = _types(opened, ftype, rules, recipe, tensor_types, as_matrix(imatrix))
     options = {"ftype": ftype, "rules": rules, "imatrix": imatrix, "tensor_types": types}
-    options["allow_requantize"] = allow_requantize
-    options["override_kv"] = settings.overrides()
+    options |= {"allow_requantize": allow_requantize, "override_kv": settings.overrides()}
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     path = Path(outfile) if outfile is not None else folder / f"ggml-model-{find_ftype(ftype).name}-refined.gguf"
     read = opened.path, imatrix, recipe, *(text if isinstance(text, list | tuple) else [text])
@@ -220,8 +217,6 @@ def refine(
     with ExitStack() as stack:
         engine = stack.enter_context(choice(opened, n_ctx))
         plan = check_plan(variant, tokens, sweeps, engine, memory)
-        if not any(plan.refines(variant, name) for name in variant.types):
-            raise ValueError(f"device={device}: refines no tensor of {opened.path} at these types. Give device=cpu.")
         if progress:
             announce(f"refining over {tokens.size} tokens{plan}{ordinary(variant, plan.refines)}")
         bar = stack.enter_context(tqdm(total=opened.hparams.n_layer, unit="layer", disable=not progress))
@@ -438,6 +433,10 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: Engine
         plan = Plan(needed, operations / (SHARE_OF_PEAK * peak(engine.workers)))
     else:
         plan = Plan(*_card().needs(engine, variant, tokens, sweeps, operations))
+    if not any(plan.refines(variant, name) for name in variant.types):
+        raise ValueError(
+            f"device={engine.name}: refines no tensor of {variant.model.path} at these types. Give device=cpu."
+        )
     allowed = budget.allowed_bytes(memory)
     if plan.memory > allowed:
         raise ValueError(

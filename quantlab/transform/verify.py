@@ -408,11 +408,8 @@ class _Case:
         same = ROUNDING if self.distance is None else REFINED
         verdict = IDENTICAL if not tally.differing else OTHER if left else same
         row = {"name": self.tensor.name, "qtype": self.tensor.qtype, "verdict": verdict, "is_bare": self.is_bare}
-        row |= {
-            "imatrix": self.distance is None and self.step.weights is not None,
-            "blocks": tally.n_blocks,
-            "differing": tally.differing,
-        }
+        weighted = self.distance is None and self.step.weights is not None
+        row |= {"imatrix": weighted, "blocks": tally.n_blocks, "differing": tally.differing}
         with np.errstate(divide="ignore", invalid="ignore"):  # infinite where the source's rows are all zero
             relative = float(np.sqrt(np.float64(tally.noise) / self.signal)) if tally.differing else 0.0
         row |= {"fused": self.fused, "left": left, "relative": relative}
@@ -444,9 +441,8 @@ def _judged(model: Model, base: Model, matrix: dict[str, np.ndarray]) -> list[di
             continue
         step = _step(base.tensor(tensor.name), tensor.qtype, matrix)
         if declared and refined.has_refined_bytes(step.tensor, tensor.qtype):
-            cases.append(
-                _Case(tensor, replace(step, weights=refined.equal_weights(tensor.qtype, tensor.shape[-1])), True)
-            )
+            weights = refined.equal_weights(tensor.qtype, tensor.shape[-1])
+            cases.append(_Case(tensor, replace(step, weights=weights), True))
         elif step.is_kept or _can_encode(step):
             cases.append(_Case(tensor, step, False))
         else:
