@@ -433,10 +433,6 @@ def check_plan(variant: Variant, tokens: np.ndarray, sweeps: int, engine: Engine
         plan = Plan(needed, operations / (SHARE_OF_PEAK * peak(engine.workers)))
     else:
         plan = Plan(*_card().needs(engine, variant, tokens, sweeps, operations))
-    if not any(plan.refines(variant, name) for name in variant.types):
-        raise ValueError(
-            f"device={engine.name}: refines no tensor of {variant.model.path} at these types. Give device=cpu."
-        )
     allowed = budget.allowed_bytes(memory)
     if plan.memory > allowed:
         raise ValueError(

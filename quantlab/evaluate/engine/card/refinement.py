@@ -243,13 +243,15 @@ def needs(engine: CardEngine, variant: Variant, tokens: np.ndarray, sweeps: int,
     Raises
     ------
     ValueError
-        If the card has no room for a layer, one chunk at a time.
+        If the card refines none of these types, or has no room for a layer, one chunk at a time.
     """
     model, h, device = variant.model, variant.model.hparams, engine.device
     layers = [[model.tensor(name) for name in budget.layer_shapes(model, index)] for index in range(h.n_layer)]
     sizes = [sum(tensor.n_weights for tensor in layer) for layer in layers]
     refined = [tensor for tensor in model if can_refine_here(variant, tensor.name)]
-    widest = max((tensor.shape[-1] for tensor in refined), default=0)
+    if not refined:
+        raise ValueError(f"device={engine.name}: refines no tensor of {model.path} at these types. Give device=cpu.")
+    widest = max(tensor.shape[-1] for tensor in refined)
     kinds = {(engine.record.layer_at(h, index), h.at(index)) for index in range(h.n_layer)}
     one, piece = (
         max(
