@@ -22,27 +22,30 @@ from quantlab.evaluate.engine.card.transfers import Transfers  # noqa: E402
 TORCH = {"device": "cpu-torch", "progress": False}
 
 
+def limited(of, most: int, taken: list):
+    """Return `of`, out of memory where its first argument has more than `most` rows; `taken` gets their numbers."""
+
+    def call(*args, **kwargs):
+        taken.append(len(args[0]))
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError
+        return of(*args, **kwargs)
+
+    return call
+
+
 def test_what_does_not_fit_is_done_in_smaller_pieces(monkeypatch, tmp_path):
     folder, options = llama_models.write_model(tmp_path / "llama2", "llama2"), dict(n_ctx=64, chunks=6, **TORCH)
     whole, taken = ql.compare(folder, ["Q4_0"], "primer", **options), []
 
-    def limited(of, most):
-        def call(*args, **kwargs):
-            taken.append(len(args[0]))
-            if len(args[0]) > most:
-                raise torch.OutOfMemoryError
-            return of(*args, **kwargs)
-
-        return call
-
     attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 2))
-    monkeypatch.setattr(scores.Prediction, "of", limited(scores.Prediction.of, 10))
+    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 2, taken))
+    monkeypatch.setattr(scores.Prediction, "of", limited(scores.Prediction.of, 10, taken))
     pieces = ql.compare(folder, ["Q4_0"], "primer", **options)
     assert {6, 3, 1} < set(taken) and 10 > min(size for size in taken if size > 6) - 3
     for a, b in zip(whole.rows, pieces.rows, strict=True):
         assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-6)
-    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 0))
+    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 0, taken))
     with pytest.raises(MemoryError, match="device=cpu-torch: 1 chunks of 64 tokens do not fit into its memory. Give"):
         ql.compare(folder, ["Q4_0"], "primer", **options)
 

@@ -6,7 +6,7 @@ import expert_models
 import llama_models
 import numpy as np
 import pytest
-from test_card_memory import Failing
+from test_card_memory import Failing, limited
 
 import quantlab as ql
 from quantlab.evaluate import refine as module
@@ -90,18 +90,9 @@ def test_what_does_not_fit_is_done_in_smaller_pieces(small, monkeypatch):
     _, refined = small
     whole, taken = floats(refined()), []
 
-    def limited(of, most):
-        def call(*args, **kwargs):
-            taken.append(len(args[0]))
-            if len(args[0]) > most:
-                raise torch.OutOfMemoryError
-            return of(*args, **kwargs)
-
-        return call
-
     attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 3))
-    monkeypatch.setattr(refinement_on_cpu, "refine_rows", limited(refine_rows, 24))
+    monkeypatch.setattr(layers.functional, "scaled_dot_product_attention", limited(attention, 3, taken))
+    monkeypatch.setattr(refinement_on_cpu, "refine_rows", limited(refine_rows, 24, taken))
     pieces = floats(refined())
     assert {8, 4, 2} < set(taken) and max(size for size in taken if size <= 24) == 24
     for name, x in whole.items():

@@ -145,7 +145,7 @@ def damped_moments(inputs: np.ndarray, damping: float, workers: Workers) -> np.n
 def damp(h, damping: float) -> Any:
     """Add a share of its diagonal to second moments, in place; return what was added [shape=(n,), dtype=float32]."""
     diagonal = host(h.diagonal())
-    with np.errstate(over="ignore", invalid="ignore"):  # who calls looks for infinite inputs
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for infinite inputs
         added = own(damping * diagonal + RIDGE * (diagonal.mean() or 1), h)
         h.reshape(-1)[:: len(h) + 1] += added
     return added

@@ -6,7 +6,7 @@ attention: the scores). The residual stream lies beside them up to three times. 
 
 For the published dense shapes, for experts as Mixtral's and Qwen3's, and for DeepSeek's latent attention this equals
 what llama.cpp logs, to the two decimals of the log. Of Gemma and Qwen3.5 it does so with flash attention; without, it
-is within 10 %. A feed-forward less than 2.5 times as wide as the stream, without experts, is within a third.
+is within 11 %. A feed-forward less than 2.5 times as wide as the stream, without experts, is within a third.
 
 Source: llama.cpp, `ggml/src/ggml-alloc.c` (the allocator), `src/models/llama.cpp` and `src/llama-graph.cpp` (the
 graph), and what `GGML_SCHED_DEBUG=2` prints of it.
